@@ -1,0 +1,342 @@
+"""Declare which pretrained decoders read which others: plain data, no torch modules run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import networkx as nx
+from torch import nn
+
+if TYPE_CHECKING:
+    from .fused import FusedModel
+
+TRAIN = ("none", "all")
+ADAPTERS = ("gated", "paper", None)
+PROJECTIONS = ("mlp", "linear", "relu")
+
+Taps = tuple[tuple[int, int], ...]
+
+
+class GraphError(ValueError):
+    """A fusion graph that cannot be built or compiled."""
+
+
+@dataclass(frozen=True)
+class TowerSpec:
+    """One tower as declared: its name, where it comes from, what of it is trained."""
+
+    name: str
+    source: str | None
+    train: str = "none"
+    adapter: str | None = "gated"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]*", self.name):
+            raise GraphError(f"tower name {self.name!r}: use letters, digits, '_' and '-', a letter first")
+        _one_of(f"tower {self.name!r}: train", self.train, TRAIN)
+        _one_of(f"tower {self.name!r}: adapter", self.adapter, ADAPTERS)
+
+
+@dataclass(frozen=True)
+class LinkSpec:
+    """One link as declared: the target tower reads the source tower at the taps."""
+
+    source: str
+    target: str
+    name: str
+    interleave: int | tuple[int, int] | None = None
+    taps: Taps | None = None
+    projection: str = "mlp"
+    heads: int | None = None
+
+    def __post_init__(self) -> None:
+        where = f"link {self.name!r}"
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_>-]*", self.name):
+            raise GraphError(f"{where}: use letters, digits, '_', '-' and '>' in a link name, a letter first")
+        if self.source == self.target:
+            raise GraphError(f"{where}: tower {self.source!r} cannot read itself; link two different towers")
+        if (self.interleave is None) == (self.taps is None):
+            raise GraphError(
+                f"{where}: give either interleave, as in interleave=(1, 2), or taps, as in taps=[(2, 3)]"
+            )
+        strides = self.interleave if isinstance(self.interleave, tuple) else (self.interleave,)
+        if self.interleave is not None and not (
+            len(strides) in (1, 2) and all(_is_positive(stride) for stride in strides)
+        ):
+            raise GraphError(
+                f"{where}: interleave={self.interleave!r} must be a positive whole number of target layers, "
+                "or a pair (i_source, i_target) of them"
+            )
+        if self.taps is not None:
+            if not self.taps:
+                raise GraphError(f"{where}: taps is empty; give at least one (source layer, target layer)")
+            for tap in self.taps:
+                if not (
+                    isinstance(tap, tuple) and len(tap) == 2 and all(_is_positive(layer) for layer in tap)
+                ):
+                    raise GraphError(
+                        f"{where}: tap {tap!r} must be a pair (source layer, target layer), counted from 1"
+                    )
+            if len(set(self.taps)) < len(self.taps):
+                raise GraphError(f"{where}: the same tap stands twice in {list(self.taps)}")
+        _one_of(f"{where}: projection", self.projection, PROJECTIONS)
+        if self.heads is not None and not _is_positive(self.heads):
+            raise GraphError(f"{where}: heads={self.heads!r} must be a positive whole number")
+
+    def resolve(self, source_depth: int, target_depth: int) -> Taps:
+        """Give the taps as pairs (source layer, target layer), counted from 1, for towers of these depths.
+
+        >>> LinkSpec("a", "b", name="a->b", interleave=(1, 2)).resolve(4, 6)
+        ((1, 2), (2, 4), (3, 6))
+        >>> LinkSpec("a", "b", name="a->b", interleave=2).resolve(3, 6)
+        ((1, 2), (2, 4), (3, 6))
+
+        A single number takes the source layer at the same relative depth, rounded down (at least 1), so
+        that links declared in this way can never make a cycle among layers.
+
+        Raises:
+            GraphError: A tap names a layer that a tower does not have, or no tap fits.
+        """
+        if self.taps is not None:
+            for source_layer, target_layer in self.taps:
+                for tower, layer, depth in (
+                    (self.source, source_layer, source_depth),
+                    (self.target, target_layer, target_depth),
+                ):
+                    if layer > depth:
+                        raise GraphError(
+                            f"link {self.name!r}: tap {(source_layer, target_layer)} names layer {layer} of "
+                            f"tower {tower!r}, which has layers 1 to {depth}"
+                        )
+            return tuple(sorted(self.taps))
+        if isinstance(self.interleave, tuple):
+            i, j = self.interleave
+            taps = tuple((n * i, n * j) for n in range(1, min(source_depth // i, target_depth // j) + 1))
+        else:
+            assert self.interleave is not None
+            taps = tuple(
+                (max(1, layer * source_depth // target_depth), layer)
+                for layer in range(self.interleave, target_depth + 1, self.interleave)
+            )
+        if not taps:
+            raise GraphError(
+                f"link {self.name!r}: interleave={self.interleave!r} leaves no tap, since tower "
+                f"{self.source!r} has {source_depth} layers and {self.target!r} has {target_depth}; "
+                "use smaller steps"
+            )
+        return taps
+
+
+class FusionGraph:
+    """A directed graph of pretrained decoders (towers) and gated cross-attentions (links).
+
+    >>> import multitower as mt
+    >>> graph = mt.FusionGraph()
+    >>> graph.add_tower("speech", "path/to/speech-decoder", train="all")
+    >>> graph.add_tower("text", "path/to/text-decoder")
+    >>> graph.add_link("speech", "text", interleave=(1, 2))
+    >>> graph.add_link("text", "speech", taps=[(2, 1), (4, 2)])
+    >>> print(graph)
+    FusionGraph: 2 towers, 2 links
+      tower speech: path/to/speech-decoder, train=all
+      tower text: path/to/text-decoder, train=none
+      link speech->text: interleave (1, 2)
+      link text->speech: taps (2, 1), (4, 2)
+    >>> mt.FusionGraph.from_json(graph.to_json()) == graph
+    True
+
+    Source: Zayats et al., "Zipper" (arXiv 2405.18669), there for two towers and both directions.
+    """
+
+    def __init__(self) -> None:
+        self._towers: dict[str, TowerSpec] = {}
+        self._links: dict[str, LinkSpec] = {}
+        self._modules: dict[str, nn.Module] = {}
+
+    @property
+    def towers(self) -> Mapping[str, TowerSpec]:
+        """The towers by name, in the order in which they were added."""
+        return dict(self._towers)
+
+    @property
+    def links(self) -> Mapping[str, LinkSpec]:
+        """The links by name, in the order in which they were added."""
+        return dict(self._links)
+
+    @property
+    def modules(self) -> Mapping[str, nn.Module]:
+        """The towers that were given as modules rather than as a path or Hub id."""
+        return dict(self._modules)
+
+    def add_tower(
+        self,
+        name: str,
+        source: str | os.PathLike[str] | nn.Module,
+        *,
+        train: str = "none",
+        adapter: str | None = "gated",
+    ) -> None:
+        """Add a pretrained decoder.
+
+        Args:
+            name: How links, segments and outputs refer to the tower.
+            source: A folder or Hub id of a transformers causal LM, such a model itself, or a ``Tower``.
+                A module is used as it is, not copied: compiling sets ``requires_grad`` on its parameters.
+                A checkpoint refers to a path or Hub id, and embeds a module.
+            train: "none" keeps the tower frozen, "all" trains it.
+            adapter: What stands between the embedding h and layer 1 in a fused run: "gated" for
+                ``h + tanh(g) * mlp(h)`` with g = 0 at the start, "paper" for ``relu(mlp(h))`` as Zipper
+                prints it (not the identity at the start), None for nothing.
+
+        Raises:
+            GraphError: The name is taken or not a name, or an option is unknown.
+        """
+        if name in self._towers:
+            raise GraphError(f"there is a tower {name!r} already; give this one another name")
+        if not isinstance(source, str | os.PathLike | nn.Module):
+            raise GraphError(
+                f"tower {name!r}: expected a folder, a Hub id or a module, not {type(source).__name__}"
+            )
+        origin = None if isinstance(source, nn.Module) else os.fspath(source)
+        self._towers[name] = TowerSpec(name, origin, train, adapter)
+        if isinstance(source, nn.Module):
+            self._modules[name] = source
+
+    def add_link(
+        self,
+        source: str,
+        target: str,
+        *,
+        interleave: int | tuple[int, int] | None = None,
+        taps: Iterable[tuple[int, int]] | None = None,
+        projection: str = "mlp",
+        heads: int | None = None,
+        name: str | None = None,
+    ) -> None:
+        """Let the target tower read the source tower.
+
+        Args:
+            source: Name of the tower that is read.
+            target: Name of the tower that reads.
+            interleave: ``(i, j)`` joins source layer n*i to target layer n*j for n = 1, 2, ... (Zipper);
+                ``j`` joins every j-th target layer to the source layer at the same relative depth.
+            taps: Exactly these pairs (source layer, target layer), counted from 1, instead of interleave.
+            projection: From source to target width: "mlp" (three layers), "linear", or "relu" (a linear
+                layer and a ReLU).
+            heads: Attention heads; they must divide the target's width. Default: about 64 channels a head.
+            name: Needed only to tell apart several links between the same pair; "source->target" otherwise.
+
+        Raises:
+            GraphError: A tower is unknown, the name is taken, or an option is malformed.
+        """
+        name = f"{source}->{target}" if name is None else name
+        for tower in (source, target):
+            if tower not in self._towers:
+                raise GraphError(
+                    f"link {name!r}: there is no tower {tower!r}; towers so far: "
+                    f"{', '.join(self._towers) or 'none'}. Call add_tower({tower!r}, ...) first"
+                )
+        if name in self._links:
+            raise GraphError(f"there is a link {name!r} already; give this one a name=... of its own")
+        pairs = None if taps is None else tuple(tuple(tap) for tap in taps)
+        self._links[name] = LinkSpec(source, target, name, interleave, pairs, projection, heads)  # type: ignore[arg-type]  # LinkSpec checks that taps are pairs
+
+    def to_networkx(self) -> nx.MultiDiGraph[str]:
+        """Give the graph to networkx: nodes carry their TowerSpec, edges (keyed by name) their LinkSpec."""
+        graph: nx.MultiDiGraph[str] = nx.MultiDiGraph()
+        for tower in self._towers.values():
+            graph.add_node(tower.name, spec=tower)
+        for link in self._links.values():
+            graph.add_edge(link.source, link.target, key=link.name, spec=link)
+        return graph
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the declaration as plain data that ``from_dict`` and JSON understand."""
+        return {
+            "towers": [dataclasses.asdict(tower) for tower in self._towers.values()],
+            "links": [dataclasses.asdict(link) for link in self._links.values()],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> FusionGraph:
+        """Rebuild a graph from ``to_dict``.
+
+        Raises:
+            GraphError: The data are not of that form.
+        """
+        graph = cls()
+        try:
+            for entry in data["towers"]:
+                tower = TowerSpec(**entry)
+                if tower.name in graph._towers:
+                    raise GraphError(f"tower {tower.name!r} stands there twice")
+                graph._towers[tower.name] = tower
+            for entry in data["links"]:
+                stride = entry.get("interleave")
+                entry = {**entry, "interleave": tuple(stride) if isinstance(stride, list) else stride}
+                graph.add_link(**entry)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise GraphError(f"this is not a fusion graph as to_dict writes it: {error!r}") from error
+        return graph
+
+    def to_json(self) -> str:
+        """Give the declaration as JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> FusionGraph:
+        """Rebuild a graph from ``to_json``.
+
+        Raises:
+            GraphError: The text is not JSON, or not of that form.
+        """
+        try:
+            return cls.from_dict(json.loads(text))
+        except json.JSONDecodeError as error:
+            raise GraphError(f"this is not JSON: {error}") from error
+
+    def compile(self) -> FusedModel:
+        """Load the towers and build the fused model.
+
+        Raises:
+            GraphError: There is no tower, a tap names a layer out of range, or layers wait for each other.
+            TowerError: A source cannot be used as a tower.
+        """
+        from .fused import FusedModel
+        from .tower import as_tower
+
+        if not self._towers:
+            raise GraphError("the graph has no towers; call add_tower first")
+        towers = {
+            name: as_tower(name, self._modules.get(name, spec.source)) for name, spec in self._towers.items()
+        }
+        return FusedModel(self, towers)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, FusionGraph) and self.to_dict() == other.to_dict()
+
+    __hash__ = None  # type: ignore[assignment]  # a graph can still grow
+
+    def __repr__(self) -> str:
+        lines = [f"FusionGraph: {len(self._towers)} towers, {len(self._links)} links"]
+        for tower in self._towers.values():
+            lines.append(f"  tower {tower.name}: {tower.source or 'a module'}, train={tower.train}")
+        for link in self._links.values():
+            taps = "taps " + ", ".join(map(str, link.taps)) if link.taps else f"interleave {link.interleave}"
+            lines.append(f"  link {link.name}: {taps}")
+        return "\n".join(lines)
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _one_of(what: str, value: object, allowed: tuple[object, ...]) -> None:
+    if value not in allowed:
+        raise GraphError(f"{what}={value!r} is unknown; choose one of {', '.join(map(repr, allowed))}")

@@ -1,0 +1,159 @@
+"""Compile a graph into the ordered steps that a fused model runs: a pure function."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import networkx as nx
+
+from .graph import GraphError, LinkSpec
+
+Layer = tuple[str, int]
+
+
+@dataclass(frozen=True, order=True)
+class Tap:
+    """One crossing of a link: after ``target_layer``, the target reads what ``source_layer`` gave."""
+
+    link: str
+    source: str
+    source_layer: int
+    target: str
+    target_layer: int
+
+    @property
+    def key(self) -> str:
+        """The name of the tap within its link, "source layer-target layer"."""
+        return f"{self.source_layer}-{self.target_layer}"
+
+
+@dataclass(frozen=True)
+class Step:
+    """Run one layer of one tower, or, where there are taps, let the state after it read others."""
+
+    tower: str
+    layer: int
+    taps: tuple[Tap, ...] = ()
+
+    def __str__(self) -> str:
+        if not self.taps:
+            return f"run {self.tower} layer {self.layer}"
+        reads = " and ".join(f"{tap.source} layer {tap.source_layer}" for tap in self.taps)
+        return f"after {self.tower} layer {self.layer}, read {reads}"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The stages of a fused run; the steps of one stage do not depend on each other.
+
+    >>> from multitower.graph import LinkSpec
+    >>> there = LinkSpec("speech", "text", name="speech->text", taps=((1, 2),))
+    >>> back = LinkSpec("text", "speech", name="text->speech", taps=((2, 1),))
+    >>> print(make_schedule({"speech": 2, "text": 2}, [there, back]))
+    stage 1: run speech layer 1; run text layer 1
+    stage 2: run text layer 2
+    stage 3: after speech layer 1, read text layer 2; after text layer 2, read speech layer 1
+    stage 4: run speech layer 2
+
+    A tap reads what a layer gave before any tap updated it, so the two directions of a pair do not
+    wait for each other.
+    """
+
+    depths: tuple[tuple[str, int], ...]
+    stages: tuple[tuple[Step, ...], ...]
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """All steps in the order in which they run."""
+        return tuple(step for stage in self.stages for step in stage)
+
+    @property
+    def taps(self) -> tuple[Tap, ...]:
+        """All taps, in the order in which they run."""
+        return tuple(tap for step in self.steps for tap in step.taps)
+
+    @property
+    def read_layers(self) -> frozenset[Layer]:
+        """The layers whose output some tap reads."""
+        return frozenset((tap.source, tap.source_layer) for tap in self.taps)
+
+    def __str__(self) -> str:
+        return "\n".join(
+            f"stage {number}: " + "; ".join(map(str, stage)) for number, stage in enumerate(self.stages, 1)
+        )
+
+    def explain(self) -> str:
+        """Say in words what the schedule does."""
+        towers = ", ".join(f"{name} ({depth} layers)" for name, depth in self.depths)
+        lines = [f"{len(self.depths)} towers: {towers}.", f"They run in {len(self.stages)} stages."]
+        for name in sorted({tap.link for tap in self.taps}):
+            taps = sorted(tap for tap in self.taps if tap.link == name)
+            pairs = ", ".join(f"{tap.source_layer} to {tap.target_layer}" for tap in taps)
+            lines.append(
+                f"Link {name}: {taps[0].target} reads {taps[0].source} at {len(taps)} taps "
+                f"(source layer to target layer): {pairs}."
+            )
+        readers = {tap.target for tap in self.taps}
+        alone = [name for name, _ in self.depths if name not in readers]
+        if alone:
+            lines.append(f"Read no other tower: {', '.join(alone)}.")
+        return "\n".join(lines)
+
+
+def make_schedule(depths: Mapping[str, int], links: Iterable[LinkSpec]) -> Schedule:
+    r"""Order every layer and every tap so that each comes after all that it needs, in the fewest stages.
+
+    >>> str(make_schedule({"text": 2}, []))
+    'stage 1: run text layer 1\nstage 2: run text layer 2'
+
+    Args:
+        depths: Number of layers of each tower.
+        links: The links among these towers. Their order does not matter.
+
+    Raises:
+        GraphError: A tap names a layer that does not exist, or layers wait for each other in a circle.
+    """
+    crossings: dict[Layer, list[Tap]] = {}
+    for link in links:
+        for source_layer, target_layer in link.resolve(depths[link.source], depths[link.target]):
+            tap = Tap(link.name, link.source, source_layer, link.target, target_layer)
+            crossings.setdefault((link.target, target_layer), []).append(tap)
+    steps: nx.DiGraph[Step] = nx.DiGraph()
+    for tower, depth in depths.items():
+        chain = []
+        for index in range(1, depth + 1):
+            chain.append(Step(tower, index))
+            if (tower, index) in crossings:
+                chain.append(Step(tower, index, tuple(sorted(crossings[tower, index]))))
+        nx.add_path(steps, chain)
+    for step in list(steps):
+        for tap in step.taps:
+            steps.add_edge(Step(tap.source, tap.source_layer), step)
+    try:
+        stages = tuple(
+            tuple(sorted(stage, key=lambda step: (step.tower, step.layer)))
+            for stage in nx.topological_generations(steps)
+        )
+    except nx.NetworkXUnfeasible:
+        raise GraphError(_describe_cycle(steps)) from None
+    return Schedule(tuple(sorted(depths.items())), stages)
+
+
+def _describe_cycle(steps: nx.DiGraph[Step]) -> str:
+    cycle = [edge[0] for edge in nx.find_cycle(steps)]
+    lines = "\n".join(f"  {step}" for step in cycle)
+    reads = [
+        tap
+        for step, before in zip(cycle, [cycle[-1], *cycle], strict=False)
+        for tap in step.taps
+        if (tap.source, tap.source_layer) == (before.tower, before.layer) and not before.taps
+    ]
+    deepest = max(reads, key=lambda tap: tap.source_layer - tap.target_layer)
+    return (
+        f"these layers wait for each other, each for the one above it and the first for the last:\n{lines}\n"
+        f"To break the circle let a tap read an earlier layer or stand after a later one: for instance tap "
+        f"({deepest.source_layer}, {deepest.target_layer}) of link {deepest.link!r} reads layer "
+        f"{deepest.source_layer} of {deepest.source!r} already after layer {deepest.target_layer} of "
+        f"{deepest.target!r}"
+    )
