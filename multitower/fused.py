@@ -1,0 +1,306 @@
+"""The fused model: towers, links and adapters, run by the schedule."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .graph import FusionGraph, GraphError
+from .link import GatedCrossAttention, InputAdapter, Visibility, visibility
+from .schedule import Layer, Schedule, Tap, make_schedule
+from .stream import IGNORE, Segment, check_streams
+from .tower import Tower
+
+
+class FusedOutput(NamedTuple):
+    """What a forward gives.
+
+    Attributes:
+        loss: The sum of ``losses``, a scalar, or None when no stream has labels.
+        losses: For each tower with labels the mean cross-entropy over its labels, a scalar (0 without any).
+        logits: For each tower of the batch, shape (batch, length of its stream, its vocabulary).
+        attentions: For each link and tap ("source layer-target layer"), when asked for, the weights of
+            shape (batch, heads, target length, source length).
+    """
+
+    loss: Tensor | None
+    losses: dict[str, Tensor]
+    logits: dict[str, Tensor]
+    attentions: dict[str, dict[str, Tensor]]
+
+
+class FusedModel(nn.Module):
+    """Several decoders fused into one module; ``FusionGraph.compile`` makes it.
+
+    >>> import multitower as mt
+    >>> from multitower.testing import tiny_tower
+    >>> graph = mt.FusionGraph()
+    >>> graph.add_tower("speech", tiny_tower(seed=0), train="all")
+    >>> graph.add_tower("text", tiny_tower(seed=1))
+    >>> graph.add_link("speech", "text", interleave=1)
+    >>> model = graph.compile()
+    >>> batch = mt.collate([[mt.Segment("speech", [0, 5, 1]), mt.Segment("text", [0, 7, 1], target=True)]])
+    >>> out = model(**batch)
+    >>> out.logits["text"].shape
+    torch.Size([1, 3, 16])
+    >>> out.loss.backward()
+
+    A fused run of towers, links and adapters is what ``forward`` and ``generate`` do; ``unimodal`` gives a
+    tower as it is without them. Frozen towers stay in eval mode and take no gradient.
+
+    Args:
+        graph: The declaration.
+        towers: A tower for each that the graph names.
+
+    Raises:
+        GraphError: A tower is missing, heads do not fit, or the layers cannot be scheduled.
+    """
+
+    def __init__(self, graph: FusionGraph, towers: Mapping[str, Tower]) -> None:
+        super().__init__()
+        if set(towers) != set(graph.towers):
+            raise GraphError(f"the graph has the towers {list(graph.towers)}, but got {list(towers)}")
+        self.graph = FusionGraph.from_dict(graph.to_dict())
+        depths = {name: tower.depth for name, tower in towers.items()}
+        self.schedule: Schedule = make_schedule(depths, graph.links.values())
+        self.towers = nn.ModuleDict(dict(towers))
+        self.adapters = nn.ModuleDict()
+        self.links = nn.ModuleDict({name: nn.ModuleDict() for name in graph.links})
+        for name, spec in graph.towers.items():
+            tower = towers[name]
+            tower.requires_grad_(spec.train == "all")
+            if spec.adapter is not None:
+                self.adapters[name] = InputAdapter(tower.width, spec.adapter).to(**_placement(tower))
+        for tap in self.schedule.taps:
+            self._link(tap.link)[tap.key] = self._make_tap(tap)
+        self.train()
+
+    def forward(
+        self, streams: Mapping[str, Mapping[str, Tensor]], *, output_attentions: bool = False
+    ) -> FusedOutput:
+        """Run the batch that ``collate`` made; towers that it does not mention do not run.
+
+        Args:
+            streams: For each tower in the batch its "tokens", "times", "mask" and, for a loss, "labels".
+            output_attentions: Whether to give the attention weights of every tap as well.
+
+        Raises:
+            ValueError: A stream belongs to no tower, is malformed, or holds tokens beyond the vocabulary.
+        """
+        hidden, contexts, _, attentions = self.run(streams, output_attentions=output_attentions)
+        logits = {name: self.tower(name).head(hidden[name], contexts[name]) for name in streams}
+        losses = {
+            name: token_loss(logits[name], stream["labels"])
+            for name, stream in streams.items()
+            if "labels" in stream
+        }
+        device = next(iter(losses.values())).device if losses else None
+        loss = torch.stack([loss.to(device) for loss in losses.values()]).sum() if losses else None
+        return FusedOutput(loss, losses, logits, attentions)
+
+    def run(
+        self, streams: Mapping[str, Mapping[str, Tensor]], *, output_attentions: bool = False
+    ) -> tuple[dict[str, Tensor], dict[str, Any], dict[Layer, Tensor], dict[str, dict[str, Tensor]]]:
+        """Run the schedule up to the heads.
+
+        Returns:
+            The final state of each tower, the context that its head needs, the outputs of the layers
+            that taps read, and the attention weights when asked for.
+        """
+        check_streams(streams, {name: self.tower(name).vocab_size for name in self.towers})
+        hidden: dict[str, Tensor] = {}
+        contexts: dict[str, Any] = {}
+        given: dict[Layer, Tensor] = {}
+        attentions: dict[str, dict[str, Tensor]] = {}
+        seen = self._visibilities(streams)
+        for name, stream in streams.items():
+            embedded, contexts[name] = self.tower(name).embed(stream["tokens"])
+            hidden[name] = self.adapt(name, embedded)
+        read_layers = self.schedule.read_layers
+        for step in self.schedule.steps:
+            if step.tower not in streams:
+                continue
+            x = hidden[step.tower]
+            if not step.taps:
+                x = self.tower(step.tower).layer(step.layer, x, contexts[step.tower])
+                if (step.tower, step.layer) in read_layers:
+                    given[step.tower, step.layer] = x
+            else:
+                update = torch.zeros_like(x)
+                for tap in step.taps:
+                    if tap.link in seen:
+                        module = self.tap(tap)
+                        source = module.read(given[tap.source, tap.source_layer])
+                        update = update + module(x, source, seen[tap.link])
+                        if output_attentions:
+                            weights = module.weights(x, source, seen[tap.link])
+                            attentions.setdefault(tap.link, {})[tap.key] = weights
+                x = x + update
+            hidden[step.tower] = x
+        return hidden, contexts, given, attentions
+
+    def generate(
+        self,
+        examples: Sequence[Sequence[Segment]],
+        output: Sequence[str],
+        **options: Any,
+    ) -> list[list[Segment]]:
+        """Decode one segment for each tower in ``output``, each until its end token; see ``generate.py``.
+
+        Args:
+            examples: What is given, each a list of segments (none of them a target).
+            output: The towers to decode, in this order; each reads all that came before.
+            options: Options of transformers' ``generate``: ``max_new_tokens``, ``do_sample``, ...
+
+        Returns:
+            For each example (each returned sequence of it) the decoded segments, begin and end included.
+        """
+        from .generate import generate
+
+        return generate(self, examples, output, options)
+
+    def unimodal(self, name: str) -> nn.Module:
+        """Give one tower as it is without links and adapters: for transformers, the model itself."""
+        return self.tower(name).native
+
+    def tower(self, name: str) -> Tower:
+        """Give one tower.
+
+        Raises:
+            KeyError: There is no tower of that name.
+        """
+        if name not in self.towers:
+            raise KeyError(f"there is no tower {name!r}; the towers are {', '.join(self.towers)}")
+        tower = self.towers[name]
+        assert isinstance(tower, Tower)
+        return tower
+
+    def tap(self, tap: Tap) -> GatedCrossAttention:
+        """Give the module of one tap of the schedule."""
+        module = self._link(tap.link)[tap.key]
+        assert isinstance(module, GatedCrossAttention)
+        return module
+
+    def adapt(self, name: str, embedded: Tensor) -> Tensor:
+        """Apply a tower's input adapter, if it has one."""
+        if name not in self.adapters:
+            return embedded
+        adapted: Tensor = self.adapters[name](embedded)
+        return adapted
+
+    def gates(self) -> dict[str, float]:
+        """Give how far each gate is open: tanh of its parameter, by readable name.
+
+        >>> import multitower as mt
+        >>> from multitower.testing import tiny_model
+        >>> tiny_model().gates()["speech->text 1-1 attention"]
+        0.0
+        """
+        opened: dict[str, Any] = {f"{name} adapter": module.gate for name, module in self.adapters.items()}
+        for tap in self.schedule.taps:
+            module = self.tap(tap)
+            opened[f"{tap.link} {tap.key} attention"] = module.attention_gate
+            opened[f"{tap.link} {tap.key} feed-forward"] = module.ffn_gate
+        return {name: gate.detach().tanh().item() for name, gate in opened.items() if gate is not None}
+
+    def parameter_groups(self, lr: float, *, gate_lr: float | None = None) -> list[dict[str, Any]]:
+        """Give what an optimizer should train: the gates in a group of their own.
+
+        >>> from multitower.testing import tiny_model
+        >>> optimizer = torch.optim.AdamW(tiny_model().parameter_groups(lr=1e-3))
+        >>> [group["lr"] for group in optimizer.param_groups]
+        [0.001, 0.01]
+
+        Gates start closed and pass no gradient on until they open, so they learn faster: ``gate_lr`` is
+        ten times ``lr`` unless given, without weight decay.
+        """
+        gates: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                is_gate = name.startswith(("links.", "adapters.")) and name.endswith("gate")
+                (gates if is_gate else others).append(parameter)
+        return [
+            {"params": others, "lr": lr},
+            {"params": gates, "lr": 10 * lr if gate_lr is None else gate_lr, "weight_decay": 0.0},
+        ]
+
+    def train(self, mode: bool = True) -> FusedModel:
+        """Set training mode; frozen towers stay in eval mode."""
+        super().train(mode)
+        for name, spec in self.graph.towers.items():
+            if spec.train == "none":
+                self.tower(name).eval()
+        return self
+
+    def save_pretrained(self, folder: str | os.PathLike[str], *, embed_towers: bool = False) -> None:
+        """Write a checkpoint; see ``checkpoint.save_pretrained``."""
+        from .checkpoint import save_pretrained
+
+        save_pretrained(self, folder, embed_towers=embed_towers)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | os.PathLike[str], *, towers: Mapping[str, str | nn.Module] | None = None
+    ) -> FusedModel:
+        """Load a checkpoint; see ``checkpoint.from_pretrained``."""
+        from .checkpoint import from_pretrained
+
+        return from_pretrained(folder, towers=towers or {})
+
+    def _link(self, name: str) -> nn.ModuleDict:
+        link = self.links[name]
+        assert isinstance(link, nn.ModuleDict)
+        return link
+
+    def _make_tap(self, tap: Tap) -> GatedCrossAttention:
+        source, target, spec = self.tower(tap.source), self.tower(tap.target), self.graph.links[tap.link]
+        try:
+            module = GatedCrossAttention(
+                source.width, target.width, heads=spec.heads, projection=spec.projection
+            )
+        except ValueError as error:
+            raise GraphError(f"link {tap.link!r}: {error}; choose heads=... that divide it") from error
+        return module.to(**_placement(target))
+
+    def _visibilities(self, streams: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Visibility]:
+        """Give, for each link between two streams of the batch, what its queries may see."""
+        links: Iterable[Any] = self.graph.links.values()
+        return {
+            link.name: visibility(
+                streams[link.target]["times"], *_keys(streams[link.source], streams[link.target])
+            )
+            for link in links
+            if link.source in streams and link.target in streams
+        }
+
+
+def _keys(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    device = target["times"].device
+    return source["times"].to(device), source["mask"].to(device)
+
+
+def _placement(tower: Tower) -> dict[str, Any]:
+    """Where a tower's own new modules belong: its device and floating dtype."""
+    for parameter in tower.parameters():
+        if parameter.is_floating_point():
+            return {"device": parameter.device, "dtype": parameter.dtype}
+    return {}
+
+
+def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Give the mean cross-entropy of labels by the logits one place before them; 0 without any label.
+
+    >>> round(token_loss(torch.zeros(1, 3, 4), torch.tensor([[-100, 2, 1]])).item(), 4)     # log 4
+    1.3863
+    """
+    labels = labels.to(logits.device)[:, 1:]
+    total = F.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="sum"
+    )
+    return total / (labels != IGNORE).sum().clamp(min=1)

@@ -1,0 +1,175 @@
+"""The modules that a fusion adds between towers: gated cross-attention and input adapters."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+
+class KeysValues(NamedTuple):
+    """What a tap reads of a source: keys and values of shape (batch, heads, source length, head width)."""
+
+    keys: Tensor
+    values: Tensor
+
+
+class Visibility(NamedTuple):
+    """Which source tokens each target token may read.
+
+    Attributes:
+        mask: bool, shape (batch, 1, target length, source length). Rows that see nothing are open here,
+            so that their softmax is finite, and closed by ``sees``.
+        sees: bool, shape (batch, target length, 1): whether a target token sees anything at all.
+    """
+
+    mask: Tensor
+    sees: Tensor
+
+
+def visibility(query_times: Tensor, key_times: Tensor, key_mask: Tensor) -> Visibility:
+    """Let each query see the keys of strictly earlier time.
+
+    >>> seen = visibility(torch.tensor([[0, 2]]), torch.tensor([[1, -1]]), torch.tensor([[True, False]]))
+    >>> seen.sees.flatten().tolist()
+    [False, True]
+    >>> seen.mask[0, 0, 1].tolist()
+    [True, False]
+
+    Args:
+        query_times: int64, shape (batch, target length).
+        key_times: int64, shape (batch, source length).
+        key_mask: bool, shape (batch, source length): False at padding.
+    """
+    mask = (query_times[:, :, None] > key_times[:, None, :]) & key_mask[:, None, :]
+    sees = mask.any(-1, keepdim=True)
+    return Visibility((mask | ~sees)[:, None], sees)
+
+
+class GatedCrossAttention(nn.Module):
+    """One tap of a link: what a target tower takes from one layer of a source tower.
+
+    >>> tap = GatedCrossAttention(source_width=6, target_width=8, heads=2)
+    >>> x, h = torch.randn(1, 3, 8), torch.randn(1, 2, 6)
+    >>> real = torch.ones(1, 2, dtype=torch.bool)
+    >>> seen = visibility(torch.tensor([[0, 2, 4]]), torch.tensor([[1, 3]]), real)
+    >>> update = tap(x, tap.read(h), seen)
+    >>> bool((update == 0).all())                   # the gates are closed at the start
+    True
+
+    With x the target's state and h the source's: ``kv = project(norm(h))``;
+    ``x = x + tanh(a) * attention(q=norm(x), kv)``; ``x = x + tanh(b) * ffn(norm(x))``; a = b = 0 at the
+    start. Sources: Alayrac et al., "Flamingo" (arXiv 2204.14198), for the gated block; Zayats et al.,
+    "Zipper" (arXiv 2405.18669), for the projection of the source.
+    """
+
+    def __init__(
+        self, source_width: int, target_width: int, *, heads: int | None = None, projection: str = "mlp"
+    ) -> None:
+        super().__init__()
+        self.heads = heads or default_heads(target_width)
+        if target_width % self.heads:
+            raise ValueError(f"{self.heads} heads do not divide the target width {target_width}")
+        self.source_norm = nn.LayerNorm(source_width)
+        self.project = _projection(projection, source_width, target_width)
+        self.norm = nn.LayerNorm(target_width)
+        self.query = nn.Linear(target_width, target_width, bias=False)
+        self.key = nn.Linear(target_width, target_width, bias=False)
+        self.value = nn.Linear(target_width, target_width, bias=False)
+        self.out = nn.Linear(target_width, target_width, bias=False)
+        self.ffn_norm = nn.LayerNorm(target_width)
+        self.ffn = nn.Sequential(
+            nn.Linear(target_width, 4 * target_width), nn.GELU(), nn.Linear(4 * target_width, target_width)
+        )
+        self.attention_gate = nn.Parameter(torch.zeros(1))
+        self.ffn_gate = nn.Parameter(torch.zeros(1))
+
+    def read(self, source: Tensor) -> KeysValues:
+        """Project the source's states, shape (batch, source length, source width), to keys and values."""
+        weight = self.key.weight
+        states = self.project(self.source_norm(source.to(weight.device, weight.dtype)))
+        return KeysValues(self._split(self.key(states)), self._split(self.value(states)))
+
+    def forward(self, x: Tensor, source: KeysValues, seen: Visibility) -> Tensor:
+        """Give the update to add to the target's states.
+
+        Args:
+            x: The target's states, shape (batch, target length, target width).
+            source: What ``read`` gave.
+            seen: Which source tokens each target token may read.
+
+        Returns:
+            Shape and dtype of x; exactly zero where a target token sees nothing.
+        """
+        states = x.to(self.query.weight.dtype)
+        attended = F.scaled_dot_product_attention(self._query(states), *source, attn_mask=seen.mask)
+        update = torch.tanh(self.attention_gate) * self.out(rearrange(attended, "b h t d -> b t (h d)"))
+        update = update + torch.tanh(self.ffn_gate) * self.ffn(self.ffn_norm(states + update))
+        return torch.where(seen.sees, update, 0.0).to(x.dtype)
+
+    def weights(self, x: Tensor, source: KeysValues, seen: Visibility) -> Tensor:
+        """Give the attention weights, float, shape (batch, heads, target length, source length).
+
+        Rows of target tokens that see nothing are zero.
+        """
+        query = self._query(x.to(self.query.weight.dtype))
+        scores = query @ source.keys.transpose(-1, -2) / query.shape[-1] ** 0.5
+        weights = scores.float().masked_fill(~seen.mask, float("-inf")).softmax(-1)
+        return torch.where(seen.sees[:, None], weights, 0.0)
+
+    def _query(self, x: Tensor) -> Tensor:
+        return self._split(self.query(self.norm(x)))
+
+    def _split(self, states: Tensor) -> Tensor:
+        return rearrange(states, "b t (h d) -> b h t d", h=self.heads)
+
+
+class InputAdapter(nn.Module):
+    """Stands between a tower's embedding and its first layer in a fused run.
+
+    >>> adapter = InputAdapter(8)
+    >>> h = torch.randn(1, 3, 8)
+    >>> torch.equal(adapter(h), h)                  # "gated": h + tanh(g) * mlp(h), g = 0 at the start
+    True
+
+    "paper" is ``relu(mlp(h))``, as Zipper (arXiv 2405.18669) prints it: not the identity at the start.
+    """
+
+    def __init__(self, width: int, form: str = "gated") -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.gate = nn.Parameter(torch.zeros(1)) if form == "gated" else None
+
+    def forward(self, embedded: Tensor) -> Tensor:
+        """Adapt embedded tokens, shape (batch, length, width)."""
+        weight = next(self.mlp.parameters())
+        adapted: Tensor = self.mlp(embedded.to(weight.dtype)).to(embedded.dtype)
+        if self.gate is None:
+            return F.relu(adapted)
+        return embedded + torch.tanh(self.gate).to(embedded.dtype) * adapted
+
+
+def default_heads(width: int) -> int:
+    """Give the number of heads of about 64 channels (at least 2 heads from width 64) that divides the width.
+
+    >>> [default_heads(width) for width in (48, 128, 576, 2048)]
+    [1, 2, 9, 32]
+    """
+    wanted = max(width // 64, 2 if width >= 64 else 1)
+    return next(heads for heads in range(wanted, 0, -1) if width % heads == 0)
+
+
+def _projection(kind: str, source_width: int, target_width: int) -> nn.Module:
+    if kind == "mlp":
+        return nn.Sequential(
+            nn.Linear(source_width, target_width),
+            nn.GELU(),
+            nn.Linear(target_width, target_width),
+            nn.GELU(),
+            nn.Linear(target_width, target_width),
+        )
+    linear = nn.Linear(source_width, target_width)
+    return nn.Sequential(linear, nn.ReLU()) if kind == "relu" else linear

@@ -1,0 +1,176 @@
+"""Segments of interleaved examples, and the batches that they are collated into."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+IGNORE = -100
+"""The label of a position that is not to be predicted, as in ``torch.nn.functional.cross_entropy``."""
+
+Stream = dict[str, Tensor]
+Batch = dict[str, dict[str, Stream]]
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """A run of tokens of one tower within an example.
+
+    >>> import multitower as mt
+    >>> example = [mt.Segment("speech", [7, 1, 2, 8]), mt.Segment("text", [3, 5, 4], target=True)]
+
+    Attributes:
+        tower: Name of the tower that the tokens belong to.
+        tokens: Token ids as the tower knows them, shape (length,), begin and end tokens included.
+        target: Whether the tower is to learn to predict these tokens (all but the first, which is given).
+    """
+
+    tower: str
+    tokens: Sequence[int] | Tensor
+    target: bool = False
+
+
+Example = Sequence[Segment]
+
+
+def collate(examples: Sequence[Example]) -> Batch:
+    """Put examples into one batch: a stream for each tower, padded on the right.
+
+    >>> import multitower as mt
+    >>> batch = mt.collate([
+    ...     [mt.Segment("speech", [7, 1, 8]), mt.Segment("text", [3, 5, 4], target=True)],
+    ...     [mt.Segment("text", [3, 4])],
+    ... ])
+    >>> batch["streams"]["text"]["tokens"].tolist()
+    [[3, 5, 4], [3, 4, 0]]
+    >>> batch["streams"]["text"]["times"].tolist()
+    [[3, 4, 5], [0, 1, -1]]
+    >>> batch["streams"]["text"]["labels"].tolist()
+    [[-100, 5, 4], [-100, -100, -100]]
+
+    Args:
+        examples: Each a sequence of segments in the order in which they are spoken, written, ...
+
+    Returns:
+        ``{"streams": {tower: {"tokens", "times", "mask", "labels"}}}`` with int64 tensors (mask: bool) of
+        shape (batch, length of that tower's longest stream). ``times`` counts tokens of all towers from
+        the start of the example and is -1 at padding; ``labels`` stand at the tokens that they name (the
+        model shifts them) and are -100 where nothing is to be predicted.
+
+    Raises:
+        ValueError: The batch, an example or a segment is empty, or tokens are not a row of whole numbers.
+    """
+    if len(examples) == 0:
+        raise ValueError("the batch is empty; collate needs at least one example")
+    for number, example in enumerate(examples):
+        if isinstance(example, Segment) or not all(isinstance(segment, Segment) for segment in example):
+            raise ValueError(f"example {number} must be a list of multitower.Segment")
+        if len(example) == 0:
+            raise ValueError(f"example {number} has no segments")
+    return {"streams": make_streams(examples)}
+
+
+def make_streams(examples: Sequence[Example]) -> dict[str, Stream]:
+    """Give the streams of a batch as ``collate`` does; here an example may be empty."""
+    names = list(dict.fromkeys(segment.tower for example in examples for segment in example))
+    rows: dict[str, list[Stream]] = {name: [] for name in names}
+    for number, example in enumerate(examples):
+        pieces: dict[str, list[Stream]] = {name: [_nothing()] for name in names}
+        time = 0
+        for segment in example:
+            tokens = _as_tokens(segment, number)
+            labels = torch.full_like(tokens, IGNORE)
+            if segment.target:
+                labels[1:] = tokens[1:]
+            pieces[segment.tower].append(
+                {
+                    "tokens": tokens,
+                    "times": torch.arange(time, time + len(tokens)),
+                    "mask": torch.ones_like(tokens, dtype=torch.bool),
+                    "labels": labels,
+                }
+            )
+            time += len(tokens)
+        for name in names:
+            rows[name].append({key: torch.cat([piece[key] for piece in pieces[name]]) for key in PADDING})
+    return {
+        name: {
+            key: pad_sequence([row[key] for row in rows[name]], batch_first=True, padding_value=value)
+            for key, value in PADDING.items()
+        }
+        for name in names
+    }
+
+
+PADDING = {"tokens": 0, "times": -1, "mask": False, "labels": IGNORE}
+
+
+def check_streams(streams: Mapping[str, Mapping[str, Tensor]], vocabularies: Mapping[str, int]) -> None:
+    """Check a batch against the towers' vocabulary sizes.
+
+    >>> check_streams({"text": {"tokens": torch.tensor([[9]])}}, {"text": 5})
+    Traceback (most recent call last):
+    ValueError: stream 'text' lacks 'times' and 'mask'; build batches with multitower.collate
+
+    The values of tokens are looked at only on the CPU: elsewhere that would wait for the device.
+
+    Raises:
+        ValueError: There is no stream, a stream belongs to no tower, lacks a tensor or has other shapes
+            than the rest, or tokens are outside the vocabulary.
+    """
+    if not streams:
+        raise ValueError("the batch has no streams; build it with multitower.collate")
+    sizes = set()
+    for name, stream in streams.items():
+        if name not in vocabularies:
+            raise ValueError(f"there is a stream for {name!r}, but the towers are {', '.join(vocabularies)}")
+        missing = [key for key in ("tokens", "times", "mask") if key not in stream]
+        if missing:
+            raise ValueError(
+                f"stream {name!r} lacks {' and '.join(map(repr, missing))}; build batches with "
+                "multitower.collate"
+            )
+        tokens = stream["tokens"]
+        for key, value in stream.items():
+            if value.shape != tokens.shape or value.dim() != 2:
+                raise ValueError(
+                    f"stream {name!r}: {key} has shape {tuple(value.shape)} and tokens has "
+                    f"{tuple(tokens.shape)}; both must be (batch, length)"
+                )
+        sizes.add(len(tokens))
+        if tokens.device.type == "cpu" and not torch.compiler.is_compiling() and tokens.numel():
+            _check_values(name, stream, vocabularies[name])
+    if len(sizes) > 1:
+        shapes = {name: tuple(stream["tokens"].shape) for name, stream in streams.items()}
+        raise ValueError(f"streams of one batch must have the same number of rows, not {shapes}")
+
+
+def _check_values(name: str, stream: Mapping[str, Tensor], vocabulary: int) -> None:
+    tokens, mask = stream["tokens"], stream["mask"]
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= vocabulary:
+        raise ValueError(
+            f"stream {name!r} holds token {low if low < 0 else high}, but tower {name!r} has a vocabulary of "
+            f"{vocabulary} (ids 0 to {vocabulary - 1}); was it encoded for another tower?"
+        )
+    if bool((mask[:, 1:] & ~mask[:, :-1]).any()):
+        raise ValueError(f"stream {name!r} must be padded on the right: its mask is True again after False")
+
+
+def _as_tokens(segment: Segment, example: int) -> Tensor:
+    where = f"example {example}, segment of tower {segment.tower!r}"
+    tokens = torch.as_tensor(segment.tokens).detach().cpu()
+    if tokens.dim() != 1 or tokens.numel() == 0:
+        raise ValueError(f"{where}: tokens must be a row of one or more ids, not {tuple(tokens.shape)}")
+    if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+        raise ValueError(f"{where}: tokens must be whole numbers, not {tokens.dtype}")
+    return tokens.long()
+
+
+def _nothing() -> Stream:
+    empty = torch.empty(0, dtype=torch.long)
+    return {"tokens": empty, "times": empty, "mask": empty.bool(), "labels": empty}

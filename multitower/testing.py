@@ -1,0 +1,98 @@
+"""Tiny random towers and models for tests and documentation; they need no download."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .fused import FusedModel
+from .graph import FusionGraph
+from .tower import Tower
+
+
+class TinyLayer(nn.Module):
+    """One head of causal attention and a feed-forward."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.attention = nn.Linear(width, 3 * width)
+        self.ffn = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU())
+        self.out = nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the layer over states of shape (batch, length, width)."""
+        query, key, value = self.attention(self.norm(x)).chunk(3, dim=-1)
+        x = x + F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        output: Tensor = x + self.out(self.ffn(x))
+        return output
+
+
+class TinyTower(Tower):
+    """A small causal decoder in plain PyTorch: ids 0 and 1 are its begin and end."""
+
+    begin = 0
+    end = (1,)
+
+    def __init__(self, depth: int, width: int, vocab_size: int) -> None:
+        super().__init__()
+        self.depth, self.width, self.vocab_size = depth, width, vocab_size
+        self.table = nn.Embedding(vocab_size, width)
+        self.layers = nn.ModuleList(TinyLayer(width) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+
+    def embed(self, tokens: Tensor) -> tuple[Tensor, None]:
+        """Look the tokens up."""
+        return self.table(tokens), None
+
+    def layer(self, index: int, hidden: Tensor, context: None) -> Tensor:
+        """Run one layer."""
+        output: Tensor = self.layers[index - 1](hidden)
+        return output
+
+    def head(self, hidden: Tensor, context: None) -> Tensor:
+        """Score the vocabulary by the embedding table."""
+        logits: Tensor = self.norm(hidden) @ self.table.weight.T
+        return logits
+
+
+def tiny_tower(seed: int = 0, *, depth: int = 2, width: int = 8, vocab_size: int = 16) -> TinyTower:
+    """Give a random tower, the same for the same seed.
+
+    >>> tiny_tower(seed=3, depth=4).depth
+    4
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return TinyTower(depth, width, vocab_size).eval()
+
+
+def tiny_model(seed: int = 0) -> FusedModel:
+    """Give two random towers, "speech" (trained) and "text" (frozen), linked in both directions.
+
+    >>> [str(link) for link in tiny_model().graph.links]
+    ['speech->text', 'text->speech']
+    """
+    graph = FusionGraph()
+    graph.add_tower("speech", tiny_tower(2 * seed, depth=3, width=12), train="all")
+    graph.add_tower("text", tiny_tower(2 * seed + 1, depth=2, width=8))
+    graph.add_link("speech", "text", interleave=1)
+    graph.add_link("text", "speech", interleave=1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return graph.compile()
+
+
+def open_gates(model: FusedModel, seed: int = 0, *, scale: float = 1.0) -> FusedModel:
+    """Set every gate to a random value, as training would; give the same model.
+
+    >>> any(open_gates(tiny_model()).gates().values())
+    True
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.startswith(("links.", "adapters.")) and name.endswith("gate"):
+                parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+    return model

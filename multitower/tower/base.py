@@ -1,0 +1,97 @@
+"""What the library asks of a tower."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+Inject = Callable[[int, Tensor, int], Tensor]
+"""Called with (layer, state after it, number of tokens before this call); gives the state to go on with.
+
+Layer 0 is the embedding. The state has shape (batch, length of this call, width).
+"""
+
+
+class TowerError(ValueError):
+    """A model that cannot be used as a tower."""
+
+
+class Tower(nn.Module, ABC):
+    """A causal decoder that can be run one layer at a time.
+
+    >>> import torch, multitower as mt
+    >>> from torch import nn
+    >>> class Bag(mt.Tower):
+    ...     depth, width, vocab_size, begin, end = 2, 8, 10, 0, (1,)
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.table = nn.Embedding(10, 8)
+    ...         self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+    ...     def embed(self, tokens):
+    ...         return self.table(tokens), None
+    ...     def layer(self, index, hidden, context):
+    ...         return hidden + self.layers[index - 1](hidden).cumsum(1)
+    ...     def head(self, hidden, context):
+    ...         return hidden @ self.table.weight.T
+    >>> Bag()(torch.tensor([[2, 3, 4]])).shape
+    torch.Size([1, 3, 10])
+
+    Subclasses set the attributes and the three methods. Streams are padded on the right, so a causal
+    tower needs no padding mask.
+
+    Attributes:
+        depth: Number of layers.
+        width: Width of the state between layers.
+        vocab_size: Number of token ids that ``head`` scores.
+        begin: The id that opens a segment, or None: then the tower cannot start one in ``generate``.
+        end: The ids that close a segment; empty when there is none.
+    """
+
+    depth: int
+    width: int
+    vocab_size: int
+    begin: int | None = None
+    end: tuple[int, ...] = ()
+
+    @abstractmethod
+    def embed(self, tokens: Tensor) -> tuple[Tensor, Any]:
+        """Give the state that enters layer 1, shape (batch, length, width), and what the layers need.
+
+        Args:
+            tokens: int64, shape (batch, length).
+
+        Returns:
+            The state, and a context (masks, rotary tables, ...) that is handed to ``layer`` and ``head``.
+        """
+
+    @abstractmethod
+    def layer(self, index: int, hidden: Tensor, context: Any) -> Tensor:
+        """Run layer ``index``, counted from 1."""
+
+    @abstractmethod
+    def head(self, hidden: Tensor, context: Any) -> Tensor:
+        """Give the logits, shape (batch, length, vocab_size), of the state after the last layer."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Run the tower alone: tokens of shape (batch, length) to logits."""
+        hidden, context = self.embed(tokens)
+        for index in range(1, self.depth + 1):
+            hidden = self.layer(index, hidden, context)
+        return self.head(hidden, context)
+
+    @property
+    def native(self) -> nn.Module:
+        """The model as it was before it became a tower."""
+        return self
+
+    def decoder(self, inject: Inject) -> Any:
+        """Give a model with transformers' ``generate`` that runs this tower with ``inject`` after each layer.
+
+        This default works for any tower and computes every step from the start; override it for a cache.
+        """
+        from .uncached import UncachedDecoder
+
+        return UncachedDecoder(self, inject)

@@ -1,0 +1,49 @@
+"""Decoding for towers that are not from transformers, by transformers' own generate, without a cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..extras import require
+from .base import Inject, Tower
+
+transformers: Any = require("transformers", "transformers")
+
+
+class UncachedDecoder(transformers.PreTrainedModel, transformers.GenerationMixin):  # type: ignore[misc]  # known only when it runs
+    """What ``generate`` needs of a causal LM, around any tower; each step starts from the first token."""
+
+    config_class = transformers.PretrainedConfig
+    main_input_name = "input_ids"
+
+    def __init__(self, tower: Tower, inject: Inject) -> None:
+        super().__init__(transformers.PretrainedConfig())
+        self.config.vocab_size = tower.vocab_size
+        self.config.use_cache = False
+        self.generation_config = transformers.GenerationConfig(use_cache=False)
+        self.tower = tower
+        self.inject = inject
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **unused: Any) -> Any:
+        """Give the logits of prompts padded on the left, which a tower expects on the right."""
+        length = input_ids.shape[1]
+        padding = torch.zeros_like(input_ids[:, :1])
+        if attention_mask is not None:
+            padding = length - attention_mask.sum(1, keepdim=True)
+        places = torch.arange(length, device=input_ids.device)
+        to_right = (places + padding) % length
+        to_left = (places - padding) % length
+        hidden, context = self.tower.embed(input_ids.gather(1, to_right))
+        for index in range(self.tower.depth + 1):
+            if index:
+                hidden = self.tower.layer(index, hidden, context)
+            hidden = _rows(self.inject(index, _rows(hidden, to_left), 0), to_right)
+        logits = _rows(self.tower.head(hidden, context), to_left)
+        return transformers.modeling_outputs.CausalLMOutput(logits=logits)
+
+
+def _rows(states: Tensor, places: Tensor) -> Tensor:
+    return states.gather(1, places[:, :, None].expand(-1, -1, states.shape[-1]))

@@ -1,0 +1,66 @@
+"""Models and batches that the tests share."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+import multitower as mt
+from multitower.testing import open_gates, tiny_tower
+
+transformers_families = ("llama", "gpt2", "qwen3", "gemma3_text", "bloom", "phi3")
+
+
+def causal_lm(
+    family: str, *, width: int = 16, depth: int = 2, vocab_size: int = 20, seed: int = 0
+) -> nn.Module:
+    """A tiny random transformers model: id 0 is its begin, 1 its end."""
+    import transformers
+
+    config = transformers.AutoConfig.for_model(family)
+    common = {
+        "vocab_size": vocab_size,
+        "hidden_size": width,
+        "num_hidden_layers": depth,
+        "num_attention_heads": 2,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": None,
+    }
+    if hasattr(config, "num_key_value_heads"):
+        common |= {"num_key_value_heads": 1, "intermediate_size": 2 * width}
+    if hasattr(config, "head_dim"):
+        common["head_dim"] = width // 2
+    torch.manual_seed(seed)
+    return transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(family, **common)
+    ).eval()
+
+
+def pair(
+    text: nn.Module | None = None,
+    speech: nn.Module | None = None,
+    *,
+    train: str = "none",
+    gates: bool = False,
+) -> mt.FusedModel:
+    """Speech and text, linked in both directions; speech of unlike width and depth."""
+    graph = mt.FusionGraph()
+    graph.add_tower("speech", speech or tiny_tower(1, depth=4, width=12, vocab_size=14), train=train)
+    graph.add_tower("text", text or tiny_tower(2, depth=2, width=8, vocab_size=20))
+    graph.add_link("speech", "text", interleave=(2, 1))
+    graph.add_link("text", "speech", interleave=(1, 2))
+    torch.manual_seed(5)
+    model = graph.compile().eval()
+    return open_gates(model, seed=7) if gates else model
+
+
+def segment(tower: str, *tokens: int, target: bool = False) -> mt.Segment:
+    return mt.Segment(tower, [0, *tokens, 1], target=target)
+
+
+EXAMPLES = [
+    [segment("speech", 5, 6, 7, 8), segment("text", 9, 3, target=True)],
+    [segment("text", 4, 5, 6, 7, 8), segment("speech", 9, 3, 2, target=True), segment("text", 2)],
+    [segment("text", 11, target=True)],
+]

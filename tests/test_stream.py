@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from models import EXAMPLES, pair, segment
+
+import multitower as mt
+
+
+def test_streams_keep_order_and_time() -> None:
+    streams = mt.collate(EXAMPLES)["streams"]
+    text, speech = streams["text"], streams["speech"]
+    assert text["tokens"].tolist()[1] == [0, 4, 5, 6, 7, 8, 1, 0, 2, 1]
+    assert text["times"].tolist()[1] == [0, 1, 2, 3, 4, 5, 6, 12, 13, 14]
+    assert speech["times"].tolist()[1] == [7, 8, 9, 10, 11, -1]
+    assert speech["labels"].tolist()[1] == [-100, 9, 3, 2, 1, -100]
+    assert text["labels"].tolist()[0][:4] == [-100, 9, 3, 1]
+    assert not speech["mask"][2].any()
+    assert {stream[key].dtype for stream in streams.values() for key in ("tokens", "times", "labels")} == {
+        torch.int64
+    }
+
+
+@pytest.mark.parametrize(
+    ("examples", "message"),
+    [
+        ([], "the batch is empty"),
+        ([[]], "example 0 has no segments"),
+        ([segment("text", 1)], "example 0 must be a list"),
+        ([[segment("text")], ["text"]], "example 1 must be a list"),
+        ([[mt.Segment("text", [])]], "example 0, segment of tower 'text': tokens must be a row"),
+        ([[mt.Segment("text", [[1, 2]])]], r"not \(1, 2\)"),
+        ([[mt.Segment("text", [0.5])]], "whole numbers"),
+    ],
+)
+def test_bad_examples_teach(examples: list, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        mt.collate(examples)
+
+
+def test_stream_without_a_tower() -> None:
+    with pytest.raises(ValueError, match="a stream for 'music', but the towers are speech, text"):
+        pair()(**mt.collate([[segment("music", 3)]]))
+
+
+@pytest.mark.parametrize("token", [20, -1])
+def test_token_beyond_the_vocabulary(token: int) -> None:
+    with pytest.raises(ValueError, match=rf"stream 'text' holds token {token}, .* vocabulary of 20"):
+        pair()(**mt.collate([[mt.Segment("text", [0, token])]]))
+
+
+def test_malformed_streams_teach() -> None:
+    model = pair()
+    streams = mt.collate(EXAMPLES)["streams"]
+    with pytest.raises(ValueError, match="no streams"):
+        model(streams={})
+    with pytest.raises(ValueError, match="lacks 'times'"):
+        model(streams={"text": {key: streams["text"][key] for key in ("tokens", "mask")}})
+    with pytest.raises(ValueError, match=r"times has shape \(3, 4\)"):
+        model(streams={"text": {**streams["text"], "times": streams["text"]["times"][:, :4]}})
+    with pytest.raises(ValueError, match="same number of rows"):
+        model(streams={**streams, "text": {key: value[:2] for key, value in streams["text"].items()}})
+    with pytest.raises(ValueError, match="padded on the right"):
+        model(streams={"text": {**streams["text"], "mask": streams["text"]["mask"].flip(1)}})
