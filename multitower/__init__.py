@@ -1,0 +1,41 @@
+"""Fuse independently pretrained decoders into one model, by gated cross-attention.
+
+>>> import multitower as mt
+>>> from multitower.testing import tiny_tower          # stands for any pretrained decoder
+>>> graph = mt.FusionGraph()
+>>> graph.add_tower("speech", tiny_tower(seed=0), train="all")
+>>> graph.add_tower("text", tiny_tower(seed=1))
+>>> graph.add_link("speech", "text", interleave=(1, 1))
+>>> graph.add_link("text", "speech", interleave=(1, 1))
+>>> model = graph.compile()
+>>> batch = mt.collate([[mt.Segment("speech", [0, 5, 6, 1]), mt.Segment("text", [0, 3, 1], target=True)]])
+>>> sorted(model(**batch).losses)
+['speech', 'text']
+"""
+
+from .checkpoint import CheckpointError
+from .draw import draw_graph
+from .expansion import VocabularyExpansion
+from .fused import FusedModel, FusedOutput
+from .graph import FusionGraph, GraphError
+from .modality import Modality
+from .stream import Segment, collate
+from .tower import Tower, TowerError, TransformersTower
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointError",
+    "FusedModel",
+    "FusedOutput",
+    "FusionGraph",
+    "GraphError",
+    "Modality",
+    "Segment",
+    "Tower",
+    "TowerError",
+    "TransformersTower",
+    "VocabularyExpansion",
+    "collate",
+    "draw_graph",
+]

@@ -1,0 +1,113 @@
+"""The rival method: one decoder whose vocabulary is expanded by the tokens of the other modalities."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .fused import FusedOutput, token_loss
+from .generate import decode_rows
+from .modality import Modality
+from .stream import IGNORE, Segment, check_streams
+
+
+class VocabularyExpansion(nn.Module):
+    """One transformers causal LM that also reads and writes other modalities' tokens, as new words.
+
+    >>> import multitower as mt
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from multitower_text import TextModality
+    >>> config = LlamaConfig(vocab_size=258, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+    ...                      num_attention_heads=2, bos_token_id=256, eos_token_id=257)
+    >>> text = TextModality()
+    >>> model = VocabularyExpansion(LlamaForCausalLM(config), {"text": text, "other": text})
+    >>> model.model.config.vocab_size
+    516
+    >>> tokens = text.encode("hi")
+    >>> batch = mt.collate([[mt.Segment("text", tokens), mt.Segment("other", tokens, target=True)]])
+    >>> sorted(model(**batch).losses)
+    ['other', 'text']
+
+    It takes the same batches and examples as ``FusedModel``, so that the two can be compared on the same
+    data. This is the "Single Decoder" of Zipper (arXiv 2405.18669); all parameters are tuned.
+
+    Args:
+        model: The decoder; it is used as it is, and its embeddings are resized.
+        modalities: The modality of each stream. The first one is the model's own: its ids stay as they
+            are; those of the others follow the model's vocabulary.
+    """
+
+    def __init__(self, model: nn.Module, modalities: Mapping[str, Modality]) -> None:
+        super().__init__()
+        native: Any = model
+        self.model = native
+        self.modalities = dict(modalities)
+        self.offsets: dict[str, int] = {}
+        size = int(native.config.get_text_config().vocab_size)
+        for number, (name, modality) in enumerate(modalities.items()):
+            self.offsets[name] = size if number else 0
+            size += modality.vocab_size if number else 0
+        native.resize_token_embeddings(size)
+        native.requires_grad_(True)
+
+    def forward(self, streams: Mapping[str, Mapping[str, Tensor]]) -> FusedOutput:
+        """Put the streams into one row by their times and run the decoder over it.
+
+        Returns:
+            Losses by stream as ``FusedModel`` gives them; logits under "row", over the expanded vocabulary.
+        """
+        check_streams(streams, {name: modality.vocab_size for name, modality in self.modalities.items()})
+        length = 1 + max(int(stream["times"].max()) for stream in streams.values())
+        row = self._interleave(streams, "tokens", length, 0)
+        logits: Tensor = self.model(input_ids=row, use_cache=False).logits
+        losses = {
+            name: token_loss(logits, self._interleave({name: stream}, "labels", length, IGNORE))
+            for name, stream in streams.items()
+        }
+        return FusedOutput(torch.stack(list(losses.values())).sum(), losses, {"row": logits}, {})
+
+    def generate(
+        self, examples: Sequence[Sequence[Segment]], output: Sequence[str], **options: Any
+    ) -> list[list[Segment]]:
+        """Decode one segment for each name in ``output``, only from that modality's tokens.
+
+        Takes and returns what ``FusedModel.generate`` does.
+        """
+        rows = [list(example) for example in examples]
+        decoded: list[list[Segment]] = [[] for _ in rows]
+        training = self.training
+        self.eval()
+        for name in output:
+            modality, offset = self.modalities[name], self.offsets[name]
+            prompts = [self._flatten(row, offset + modality.begin) for row in rows]
+            vocabulary = self.model.config.get_text_config().vocab_size
+            own = range(offset, offset + modality.vocab_size)
+            sequences = decode_rows(
+                self.model,
+                prompts,
+                begin=offset + modality.begin,
+                end=(offset + modality.end,),
+                options={"suppress_tokens": [i for i in range(vocabulary) if i not in own], **options},
+            )
+            segments = [Segment(name, sequence - offset) for sequence in sequences]
+            decoded = [[*before, segment] for before, segment in zip(decoded, segments, strict=True)]
+            rows = [[*row, segment] for row, segment in zip(rows, segments, strict=True)]
+        self.train(training)
+        return decoded
+
+    def _interleave(
+        self, streams: Mapping[str, Mapping[str, Tensor]], key: str, length: int, fill: int
+    ) -> Tensor:
+        first = next(iter(streams.values()))["tokens"]
+        row = torch.full((len(first), length + 1), fill, dtype=torch.long, device=first.device)
+        for name, stream in streams.items():
+            values = torch.where(stream[key] == IGNORE, IGNORE, stream[key] + self.offsets[name])
+            row.scatter_(1, torch.where(stream["mask"], stream["times"], length), values)
+        return row[:, :length]
+
+    def _flatten(self, row: Sequence[Segment], begin: int) -> Tensor:
+        pieces = [torch.as_tensor(segment.tokens).cpu() + self.offsets[segment.tower] for segment in row]
+        return torch.cat([*pieces, torch.tensor([begin])])

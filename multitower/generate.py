@@ -1,0 +1,237 @@
+"""Decoding by transformers' own generate.
+
+The other towers run once over what is given; each tap into the decoded tower keeps their keys and values.
+Then a copy of that tower, whose layers are followed by the taps, is to transformers an ordinary causal LM.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from .link import KeysValues, visibility
+from .schedule import Tap
+from .stream import Example, Segment, Stream, make_streams
+
+if TYPE_CHECKING:
+    from .fused import FusedModel
+
+MAX_NEW_TOKENS = 1024
+"""How long a segment may grow when neither the caller nor the tower says so."""
+
+RESERVED = ("input_ids", "inputs", "inputs_embeds", "attention_mask", "past_key_values", "decoder_input_ids")
+UNSUPPORTED = ("return_dict_in_generate", "output_scores", "output_logits", "output_attentions")
+
+
+@torch.no_grad()
+def generate(
+    model: FusedModel, examples: Sequence[Example], output: Sequence[str], options: Mapping[str, Any]
+) -> list[list[Segment]]:
+    """Decode one segment for each tower in ``output``; see ``FusedModel.generate``.
+
+    Raises:
+        ValueError: Nothing is to be decoded, a tower is unknown or has no begin token, an example holds
+            a target, or an option cannot be passed on.
+    """
+    _check(model, examples, output, options)
+    rows = [list(example) for example in examples]
+    copies = options.get("num_return_sequences") or 1
+    decoded: list[list[Segment]] = [[] for _ in range(len(rows) * copies)]
+    training = model.training
+    model.eval()
+    try:
+        for name in output:
+            segments = _decode_segment(model, rows, name, options)
+            decoded = [[*before, segment] for before, segment in zip(decoded, segments, strict=True)]
+            if name != output[-1]:
+                rows = [[*row, segment] for row, segment in zip(rows, segments, strict=True)]
+    finally:
+        model.train(training)
+    return decoded
+
+
+def _decode_segment(
+    model: FusedModel, rows: Sequence[Example], name: str, options: Mapping[str, Any]
+) -> list[Segment]:
+    tower = model.tower(name)
+    begin = options.get("bos_token_id", tower.begin)
+    prompts = [_prompt(row, name, begin) for row in rows]
+    times = pad_left([times for _, times in prompts], -1).to(_device(model, name))
+    decoder = tower.decoder(_TapReader(model, name, make_streams(rows), times))
+    sequences = decode_rows(
+        decoder, [tokens for tokens, _ in prompts], begin=begin, end=tower.end, options=options
+    )
+    return [Segment(name, sequence) for sequence in sequences]
+
+
+def decode_rows(
+    decoder: Any, prompts: Sequence[Tensor], *, begin: int, end: Sequence[int], options: Mapping[str, Any]
+) -> list[Tensor]:
+    """Let transformers decode after prompts of unlike length.
+
+    Args:
+        decoder: A causal LM with ``generate``.
+        prompts: int64, each of shape (length,), the last token being the begin token of the new segment.
+        begin: That token.
+        end: The tokens that may end the segment.
+        options: Options of ``generate``; they win over what is set here.
+
+    Returns:
+        Each new segment on the CPU, from its begin token to its end token if it was reached.
+    """
+    tokens = pad_left(prompts, begin)
+    mask = pad_left([torch.ones_like(prompt) for prompt in prompts], 0)
+    length = tokens.shape[1]
+    settings = {
+        "bos_token_id": begin,
+        "eos_token_id": list(end) or None,
+        "pad_token_id": end[0] if end else begin,
+        **_length_limit(decoder, options, length),
+        **options,
+    }
+    sequences = decoder.generate(
+        tokens.to(decoder.device), attention_mask=mask.to(decoder.device), **settings
+    )
+    ends = _as_ids(settings["eos_token_id"])
+    return [_until_end(sequence[length - 1 :].cpu(), ends) for sequence in sequences]
+
+
+class _TapReader:
+    """What one tower reads of the others while it is decoded: called after each of its layers."""
+
+    def __init__(
+        self, model: FusedModel, name: str, streams: Mapping[str, Stream], prompt_times: Tensor
+    ) -> None:
+        self.model, self.name = model, name
+        self.prompt_times = prompt_times
+        self.taps: dict[int, list[Tap]] = {}
+        self.keys: dict[str, tuple[Tensor, Tensor]] = {}
+        self.sources: dict[Tap, KeysValues] = {}
+        device = prompt_times.device
+        sources = {
+            key: {part: value.to(_device(model, key)) for part, value in stream.items() if part != "labels"}
+            for key, stream in streams.items()
+        }
+        if not sources:
+            return
+        _, _, given, _ = model.run(sources)
+        for tap in model.schedule.taps:
+            if tap.target == name and tap.source in sources:
+                self.taps.setdefault(tap.target_layer, []).append(tap)
+                self.sources[tap] = model.tap(tap).read(given[tap.source, tap.source_layer])
+                stream = sources[tap.source]
+                self.keys[tap.source] = (stream["times"].to(device), stream["mask"].to(device))
+
+    def __call__(self, layer: int, x: Tensor, start: int) -> Tensor:
+        if layer == 0:
+            return self.model.adapt(self.name, x)
+        if layer not in self.taps:
+            return x
+        self._expand(len(x))
+        query_times = self._times(start, x.shape[1])
+        update = torch.zeros_like(x)
+        for tap in self.taps[layer]:
+            seen = visibility(query_times, *self.keys[tap.source])
+            update = update + self.model.tap(tap)(x, self.sources[tap], seen)
+        return x + update
+
+    def _times(self, start: int, length: int) -> Tensor:
+        """Give the times of these tokens: those of the prompt are known, later ones follow them all."""
+        known = self.prompt_times[:, start : start + length]
+        latest = self.prompt_times[:, -1:]
+        return torch.cat([known, latest.expand(-1, length - known.shape[1])], dim=1)
+
+    def _expand(self, rows: int) -> None:
+        """Repeat what was read once for each beam or returned sequence; they need no reordering."""
+        times = rows // len(self.prompt_times)
+        if times > 1:
+            self.prompt_times = self.prompt_times.repeat_interleave(times, 0)
+            self.keys = {
+                name: (key_times.repeat_interleave(times, 0), mask.repeat_interleave(times, 0))
+                for name, (key_times, mask) in self.keys.items()
+            }
+            self.sources = {
+                tap: KeysValues(*(part.repeat_interleave(times, 0) for part in source))
+                for tap, source in self.sources.items()
+            }
+
+
+def _check(
+    model: FusedModel, examples: Sequence[Example], output: Sequence[str], options: Mapping[str, Any]
+) -> None:
+    if isinstance(output, str) or not output:
+        raise ValueError(f"output must be a list of towers to decode, as in output=['text'], not {output!r}")
+    if len(examples) == 0:
+        raise ValueError("there are no examples to decode from")
+    for name in [*output, *(segment.tower for example in examples for segment in example)]:
+        if name not in model.towers:
+            raise ValueError(f"there is no tower {name!r}; the towers are {', '.join(model.towers)}")
+    for name in output:
+        if options.get("bos_token_id", model.tower(name).begin) is None:
+            raise ValueError(
+                f"tower {name!r} has no begin token to start a segment with; set "
+                f"model.unimodal({name!r}).generation_config.bos_token_id, or pass bos_token_id=..."
+            )
+    for number, example in enumerate(examples):
+        if any(segment.target for segment in example):
+            raise ValueError(
+                f"example {number} holds a target segment: give generate only what is known, without answers"
+            )
+    for key in RESERVED:
+        if key in options:
+            raise ValueError(f"{key} comes from the examples; put tokens into multitower.Segment instead")
+    for key in UNSUPPORTED:
+        if options.get(key):
+            raise ValueError(f"{key} is not supported: generate gives segments of tokens")
+    if (options.get("num_return_sequences") or 1) > 1 and len(output) > 1:
+        raise ValueError("num_return_sequences > 1 needs a single output tower; decode the next from these")
+
+
+def _prompt(row: Example, name: str, begin: int) -> tuple[Tensor, Tensor]:
+    """Give the tokens of one row's earlier segments of the tower, then the begin token, and their times."""
+    ends = list(itertools.accumulate(len(segment.tokens) for segment in row))
+    starts = [0, *ends]
+    own = [(segment, start) for segment, start in zip(row, starts, strict=False) if segment.tower == name]
+    tokens = [torch.as_tensor(segment.tokens).cpu() for segment, _ in own]
+    times = [torch.arange(start, start + len(segment.tokens)) for segment, start in own]
+    return torch.cat([*tokens, torch.tensor([begin])]), torch.cat([*times, torch.tensor([starts[-1]])])
+
+
+def pad_left(rows: Sequence[Tensor], value: int) -> Tensor:
+    """Stack rows of shape (length,), padded on the left.
+
+    >>> pad_left([torch.tensor([1, 2]), torch.tensor([3])], 0).tolist()
+    [[1, 2], [0, 3]]
+    """
+    return pad_sequence(list(rows), batch_first=True, padding_value=value, padding_side="left")
+
+
+def _until_end(tokens: Tensor, end: Sequence[int]) -> Tensor:
+    """Cut a segment after its first end token; the begin token at its front may be the same id."""
+    is_end = torch.isin(tokens[1:], torch.tensor(end, dtype=tokens.dtype))
+    return tokens[: int(is_end.int().argmax()) + 2] if bool(is_end.any()) else tokens
+
+
+def _as_ids(value: Any) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, int) else tuple(value)
+
+
+def _length_limit(decoder: Any, options: Mapping[str, Any], prompt: int) -> dict[str, int]:
+    """Say how long the segment may grow, where nobody else does."""
+    if any(key in options for key in ("max_new_tokens", "max_length", "generation_config")):
+        return {}
+    if decoder.generation_config.max_new_tokens is not None:
+        return {}
+    positions = getattr(decoder.config, "max_position_embeddings", None) or MAX_NEW_TOKENS
+    return {"max_new_tokens": max(1, min(MAX_NEW_TOKENS, positions - prompt))}
+
+
+def _device(model: FusedModel, name: str) -> torch.device:
+    return next(model.tower(name).parameters()).device

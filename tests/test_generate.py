@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from models import causal_lm, pair, segment
+
+import multitower as mt
+
+SOURCES = [
+    [segment("speech", 5, 6, 7, 8)],
+    [segment("text", 4, 5), segment("speech", 9, 3)],
+    [segment("text", 4)],
+]
+
+
+def towers(kind: str) -> mt.FusedModel:
+    if kind == "plain":
+        return pair(gates=True)
+    return pair(causal_lm(kind), causal_lm("llama", depth=4, vocab_size=14, seed=1), gates=True)
+
+
+def greedy_by_hand(model: mt.FusedModel, example: list[mt.Segment], name: str, steps: int) -> list[int]:
+    tokens = [0]
+    for _ in range(steps):
+        logits = model(**mt.collate([[*example, mt.Segment(name, tokens)]])).logits[name]
+        tokens.append(int(logits[0, -1].argmax()))
+        if tokens[-1] == 1:
+            break
+    return tokens
+
+
+def lists(decoded: list[list[mt.Segment]]) -> list[list[list[int]]]:
+    return [[segment.tokens.tolist() for segment in row] for row in decoded]
+
+
+@pytest.mark.parametrize("kind", ["plain", "llama", "gpt2", "qwen3", "gemma3_text", "bloom"])
+def test_cached_batched_decoding_equals_uncached_row_by_row(kind: str) -> None:
+    model = towers(kind)
+    for name in ("text", "speech"):
+        decoded = model.generate(SOURCES, output=[name], max_new_tokens=7, do_sample=False)
+        by_hand = [[greedy_by_hand(model, example, name, 7)] for example in SOURCES]
+        assert lists(decoded) == by_hand
+    assert len({str(row) for row in by_hand}) > 1
+
+
+@pytest.mark.parametrize("kind", ["plain", "llama"])
+def test_several_outputs_follow_each_other(kind: str) -> None:
+    model = towers(kind)
+    decoded = model.generate(SOURCES, output=["text", "speech"], max_new_tokens=5)
+    for example, (text, speech) in zip(SOURCES, decoded, strict=True):
+        assert (text.tower, speech.tower) == ("text", "speech")
+        assert text.tokens.tolist() == greedy_by_hand(model, example, "text", 5)
+        assert speech.tokens.tolist() == greedy_by_hand(model, [*example, text], "speech", 5)
+
+
+def score(model: mt.FusedModel, example: list[mt.Segment], tokens: torch.Tensor) -> float:
+    logits = model(**mt.collate([[*example, mt.Segment("text", tokens)]])).logits["text"][0]
+    scores = logits[-len(tokens) : -1].log_softmax(-1)
+    return scores.gather(1, tokens[1:, None]).sum().item() / (len(tokens) - 1)
+
+
+@pytest.mark.parametrize("kind", ["plain", "llama"])
+def test_beam_search_finds_better_scores_than_greedy(kind: str) -> None:
+    model = towers(kind)
+    options = {"output": ["text"], "max_new_tokens": 5, "eos_token_id": None}
+    greedy = model.generate(SOURCES, **options)
+    beams = model.generate(SOURCES, **options, num_beams=8, num_return_sequences=2)
+    assert len(beams) == 2 * len(SOURCES)
+    for number, example in enumerate(SOURCES):
+        best, second = (score(model, example, beams[2 * number + k][0].tokens) for k in range(2))
+        assert best >= second
+        assert best >= score(model, example, greedy[number][0].tokens) - 1e-5
+
+
+def test_closed_gates_decode_as_the_native_model() -> None:
+    text = causal_lm("llama")
+    model = pair(text)
+    prompt = torch.tensor([[0, 4, 5, 1, 0]])
+    native = text.generate(prompt, max_new_tokens=6, do_sample=False, pad_token_id=1)
+    fused = model.generate([[segment("text", 4, 5)]], output=["text"], max_new_tokens=6)
+    assert fused[0][0].tokens.tolist() == native[0, 4:].tolist()
+
+
+def test_segments_stop_at_their_own_end_token() -> None:
+    model = towers("llama")
+    ends = {greedy_by_hand(model, example, "text", 7)[1] for example in SOURCES}
+    model.unimodal("text").generation_config.eos_token_id = sorted(ends)
+    for (decoded,) in model.generate(SOURCES, output=["text"], max_new_tokens=7):
+        assert len(decoded.tokens) == 2
+
+
+def test_decoding_from_nothing() -> None:
+    model = towers("llama")
+    (row,) = model.generate([[]], output=["text"], max_new_tokens=3)
+    assert row[0].tokens.tolist() == greedy_by_hand(model, [], "text", 3)
+
+
+def test_generate_restores_the_mode() -> None:
+    model = towers("llama").train()
+    model.generate([SOURCES[0]], output=["text"], max_new_tokens=1)
+    assert model.training
+    assert not model.tower("text").training
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"output": []}, "list of towers"),
+        ({"output": "text"}, "list of towers"),
+        ({"output": ["music"]}, "no tower 'music'; the towers are speech, text"),
+        ({"examples": []}, "no examples"),
+        ({"examples": [[segment("music", 3)]]}, "no tower 'music'"),
+        ({"examples": [[segment("text", 3, target=True)]]}, "example 0 holds a target"),
+        ({"attention_mask": 1}, "comes from the examples"),
+        ({"return_dict_in_generate": True}, "not supported"),
+        ({"output": ["text", "speech"], "num_return_sequences": 2, "do_sample": True}, "single output"),
+        ({"examples": [[mt.Segment("text", [0, 99])]]}, "vocabulary of 20"),
+    ],
+)
+def test_bad_calls_teach(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pair().generate(**{"examples": SOURCES, "output": ["text"], **arguments})
+
+
+def test_a_tower_without_a_begin_token_says_what_to_set() -> None:
+    text = causal_lm("llama")
+    text.generation_config.bos_token_id = text.config.bos_token_id = None
+    with pytest.raises(ValueError, match="tower 'text' has no begin token"):
+        pair(text).generate(SOURCES, output=["text"])
