@@ -131,14 +131,16 @@ class FusedModel(nn.Module):
                 if (step.tower, step.layer) in read_layers:
                     given[step.tower, step.layer] = x
             else:
-                update = torch.zeros_like(x)
+                update, times = torch.zeros_like(x), streams[step.tower]["times"]
                 for tap in step.taps:
                     if tap.link in seen:
                         module = self.tap(tap)
-                        source = module.read(given[tap.source, tap.source_layer])
-                        update = update + module(x, source, seen[tap.link])
+                        source = module.read(
+                            given[tap.source, tap.source_layer], streams[tap.source]["times"]
+                        )
+                        update = update + module(x, times, source, seen[tap.link])
                         if output_attentions:
-                            weights = module.weights(x, source, seen[tap.link])
+                            weights = module.weights(x, times, source, seen[tap.link])
                             attentions.setdefault(tap.link, {})[tap.key] = weights
                 x = x + update
             hidden[step.tower] = x
@@ -262,10 +264,14 @@ class FusedModel(nn.Module):
         source, target, spec = self.tower(tap.source), self.tower(tap.target), self.graph.links[tap.link]
         try:
             module = GatedCrossAttention(
-                source.width, target.width, heads=spec.heads, projection=spec.projection
+                source.width,
+                target.width,
+                heads=spec.heads,
+                projection=spec.projection,
+                position=spec.position,
             )
         except ValueError as error:
-            raise GraphError(f"link {tap.link!r}: {error}; choose heads=... that divide it") from error
+            raise GraphError(f"link {tap.link!r}: {error}; choose another heads=...") from error
         return module.to(**_placement(target))
 
     def _visibilities(self, streams: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Visibility]:

@@ -122,9 +122,9 @@ class _TapReader:
         _, _, given, _ = model.run(sources)
         for tap in model.schedule.taps:
             if tap.target == name and tap.source in sources:
-                self.taps.setdefault(tap.target_layer, []).append(tap)
-                self.sources[tap] = model.tap(tap).read(given[tap.source, tap.source_layer])
                 stream = sources[tap.source]
+                self.taps.setdefault(tap.target_layer, []).append(tap)
+                self.sources[tap] = model.tap(tap).read(given[tap.source, tap.source_layer], stream["times"])
                 self.keys[tap.source] = (stream["times"].to(device), stream["mask"].to(device))
 
     def __call__(self, layer: int, x: Tensor, start: int) -> Tensor:
@@ -137,14 +137,15 @@ class _TapReader:
         update = torch.zeros_like(x)
         for tap in self.taps[layer]:
             seen = visibility(query_times, *self.keys[tap.source])
-            update = update + self.model.tap(tap)(x, self.sources[tap], seen)
+            update = update + self.model.tap(tap)(x, query_times, self.sources[tap], seen)
         return x + update
 
     def _times(self, start: int, length: int) -> Tensor:
-        """Give the times of these tokens: those of the prompt are known, later ones follow them all."""
+        """Give the times of these tokens: those of the prompt are known, later ones follow one by one."""
         known = self.prompt_times[:, start : start + length]
-        latest = self.prompt_times[:, -1:]
-        return torch.cat([known, latest.expand(-1, length - known.shape[1])], dim=1)
+        places = torch.arange(start, start + length, device=known.device)[known.shape[1] :]
+        following = self.prompt_times[:, -1:] + (places - self.prompt_times.shape[1] + 1)
+        return torch.cat([known, following], dim=1)
 
     def _expand(self, rows: int) -> None:
         """Repeat what was read once for each beam or returned sequence; they need no reordering."""

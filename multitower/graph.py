@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 TRAIN = ("none", "all")
 ADAPTERS = ("gated", "paper", None)
 PROJECTIONS = ("mlp", "linear", "relu")
+POSITIONS = ("rotary", None)
 
 Taps = tuple[tuple[int, int], ...]
 
@@ -54,6 +55,7 @@ class LinkSpec:
     taps: Taps | None = None
     projection: str = "mlp"
     heads: int | None = None
+    position: str | None = None
 
     def __post_init__(self) -> None:
         where = f"link {self.name!r}"
@@ -86,6 +88,7 @@ class LinkSpec:
             if len(set(self.taps)) < len(self.taps):
                 raise GraphError(f"{where}: the same tap stands twice in {list(self.taps)}")
         _one_of(f"{where}: projection", self.projection, PROJECTIONS)
+        _one_of(f"{where}: position", self.position, POSITIONS)
         if self.heads is not None and not _is_positive(self.heads):
             raise GraphError(f"{where}: heads={self.heads!r} must be a positive whole number")
 
@@ -217,6 +220,7 @@ class FusionGraph:
         taps: Iterable[tuple[int, int]] | None = None,
         projection: str = "mlp",
         heads: int | None = None,
+        position: str | None = None,
         name: str | None = None,
     ) -> None:
         """Let the target tower read the source tower.
@@ -230,6 +234,8 @@ class FusionGraph:
             projection: From source to target width: "mlp" (three layers), "linear", or "relu" (a linear
                 layer and a ReLU).
             heads: Attention heads; they must divide the target's width. Default: about 64 channels a head.
+            position: "rotary" lets queries and keys carry rotary positions of the shared time; None, as in
+                Zipper, leaves it to the towers to know where their tokens stand.
             name: Needed only to tell apart several links between the same pair; "source->target" otherwise.
 
         Raises:
@@ -245,7 +251,7 @@ class FusionGraph:
         if name in self._links:
             raise GraphError(f"there is a link {name!r} already; give this one a name=... of its own")
         pairs = None if taps is None else tuple(tuple(tap) for tap in taps)
-        self._links[name] = LinkSpec(source, target, name, interleave, pairs, projection, heads)  # type: ignore[arg-type]  # LinkSpec checks that taps are pairs
+        self._links[name] = LinkSpec(source, target, name, interleave, pairs, projection, heads, position)  # type: ignore[arg-type]  # LinkSpec checks that taps are pairs
 
     def to_networkx(self) -> nx.MultiDiGraph[str]:
         """Give the graph to networkx: nodes carry their TowerSpec, edges (keyed by name) their LinkSpec."""

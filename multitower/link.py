@@ -56,7 +56,7 @@ class GatedCrossAttention(nn.Module):
     >>> x, h = torch.randn(1, 3, 8), torch.randn(1, 2, 6)
     >>> real = torch.ones(1, 2, dtype=torch.bool)
     >>> seen = visibility(torch.tensor([[0, 2, 4]]), torch.tensor([[1, 3]]), real)
-    >>> update = tap(x, tap.read(h), seen)
+    >>> update = tap(x, torch.tensor([[0, 2, 4]]), tap.read(h, torch.tensor([[1, 3]])), seen)
     >>> bool((update == 0).all())                   # the gates are closed at the start
     True
 
@@ -67,12 +67,23 @@ class GatedCrossAttention(nn.Module):
     """
 
     def __init__(
-        self, source_width: int, target_width: int, *, heads: int | None = None, projection: str = "mlp"
+        self,
+        source_width: int,
+        target_width: int,
+        *,
+        heads: int | None = None,
+        projection: str = "mlp",
+        position: str | None = None,
     ) -> None:
         super().__init__()
         self.heads = heads or default_heads(target_width)
+        self.rotary = position == "rotary"
         if target_width % self.heads:
             raise ValueError(f"{self.heads} heads do not divide the target width {target_width}")
+        if self.rotary and target_width // self.heads % 2:
+            raise ValueError(
+                f"rotary positions need an even head width, not {target_width} / {self.heads} heads"
+            )
         self.source_norm = nn.LayerNorm(source_width)
         self.project = _projection(projection, source_width, target_width)
         self.norm = nn.LayerNorm(target_width)
@@ -87,17 +98,23 @@ class GatedCrossAttention(nn.Module):
         self.attention_gate = nn.Parameter(torch.zeros(1))
         self.ffn_gate = nn.Parameter(torch.zeros(1))
 
-    def read(self, source: Tensor) -> KeysValues:
-        """Project the source's states, shape (batch, source length, source width), to keys and values."""
+    def read(self, source: Tensor, times: Tensor) -> KeysValues:
+        """Project the source's states to keys and values.
+
+        Args:
+            source: The source's states, shape (batch, source length, source width).
+            times: When each of its tokens stands, int64, shape (batch, source length).
+        """
         weight = self.key.weight
         states = self.project(self.source_norm(source.to(weight.device, weight.dtype)))
-        return KeysValues(self._split(self.key(states)), self._split(self.value(states)))
+        return KeysValues(self._place(self.key(states), times), self._split(self.value(states)))
 
-    def forward(self, x: Tensor, source: KeysValues, seen: Visibility) -> Tensor:
+    def forward(self, x: Tensor, times: Tensor, source: KeysValues, seen: Visibility) -> Tensor:
         """Give the update to add to the target's states.
 
         Args:
             x: The target's states, shape (batch, target length, target width).
+            times: When each of its tokens stands, int64, shape (batch, target length).
             source: What ``read`` gave.
             seen: Which source tokens each target token may read.
 
@@ -105,23 +122,27 @@ class GatedCrossAttention(nn.Module):
             Shape and dtype of x; exactly zero where a target token sees nothing.
         """
         states = x.to(self.query.weight.dtype)
-        attended = F.scaled_dot_product_attention(self._query(states), *source, attn_mask=seen.mask)
+        attended = F.scaled_dot_product_attention(self._query(states, times), *source, attn_mask=seen.mask)
         update = torch.tanh(self.attention_gate) * self.out(rearrange(attended, "b h t d -> b t (h d)"))
         update = update + torch.tanh(self.ffn_gate) * self.ffn(self.ffn_norm(states + update))
         return torch.where(seen.sees, update, 0.0).to(x.dtype)
 
-    def weights(self, x: Tensor, source: KeysValues, seen: Visibility) -> Tensor:
+    def weights(self, x: Tensor, times: Tensor, source: KeysValues, seen: Visibility) -> Tensor:
         """Give the attention weights, float, shape (batch, heads, target length, source length).
 
         Rows of target tokens that see nothing are zero.
         """
-        query = self._query(x.to(self.query.weight.dtype))
+        query = self._query(x.to(self.query.weight.dtype), times)
         scores = query @ source.keys.transpose(-1, -2) / query.shape[-1] ** 0.5
         weights = scores.float().masked_fill(~seen.mask, float("-inf")).softmax(-1)
         return torch.where(seen.sees[:, None], weights, 0.0)
 
-    def _query(self, x: Tensor) -> Tensor:
-        return self._split(self.query(self.norm(x)))
+    def _query(self, x: Tensor, times: Tensor) -> Tensor:
+        return self._place(self.query(self.norm(x)), times)
+
+    def _place(self, states: Tensor, times: Tensor) -> Tensor:
+        heads = self._split(states)
+        return rotate(heads, times.to(heads.device)) if self.rotary else heads
 
     def _split(self, states: Tensor) -> Tensor:
         return rearrange(states, "b t (h d) -> b h t d", h=self.heads)
@@ -150,6 +171,26 @@ class InputAdapter(nn.Module):
         if self.gate is None:
             return F.relu(adapted)
         return embedded + torch.tanh(self.gate).to(embedded.dtype) * adapted
+
+
+def rotate(heads: Tensor, times: Tensor) -> Tensor:
+    """Turn pairs of channels by angles in proportion to time, so that products depend on distances in time.
+
+    >>> rotate(torch.tensor([[[[1.0, 0.0]]]]), torch.tensor([[0]])).tolist()
+    [[[[1.0, 0.0]]]]
+
+    Source: Su et al., "RoFormer" (arXiv 2104.09864).
+
+    Args:
+        heads: Shape (batch, heads, length, even head width).
+        times: int64, shape (batch, length).
+    """
+    half = heads.shape[-1] // 2
+    speeds = 10_000.0 ** (-torch.arange(half, device=heads.device) / half)
+    angles = times[:, None, :, None] * speeds
+    cos, sin = angles.cos().to(heads.dtype), angles.sin().to(heads.dtype)
+    first, second = heads.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
 def default_heads(width: int) -> int:

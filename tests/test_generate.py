@@ -13,10 +13,11 @@ SOURCES = [
 ]
 
 
-def towers(kind: str) -> mt.FusedModel:
+def towers(kind: str, position: str | None = None) -> mt.FusedModel:
     if kind == "plain":
-        return pair(gates=True)
-    return pair(causal_lm(kind), causal_lm("llama", depth=4, vocab_size=14, seed=1), gates=True)
+        return pair(gates=True, position=position)
+    speech = causal_lm("llama", depth=4, vocab_size=14, seed=1)
+    return pair(causal_lm(kind), speech, gates=True, position=position)
 
 
 def greedy_by_hand(model: mt.FusedModel, example: list[mt.Segment], name: str, steps: int) -> list[int]:
@@ -33,9 +34,10 @@ def lists(decoded: list[list[mt.Segment]]) -> list[list[list[int]]]:
     return [[segment.tokens.tolist() for segment in row] for row in decoded]
 
 
+@pytest.mark.parametrize("position", [None, "rotary"])
 @pytest.mark.parametrize("kind", ["plain", "llama", "gpt2", "qwen3", "gemma3_text", "bloom"])
-def test_cached_batched_decoding_equals_uncached_row_by_row(kind: str) -> None:
-    model = towers(kind)
+def test_cached_batched_decoding_equals_uncached_row_by_row(kind: str, position: str | None) -> None:
+    model = towers(kind, position)
     for name in ("text", "speech"):
         decoded = model.generate(SOURCES, output=[name], max_new_tokens=7, do_sample=False)
         by_hand = [[greedy_by_hand(model, example, name, 7)] for example in SOURCES]

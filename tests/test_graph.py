@@ -57,6 +57,7 @@ def test_parallel_links_need_a_name(graph: mt.FusionGraph) -> None:
         ({"taps": [(1, 1), (1, 1)]}, "twice"),
         ({"interleave": 1, "projection": "cubic"}, "choose one of 'mlp', 'linear', 'relu'"),
         ({"interleave": 1, "heads": 0}, "heads=0"),
+        ({"interleave": 1, "position": "absolute"}, "choose one of 'rotary', None"),
         ({"interleave": 1, "name": "a.b"}, "link name"),
     ],
 )

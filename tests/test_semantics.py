@@ -29,7 +29,11 @@ def models(draw: st.DrawFn) -> mt.FusedModel:
     pairs = st.sampled_from(list(itertools.permutations(names, 2)))
     for source, target in draw(st.lists(pairs, unique=True, min_size=1, max_size=6)):
         graph.add_link(
-            source, target, interleave=1, projection=draw(st.sampled_from(["mlp", "linear", "relu"]))
+            source,
+            target,
+            interleave=1,
+            projection=draw(st.sampled_from(["mlp", "linear", "relu"])),
+            position=draw(st.sampled_from(["rotary", None])),
         )
     return graph.compile().eval()
 
@@ -244,6 +248,20 @@ def test_attention_weights_sum_to_one_where_something_is_seen() -> None:
     assert not sums[2].any()
 
 
+def test_rotary_positions_see_distances_in_time() -> None:
+    """Moving a whole example in time changes nothing; moving its parts apart does."""
+    model = pair(gates=True, position="rotary")
+    streams = mt.collate([[segment("speech", 5, 6, 7), segment("text", 4, 5)]])["streams"]
+
+    def moved(by: dict[str, int]) -> torch.Tensor:
+        shifted = {name: {**stream, "times": stream["times"] + by[name]} for name, stream in streams.items()}
+        return model(streams=shifted).logits["text"]
+
+    here = moved({"speech": 0, "text": 0})
+    torch.testing.assert_close(moved({"speech": 50, "text": 50}), here)
+    assert not torch.allclose(moved({"speech": 0, "text": 50}), here)
+
+
 def test_paper_adapter_is_not_the_identity() -> None:
     graph = mt.FusionGraph()
     graph.add_tower("text", tiny_tower(), adapter="paper")
@@ -259,6 +277,15 @@ def test_heads_that_do_not_fit_are_named() -> None:
     graph.add_tower("text", tiny_tower(1, width=8))
     graph.add_link("speech", "text", interleave=1, heads=3)
     with pytest.raises(mt.GraphError, match="link 'speech->text': 3 heads do not divide the target width 8"):
+        graph.compile()
+
+
+def test_rotary_positions_need_pairs_of_channels() -> None:
+    graph = mt.FusionGraph()
+    graph.add_tower("speech", tiny_tower(0))
+    graph.add_tower("text", tiny_tower(1, width=6))
+    graph.add_link("speech", "text", interleave=1, heads=2, position="rotary")
+    with pytest.raises(mt.GraphError, match="link 'speech->text': rotary positions need an even head width"):
         graph.compile()
 
 

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from models import causal_lm
+
+import multitower as mt
+
+
+class Codec:
+    """As much of a modality as vocabulary expansion looks at."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+        self.begin, self.end = 0, 1
+
+
+@pytest.fixture
+def native() -> torch.nn.Module:
+    return causal_lm("llama")
+
+
+@pytest.fixture
+def model(native: torch.nn.Module) -> mt.VocabularyExpansion:
+    return mt.VocabularyExpansion(native, {"text": Codec(20), "speech": Codec(14)}).eval()
+
+
+EXAMPLES = [
+    [mt.Segment("speech", [0, 5, 6, 1]), mt.Segment("text", [0, 9, 3, 1], target=True)],
+    [mt.Segment("text", [0, 4, 1]), mt.Segment("speech", [0, 9, 1], target=True), mt.Segment("text", [0, 2])],
+]
+ROWS = [[20, 25, 26, 21, 0, 9, 3, 1], [0, 4, 1, 20, 29, 21, 0, 2]]
+
+
+def test_streams_become_one_row(model: mt.VocabularyExpansion, native: torch.nn.Module) -> None:
+    out = model(**mt.collate(EXAMPLES))
+    logits = native(torch.tensor(ROWS)).logits
+    assert logits.shape[-1] == 34
+    torch.testing.assert_close(out.logits["row"], logits)
+    log = logits.log_softmax(-1)
+    text = -(log[0, 4, 9] + log[0, 5, 3] + log[0, 6, 1]) / 3
+    speech = -(log[1, 3, 29] + log[1, 4, 21]) / 2
+    torch.testing.assert_close(out.losses, {"speech": speech, "text": text})
+    torch.testing.assert_close(out.loss, text + speech)
+
+
+def test_the_models_own_words_keep_their_places() -> None:
+    before = causal_lm("llama")
+    rows = before.get_input_embeddings().weight.detach().clone()
+    expanded = mt.VocabularyExpansion(before, {"text": Codec(20), "speech": Codec(14)})
+    assert torch.equal(expanded.model.get_input_embeddings().weight[:20], rows)
+    assert all(parameter.requires_grad for parameter in expanded.parameters())
+
+
+def test_decoding_stays_within_the_modality(model: mt.VocabularyExpansion, native: torch.nn.Module) -> None:
+    given = [EXAMPLES[0][:1], EXAMPLES[1][:1]]
+    decoded = model.generate(given, output=["speech", "text"], max_new_tokens=4, do_sample=False)
+    for row, start in zip(decoded, ([20, 25, 26, 21], [0, 4, 1]), strict=True):
+        speech, text = (segment.tokens.tolist() for segment in row)
+        tokens = [*start, 20]
+        for token in speech[1:]:
+            logits = native(torch.tensor([tokens])).logits[0, -1]
+            assert token + 20 == 20 + int(logits[20:].argmax())
+            tokens.append(token + 20)
+        assert speech[0] == text[0] == 0
+        assert max(text) < 20
+
+
+def test_bad_streams_are_refused(model: mt.VocabularyExpansion) -> None:
+    with pytest.raises(ValueError, match="a stream for 'music'"):
+        model(**mt.collate([[mt.Segment("music", [1])]]))
+    with pytest.raises(ValueError, match="vocabulary of 14"):
+        model(**mt.collate([[mt.Segment("speech", [0, 14])]]))
