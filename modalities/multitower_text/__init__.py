@@ -1,0 +1,5 @@
+"""Text for `multitower`: bytes, or any transformers tokenizer."""
+
+from .modality import TextModality
+
+__all__ = ["TextModality"]
