@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +25,7 @@ class FusedOutput(NamedTuple):
         losses: For each tower with labels the mean cross-entropy over its labels, a scalar (0 without any).
         logits: For each tower of the batch, shape (batch, length of its stream, its vocabulary).
         attentions: For each link and tap ("source layer-target layer"), when asked for, the weights of
-            shape (batch, heads, target length, source length).
+            shape (batch, heads, target length, source length); links that see nothing may be left out.
     """
 
     loss: Tensor | None
@@ -275,15 +275,21 @@ class FusedModel(nn.Module):
         return module.to(**_placement(target))
 
     def _visibilities(self, streams: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Visibility]:
-        """Give, for each link between two streams of the batch, what its queries may see."""
-        links: Iterable[Any] = self.graph.links.values()
-        return {
+        """Give, for each link that has something to do in this batch, what its queries may see."""
+        seen = {
             link.name: visibility(
                 streams[link.target]["times"], *_keys(streams[link.source], streams[link.target])
             )
-            for link in links
+            for link in self.graph.links.values()
             if link.source in streams and link.target in streams
         }
+        return {name: each for name, each in seen.items() if not _is_blind(each)}
+
+
+def _is_blind(seen: Visibility) -> bool:
+    """Whether no query sees anything; asked only on the CPU, for elsewhere one would wait for the answer."""
+    asked = seen.sees.device.type == "cpu" and not torch.compiler.is_compiling()
+    return asked and not bool(seen.sees.any())
 
 
 def _keys(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -233,7 +233,7 @@ class FusionGraph:
             taps: Exactly these pairs (source layer, target layer), counted from 1, instead of interleave.
             projection: From source to target width: "mlp" (three layers), "linear", or "relu" (a linear
                 layer and a ReLU).
-            heads: Attention heads; they must divide the target's width. Default: about 64 channels a head.
+            heads: Attention heads; they must divide the target's width. Default: 32 to 64 channels each.
             position: "rotary" lets queries and keys carry rotary positions of the shared time; None, as in
                 Zipper, leaves it to the towers to know where their tokens stand.
             name: Needed only to tell apart several links between the same pair; "source->target" otherwise.

@@ -163,6 +163,15 @@ def test_both_directions_read_the_state_from_before() -> None:
     assert torch.equal(both.run(batch["streams"])[2]["speech", 2], given["speech", 2])
 
 
+def test_links_that_see_nothing_do_not_run() -> None:
+    model = pair(gates=True)
+    ran = set()
+    for tap in model.schedule.taps:
+        model.tap(tap).register_forward_hook(lambda *_, link=tap.link: ran.add(link))
+    model(**mt.collate([[segment("speech", 3), segment("text", 4)]] * 2))
+    assert ran == {"speech->text"}
+
+
 def test_padding_changes_nothing() -> None:
     model = pair(gates=True)
     batch = mt.collate(EXAMPLES)

@@ -1,0 +1,211 @@
+"""What a trained system hears and says on held-out utterances: figures, pictures and audio."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+import torch
+from judge import Judge, word_error_rate
+from multitower_speech import SpeechModality
+from multitower_text import TextModality
+from pictures import plot_attention, plot_comparison, plot_gates, plot_losses
+from spoken_corpus import Utterance
+from torch import Tensor
+from training import Run
+
+import multitower as mt
+
+SHOWN = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """An utterance and its tokens."""
+
+    utterance: Utterance
+    text: Tensor
+    speech: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """The modalities, and all data as their tokens: pairs to train and to test on, and what is not paired."""
+
+    text: TextModality
+    speech: SpeechModality
+    pairs: list[Pair]
+    held_out: list[Pair]
+    unpaired_text: list[Tensor]
+    unpaired_speech: list[Tensor]
+
+    @property
+    def held_out_text(self) -> list[Tensor]:
+        """The tokens of the held-out transcripts."""
+        return [pair.text for pair in self.held_out]
+
+    def longest(self, name: str) -> int:
+        """Give a generous limit for what is decoded."""
+        return 10 + max(len(getattr(pair, name)) for pair in [*self.pairs, *self.held_out])
+
+
+@dataclass(frozen=True, eq=False)
+class System:
+    """What one trained system made of the held-out utterances."""
+
+    name: str
+    transcripts: list[str]
+    waveforms: list[np.ndarray]
+    perplexity: float
+
+
+def evaluate(
+    name: str,
+    model: mt.FusedModel | mt.VocabularyExpansion,
+    corpus: Corpus,
+    *,
+    perplexity: float,
+) -> System:
+    """Transcribe and speak every held-out utterance."""
+    print(f"{name}: transcribing and speaking {len(corpus.held_out)} held-out utterances", flush=True)
+    given = [[mt.Segment("speech", pair.speech)] for pair in corpus.held_out]
+    written = model.generate(given, output=["text"], max_new_tokens=corpus.longest("text"), do_sample=False)
+    given = [[mt.Segment("text", pair.text)] for pair in corpus.held_out]
+    spoken = model.generate(
+        given, output=["speech"], max_new_tokens=corpus.longest("speech"), do_sample=False
+    )
+    return System(
+        name,
+        [corpus.text.decode(row[0].tokens).strip() for row in written],
+        [corpus.speech.decode(row[0].tokens) for row in spoken],
+        perplexity,
+    )
+
+
+def write_report(
+    out: Path,
+    model: mt.FusedModel,
+    run: Run,
+    systems: Sequence[System],
+    corpus: Corpus,
+    *,
+    untouched: float,
+) -> list[dict[str, Any]]:
+    """Judge all that was said, print the table and some transcripts, write audio and pictures.
+
+    `untouched` is the perplexity of the text decoder before anything was trained on pairs.
+    """
+    truth = [pair.utterance.transcript for pair in corpus.held_out]
+    originals = [pair.utterance.waveform for pair in corpus.held_out]
+    resynthesised = [corpus.speech.decode(pair.speech) for pair in corpus.held_out]
+    judge = Judge()
+    rows: list[dict[str, Any]] = []
+    heard = {}
+    for name, waveforms in (("original audio", originals), ("true units", resynthesised)):
+        heard[name] = judge.transcribe(waveforms)
+        rows.append({"system": name, "TTS": word_error_rate(truth, heard[name])})
+    for system in systems:
+        heard[system.name] = judge.transcribe(system.waveforms)
+        rows.append(
+            {
+                "system": system.name,
+                "ASR": word_error_rate(truth, system.transcripts),
+                "TTS": word_error_rate(truth, heard[system.name]),
+                "text before": untouched,
+                "text after": system.perplexity,
+            }
+        )
+    _print(rows, truth, systems, heard)
+    _write_audio(out / "audio", originals, resynthesised, systems)
+    pictures = out / "pictures"
+    pictures.mkdir(exist_ok=True)
+    mt.draw_graph(model).savefig(pictures / "graph.png", dpi=150)
+    plot_losses(run.history, pictures / "losses.png")
+    gates = [{name: gate for name, gate in entry.items() if "adapter" not in name} for entry in run.gates]
+    plot_gates(gates, pictures / "gates.png")
+    plot_comparison(
+        [{k: row[k] for k in ("system", "ASR", "TTS") if k in row} for row in rows], pictures / "wer.png"
+    )
+    draw_alignment(model, corpus, pictures)
+    return rows
+
+
+def draw_alignment(model: mt.FusedModel, corpus: Corpus, folder: Path) -> None:
+    """Draw, for each direction, the head of cross-attention that follows the speech most steadily."""
+    pair = max(corpus.held_out[:SHOWN], key=lambda pair: len(pair.text))
+    for source, target in (("speech", "text"), ("text", "speech")):
+        tokens = {"speech": pair.speech, "text": pair.text}
+        batch = mt.collate([[mt.Segment(source, tokens[source]), mt.Segment(target, tokens[target])]])
+        device = next(model.parameters()).device
+        streams = {
+            name: {key: value.to(device) for key, value in stream.items()}
+            for name, stream in batch["streams"].items()
+        }
+        with torch.no_grad():
+            attentions = model(streams, output_attentions=True).attentions[f"{source}->{target}"]
+        heads = {
+            (tap, head): weights[0, head, :-1, 1:-1].float().cpu()
+            for tap, weights in attentions.items()
+            for head in range(weights.shape[1])
+        }
+        tap, head = max(heads, key=lambda key: _steadiness(heads[key]))
+        weights = heads[tap, head]
+        labels = [corpus.text.decode(token[None]) for token in pair.text[1:-1]]
+        names = [label.replace(" ", "␣") for label in labels]
+        if target == "text":
+            names.append("end")
+        else:
+            weights = weights[:-1]
+        plot_attention(
+            weights.numpy(),
+            folder / f"attention-{source}-to-{target}.png",
+            transcript_labels=names,
+            seconds_per_unit=1 / corpus.speech.rate,
+            waveform=pair.utterance.waveform,
+            speech="source" if source == "speech" else "target",
+            title=f"{target} reads {source}: tap {tap}, head {head + 1}, “{pair.utterance.transcript}”",
+        )
+
+
+def _steadiness(weights: Tensor) -> float:
+    """Correlate each target place with the mean source place that it attends to."""
+    shares = weights / weights.sum(1, keepdim=True).clamp(min=1e-9)
+    places = shares @ torch.arange(weights.shape[1], dtype=torch.float)
+    stacked = torch.stack([torch.arange(len(places), dtype=torch.float), places])
+    return float(torch.corrcoef(stacked)[0, 1].nan_to_num())
+
+
+def _print(
+    rows: Sequence[dict[str, Any]],
+    truth: Sequence[str],
+    systems: Sequence[System],
+    heard: dict[str, list[str]],
+) -> None:
+    columns = {"ASR": "ASR WER %", "TTS": "TTS WER %", "text before": "text PPL", "text after": "after"}
+    print(f"\n{'held-out':24}" + "".join(f"{title:>12}" for title in columns.values()))
+    for row in rows:
+        cells = (f"{row[name]:12.2f}" if name in row else " " * 12 for name in columns)
+        print(f"{row['system']:24}" + "".join(cells))
+    for number in range(min(SHOWN, len(truth))):
+        print(f"\nsaid:  {truth[number]}")
+        for system in systems:
+            print(f"  {system.name} hears: {system.transcripts[number]}")
+            print(f"  {system.name} says, as whisper hears it: {heard[system.name][number]}")
+
+
+def _write_audio(
+    folder: Path,
+    originals: Sequence[np.ndarray],
+    resynthesised: Sequence[np.ndarray],
+    systems: Sequence[System],
+) -> None:
+    folder.mkdir(exist_ok=True)
+    versions = {"original": originals, "true-units": resynthesised}
+    versions |= {system.name.replace(" ", "-"): system.waveforms for system in systems}
+    for name, waveforms in versions.items():
+        for number, waveform in enumerate(waveforms[:SHOWN]):
+            soundfile.write(folder / f"{number:02d}-{name}.wav", waveform, 16_000)

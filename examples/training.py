@@ -1,0 +1,152 @@
+"""The training loop that the example uses for everything it trains, and batches for it."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import multitower as mt
+
+Example = list[mt.Segment]
+POOL = 16  # batches that are sorted by length together, so that little is padded
+
+
+@dataclass(frozen=True)
+class Budget:
+    """When to stop: after some seconds or after some steps, whichever is given."""
+
+    seconds: float | None = None
+    steps: int | None = None
+
+
+@dataclass
+class Run:
+    """What a training run left behind: its number of steps, its seconds and what was logged."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    history: list[dict[str, float]] = field(default_factory=list)
+    gates: list[dict[str, float]] = field(default_factory=list)
+
+
+def train(
+    module: nn.Module,
+    losses: Callable[[dict], dict[str, Tensor]],
+    batches: Iterator[dict],
+    groups: list[dict],
+    budget: Budget,
+    *,
+    title: str,
+    clip: float = 1.0,
+    warmup: float = 0.03,
+) -> Run:
+    """Train with AdamW; the learning rate warms up, then falls along a cosine to a tenth.
+
+    Args:
+        module: what is trained; in train mode while it lasts, in eval mode afterwards.
+        losses: gives the losses of a batch by name; their sum is minimised.
+        batches: an endless supply.
+        groups: optimizer parameter groups, each with its own learning rate.
+        budget: when to stop; the schedule is stretched over it.
+        title: stands before the progress bar.
+        clip: largest norm of the gradient.
+        warmup: share of the budget in which the learning rate rises.
+    """
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.01)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    run, started, shown = Run(), time.monotonic(), {}
+    module.train()
+    with tqdm(
+        total=1000, desc=title, bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed} {postfix}"
+    ) as bar:
+        while (progress := _progress(run.steps, time.monotonic() - started, budget)) < 1:
+            scale = min(1.0, progress / warmup) * (0.55 + 0.45 * math.cos(math.pi * progress))
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * scale
+            parts = losses(next(batches))
+            optimizer.zero_grad(set_to_none=True)
+            torch.stack(list(parts.values())).sum().backward()
+            nn.utils.clip_grad_norm_(parameters, clip)
+            optimizer.step()
+            run.steps += 1
+            values = {name: loss.item() for name, loss in parts.items()}
+            run.history.append({"step": run.steps, **values})
+            if run.steps % 5 == 1 and isinstance(module, mt.FusedModel):
+                run.gates.append({"step": run.steps, **module.gates()})
+            bar.update(round(1000 * progress) - bar.n)
+            shown |= {name: f"{value:.3f}" for name, value in values.items()}
+            bar.set_postfix({"step": run.steps, **shown})
+        bar.update(1000 - bar.n)
+    run.seconds = time.monotonic() - started
+    module.eval()
+    return run
+
+
+def _progress(steps: int, seconds: float, budget: Budget) -> float:
+    shares = []
+    if budget.seconds is not None:
+        shares.append(seconds / max(budget.seconds, 1e-9))
+    if budget.steps is not None:
+        shares.append(steps / max(budget.steps, 1))
+    return max(shares)
+
+
+def in_turn(*supplies: Iterator[dict]) -> Iterator[dict]:
+    """Take a batch from each supply in turn."""
+    for batches in zip(*supplies, strict=True):
+        yield from batches
+
+
+def endless(examples: Sequence[Example], size: int, seed: int, device: str) -> Iterator[dict]:
+    """Give batches of about equally long examples for ever, in a new order each time round."""
+    rng = random.Random(seed)
+    while True:
+        order = rng.sample(range(len(examples)), len(examples))
+        pools = iter(order)
+        while pool := list(islice(pools, POOL * size)):
+            pool.sort(key=lambda place: sum(len(segment.tokens) for segment in examples[place]))
+            starts = list(range(0, len(pool), size))
+            rng.shuffle(starts)
+            for start in starts:
+                yield to_device(mt.collate([examples[place] for place in pool[start : start + size]]), device)
+
+
+def to_device(batch: dict, device: str) -> dict:
+    """Move a batch of nested dicts of tensors."""
+    return {
+        key: to_device(value, device) if isinstance(value, dict) else value.to(device)
+        for key, value in batch.items()
+    }
+
+
+def pretrain(model: nn.Module, name: str, rows: Sequence[Tensor], budget: Budget, **options) -> Run:
+    """Teach a decoder to predict its own modality: rows of tokens, nothing paired."""
+    examples = [[mt.Segment(name, row, target=True)] for row in rows]
+    batches = endless(examples, options["batch"], options["seed"], options["device"])
+
+    def losses(batch: dict) -> dict[str, Tensor]:
+        stream = batch["streams"][name]
+        return {name: model(input_ids=stream["tokens"], labels=stream["labels"], use_cache=False).loss}
+
+    groups = [{"params": list(model.parameters()), "lr": options["lr"]}]
+    return train(model, losses, batches, groups, budget, title=f"pretraining {name}")
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, rows: Sequence[Tensor], device: str) -> float:
+    """Give the perplexity per token of rows of tokens, the first of each being given."""
+    total, count = 0.0, 0
+    for row in rows:
+        tokens = row[None].to(device)
+        total += model(input_ids=tokens, labels=tokens, use_cache=False).loss.item() * (len(row) - 1)
+        count += len(row) - 1
+    return math.exp(total / count)
