@@ -172,11 +172,16 @@ def draw_alignment(model: mt.FusedModel, corpus: Corpus, folder: Path) -> None:
 
 
 def _steadiness(weights: Tensor) -> float:
-    """Correlate each target place with the mean source place that it attends to."""
-    shares = weights / weights.sum(1, keepdim=True).clamp(min=1e-9)
-    places = shares @ torch.arange(weights.shape[1], dtype=torch.float)
-    stacked = torch.stack([torch.arange(len(places), dtype=torch.float), places])
-    return float(torch.corrcoef(stacked)[0, 1].nan_to_num())
+    """Say how sharply, and how much in order, the target attends to the source.
+
+    The correlation of each target place with the source place it attends to most, in which sharp attention
+    weighs more, times the mean sharpness.
+    """
+    sharpness, places = weights.max(1)
+    points = torch.stack([torch.arange(len(weights), dtype=torch.float), places.float()])
+    covariance = torch.cov(points, aweights=sharpness)
+    correlation = covariance[0, 1] / covariance.diagonal().prod().sqrt()
+    return float(correlation.nan_to_num() * sharpness.mean())
 
 
 def _print(

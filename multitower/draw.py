@@ -68,7 +68,7 @@ def draw_graph(model: FusedModel) -> Any:
             axes.add_patch(arrow)
         handles.append(patches.Patch(color=colour, label=f"{link}: {len(taps)} taps"))
     axes.set_xlim(-1.4, centre[names[-1]] + 1.4)
-    axes.set_ylim(-0.9, (deepest + 1) * LAYER_HEIGHT)
+    axes.set_ylim(-0.5, (deepest + 1) * LAYER_HEIGHT)
     if handles:
         axes.legend(handles=handles, loc="upper center", ncols=2, frameon=False, fontsize=8)
     return figure
