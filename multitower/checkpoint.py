@@ -15,7 +15,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +100,7 @@ def from_pretrained(folder: str | os.PathLike[str], *, towers: Mapping[str, str 
             "upgrade multitower"
         )
     try:
-        graph = FusionGraph.from_dict(data["graph"])
+        graph = FusionGraph.from_dict(_with_sources(data["graph"], towers))
         records = {name: dict(data["towers"][name]) for name in graph.towers}
     except (GraphError, KeyError, TypeError) as error:
         raise CheckpointError(f"{root / FUSION} is damaged: {error!r}") from error
@@ -110,13 +109,20 @@ def from_pretrained(folder: str | os.PathLike[str], *, towers: Mapping[str, str 
         raise CheckpointError(
             f"towers={sorted(unknown)}: the checkpoint has the towers {', '.join(graph.towers)}"
         )
-    for name, source in towers.items():
-        origin = source if isinstance(source, str) else None
-        graph._towers[name] = replace(graph._towers[name], source=origin)
-    loaded = {name: _load_tower(root, name, record, towers.get(name)) for name, record in records.items()}
+    loaded = {
+        name: _load_tower(root, name, records[name], towers.get(name), spec.source)
+        for name, spec in graph.towers.items()
+    }
     model = FusedModel(graph, loaded)
     _load_strictly(model, _read_tensors(root / LINKS), root / LINKS, prefixes=("links.", "adapters."))
     return model.eval()
+
+
+def _with_sources(graph: Mapping[str, Any], towers: Mapping[str, str | nn.Module]) -> dict[str, Any]:
+    """Declare that some towers come from elsewhere than the checkpoint says."""
+    sources = {name: source if isinstance(source, str) else None for name, source in towers.items()}
+    entries = [{**tower, "source": sources.get(tower["name"], tower["source"])} for tower in graph["towers"]]
+    return {**graph, "towers": entries}
 
 
 def fingerprint(tower: Tower) -> str:
@@ -165,14 +171,13 @@ def _save_tower(tower: Tower, folder: Path) -> None:
         save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
 
 
-def _load_tower(root: Path, name: str, record: Mapping[str, Any], given: str | nn.Module | None) -> Tower:
+def _load_tower(
+    root: Path, name: str, record: Mapping[str, Any], given: str | nn.Module | None, source: str | None
+) -> Tower:
     stored = root / TOWERS / name if record.get("embedded") else None
-    origin = given
-    if origin is None and stored is not None and (stored / "config.json").exists():
-        origin = str(stored)
-    if origin is None:
-        origin = _read_json(root / FUSION)["graph"]["towers"]
-        origin = next(entry["source"] for entry in origin if entry["name"] == name)
+    if stored is not None and (stored / "config.json").exists():
+        source = str(stored)
+    origin = source if given is None else given
     try:
         tower = as_tower(name, origin)
     except TowerError as error:

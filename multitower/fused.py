@@ -34,6 +34,22 @@ class FusedOutput(NamedTuple):
     attentions: dict[str, dict[str, Tensor]]
 
 
+class States(NamedTuple):
+    """What the schedule leaves behind before the heads run.
+
+    Attributes:
+        hidden: The final state of each tower of the batch, shape (batch, length of its stream, its width).
+        contexts: What the head of each tower needs beside it.
+        given: What each layer that some tap reads gave, before any tap updated it.
+        attentions: As in ``FusedOutput``.
+    """
+
+    hidden: dict[str, Tensor]
+    contexts: dict[str, Any]
+    given: dict[Layer, Tensor]
+    attentions: dict[str, dict[str, Tensor]]
+
+
 class FusedModel(nn.Module):
     """Several decoders fused into one module; ``FusionGraph.compile`` makes it.
 
@@ -92,8 +108,8 @@ class FusedModel(nn.Module):
         Raises:
             ValueError: A stream belongs to no tower, is malformed, or holds tokens beyond the vocabulary.
         """
-        hidden, contexts, _, attentions = self.run(streams, output_attentions=output_attentions)
-        logits = {name: self.tower(name).head(hidden[name], contexts[name]) for name in streams}
+        states = self.run(streams, output_attentions=output_attentions)
+        logits = {name: self.tower(name).head(states.hidden[name], states.contexts[name]) for name in streams}
         losses = {
             name: token_loss(logits[name], stream["labels"])
             for name, stream in streams.items()
@@ -101,50 +117,51 @@ class FusedModel(nn.Module):
         }
         device = next(iter(losses.values())).device if losses else None
         loss = torch.stack([loss.to(device) for loss in losses.values()]).sum() if losses else None
-        return FusedOutput(loss, losses, logits, attentions)
+        return FusedOutput(loss, losses, logits, states.attentions)
 
-    def run(
-        self, streams: Mapping[str, Mapping[str, Tensor]], *, output_attentions: bool = False
-    ) -> tuple[dict[str, Tensor], dict[str, Any], dict[Layer, Tensor], dict[str, dict[str, Tensor]]]:
-        """Run the schedule up to the heads.
-
-        Returns:
-            The final state of each tower, the context that its head needs, the outputs of the layers
-            that taps read, and the attention weights when asked for.
-        """
+    def run(self, streams: Mapping[str, Mapping[str, Tensor]], *, output_attentions: bool = False) -> States:
+        """Run the schedule up to the heads; see ``forward``."""
         check_streams(streams, {name: self.tower(name).vocab_size for name in self.towers})
-        hidden: dict[str, Tensor] = {}
-        contexts: dict[str, Any] = {}
-        given: dict[Layer, Tensor] = {}
-        attentions: dict[str, dict[str, Tensor]] = {}
+        states = States({}, {}, {}, {})
         seen = self._visibilities(streams)
         for name, stream in streams.items():
-            embedded, contexts[name] = self.tower(name).embed(stream["tokens"])
-            hidden[name] = self.adapt(name, embedded)
+            embedded, states.contexts[name] = self.tower(name).embed(stream["tokens"])
+            states.hidden[name] = self.adapt(name, embedded)
         read_layers = self.schedule.read_layers
         for step in self.schedule.steps:
             if step.tower not in streams:
                 continue
-            x = hidden[step.tower]
-            if not step.taps:
-                x = self.tower(step.tower).layer(step.layer, x, contexts[step.tower])
-                if (step.tower, step.layer) in read_layers:
-                    given[step.tower, step.layer] = x
+            x = states.hidden[step.tower]
+            if step.taps:
+                x = x + self._update(step.taps, x, streams, seen, states, output_attentions)
             else:
-                update, times = torch.zeros_like(x), streams[step.tower]["times"]
-                for tap in step.taps:
-                    if tap.link in seen:
-                        module = self.tap(tap)
-                        source = module.read(
-                            given[tap.source, tap.source_layer], streams[tap.source]["times"]
-                        )
-                        update = update + module(x, times, source, seen[tap.link])
-                        if output_attentions:
-                            weights = module.weights(x, times, source, seen[tap.link])
-                            attentions.setdefault(tap.link, {})[tap.key] = weights
-                x = x + update
-            hidden[step.tower] = x
-        return hidden, contexts, given, attentions
+                x = self.tower(step.tower).layer(step.layer, x, states.contexts[step.tower])
+                if (step.tower, step.layer) in read_layers:
+                    states.given[step.tower, step.layer] = x
+            states.hidden[step.tower] = x
+        return states
+
+    def _update(
+        self,
+        taps: Sequence[Tap],
+        x: Tensor,
+        streams: Mapping[str, Mapping[str, Tensor]],
+        seen: Mapping[str, Visibility],
+        states: States,
+        output_attentions: bool,
+    ) -> Tensor:
+        """Give what the taps after one layer add to its state x, which all of them read as it is."""
+        update = torch.zeros_like(x)
+        for tap in taps:
+            if tap.link not in seen:
+                continue
+            module, times = self.tap(tap), streams[tap.target]["times"]
+            source = module.read(states.given[tap.source, tap.source_layer], streams[tap.source]["times"])
+            update = update + module(x, times, source, seen[tap.link])
+            if output_attentions:
+                weights = module.weights(x, times, source, seen[tap.link])
+                states.attentions.setdefault(tap.link, {})[tap.key] = weights
+        return update
 
     def generate(
         self,

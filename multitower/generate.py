@@ -119,7 +119,7 @@ class _TapReader:
         }
         if not sources:
             return
-        _, _, given, _ = model.run(sources)
+        given = model.run(sources).given
         for tap in model.schedule.taps:
             if tap.target == name and tap.source in sources:
                 stream = sources[tap.source]

@@ -111,6 +111,15 @@ def test_another_tower_is_refused(model: mt.FusedModel, text_folder: Path, tmp_p
         mt.FusedModel.from_pretrained(tmp_path / "fused")
 
 
+def test_a_given_tower_wins_over_a_stored_one(
+    model: mt.FusedModel, text_folder: Path, tmp_path: Path
+) -> None:
+    model.save_pretrained(tmp_path / "fused")
+    untrained = str(text_folder.parent / "speech-model")
+    with pytest.raises(mt.CheckpointError, match=f"tower 'speech' from {untrained} is not the one"):
+        mt.FusedModel.from_pretrained(tmp_path / "fused", towers={"speech": untrained})
+
+
 def test_fingerprint_sees_the_dtype() -> None:
     tower = tiny_tower()
     before = fingerprint(tower)

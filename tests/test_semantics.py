@@ -146,7 +146,7 @@ def test_links_into_one_layer_add_up_in_any_order() -> None:
     only_a, only_b = build([("a", "c")]), build([("b", "c")])
     for part in (only_a, only_b):
         part.load_state_dict(first.state_dict(), strict=False)
-    states = {model: model.run(batch["streams"])[0]["c"] for model in (first, only_a, only_b)}
+    states = {model: model.run(batch["streams"]).hidden["c"] for model in (first, only_a, only_b)}
     assert kept.isfinite().all()
     assert not torch.equal(states[only_a], states[only_b])
 
@@ -155,12 +155,12 @@ def test_both_directions_read_the_state_from_before() -> None:
     """At a pair, what a tower gives does not depend on what it takes there."""
     both = pair(gates=True)
     batch = mt.collate([[segment("speech", 5, 6), segment("text", 4, 5), segment("speech", 7)]])
-    given = both.run(batch["streams"])[2]
+    given = both.run(batch["streams"]).given
     for tap in both.schedule.taps:
         if tap.target == "speech" and tap.target_layer == 2:
             torch.nn.init.zeros_(both.tap(tap).attention_gate)
             torch.nn.init.zeros_(both.tap(tap).ffn_gate)
-    assert torch.equal(both.run(batch["streams"])[2]["speech", 2], given["speech", 2])
+    assert torch.equal(both.run(batch["streams"]).given["speech", 2], given["speech", 2])
 
 
 def test_links_that_see_nothing_do_not_run() -> None:
@@ -221,10 +221,10 @@ def test_frozen_towers_stay_in_eval_mode_and_out_of_autograd() -> None:
     assert model.training
     assert not any(model.tower(name).training for name in model.towers)
     assert model.links["speech->text"]["1-2"].training
-    hidden, _, given, _ = model.run(mt.collate(EXAMPLES)["streams"])
-    assert not hidden["speech"].requires_grad
-    assert not given["speech", 1].requires_grad
-    assert hidden["text"].requires_grad
+    states = model.run(mt.collate(EXAMPLES)["streams"])
+    assert not states.hidden["speech"].requires_grad
+    assert not states.given["speech", 1].requires_grad
+    assert states.hidden["text"].requires_grad
 
 
 def test_losses_are_means_over_labels() -> None:

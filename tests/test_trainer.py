@@ -1,0 +1,44 @@
+"""Fused models under the training loop that most users have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from models import EXAMPLES, causal_lm, pair
+
+import multitower as mt
+
+
+def test_transformers_trainer_trains_and_evaluates(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate", reason="the Trainer needs accelerate")
+    model = pair(causal_lm("llama"), causal_lm("gpt2", depth=4, vocab_size=14), train="all")
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=8,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        report_to=[],
+        save_strategy="no",
+        logging_strategy="no",
+        use_cpu=True,
+        remove_unused_columns=False,
+        prediction_loss_only=True,
+        label_names=["streams"],
+        dataloader_pin_memory=False,
+        disable_tqdm=True,
+    )
+    trainer = transformers.Trainer(
+        model,
+        arguments,
+        train_dataset=EXAMPLES,
+        eval_dataset=EXAMPLES,
+        data_collator=mt.collate,
+        optimizers=(torch.optim.AdamW(model.parameter_groups(lr=1e-2)), None),
+    )
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < before
+    assert any(model.gates().values())
