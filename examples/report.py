@@ -14,7 +14,7 @@ from judge import Judge, word_error_rate
 from multitower_speech import SpeechModality
 from multitower_text import TextModality
 from pictures import plot_attention, plot_comparison, plot_gates, plot_losses
-from spoken_corpus import Utterance
+from spoken_corpus import SAMPLE_RATE, Utterance
 from torch import Tensor
 from training import Run
 
@@ -213,4 +213,4 @@ def _write_audio(
     versions |= {system.name.replace(" ", "-"): system.waveforms for system in systems}
     for name, waveforms in versions.items():
         for number, waveform in enumerate(waveforms[:SHOWN]):
-            soundfile.write(folder / f"{number:02d}-{name}.wav", waveform, 16_000)
+            soundfile.write(folder / f"{number:02d}-{name}.wav", waveform, SAMPLE_RATE, subtype="FLOAT")

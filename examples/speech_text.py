@@ -105,7 +105,7 @@ def main() -> None:
     if options.compare:
         systems.append(train_rival(folders["text"], corpus, options, size, run, out))
     rows = write_report(out, model, run, systems, corpus, untouched=untouched)
-    check_in_a_new_process(out, systems[0].transcripts[0], corpus.longest("text"))
+    check_in_a_new_process(model, corpus, out)
     seconds = round(time.monotonic() - started)
     write_results(out, options, size, run, rows, seconds)
     print(f"\n{seconds} s in all. Audio, pictures, checkpoints and figures are in {out}/")
@@ -277,15 +277,17 @@ def save(model: mt.FusedModel, corpus: Corpus, folder: Path) -> None:
     corpus.speech.save_pretrained(folder / "modalities/speech")
 
 
-def check_in_a_new_process(out: Path, expected: str, limit: int) -> None:
+def check_in_a_new_process(model: mt.FusedModel, corpus: Corpus, out: Path) -> None:
     """Load the checkpoint elsewhere, and see that it hears the same."""
-    script = Path(__file__).with_name("transcribe.py")
-    clip = out / "audio/00-original.wav"
-    command = [sys.executable, str(script), str(out / "fused"), str(clip), "--max-new-tokens", str(limit)]
-    heard = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-    print(f"\nloaded in a new process: {heard!r}")
-    if heard != expected:
-        raise SystemExit(f"the loaded checkpoint heard {heard!r}, the trained model {expected!r}")
+    given, limit = [mt.Segment("speech", corpus.held_out[0].speech)], corpus.longest("text")
+    ((written,),) = model.generate([given], output=["text"], max_new_tokens=limit, do_sample=False)
+    here = corpus.text.decode(written.tokens).strip()
+    script, clip = Path(__file__).with_name("transcribe.py"), out / "audio/00-original.wav"
+    command = [sys.executable, script, out / "fused", clip, "--max-new-tokens", str(limit)]
+    there = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+    print(f"\nloaded in a new process: {there!r}")
+    if there != here:
+        raise SystemExit(f"the loaded checkpoint heard {there!r}, the trained model {here!r}")
 
 
 def write_results(

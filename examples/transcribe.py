@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 
 import soundfile
+import transformers
 from multitower_speech import SpeechModality
 from multitower_text import TextModality
 
@@ -26,6 +27,8 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, help="how long the answer may grow")
     options = parser.parse_args()
     limit = {} if options.max_new_tokens is None else {"max_new_tokens": options.max_new_tokens}
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     model = mt.FusedModel.from_pretrained(options.folder)
     text = TextModality.from_pretrained(options.folder / "modalities/text")
     speech = SpeechModality.from_pretrained(options.folder / "modalities/speech")
