@@ -169,7 +169,14 @@ class FusedModel(nn.Module):
         output: Sequence[str],
         **options: Any,
     ) -> list[list[Segment]]:
-        """Decode one segment for each tower in ``output``, each until its end token; see ``generate.py``.
+        """Decode one segment for each tower in ``output``, each until its end token.
+
+        >>> import multitower as mt
+        >>> from multitower.testing import tiny_model
+        >>> model, given = tiny_model(), [mt.Segment("speech", [0, 5, 6, 1])]
+        >>> ((text, speech),) = model.generate([given], output=["text", "speech"], max_new_tokens=4)
+        >>> text.tower, speech.tower
+        ('text', 'speech')
 
         Args:
             examples: What is given, each a list of segments (none of them a target).
@@ -178,6 +185,11 @@ class FusedModel(nn.Module):
 
         Returns:
             For each example (each returned sequence of it) the decoded segments, begin and end included.
+
+        Raises:
+            ValueError: Nothing is to be decoded, a tower is unknown or has no begin token, an example
+                holds a target, or an option cannot be passed on.
+            ImportError: transformers is not installed.
         """
         from .generate import generate
 

@@ -40,6 +40,7 @@ class TowerSpec:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]*", self.name):
             raise GraphError(f"tower name {self.name!r}: use letters, digits, '_' and '-', a letter first")
+        _not_reserved("tower", self.name)
         _one_of(f"tower {self.name!r}: train", self.train, TRAIN)
         _one_of(f"tower {self.name!r}: adapter", self.adapter, ADAPTERS)
 
@@ -61,6 +62,7 @@ class LinkSpec:
         where = f"link {self.name!r}"
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_>-]*", self.name):
             raise GraphError(f"{where}: use letters, digits, '_', '-' and '>' in a link name, a letter first")
+        _not_reserved("link", self.name)
         if self.source == self.target:
             raise GraphError(f"{where}: tower {self.source!r} cannot read itself; link two different towers")
         if (self.interleave is None) == (self.taps is None):
@@ -337,6 +339,11 @@ class FusionGraph:
             taps = "taps " + ", ".join(map(str, link.taps)) if link.taps else f"interleave {link.interleave}"
             lines.append(f"  link {link.name}: {taps}")
         return "\n".join(lines)
+
+
+def _not_reserved(what: str, name: str) -> None:
+    if hasattr(nn.ModuleDict, name):
+        raise GraphError(f"{what} name {name!r} is what a method of torch modules is called; choose another")
 
 
 def _is_positive(value: object) -> bool:

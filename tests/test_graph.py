@@ -59,6 +59,7 @@ def test_parallel_links_need_a_name(graph: mt.FusionGraph) -> None:
         ({"interleave": 1, "heads": 0}, "heads=0"),
         ({"interleave": 1, "position": "absolute"}, "choose one of 'rotary', None"),
         ({"interleave": 1, "name": "a.b"}, "link name"),
+        ({"interleave": 1, "name": "type"}, "method of torch modules"),
     ],
 )
 def test_bad_links_teach(graph: mt.FusionGraph, arguments: dict, message: str) -> None:
@@ -73,6 +74,7 @@ def test_bad_links_teach(graph: mt.FusionGraph, arguments: dict, message: str) -
     [
         ("text", {"source": "x"}, "there is a tower 'text' already"),
         ("a.b", {"source": "x"}, "letters, digits"),
+        ("keys", {"source": "x"}, "method of torch modules"),
         ("new", {"source": 3}, "expected a folder, a Hub id or a module, not int"),
         ("new", {"source": "x", "train": "some"}, "tower 'new': train='some' is unknown"),
         ("new", {"source": "x", "adapter": "big"}, "adapter='big' is unknown"),
