@@ -114,6 +114,24 @@ def test_causality_would_be_seen_along_every_path() -> None:
     assert all(not torch.equal(before[key], after[key]) for key in before if key[1] >= 4)
 
 
+def test_tokens_of_the_same_time_do_not_see_each_other() -> None:
+    model = pair(gates=True)
+    row, clock = torch.arange(2, 7)[None], torch.arange(5)[None]
+
+    def logits(speech: torch.Tensor) -> torch.Tensor:
+        streams = {
+            name: {"tokens": tokens, "times": clock, "mask": torch.ones_like(tokens, dtype=torch.bool)}
+            for name, tokens in (("speech", speech), ("text", row))
+        }
+        return model(streams=streams).logits["text"][0]
+
+    changed = row.clone()
+    changed[0, 2] = 9
+    before, after = logits(row), logits(changed)
+    assert torch.equal(before[:3], after[:3])
+    assert not torch.isclose(before[3:], after[3:]).all(-1).any()
+
+
 def test_a_row_of_one_modality_gets_exactly_zero_from_links() -> None:
     model = pair(gates=True)
     for adapter in model.adapters.values():
