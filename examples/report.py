@@ -179,7 +179,7 @@ def _steadiness(weights: Tensor) -> float:
     """
     sharpness, places = weights.max(1)
     points = torch.stack([torch.arange(len(weights), dtype=torch.float), places.float()])
-    covariance = torch.cov(points, aweights=sharpness)
+    covariance = torch.cov(points, aweights=sharpness, correction=0)
     correlation = covariance[0, 1] / covariance.diagonal().prod().sqrt()
     return float(correlation.nan_to_num() * sharpness.mean())
 

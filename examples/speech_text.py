@@ -37,6 +37,9 @@ from training import Budget, Example, Run, endless, in_turn, perplexity, pretrai
 import multitower as mt
 
 
+SPEECH_DEPTH = 4
+
+
 @dataclass(frozen=True)
 class Size:
     """How much of everything; times are shares of the minutes that the caller allows."""
@@ -49,7 +52,7 @@ class Size:
     unit_clips: int = 300
     rate: float = 50 / 3
     width: int = 128
-    depth: int = 4
+    depth: int = SPEECH_DEPTH
     batch: int = 32
     lr: float = 1.5e-3
     pretraining: float = 0.03
@@ -214,7 +217,7 @@ def zip_towers(folders: dict[str, str]) -> mt.FusedModel:
     graph.add_tower("speech", folders["speech"], train="all")
     graph.add_tower("text", folders["text"])
     depth = transformers.AutoConfig.from_pretrained(folders["text"]).num_hidden_layers
-    graph.add_link("speech", "text", interleave=max(1, depth // 4), position="rotary")
+    graph.add_link("speech", "text", interleave=(1, max(1, depth // SPEECH_DEPTH)), position="rotary")
     graph.add_link("text", "speech", interleave=1, position="rotary")
     return graph.compile()
 
