@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+
 from phrases import DIGITS
 from spoken_corpus import SAMPLE_RATE, clean_transcript
 

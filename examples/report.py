@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import soundfile
 import torch
+from torch import Tensor
+
+import multitower as mt
 from judge import Judge, word_error_rate
 from multitower_speech import SpeechModality
 from multitower_text import TextModality
 from pictures import plot_attention, plot_comparison, plot_gates, plot_losses
 from spoken_corpus import SAMPLE_RATE, Utterance
-from torch import Tensor
 from training import Run
-
-import multitower as mt
 
 SHOWN = 8
 

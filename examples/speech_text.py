@@ -25,17 +25,16 @@ from typing import Any
 
 import torch
 import transformers
+from threadpoolctl import threadpool_limits
+from tqdm import tqdm
+
+import multitower as mt
 from multitower_speech import SpeechModality
 from multitower_text import TextModality
 from phrases import number_phrases, sentences
 from report import Corpus, Pair, System, evaluate, write_report
 from spoken_corpus import Utterance, read_corpus, speak, split
-from threadpoolctl import threadpool_limits
-from tqdm import tqdm
 from training import Budget, Example, Run, endless, in_turn, perplexity, pretrain, train
-
-import multitower as mt
-
 
 SPEECH_DEPTH = 4
 

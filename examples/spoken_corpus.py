@@ -30,6 +30,7 @@ from typing import TypeVar
 import librosa
 import numpy as np
 import soundfile
+
 from phrases import DIGITS
 
 SAMPLE_RATE = 16_000

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import soundfile
 import transformers
-from multitower_speech import SpeechModality
-from multitower_text import TextModality
 
 import multitower as mt
+from multitower_speech import SpeechModality
+from multitower_text import TextModality
 
 
 def main() -> None:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import EXAMPLES, causal_lm, pair
 from safetensors.torch import load_file, save_file
 
 import multitower as mt
+from models import EXAMPLES, causal_lm, pair
 from multitower.checkpoint import fingerprint
 from multitower.testing import open_gates, tiny_tower
 

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import causal_lm
 
 import multitower as mt
+from models import causal_lm
 
 
 class Codec:

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import causal_lm, pair, segment
 
 import multitower as mt
+from models import causal_lm, pair, segment
 
 SOURCES = [
     [segment("speech", 5, 6, 7, 8)],

@@ -6,6 +6,7 @@ pytest.importorskip("librosa", reason="the spectrogram needs the speech extra")
 
 import matplotlib
 import matplotlib.image
+
 from pictures import plot_attention, plot_comparison, plot_gates, plot_losses
 
 HISTORY = [{"step": step, "text": 3.0 / (1 + step), "speech": 5.0 / (1 + step)} for step in range(50)]

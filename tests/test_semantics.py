@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import EXAMPLES, causal_lm, pair, segment
 
 import multitower as mt
+from models import EXAMPLES, causal_lm, pair, segment
 from multitower.testing import open_gates, tiny_tower
 
 VOCABULARY = 12

@@ -7,6 +7,7 @@ pytest.importorskip("librosa", reason="the corpora need the speech extra")
 pytest.importorskip("soundfile", reason="the corpora need the speech extra")
 
 import soundfile
+
 from phrases import number_phrases, sentences
 from spoken_corpus import (
     SAMPLE_RATE,

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import EXAMPLES, pair, segment
 
 import multitower as mt
+from models import EXAMPLES, pair, segment
 
 
 def test_streams_keep_order_and_time() -> None:

@@ -5,9 +5,9 @@ import json
 
 import pytest
 import torch
-from multitower_text import TextModality
 
 from multitower.modality import Modality
+from multitower_text import TextModality
 
 TEXTS = ["", " ", "two towers", "hé wörld, it 's\n\ttwo  spaces ", "日本語 🗼", "\x00"]
 

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 import torch
-from models import EXAMPLES, causal_lm, pair, transformers_families
 
 import multitower as mt
+from models import EXAMPLES, causal_lm, pair, transformers_families
 from multitower.testing import open_gates
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import EXAMPLES, causal_lm, pair
 
 import multitower as mt
+from models import EXAMPLES, causal_lm, pair
 
 
 def test_transformers_trainer_trains_and_evaluates(tmp_path: Path) -> None:

@@ -4,10 +4,10 @@ from itertools import islice
 
 import pytest
 import torch
-from models import causal_lm, pair, segment
-from training import Budget, endless, in_turn, perplexity, pretrain, to_device, train
 
 import multitower as mt
+from models import causal_lm, pair, segment
+from training import Budget, endless, in_turn, perplexity, pretrain, to_device, train
 
 OPTIONS = {"lr": 1e-2, "batch": 4, "seed": 0, "device": "cpu"}
 
