@@ -95,7 +95,7 @@ def main() -> None:
     data = make_data(options, size)
     corpus = encode(data, *fit_modalities(options, size, data))
     folders = pretrain_towers(options, size, corpus, out)
-    model = zip_towers(folders).to(options.device)
+    model = zip_towers(folders, None if options.position == "none" else options.position).to(options.device)
     print(f"\n{model.graph}\n\n{model.schedule.explain()}\n")
 
     untouched = perplexity(model.unimodal("text"), corpus.held_out_text, options.device)
@@ -128,6 +128,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a smoke run of the whole path")
     parser.add_argument(
         "--compare", action="store_true", help="also train vocabulary expansion, on the same data"
+    )
+    parser.add_argument(
+        "--position", choices=("rotary", "none"), default="rotary", help="positions that links carry"
     )
     parser.add_argument("--device", default="cpu", help="where to train: cpu, cuda, ...")
     parser.add_argument("--seed", type=int, default=0)
@@ -210,14 +213,14 @@ def pretrain_towers(
     return folders
 
 
-def zip_towers(folders: dict[str, str]) -> mt.FusedModel:
+def zip_towers(folders: dict[str, str], position: str | None) -> mt.FusedModel:
     """Declare the fusion: text stays frozen, speech learns on."""
     graph = mt.FusionGraph()
     graph.add_tower("speech", folders["speech"], train="all")
     graph.add_tower("text", folders["text"])
     depth = transformers.AutoConfig.from_pretrained(folders["text"]).num_hidden_layers
-    graph.add_link("speech", "text", interleave=(1, max(1, depth // SPEECH_DEPTH)), position="rotary")
-    graph.add_link("text", "speech", interleave=1, position="rotary")
+    graph.add_link("speech", "text", interleave=(1, max(1, depth // SPEECH_DEPTH)), position=position)
+    graph.add_link("text", "speech", interleave=1, position=position)
     return graph.compile()
 
 
