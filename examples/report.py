@@ -175,9 +175,9 @@ def _steadiness(weights: Tensor) -> float:
     """Say how sharply, and how much in order, the target attends to the source.
 
     The correlation of each target place with the source place it attends to most, in which sharp attention
-    weighs more, times the mean sharpness.
+    weighs more, times the mean sharpness. About 0 where only tokens that are not drawn are attended to.
     """
-    sharpness, places = weights.max(1)
+    sharpness, places = weights.clamp(min=1e-6).max(1)
     points = torch.stack([torch.arange(len(weights), dtype=torch.float), places.float()])
     covariance = torch.cov(points, aweights=sharpness, correction=0)
     correlation = covariance[0, 1] / covariance.diagonal().prod().sqrt()

@@ -15,3 +15,4 @@ def test_sharp_and_ordered_attention_is_preferred() -> None:
 
 def test_faint_attention_is_no_error() -> None:
     assert 0 < _steadiness(0.01 * torch.eye(3)) < 0.011
+    assert abs(_steadiness(torch.zeros(3, 4))) < 1e-5
