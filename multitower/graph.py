@@ -174,11 +174,6 @@ class FusionGraph:
         """The links by name, in the order in which they were added."""
         return dict(self._links)
 
-    @property
-    def modules(self) -> Mapping[str, nn.Module]:
-        """The towers that were given as modules rather than as a path or Hub id."""
-        return dict(self._modules)
-
     def add_tower(
         self,
         name: str,

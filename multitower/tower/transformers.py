@@ -73,7 +73,7 @@ class TransformersTower(Tower):
     @property
     def begin(self) -> int | None:  # type: ignore[override]  # read from the model, which may change it
         """The model's ``bos_token_id``."""
-        return _token_ids(self.model, "bos_token_id")[0] if _token_ids(self.model, "bos_token_id") else None
+        return next(iter(_token_ids(self.model, "bos_token_id")), None)
 
     @property
     def end(self) -> tuple[int, ...]:  # type: ignore[override]  # read from the model, which may change it
