@@ -328,10 +328,8 @@ def _keys(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> tuple[T
 
 def _placement(tower: Tower) -> dict[str, Any]:
     """Where a tower's own new modules belong: its device and floating dtype."""
-    for parameter in tower.parameters():
-        if parameter.is_floating_point():
-            return {"device": parameter.device, "dtype": parameter.dtype}
-    return {}
+    dtypes = (parameter.dtype for parameter in tower.parameters() if parameter.is_floating_point())
+    return {"device": tower.device, "dtype": next(dtypes, torch.get_default_dtype())}
 
 
 def token_loss(logits: Tensor, labels: Tensor) -> Tensor:

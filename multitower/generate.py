@@ -61,7 +61,7 @@ def _decode_segment(
     tower = model.tower(name)
     begin = options.get("bos_token_id", tower.begin)
     prompts = [_prompt(row, name, begin) for row in rows]
-    times = pad_left([times for _, times in prompts], -1).to(_device(model, name))
+    times = pad_left([times for _, times in prompts], -1).to(model.tower(name).device)
     decoder = tower.decoder(_TapReader(model, name, make_streams(rows), times))
     sequences = decode_rows(
         decoder, [tokens for tokens, _ in prompts], begin=begin, end=tower.end, options=options
@@ -114,7 +114,9 @@ class _TapReader:
         self.sources: dict[Tap, KeysValues] = {}
         device = prompt_times.device
         sources = {
-            key: {part: value.to(_device(model, key)) for part, value in stream.items() if part != "labels"}
+            key: {
+                part: value.to(model.tower(key).device) for part, value in stream.items() if part != "labels"
+            }
             for key, stream in streams.items()
         }
         if not sources:
@@ -127,25 +129,24 @@ class _TapReader:
                 self.sources[tap] = model.tap(tap).read(given[tap.source, tap.source_layer], stream["times"])
                 self.keys[tap.source] = (stream["times"].to(device), stream["mask"].to(device))
 
-    def __call__(self, layer: int, x: Tensor, start: int) -> Tensor:
+    def __call__(self, layer: int, x: Tensor, positions: Tensor) -> Tensor:
         if layer == 0:
             return self.model.adapt(self.name, x)
         if layer not in self.taps:
             return x
         self._expand(len(x))
-        query_times = self._times(start, x.shape[1])
+        query_times = self._times(positions)
         update = torch.zeros_like(x)
         for tap in self.taps[layer]:
             seen = visibility(query_times, *self.keys[tap.source])
             update = update + self.model.tap(tap)(x, query_times, self.sources[tap], seen)
         return x + update
 
-    def _times(self, start: int, length: int) -> Tensor:
+    def _times(self, positions: Tensor) -> Tensor:
         """Give the times of these tokens: those of the prompt are known, later ones follow one by one."""
-        known = self.prompt_times[:, start : start + length]
-        places = torch.arange(start, start + length, device=known.device)[known.shape[1] :]
-        following = self.prompt_times[:, -1:] + (places - self.prompt_times.shape[1] + 1)
-        return torch.cat([known, following], dim=1)
+        positions = positions.to(self.prompt_times.device)
+        known = positions.clamp(max=self.prompt_times.shape[1] - 1)
+        return self.prompt_times[:, known] + (positions - known)
 
     def _expand(self, rows: int) -> None:
         """Repeat what was read once for each beam or returned sequence; they need no reordering."""
@@ -232,7 +233,3 @@ def _length_limit(decoder: Any, options: Mapping[str, Any], prompt: int) -> dict
         return {}
     positions = getattr(decoder.config, "max_position_embeddings", None) or MAX_NEW_TOKENS
     return {"max_new_tokens": max(1, min(MAX_NEW_TOKENS, positions - prompt))}
-
-
-def _device(model: FusedModel, name: str) -> torch.device:
-    return next(model.tower(name).parameters()).device

@@ -11,6 +11,7 @@ import torch
 import multitower as mt
 from models import EXAMPLES, causal_lm, pair, transformers_families
 from multitower.testing import open_gates
+from multitower.tower import as_tower
 
 
 @pytest.mark.parametrize("family", transformers_families)
@@ -103,13 +104,13 @@ def test_a_replaced_forward_is_refused() -> None:
     model = causal_lm("llama")
     native = model.model.forward
     model.model.forward = lambda *args, **kwargs: native(*args, **kwargs)
-    with pytest.raises(mt.TowerError, match="was the forward of the model replaced"):
+    with pytest.raises(mt.TowerError, match="Was a forward of the model replaced"):
         mt.TransformersTower(model)
 
 
 def test_no_list_of_layers() -> None:
-    with pytest.raises(mt.TowerError, match="expected one list of layers"):
-        mt.TransformersTower(torch.nn.Linear(2, 2))
+    with pytest.raises(mt.TowerError, match="tower 'text': Linear is neither a transformers causal LM nor"):
+        as_tower("text", torch.nn.Linear(2, 2))
     with pytest.raises(mt.TowerError, match=r"found none among model\.layers"):
         mt.TransformersTower(causal_lm("llama"), layers="decoder.layers")
 

@@ -6,12 +6,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-Inject = Callable[[int, Tensor, int], Tensor]
-"""Called with (layer, state after it, number of tokens before this call); gives the state to go on with.
+Inject = Callable[[int, Tensor, Tensor], Tensor]
+"""Called with (layer, state after it, positions); gives the state to go on with.
 
-Layer 0 is the embedding. The state has shape (batch, length of this call, width).
+Layer 0 is the embedding. The state has shape (batch, length of this call, width); the positions, int64 of
+shape (length of this call,), say where in their rows the tokens of this call stand.
 """
 
 
@@ -86,6 +88,11 @@ class Tower(nn.Module, ABC):
     def native(self) -> nn.Module:
         """The model as it was before it became a tower."""
         return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tower takes its tokens."""
+        return next(self.parameters()).device
 
     def decoder(self, inject: Inject) -> Any:
         """Give a model with transformers' ``generate`` that runs this tower with ``inject`` after each layer.

@@ -1,22 +1,29 @@
-"""A tower made of any transformers causal LM, without a table of architectures.
-
-The model's own forward prepares masks, rotary tables and scales. To have it do so without running its
-layers, a *shell* is made: a shallow copy of the modules on the path to the list of layers, sharing every
-parameter, whose list holds stand-ins.
-"""
+"""A tower made of any transformers causal LM, without a table of architectures."""
 
 from __future__ import annotations
 
-import copy
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .base import Inject, Tower, TowerError
+from .probe import Layers, check_causal, evaluated, execution_device, logits_of, probe, probe_tokens
+from .shell import (
+    Call,
+    Carried,
+    LayersReached,
+    Script,
+    Shell,
+    StandIn,
+    Unexpected,
+    as_call,
+    as_tuple,
+    make_shell,
+    stand_in,
+)
 
 
 class TransformersTower(Tower):
@@ -33,42 +40,35 @@ class TransformersTower(Tower):
     >>> torch.equal(tower(tokens), model(tokens, use_cache=False).logits)
     True
 
+    The model is asked, not looked up in a table: it runs once on a few tokens to show its layers, and once
+    more to prove that layer by layer they give its own logits.
+
     Args:
         model: The model. It is used as it is, not copied, and works on alone as before. Change its
             modules (resized embeddings, adapters, quantisation) before it becomes a tower.
-        layers: Path of the ``ModuleList`` of layers, as in "model.layers", for a model where it cannot
-            be found from the model's ``_no_split_modules``.
+        layers: Path of the ``ModuleList`` of layers, as in "model.layers", for a model that has several
+            that take and give a state.
 
     Raises:
-        TowerError: No list of layers is found, the layers do not run once each in their order, or
-            the layer-by-layer logits differ from the model's own.
+        TowerError: No list of layers is found, the layers do not run once each in their order, the
+            layer-by-layer logits differ from the model's own, or the model is not causal.
     """
 
     def __init__(self, model: nn.Module, *, layers: str | None = None) -> None:
         super().__init__()
         self.model = model
-        self.path, returns_tuple = _find_layers(model, layers)
-        stack = self._stack
-        self.depth = len(stack)
-        self._tape: list[Call] = []
-        self._final: list[Tensor] = []
-        last = self.depth - 1
-        prologue = [_stand_in(layer, _Record(self._tape, i == last)) for i, layer in enumerate(stack)]
-        epilogue = [
-            _stand_in(layer, _Hand(self._final if i == last else None, returns_tuple))
-            for i, layer in enumerate(stack)
-        ]
-        # Not registered as submodules: their parameters are the model's and must not be counted twice.
-        self._prologue, self._epilogue = (
-            _Unregistered(_shell(model, self.path, layers)) for layers in (prologue, epilogue)
-        )
-        self.width, self.vocab_size = self._check()
+        self._layers: Layers
+        self._layers, native = probe(model, layers)
+        self.depth = len(self._layers.order)
+        self._script = Script()
+        # Not registered as a submodule: its parameters are the model's and must not be counted twice.
+        self._shell = _Unregistered(self._make_shell())
+        self.width, self.vocab_size = self._prove(native)
 
     @property
-    def _stack(self) -> nn.ModuleList:
-        stack = self.model.get_submodule(self.path)
-        assert isinstance(stack, nn.ModuleList)
-        return stack
+    def device(self) -> torch.device:
+        """Where the model takes its tokens."""
+        return execution_device(self.model)
 
     @property
     def begin(self) -> int | None:  # type: ignore[override]  # read from the model, which may change it
@@ -87,233 +87,177 @@ class TransformersTower(Tower):
 
     def embed(self, tokens: Tensor) -> tuple[Tensor, Context]:
         """Run what the model does before layer 1; see ``Tower.embed``."""
-        self._tape.clear()
-        with suppress(_LayersReached):
-            self._prologue.module(input_ids=tokens, use_cache=False)
-        calls = tuple(self._tape)
-        self._tape.clear()
+        script, shell = self._script, self._shell.it
+        shell.follow()
+        script.calls = []
+        with suppress(LayersReached):
+            shell.model(input_ids=tokens, use_cache=False)
+        calls, script.calls = tuple(script.calls), []
         if len(calls) != self.depth:
             raise TowerError(
-                f"{type(self.model).__name__}: its forward reached {len(calls)} of {self.depth} stand-ins "
-                "for its layers; was the forward of the model replaced after it was made?"
+                f"{type(self.model).__name__}: its forward reached {len(calls)} of its {self.depth} layers. "
+                "Was a forward of the model replaced after it was made, or does it drop layers at random in "
+                "training (config.layerdrop)?"
             )
-        return calls[0].hidden, Context(tokens, calls)
+        return self._layers.layout.to_tower(calls[0].hidden), Context(tokens, calls, {})
 
     def layer(self, index: int, hidden: Tensor, context: Context) -> Tensor:
         """Run layer ``index``, counted from 1, with the arguments that the model would give it."""
-        call = context.calls[index - 1]
-        return _hidden(self._stack[index - 1](hidden, *call.args, **call.kwargs))
+        call, layout = context.calls[index - 1], self._layers.layout
+        args, kwargs = call.args, call.kwargs
+        if context.carried:
+            args = tuple(_resolve(value, context) for value in args)
+            kwargs = {key: _resolve(value, context) for key, value in kwargs.items()}
+        output = self._layer_module(index)(layout.to_model(hidden), *args, **kwargs)
+        if self._layers.extras[index - 1]:
+            context.carried[index] = as_tuple(output)[1:]
+        return layout.to_tower(as_tuple(output)[0])
 
     def head(self, hidden: Tensor, context: Context) -> Tensor:
         """Run what the model does after its last layer: norm, head, scaling, caps."""
-        self._final.append(hidden)
+        final = self._layers.layout.to_model(hidden)
+        self._script.final = (final, *context.carried.get(self.depth, ()))
         try:
-            logits: Tensor = self._epilogue.module(input_ids=context.tokens, use_cache=False).logits
+            return logits_of(self._shell.it.model(input_ids=context.tokens, use_cache=False))
         finally:
-            self._final.clear()
-        return logits
+            self._script.final = None
 
     def decoder(self, inject: Inject) -> Any:
         """Give a copy of the model, parameters shared, whose layers are followed by ``inject``."""
-        place = _Place()
-        shell = _shell(
+        places = _Places()
+        layers = {
+            place: _Injected(self._layer_module(index), index, inject, places, self._layers)
+            for index, place in enumerate(self._layers.order, 1)
+        }
+        shell = make_shell(
             self.model,
-            self.path,
-            [_stand_in(layer, _Injected(layer, i, inject, place)) for i, layer in enumerate(self._stack, 1)],
-        )
-        native = shell.forward
+            self._layers.path,
+            [
+                stand_in(layer, layers[place]) if place in layers else layer
+                for place, layer in enumerate(self._stack)
+            ],
+        ).model
+        if not hasattr(shell, "generate"):
+            raise TowerError(f"{type(self.model).__name__} cannot decode: it has no generate")
+        prepare = shell.prepare_inputs_for_generation
 
-        @functools.wraps(native)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            cache = kwargs.get("past_key_values")
-            place.start = 0 if cache is None else int(cache.get_seq_length())
-            return native(*args, **kwargs)
+        @functools.wraps(prepare)
+        def prepare_inputs(input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+            inputs = prepare(input_ids, *args, **kwargs)
+            length = inputs["input_ids"].shape[1]
+            total = _length_so_far(input_ids, length, kwargs)
+            places.now = torch.arange(total - length, total, device=input_ids.device)
+            return inputs
 
-        shell.forward = forward
+        shell.prepare_inputs_for_generation = prepare_inputs
         return shell
 
-    @torch.no_grad()
-    def _check(self) -> tuple[int, int]:
-        """Compare a short forward with the model's own; give the width and the vocabulary size."""
-        device = next(self.model.parameters()).device
-        if device.type == "meta":
-            config = self.model.config.get_text_config()  # type: ignore[operator, union-attr]
-            return config.hidden_size, config.vocab_size
-        tokens = torch.arange(1, 5, device=device)[None]
-        with _evaluated(self.model):
-            native: Tensor = self.model(input_ids=tokens, use_cache=False).logits
-            hidden, _ = self.embed(tokens)
-            logits = self(tokens)
-        if not torch.equal(native, logits):
-            worst = (native.float() - logits.float()).abs().max().item()
-            raise TowerError(
-                f"{type(self.model).__name__} run layer by layer gives other logits than its own forward "
-                f"(largest difference {worst:.2g}); write a small multitower.Tower for it"
+    @property
+    def _stack(self) -> nn.ModuleList:
+        stack = self.model.get_submodule(self._layers.path)
+        assert isinstance(stack, nn.ModuleList)
+        return stack
+
+    def _layer_module(self, index: int) -> nn.Module:
+        return self._stack[self._layers.order[index - 1]]
+
+    def _make_shell(self) -> Shell:
+        found = self._layers
+        layers = [stand_in(layer, Unexpected(place + 1)) for place, layer in enumerate(self._stack)]
+        for index, place in enumerate(found.order, 1):
+            layers[place].forward = StandIn(
+                index, index == self.depth, found.extras[index - 1], found.keyword, self._script
             )
-        return hidden.shape[-1], logits.shape[-1]
+        return make_shell(self.model, found.path, layers)
+
+    @torch.no_grad()
+    def _prove(self, native: Tensor) -> tuple[int, int]:
+        """Compare a short forward with the model's own; give the width and the vocabulary size."""
+        name = type(self.model).__name__
+        with evaluated(self.model):
+            hidden, context = self.embed(probe_tokens(self.model))
+            width = hidden.shape[-1]
+            for index in range(1, self.depth + 1):
+                hidden = self.layer(index, hidden, context)
+            logits = self.head(hidden, context)
+        if native.device.type != "meta":
+            if not torch.equal(native, logits):
+                worst = (native.float() - logits.float()).abs().max().item()
+                raise TowerError(
+                    f"{name} run layer by layer gives other logits than its own forward (largest difference "
+                    f"{worst:.2g}); write a small multitower.Tower for it"
+                )
+            check_causal(name, native)
+        return width, logits.shape[-1]
 
 
 class _Unregistered(NamedTuple):
-    module: Any
-
-
-class Call(NamedTuple):
-    """The state and the arguments with which a model calls one of its layers."""
-
-    hidden: Tensor
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    it: Shell
 
 
 class Context(NamedTuple):
-    """What the layers and the head of a TransformersTower need: the tokens, and each layer's call."""
+    """What the layers and the head of a TransformersTower need.
+
+    Attributes:
+        tokens: The tokens.
+        calls: With what the model would call each layer.
+        carried: What layers gave beside their states so far, by layer.
+    """
 
     tokens: Tensor
     calls: tuple[Call, ...]
+    carried: dict[int, tuple[Any, ...]]
 
 
-class _LayersReached(Exception):  # noqa: N818  # not an error: it ends the prologue before norm and head
-    pass
+class _Places:
+    """Where in their rows the tokens of the present decoding step stand: int64, shape (length,)."""
 
-
-class _Record:
-    """Stands in for a layer: notes its arguments, and ends the forward at the last one."""
-
-    def __init__(self, tape: list[Call], last: bool) -> None:
-        self.tape, self.last = tape, last
-
-    def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        self.tape.append(Call(hidden, args, kwargs))
-        if self.last:
-            raise _LayersReached
-        return hidden
-
-
-class _Hand:
-    """Stands in for a layer: hands on its input or, as the last one, the final state."""
-
-    def __init__(self, final: list[Tensor] | None, returns_tuple: bool) -> None:
-        self.final, self.returns_tuple = final, returns_tuple
-
-    def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        state = hidden if self.final is None else self.final[0]
-        return (state,) if self.returns_tuple else state
-
-
-class _Place:
-    """How many tokens were decoded before the present call."""
-
-    start: int = 0
+    now: Tensor
 
 
 class _Injected:
     """Stands in for a layer: runs it, then ``inject``."""
 
-    def __init__(self, layer: nn.Module, index: int, inject: Inject, place: _Place) -> None:
-        self.layer, self.index, self.inject, self.place = layer, index, inject, place
+    def __init__(self, layer: nn.Module, index: int, inject: Inject, places: _Places, found: Layers) -> None:
+        self.layer, self.index, self.inject, self.places = layer, index, inject, places
+        self.layout, self.keyword = found.layout, found.keyword
 
-    def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        hidden, args, kwargs = as_call(args, kwargs, self.keyword)
         if self.index == 1:
-            hidden = self.inject(0, hidden, self.place.start)
+            hidden = self._inject(0, hidden)
         output = self.layer(hidden, *args, **kwargs)
-        state = self.inject(self.index, _hidden(output), self.place.start)
+        state = self._inject(self.index, as_tuple(output)[0])
         return state if isinstance(output, Tensor) else (state, *output[1:])
 
-
-def _hidden(output: Any) -> Tensor:
-    hidden: Tensor = output if isinstance(output, Tensor) else output[0]
-    return hidden
-
-
-def _stand_in(layer: nn.Module, forward: Callable[..., Any]) -> nn.Module:
-    """Copy a layer shallowly, so that the model finds all its attributes, and give it another forward."""
-    stand_in = copy.copy(layer)
-    stand_in.forward = forward
-    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-        setattr(stand_in, hooks, type(getattr(layer, hooks))())
-    return stand_in
+    def _inject(self, layer: int, hidden: Tensor) -> Tensor:
+        state = self.layout.to_tower(hidden)
+        state = self.inject(layer, state, self.places.now[-state.shape[1] :])
+        return self.layout.to_model(state)
 
 
-def _shell(model: nn.Module, path: str, layers: list[nn.Module]) -> Any:
-    """Copy the modules on the path to the list of layers, and put other layers there."""
-    shell = node = copy.copy(model)
-    *parents, last = path.split(".")
-    for name in parents:
-        child = copy.copy(node._modules[name])
-        assert child is not None
-        node._modules = {**node._modules, name: child}
-        node = child
-    node._modules = {**node._modules, last: nn.ModuleList(layers)}
-    return shell
+def _length_so_far(input_ids: Tensor, length: int, inputs: dict[str, Any]) -> int:
+    """Give how many tokens a row has after a decoding step, whatever of them ``generate`` passes on.
+
+    A mask of ones it drops; chunks of a prompt come alone, after what the cache holds.
+    """
+    mask, cache = inputs.get("attention_mask"), inputs.get("past_key_values")
+    if mask is not None:
+        return int(mask.shape[1])
+    if cache is None or inputs.get("next_sequence_length") is not None:
+        return input_ids.shape[1]
+    return max(input_ids.shape[1], int(cache.get_seq_length()) + length)
 
 
-def _find_layers(model: nn.Module, path: str | None) -> tuple[str, bool]:
-    """Find the list of layers; say also whether they return tuples."""
-    kinds = set(getattr(model, "_no_split_modules", None) or ())
-    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    if path is None:
-        found = [
-            name
-            for name, module in lists.items()
-            if len(module) and all(type(layer).__name__ in kinds for layer in module)
-        ]
-    else:
-        found = [path] if path in lists else []
-    if len(found) != 1:
-        raise TowerError(
-            f"{type(model).__name__}: expected one list of layers of class {', '.join(sorted(kinds)) or '?'}"
-            f", found {', '.join(found) or 'none'} among {', '.join(lists) or 'no module lists'}. Say which "
-            "with TransformersTower(model, layers='...'), or write a small multitower.Tower"
-        )
-    return found[0], _probe(model, found[0])
-
-
-@torch.no_grad()
-def _probe(model: nn.Module, path: str) -> bool:
-    """Check that each layer runs once and in order; say whether layers return tuples."""
-    stack = list(model.get_submodule(path).children())
-    if next(model.parameters()).device.type == "meta":
-        return False
-    order: list[int] = []
-    tuples: list[bool] = []
-
-    def note(index: int, layer: nn.Module, inputs: Any, output: Any) -> None:
-        order.append(index)
-        tuples.append(not isinstance(output, Tensor))
-
-    hooks = [
-        layer.register_forward_hook(functools.partial(note, index)) for index, layer in enumerate(stack, 1)
-    ]
-    try:
-        with _evaluated(model):
-            model(input_ids=torch.arange(1, 5, device=next(model.parameters()).device)[None], use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if order != list(range(1, len(stack) + 1)):
-        raise TowerError(
-            f"{type(model).__name__} runs its {len(stack)} layers {path!r} in the order {order}; a tower's "
-            "layers must run once each, in their order"
-        )
-    return tuples[0]
-
-
-@contextmanager
-def _evaluated(model: nn.Module) -> Iterator[None]:
-    """Put a model in eval mode for a moment."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
+def _resolve(value: Any, context: Context) -> Any:
+    return context.carried[value.layer][value.place] if isinstance(value, Carried) else value
 
 
 def _token_ids(model: nn.Module, key: str) -> tuple[int, ...]:
     """Read token ids from the generation config, else from the config; they may be one, several or None."""
-    for config in (getattr(model, "generation_config", None), getattr(model, "config", None)):
-        value = getattr(config, key, None)
+    config: Any = model.config
+    for each in (getattr(model, "generation_config", None), config, config.get_text_config(decoder=True)):
+        value = getattr(each, key, None)
         if value is not None:
             return tuple(value) if isinstance(value, list | tuple) else (int(value),)
     return ()

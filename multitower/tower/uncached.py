@@ -40,7 +40,7 @@ class UncachedDecoder(transformers.PreTrainedModel, transformers.GenerationMixin
         for index in range(self.tower.depth + 1):
             if index:
                 hidden = self.tower.layer(index, hidden, context)
-            hidden = _rows(self.inject(index, _rows(hidden, to_left), 0), to_right)
+            hidden = _rows(self.inject(index, _rows(hidden, to_left), places), to_right)
         logits = _rows(self.tower.head(hidden, context), to_left)
         return transformers.modeling_outputs.CausalLMOutput(logits=logits)
 

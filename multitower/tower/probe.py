@@ -1,0 +1,240 @@
+"""Look at a model while it runs: where its layers are, how they are called, whether it is causal."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from .base import TowerError
+from .shell import as_call, as_tuple
+
+ROWS, LENGTH = 3, 7
+"""Size of the batch of a probe: numbers that no model is likely to have as its own."""
+
+
+class Layout(NamedTuple):
+    """How a model lays out the state between its layers, against (batch, length, width).
+
+    Some keep several residual streams, which are then one state of the sum of their widths.
+    """
+
+    axes: str = "b l w"
+    sizes: tuple[tuple[str, int], ...] = ()
+
+    def to_tower(self, state: Tensor) -> Tensor:
+        """Give a state as (batch, length, width)."""
+        return state if self.is_plain else rearrange(state, f"{self.axes} -> {self._plain}")
+
+    def to_model(self, state: Tensor) -> Tensor:
+        """Give a state as the model lays it out."""
+        return (
+            state if self.is_plain else rearrange(state, f"{self._plain} -> {self.axes}", **dict(self.sizes))
+        )
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the model's layout is the tower's."""
+        return self.axes == "b l w"
+
+    @property
+    def _plain(self) -> str:
+        return f"b l ({' '.join(axis for axis in self.axes.split() if axis not in 'bl')})"
+
+
+class Layers(NamedTuple):
+    """Where a model has its layers, and how it calls them.
+
+    Attributes:
+        path: Path of the ``ModuleList``.
+        order: For each layer that runs its place in that list, counted from 0.
+        extras: For each layer that runs how many things it gives beside its state; None for a bare tensor.
+        keyword: Name of the first parameter of the layers' forward.
+        layout: How the state between layers is laid out.
+    """
+
+    path: str
+    order: tuple[int, ...]
+    extras: tuple[int | None, ...]
+    keyword: str
+    layout: Layout
+
+
+class Seen(NamedTuple):
+    """One call of a child of a module list, during a probe."""
+
+    place: int
+    hidden: Any
+    output: Any
+
+
+def probe(model: nn.Module, path: str | None = None) -> tuple[Layers, Tensor]:
+    """Run a model once; give its logits and its layers: the outermost list whose members pass on a state.
+
+    Args:
+        model: The model.
+        path: The list, where it is known.
+
+    Raises:
+        TowerError: The model does not run on tokens alone; there is no such list or more than one; layers
+            do not run once and in order; or the model changes the state between them.
+    """
+    name = type(model).__name__
+    lists = {key: module for key, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    seen, logits = _run(model, lists)
+    running = {key: calls for key, calls in seen.items() if _axes(calls[0].hidden) and _keeps_state(calls)}
+    if path is not None:
+        found = [path] if path in running else []
+    else:
+        found = [key for key in running if not any(key.startswith(f"{other}.") for other in running)]
+        kinds = set(getattr(model, "_no_split_modules", None) or ())
+        named = [key for key in found if type(lists[key][running[key][0].place]).__name__ in kinds]
+        found = named or found
+    if len(found) != 1:
+        raise TowerError(
+            f"{name}: expected one list of layers that take and give the state, found "
+            f"{', '.join(found) or 'none'} among {', '.join(lists) or 'no module lists'}. Say which with "
+            "TransformersTower(model, layers='...'), or write a small multitower.Tower"
+        )
+    calls = running[found[0]]
+    order = tuple(call.place for call in calls)
+    if sorted(set(order)) != list(order):
+        raise TowerError(
+            f"{name} runs the layers of {found[0]!r} in the order {[place + 1 for place in order]}; a "
+            "tower's layers must run once each, in their order. Write a small multitower.Tower for it"
+        )
+    for number, (before, after) in enumerate(itertools.pairwise(calls), 1):
+        state = as_tuple(before.output)[0]
+        if state is not after.hidden and not torch.equal(state, after.hidden):
+            raise TowerError(
+                f"{name} changes the state between its layers {number} and {number + 1} of {found[0]!r}, "
+                "which a tower could not do layer by layer. Write a small multitower.Tower for it"
+            )
+    extras = tuple(
+        None if isinstance(call.output, Tensor) else len(as_tuple(call.output)) - 1 for call in calls
+    )
+    axes = _axes(calls[0].hidden)
+    sizes = tuple(
+        (axis, size)
+        for axis, size in zip(axes.split(), calls[0].hidden.shape, strict=True)
+        if axis not in "bl"
+    )
+    keyword = _keyword(lists[found[0]][order[0]])
+    return Layers(found[0], order, extras, keyword, Layout(axes, sizes)), logits
+
+
+def probe_tokens(model: nn.Module) -> Tensor:
+    """Give tokens of shape (ROWS, LENGTH): unlike rows, the last two unlike only in their last token."""
+    config: Any = model.config
+    size: int = config.get_text_config(decoder=True).vocab_size
+    tokens = (torch.arange(ROWS * LENGTH) * 5 + size // 2) % size
+    rows = tokens.view(ROWS, LENGTH)
+    rows[-1] = rows[-2]
+    rows[-1, -1] = (rows[-2, -1] + 1) % size
+    return rows.to(execution_device(model))
+
+
+def check_causal(name: str, logits: Tensor) -> None:
+    """Check that the last two rows of a probe, alike but for their last token, are scored alike before it.
+
+    Raises:
+        TowerError: They are not: the model sees later tokens.
+    """
+    one, other = logits[-2:, :-1].float()
+    leak = (one - other).abs().max().item()
+    if leak > torch.finfo(logits.dtype).eps ** (2 / 3) * logits[-2:].float().abs().max().item():
+        raise TowerError(
+            f"{name} is not causal: another last token changes the logits of earlier ones (by {leak:.2g}). A "
+            "tower must be a decoder; families that can be both need config.is_decoder=True"
+        )
+
+
+@contextmanager
+def evaluated(model: nn.Module) -> Iterator[None]:
+    """Put a model in eval mode for a moment."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@torch.no_grad()
+def _run(model: nn.Module, lists: dict[str, nn.ModuleList]) -> tuple[dict[str, list[Seen]], Tensor]:
+    """Run a model on a probe and note each call of a member of a list."""
+    seen: dict[str, list[Seen]] = {}
+
+    def note(key: str, place: int, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if args or kwargs:
+            hidden = as_call(args, kwargs, next(iter(kwargs), "")).hidden
+            seen.setdefault(key, []).append(Seen(place, hidden, output))
+
+    hooks = [
+        layer.register_forward_hook(functools.partial(note, key, place), with_kwargs=True)
+        for key, layers in lists.items()
+        for place, layer in enumerate(layers)
+    ]
+    name, tokens = type(model).__name__, probe_tokens(model)
+    try:
+        with evaluated(model):
+            logits = logits_of(model(input_ids=tokens, use_cache=False))
+    except Exception as error:
+        raise TowerError(
+            f"{name} does not run on tokens of shape {tuple(tokens.shape)} alone, which a tower must: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if logits.dim() != 3 or logits.shape[:2] != tokens.shape:
+        raise TowerError(
+            f"{name} gives logits of shape {tuple(logits.shape)} for tokens of shape {tuple(tokens.shape)}; "
+            "a tower must score each token once"
+        )
+    return seen, logits
+
+
+def logits_of(output: Any) -> Tensor:
+    """Give the logits of what a causal LM returned, a model output or a plain tuple."""
+    logits: Tensor = output[0] if isinstance(output, tuple) else output.logits
+    return logits
+
+
+def execution_device(model: nn.Module) -> torch.device:
+    """Where a model takes its tokens, also when its weights are offloaded."""
+    device = next(model.parameters()).device
+    offloaded = device.type == "meta" and hasattr(model, "hf_device_map")
+    return torch.device("cpu") if offloaded else device
+
+
+def _axes(hidden: Any) -> str:
+    """Name the axes of a probe's state, "b", "l" and others; empty if it is none."""
+    if not isinstance(hidden, Tensor) or not hidden.is_floating_point() or hidden.dim() < 3:
+        return ""
+    shape = list(hidden.shape)
+    if ROWS not in shape or LENGTH not in shape:
+        return ""
+    names = dict(zip((shape.index(ROWS), shape.index(LENGTH)), "bl", strict=True))
+    others = iter("wvutsr")
+    return " ".join(names.get(axis) or next(others) for axis in range(len(shape)))
+
+
+def _keeps_state(calls: list[Seen]) -> bool:
+    return all(
+        isinstance(state := as_tuple(call.output)[0], Tensor) and state.shape == call.hidden.shape
+        for call in calls
+    )
+
+
+def _keyword(layer: nn.Module) -> str:
+    forward: Callable[..., Any] = layer.forward
+    return next(iter(inspect.signature(forward).parameters))

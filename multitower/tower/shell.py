@@ -1,0 +1,148 @@
+"""Shallow copies of a model whose layers are replaced.
+
+The model's own forward prepares masks, rotary tables and scales. To have it do so without running its
+layers, a *shell* is made: a copy of the modules on the path to the list of layers, sharing every parameter,
+whose list holds stand-ins.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import types
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from .base import TowerError
+
+
+class Shell(NamedTuple):
+    """A shell and, for its state to follow theirs, the pairs of a copied module and its original."""
+
+    model: Any
+    copies: tuple[tuple[nn.Module, nn.Module], ...]
+
+    def follow(self) -> None:
+        """Put the copies in the mode, training or not, of their originals."""
+        for twin, original in self.copies:
+            if twin.training != original.training:
+                twin.training = original.training
+
+
+class Call(NamedTuple):
+    """The state and the other arguments with which a model calls one of its layers."""
+
+    hidden: Tensor
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class Carried(NamedTuple):
+    """Marks what a layer gives beside its state, where a later layer is called with it."""
+
+    layer: int
+    place: int
+
+
+class Script:
+    """What the stand-ins of one shell do: note their calls or, when there is a final state, hand it on."""
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+        self.final: tuple[Any, ...] | None = None
+
+
+class LayersReached(Exception):  # noqa: N818  # not an error: it ends a forward before norm and head
+    """Every layer has been called."""
+
+
+class StandIn:
+    """The forward of one stand-in.
+
+    Args:
+        index: The layer, counted from 1.
+        last: Whether no layer follows it.
+        extras: How many things the layer gives beside its state; None when it gives a bare tensor.
+        keyword: The name of the layer's first parameter, by which the state may be passed.
+        script: What to do, the same for all stand-ins of a shell.
+    """
+
+    def __init__(self, index: int, last: bool, extras: int | None, keyword: str, script: Script) -> None:
+        self.index, self.last, self.extras, self.keyword, self.script = index, last, extras, keyword, script
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Note the call, and hand on its state or the final one."""
+        call = as_call(args, kwargs, self.keyword)
+        if self.script.final is None:
+            self.script.calls.append(call)
+            if self.last:
+                raise LayersReached
+        elif self.last:
+            return self.script.final if self.extras is not None else self.script.final[0]
+        if self.extras is None:
+            return call.hidden
+        return (call.hidden, *(Carried(self.index, place) for place in range(self.extras)))
+
+
+class Unexpected:
+    """The forward of the stand-in for a layer that did not run when the model was probed."""
+
+    def __init__(self, layer: int) -> None:
+        self.layer = layer
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse to run."""
+        raise TowerError(f"layer {self.layer} runs now, but did not when the model became a tower")
+
+
+def as_call(args: tuple[Any, ...], kwargs: dict[str, Any], keyword: str) -> Call:
+    """Take the state out of a layer's arguments, where it is the first or has that name."""
+    if args:
+        return Call(args[0], args[1:], kwargs)
+    return Call(kwargs[keyword], (), {key: value for key, value in kwargs.items() if key != keyword})
+
+
+def as_tuple(output: Any) -> tuple[Any, ...]:
+    """Give what a layer returned as a tuple, its state first."""
+    return (output,) if isinstance(output, Tensor) else tuple(output)
+
+
+def stand_in(layer: nn.Module, forward: Callable[..., Any]) -> nn.Module:
+    """Copy a layer shallowly, so that the model finds all its attributes, and give it another forward."""
+    twin = copy.copy(layer)
+    twin.forward = forward
+    if hasattr(twin, "gradient_checkpointing"):
+        twin.gradient_checkpointing = False  # type: ignore[assignment]  # a plain flag, not a submodule
+    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        setattr(twin, hooks, type(getattr(layer, hooks))())
+    return twin
+
+
+def make_shell(model: nn.Module, path: str, layers: Sequence[nn.Module]) -> Shell:
+    """Copy the modules on the path to the list of layers, and put other layers there."""
+    shell = node = _twin(model)
+    copies = [(shell, model)]
+    *parents, last = path.split(".")
+    for name in parents:
+        original = node._modules[name]
+        assert original is not None
+        twin = _twin(original)
+        copies.append((twin, original))
+        node._modules = {**node._modules, name: twin}
+        node = twin
+    node._modules = {**node._modules, last: nn.ModuleList(layers)}
+    return Shell(shell, tuple(copies))
+
+
+def _twin(original: nn.Module) -> nn.Module:
+    """Copy a module shallowly; a forward that was bound to it, as accelerate's hooks do, is bound anew."""
+    twin = copy.copy(original)
+    for key, value in vars(original).items():
+        if isinstance(value, types.MethodType) and value.__self__ is original:
+            vars(twin)[key] = types.MethodType(value.__func__, twin)
+        elif isinstance(value, functools.partial) and any(each is original for each in value.args):
+            args = (twin if each is original else each for each in value.args)
+            vars(twin)[key] = functools.partial(value.func, *args, **value.keywords)
+    return twin
