@@ -61,12 +61,29 @@ def _decode_segment(
     tower = model.tower(name)
     begin = options.get("bos_token_id", tower.begin)
     prompts = [_prompt(row, name, begin) for row in rows]
+    lengths = [len(tokens) for tokens, _ in prompts]
+    if len(set(lengths)) > 1 and not tower.pads_left:
+        return _decode_by_length(model, rows, lengths, name, options)
     times = pad_left([times for _, times in prompts], -1).to(model.tower(name).device)
     decoder = tower.decoder(_TapReader(model, name, make_streams(rows), times))
     sequences = decode_rows(
         decoder, [tokens for tokens, _ in prompts], begin=begin, end=tower.end, options=options
     )
     return [Segment(name, sequence) for sequence in sequences]
+
+
+def _decode_by_length(
+    model: FusedModel, rows: Sequence[Example], lengths: Sequence[int], name: str, options: Mapping[str, Any]
+) -> list[Segment]:
+    """Decode rows with prompts of the same length together, so that none is padded."""
+    copies = options.get("num_return_sequences") or 1
+    decoded: dict[int, list[Segment]] = {}
+    for length in sorted(set(lengths)):
+        chosen = [row for row, each in enumerate(lengths) if each == length]
+        segments = _decode_segment(model, [rows[row] for row in chosen], name, options)
+        for number, row in enumerate(chosen):
+            decoded[row] = segments[number * copies : (number + 1) * copies]
+    return [segment for row in range(len(rows)) for segment in decoded[row]]
 
 
 def decode_rows(

@@ -50,6 +50,8 @@ class Tower(nn.Module, ABC):
         vocab_size: Number of token ids that ``head`` scores.
         begin: The id that opens a segment, or None: then the tower cannot start one in ``generate``.
         end: The ids that close a segment; empty when there is none.
+        pads_left: Whether ``decoder`` decodes rows with padding on the left as it does each alone; if not,
+            prompts of unlike length are decoded one after the other.
     """
 
     depth: int
@@ -57,6 +59,7 @@ class Tower(nn.Module, ABC):
     vocab_size: int
     begin: int | None = None
     end: tuple[int, ...] = ()
+    pads_left: bool = True
 
     @abstractmethod
     def embed(self, tokens: Tensor) -> tuple[Tensor, Any]:

@@ -33,6 +33,7 @@ def as_tower(name: str, source: str | nn.Module | None) -> Tower:
             source = transformers.AutoModelForCausalLM.from_pretrained(source, dtype="auto")
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise TowerError(f"tower {name!r}: cannot load {source!r} as a causal LM: {error}") from error
+    assert isinstance(source, nn.Module)
     if not hasattr(source, "config"):
         raise TowerError(
             f"tower {name!r}: {type(source).__name__} is neither a transformers causal LM nor a "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import Inject, Tower, TowerError
+from .decoding import make_decoder, why_not_faithful
 from .probe import Layers, check_causal, evaluated, execution_device, logits_of, probe, probe_tokens
 from .shell import (
     Call,
@@ -19,7 +21,6 @@ from .shell import (
     Shell,
     StandIn,
     Unexpected,
-    as_call,
     as_tuple,
     make_shell,
     stand_in,
@@ -123,34 +124,30 @@ class TransformersTower(Tower):
             self._script.final = None
 
     def decoder(self, inject: Inject) -> Any:
-        """Give a copy of the model, parameters shared, whose layers are followed by ``inject``."""
-        places = _Places()
-        layers = {
-            place: _Injected(self._layer_module(index), index, inject, places, self._layers)
-            for index, place in enumerate(self._layers.order, 1)
-        }
-        shell = make_shell(
-            self.model,
-            self._layers.path,
-            [
-                stand_in(layer, layers[place]) if place in layers else layer
-                for place, layer in enumerate(self._stack)
-            ],
-        ).model
-        if not hasattr(shell, "generate"):
+        """Give a copy of the model, parameters shared, whose layers are followed by ``inject``.
+
+        Where the model's own decoding does not give what its forward gives, each step starts from the first
+        token instead, and a warning says why.
+        """
+        if not hasattr(self.model, "generate"):
             raise TowerError(f"{type(self.model).__name__} cannot decode: it has no generate")
-        prepare = shell.prepare_inputs_for_generation
+        if self._unfaithful:
+            warnings.warn(
+                f"{type(self.model).__name__} decodes without its cache, which is slower: its own generate "
+                f"does not give what its forward gives ({self._unfaithful})",
+                stacklevel=2,
+            )
+            return super().decoder(inject)
+        return make_decoder(self.model, self._layers, inject)
 
-        @functools.wraps(prepare)
-        def prepare_inputs(input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-            inputs = prepare(input_ids, *args, **kwargs)
-            length = inputs["input_ids"].shape[1]
-            total = _length_so_far(input_ids, length, kwargs)
-            places.now = torch.arange(total - length, total, device=input_ids.device)
-            return inputs
+    @functools.cached_property
+    def pads_left(self) -> bool:  # type: ignore[override]  # asked only when rows of unlike length decode
+        """Whether rows with padding on the left decode as they do alone; asked of the model once."""
+        return bool(self._unfaithful) or not why_not_faithful(self.model, padding=3)
 
-        shell.prepare_inputs_for_generation = prepare_inputs
-        return shell
+    @functools.cached_property
+    def _unfaithful(self) -> str:
+        return why_not_faithful(self.model, padding=0)
 
     @property
     def _stack(self) -> nn.ModuleList:
@@ -207,46 +204,6 @@ class Context(NamedTuple):
     tokens: Tensor
     calls: tuple[Call, ...]
     carried: dict[int, tuple[Any, ...]]
-
-
-class _Places:
-    """Where in their rows the tokens of the present decoding step stand: int64, shape (length,)."""
-
-    now: Tensor
-
-
-class _Injected:
-    """Stands in for a layer: runs it, then ``inject``."""
-
-    def __init__(self, layer: nn.Module, index: int, inject: Inject, places: _Places, found: Layers) -> None:
-        self.layer, self.index, self.inject, self.places = layer, index, inject, places
-        self.layout, self.keyword = found.layout, found.keyword
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        hidden, args, kwargs = as_call(args, kwargs, self.keyword)
-        if self.index == 1:
-            hidden = self._inject(0, hidden)
-        output = self.layer(hidden, *args, **kwargs)
-        state = self._inject(self.index, as_tuple(output)[0])
-        return state if isinstance(output, Tensor) else (state, *output[1:])
-
-    def _inject(self, layer: int, hidden: Tensor) -> Tensor:
-        state = self.layout.to_tower(hidden)
-        state = self.inject(layer, state, self.places.now[-state.shape[1] :])
-        return self.layout.to_model(state)
-
-
-def _length_so_far(input_ids: Tensor, length: int, inputs: dict[str, Any]) -> int:
-    """Give how many tokens a row has after a decoding step, whatever of them ``generate`` passes on.
-
-    A mask of ones it drops; chunks of a prompt come alone, after what the cache holds.
-    """
-    mask, cache = inputs.get("attention_mask"), inputs.get("past_key_values")
-    if mask is not None:
-        return int(mask.shape[1])
-    if cache is None or inputs.get("next_sequence_length") is not None:
-        return input_ids.shape[1]
-    return max(input_ids.shape[1], int(cache.get_seq_length()) + length)
 
 
 def _resolve(value: Any, context: Context) -> Any:

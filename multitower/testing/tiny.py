@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .fused import FusedModel
-from .graph import FusionGraph
-from .tower import Tower
+from ..fused import FusedModel
+from ..graph import FusionGraph
+from ..tower import Tower
 
 
 class TinyLayer(nn.Module):

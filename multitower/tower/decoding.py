@@ -1,0 +1,114 @@
+"""Have a transformers model decode by its own generate and cache, with something done after each layer."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .base import Inject
+from .probe import Layers, evaluated, logits_of, probe_tokens
+from .shell import as_call, as_tuple, make_shell, stand_in
+
+
+def make_decoder(model: nn.Module, found: Layers, inject: Inject) -> Any:
+    """Give a copy of a model, parameters shared, whose layers are followed by ``inject``."""
+    positions = _Positions()
+    layers = list(model.get_submodule(found.path).children())
+    for index, place in enumerate(found.order, 1):
+        layers[place] = stand_in(layers[place], _Injected(layers[place], index, inject, positions, found))
+    shell = make_shell(model, found.path, layers).model
+    prepare = shell.prepare_inputs_for_generation
+
+    @functools.wraps(prepare)
+    def prepare_inputs(input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        inputs = prepare(input_ids, *args, **kwargs)
+        length = inputs["input_ids"].shape[1]
+        total = _length_so_far(input_ids, length, kwargs)
+        positions.now = torch.arange(total - length, total, device=input_ids.device)
+        return inputs
+
+    shell.prepare_inputs_for_generation = prepare_inputs
+    return shell
+
+
+@torch.no_grad()
+def why_not_faithful(model: Any, *, padding: int) -> str:
+    """Say how a model's generate, step by step with its cache, differs from its forward; empty if not at all.
+
+    Some families take other positions in one than in the other, or cannot tell padding on the left.
+
+    Args:
+        model: A causal LM.
+        padding: How many tokens of padding stand on the left of one of two rows.
+    """
+    steps = 2
+    prompts = probe_tokens(model)[:2].clone()
+    prompts[0, :padding] = 0
+    mask = torch.ones_like(prompts)
+    mask[0, :padding] = 0
+    try:
+        with evaluated(model):
+            decoded = model.generate(
+                prompts,
+                attention_mask=mask,
+                max_new_tokens=steps,
+                min_new_tokens=steps,
+                do_sample=False,
+                num_beams=1,
+                pad_token_id=0,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+            whole = model(input_ids=decoded.sequences[:1, padding:-1], use_cache=False)
+    except Exception as error:  # whatever stops it, decoding in this way is out of the question
+        return f"{type(error).__name__}: {error}"
+    expected = logits_of(whole)[0, -steps:].float()
+    found = torch.stack([step[0].float() for step in decoded.logits])
+    worst = (found - expected).abs().max().item()
+    tolerance = torch.finfo(whole.logits.dtype).eps ** 0.5 * expected.abs().max().item()
+    return "" if worst <= tolerance else f"its logits differ by {worst:.2g}"
+
+
+class _Positions:
+    """Where in their rows the tokens of the present decoding step stand: int64, shape (length,)."""
+
+    now: Tensor
+
+
+class _Injected:
+    """Stands in for a layer: runs it, then ``inject``."""
+
+    def __init__(
+        self, layer: nn.Module, index: int, inject: Inject, positions: _Positions, found: Layers
+    ) -> None:
+        self.layer, self.index, self.inject, self.positions = layer, index, inject, positions
+        self.layout, self.keyword = found.layout, found.keyword
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        hidden, args, kwargs = as_call(args, kwargs, self.keyword)
+        if self.index == 1:
+            hidden = self._inject(0, hidden)
+        output = self.layer(hidden, *args, **kwargs)
+        state = self._inject(self.index, as_tuple(output)[0])
+        return state if isinstance(output, Tensor) else (state, *output[1:])
+
+    def _inject(self, layer: int, hidden: Tensor) -> Tensor:
+        state = self.layout.to_tower(hidden)
+        state = self.inject(layer, state, self.positions.now[-state.shape[1] :])
+        return self.layout.to_model(state)
+
+
+def _length_so_far(input_ids: Tensor, length: int, inputs: dict[str, Any]) -> int:
+    """Give how many tokens a row has after a decoding step, whatever of them ``generate`` passes on.
+
+    A mask of ones it drops; chunks of a prompt come alone, after what the cache holds.
+    """
+    mask, cache = inputs.get("attention_mask"), inputs.get("past_key_values")
+    if mask is not None:
+        return int(mask.shape[1])
+    if cache is None or inputs.get("next_sequence_length") is not None:
+        return input_ids.shape[1]
+    return max(input_ids.shape[1], int(cache.get_seq_length()) + length)
