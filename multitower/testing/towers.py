@@ -136,9 +136,13 @@ def _check_gradients(tower: Tower) -> None:
 def _check_bfloat16(tower: Tower) -> None:
     half = copy.deepcopy(tower).to(torch.bfloat16)
     tokens = _tokens(tower, 2, 6)
+    try:
+        expected = _native(half)(tokens)
+    except Exception as error:
+        raise AssertionError(f"the model itself does not run ({type(error).__name__}: {error})") from error
     logits = half(tokens)
     assert logits.isfinite().all(), "some logits are not finite"
-    _assert_equal(logits, _native(half)(tokens))
+    _assert_equal(logits, expected)
 
 
 def _check_decoding(tower: Tower) -> None:

@@ -66,6 +66,12 @@ class TransformersTower(Tower):
         self._shell = _Unregistered(self._make_shell())
         self.width, self.vocab_size = self._prove(native)
 
+    def train(self, mode: bool = True) -> TransformersTower:
+        """Set training mode."""
+        super().train(mode)
+        self._shell.it.follow()
+        return self
+
     @property
     def device(self) -> torch.device:
         """Where the model takes its tokens."""
@@ -131,7 +137,7 @@ class TransformersTower(Tower):
         """
         if not hasattr(self.model, "generate"):
             raise TowerError(f"{type(self.model).__name__} cannot decode: it has no generate")
-        if self._unfaithful:
+        if not self.decodes_cached:
             warnings.warn(
                 f"{type(self.model).__name__} decodes without its cache, which is slower: its own generate "
                 f"does not give what its forward gives ({self._unfaithful})",
@@ -140,10 +146,15 @@ class TransformersTower(Tower):
             return super().decoder(inject)
         return make_decoder(self.model, self._layers, inject)
 
+    @property
+    def decodes_cached(self) -> bool:
+        """Whether ``decoder`` uses the model's own cache; asked of the model once."""
+        return not self._unfaithful
+
     @functools.cached_property
     def pads_left(self) -> bool:  # type: ignore[override]  # asked only when rows of unlike length decode
         """Whether rows with padding on the left decode as they do alone; asked of the model once."""
-        return bool(self._unfaithful) or not why_not_faithful(self.model, padding=3)
+        return not self.decodes_cached or not why_not_faithful(self.model, padding=3)
 
     @functools.cached_property
     def _unfaithful(self) -> str:
