@@ -28,7 +28,14 @@ REPRESENTATIVE = {
 }
 """Families of unlike structure, and what each stands for."""
 
-COMPILED = ("llama", "gemma3", "mixtral")
+REPRESENTATIVE = {key: value for key, value in REPRESENTATIVE.items() if key in families()}
+QUICK = ("llama", "gemma3")
+COMPILED = [
+    name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+    for name in REPRESENTATIVE
+    # Mamba's scan compiles anew for lengths of another parity; XLNet has no static cache.
+    if name not in ("mamba", "xlnet")
+]
 REFUSED = {
     "musicgen": "4 codebooks a step",
     "hrm_text": "expected one list of layers",
@@ -39,18 +46,14 @@ REFUSED = {
 }
 
 
-def known(names: list[str]) -> list[str]:
-    return [name for name in names if name in families()]
-
-
-@pytest.mark.parametrize("family", known([*REPRESENTATIVE]))
+@pytest.mark.parametrize("family", REPRESENTATIVE)
 def test_family_gives_every_guarantee(family: str) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*decodes without its cache")
         check_tower(mt.TransformersTower(tiny(family)))
 
 
-@pytest.mark.parametrize("family", known([*REFUSED]))
+@pytest.mark.parametrize("family", [name for name in REFUSED if name in families()])
 def test_family_is_refused_with_the_reason(family: str) -> None:
     with pytest.raises(mt.TowerError, match=REFUSED[family]):
         mt.TransformersTower(tiny(family))
@@ -70,10 +73,8 @@ def segment(tower: str, length: int, *, target: bool = False) -> mt.Segment:
     return mt.Segment(tower, torch.randint(FIRST_TOKEN, VOCAB_SIZE, (length,)), target=target)
 
 
-@pytest.mark.parametrize(
-    "family",
-    [name if name in COMPILED else pytest.param(name, marks=pytest.mark.slow) for name in REPRESENTATIVE],
-)
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("family", COMPILED)
 def test_a_step_of_training_compiles_once_for_all_lengths(family: str) -> None:
     torch._dynamo.reset()
     model, graphs = fused(family), CompileCounter()
@@ -95,10 +96,8 @@ def test_a_step_of_training_compiles_once_for_all_lengths(family: str) -> None:
     assert graphs.frame_count == 1
 
 
-@pytest.mark.parametrize(
-    "family",
-    [name if name in COMPILED else pytest.param(name, marks=pytest.mark.slow) for name in REPRESENTATIVE],
-)
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("family", COMPILED)
 def test_a_step_of_decoding_compiles_as_often_as_the_models_own(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,7 +139,7 @@ def greedy_by_hand(model: mt.FusedModel, example: list[mt.Segment], steps: int) 
 
 
 @pytest.mark.filterwarnings("ignore:.*decodes without its cache")
-@pytest.mark.parametrize("family", known([*REPRESENTATIVE]))
+@pytest.mark.parametrize("family", REPRESENTATIVE)
 def test_a_fused_family_decodes_rows_of_unlike_length_as_it_does_each_by_hand(family: str) -> None:
     model = fused(family).eval()
     torch.manual_seed(3)
