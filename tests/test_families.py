@@ -55,8 +55,12 @@ def test_family_gives_every_guarantee(family: str) -> None:
 
 @pytest.mark.parametrize("family", [name for name in REFUSED if name in families()])
 def test_family_is_refused_with_the_reason(family: str) -> None:
+    try:
+        model = tiny(family)
+    except TypeError:
+        pytest.skip("this version of transformers has no default configuration for the family")
     with pytest.raises(mt.TowerError, match=REFUSED[family]):
-        mt.TransformersTower(tiny(family))
+        mt.TransformersTower(model)
 
 
 def fused(family: str) -> mt.FusedModel:
