@@ -17,8 +17,9 @@ from .checkpoint import CheckpointError
 from .draw import draw_graph
 from .expansion import VocabularyExpansion
 from .fused import FusedModel, FusedOutput
-from .graph import FusionGraph, GraphError
+from .graph import FusionGraph
 from .modality import Modality
+from .spec import GraphError
 from .stream import Segment, collate
 from .tower import Tower, TowerError, TransformersTower
 

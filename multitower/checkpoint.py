@@ -24,7 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .fused import FusedModel
-from .graph import FusionGraph, GraphError
+from .graph import FusionGraph
+from .spec import GraphError
 from .tower import Tower, TowerError, TransformersTower, as_tower
 
 FORMAT_VERSION = 1

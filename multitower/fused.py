@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .graph import FusionGraph, GraphError
+from .graph import FusionGraph
 from .link import GatedCrossAttention, InputAdapter, Visibility, visibility
 from .schedule import Layer, Schedule, Tap, make_schedule
+from .spec import GraphError
 from .stream import IGNORE, Segment, check_streams
 from .tower import Tower
 
