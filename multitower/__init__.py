@@ -16,9 +16,10 @@
 from .checkpoint import CheckpointError
 from .draw import draw_graph
 from .expansion import VocabularyExpansion
-from .fused import FusedModel, FusedOutput
+from .fused import FusedModel
 from .graph import FusionGraph
 from .modality import Modality
+from .output import FusedOutput
 from .spec import GraphError
 from .stream import Segment, collate
 from .tower import Tower, TowerError, TransformersTower
