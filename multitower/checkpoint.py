@@ -9,7 +9,6 @@ Untouched pretrained towers are referred to, not copied, unless asked.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -23,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .fingerprint import fingerprint
 from .fused import FusedModel
 from .graph import FusionGraph
 from .spec import GraphError
@@ -126,22 +126,6 @@ def _with_sources(graph: Mapping[str, Any], towers: Mapping[str, str | nn.Module
     return {**graph, "towers": entries}
 
 
-def fingerprint(tower: Tower) -> str:
-    """Give a short digest of a tower's tensors: names, shapes, dtypes and a sample of the values.
-
-    >>> from multitower.testing import tiny_tower
-    >>> fingerprint(tiny_tower(seed=1)) == fingerprint(tiny_tower(seed=1)) != fingerprint(tiny_tower(seed=2))
-    True
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tower.native.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        flat = tensor.detach().reshape(-1)
-        sample = flat[:: max(1, len(flat) // 64)].cpu()
-        digest.update(bytes(sample.contiguous().view(torch.uint8).tolist()))
-    return digest.hexdigest()[:32]
-
-
 def _write(model: FusedModel, folder: Path, embed_towers: bool) -> None:
     records = {}
     for name, spec in model.graph.towers.items():
@@ -150,7 +134,7 @@ def _write(model: FusedModel, folder: Path, embed_towers: bool) -> None:
         records[name] = {
             "class": type(tower.native).__name__,
             "embedded": embedded,
-            "fingerprint": fingerprint(tower),
+            "fingerprint": fingerprint(tower.native.state_dict()),
         }
         if embedded:
             _save_tower(tower, folder / TOWERS / name)
@@ -185,7 +169,7 @@ def _load_tower(
         raise CheckpointError(f"{root}: {error}") from error
     if stored is not None and not isinstance(tower, TransformersTower):
         _load_strictly(tower, _read_tensors(stored / WEIGHTS), stored / WEIGHTS)
-    found, expected = fingerprint(tower), record.get("fingerprint")
+    found, expected = fingerprint(tower.native.state_dict()), record.get("fingerprint")
     if found != expected:
         raise CheckpointError(
             f"tower {name!r} from {origin if isinstance(origin, str) else type(origin).__name__} is not the "
