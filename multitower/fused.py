@@ -15,7 +15,9 @@ from .output import FusedOutput, States, token_loss
 from .schedule import Schedule, Tap, make_schedule
 from .spec import GraphError
 from .stream import Segment, check_streams
-from .tower import Tower
+from .tower import Tower, TowerError
+from .tower.load import merged
+from .tower.lora import check_trained
 
 
 class FusedModel(nn.Module):
@@ -43,6 +45,7 @@ class FusedModel(nn.Module):
 
     Raises:
         GraphError: A tower is missing, heads do not fit, or the layers cannot be scheduled.
+        TowerError: A tower with train="lora" has no adapters that can be trained.
     """
 
     def __init__(self, graph: FusionGraph, towers: Mapping[str, Tower]) -> None:
@@ -57,7 +60,10 @@ class FusedModel(nn.Module):
         self.links = nn.ModuleDict({name: nn.ModuleDict() for name in graph.links})
         for name, spec in graph.towers.items():
             tower = towers[name]
-            tower.requires_grad_(spec.train == "all")
+            if spec.train == "lora":
+                check_trained(name, tower.native)
+            else:
+                tower.requires_grad_(spec.train == "all")
             if spec.adapter is not None:
                 self.adapters[name] = InputAdapter(tower.width, spec.adapter).to(**_placement(tower))
         for tap in self.schedule.taps:
@@ -164,7 +170,7 @@ class FusedModel(nn.Module):
         return generate(self, examples, output, options)
 
     def unimodal(self, name: str) -> nn.Module:
-        """Give one tower as it is without links and adapters: for transformers, the model itself."""
+        """Give one tower without links and input adapters: the transformers model or the PeftModel."""
         return self.tower(name).native
 
     def tower(self, name: str) -> Tower:
@@ -236,6 +242,36 @@ class FusedModel(nn.Module):
             if spec.train == "none":
                 self.tower(name).eval()
         return self
+
+    def merge_and_unload(self, name: str) -> nn.Module:
+        """Fold a tower's peft adapters into its weights, as peft does; give the merged model.
+
+        >>> import multitower as mt, peft
+        >>> from multitower.testing import tiny_tower
+        >>> graph = mt.FusionGraph()
+        >>> graph.add_tower("text", tiny_tower(), train=peft.LoraConfig(target_modules=["attention"]))
+        >>> model = graph.compile()
+        >>> type(model.unimodal("text")).__name__, type(model.merge_and_unload("text")).__name__
+        ('PeftModel', 'TinyTower')
+
+        Logits stay the same up to rounding. The tower is then an ordinary frozen one. Its weights are no
+        longer those of its origin, so ``graph`` names none, and a checkpoint holds the merged model.
+
+        Raises:
+            KeyError: There is no tower of that name.
+            TowerError: It has no peft adapters, or they cannot be merged.
+        """
+        try:
+            tower = merged(self.tower(name))
+        except ValueError as error:
+            raise TowerError(f"tower {name!r}: {error}") from error
+        self.towers[name] = tower.requires_grad_(False).eval()
+        declared = self.graph.to_dict()
+        for spec in declared["towers"]:
+            if spec["name"] == name:
+                spec.update(source=None, train="none", peft=None)
+        self.graph = FusionGraph.from_dict(declared)
+        return tower.native
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, embed_towers: bool = False) -> None:
         """Write a checkpoint; see ``checkpoint.save_pretrained``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -12,8 +13,11 @@ import networkx as nx
 from torch import nn
 
 from .spec import GraphError, LinkSpec, TowerSpec
+from .tower.lora import is_peft_config, plain_config, with_adapters
 
 if TYPE_CHECKING:
+    from peft import PeftConfig
+
     from .fused import FusedModel
 
 
@@ -58,7 +62,7 @@ class FusionGraph:
         name: str,
         source: str | os.PathLike[str] | nn.Module,
         *,
-        train: str = "none",
+        train: str | PeftConfig = "none",
         adapter: str | None = "gated",
     ) -> None:
         """Add a pretrained decoder.
@@ -68,13 +72,16 @@ class FusionGraph:
             source: A folder or Hub id of a transformers causal LM, such a model itself, or a ``Tower``.
                 A module is used as it is, not copied: compiling sets ``requires_grad`` on its parameters.
                 A checkpoint refers to a path or Hub id, and embeds a module.
-            train: "none" keeps the tower frozen, "all" trains it.
+            train: "none" keeps the tower frozen, "all" trains it, "lora" trains peft adapters on it: LoRA on
+                all linear layers, or what another ``peft.PeftConfig`` says that is given instead, or those
+                that a PeftModel given as source has. The model is changed in place.
             adapter: What stands between the embedding h and layer 1 in a fused run: "gated" for
                 ``h + tanh(g) * mlp(h)`` with g = 0 at the start, "paper" for ``relu(mlp(h))`` as Zipper
                 prints it (not the identity at the start), None for nothing.
 
         Raises:
-            GraphError: The name is taken or not a name, or an option is unknown.
+            GraphError: The name is taken or not a name, an option is unknown, or the adapters of a config
+                have no place in a tower.
         """
         if name in self._towers:
             raise GraphError(f"there is a tower {name!r} already; give this one another name")
@@ -83,7 +90,13 @@ class FusionGraph:
                 f"tower {name!r}: expected a folder, a Hub id or a module, not {type(source).__name__}"
             )
         origin = None if isinstance(source, nn.Module) else os.fspath(source)
-        self._towers[name] = TowerSpec(name, origin, train, adapter)
+        peft = None
+        if is_peft_config(train):
+            try:
+                train, peft = "lora", plain_config(train)
+            except ValueError as error:
+                raise GraphError(f"tower {name!r}: {error}") from error
+        self._towers[name] = TowerSpec(name, origin, train, adapter, peft)  # type: ignore[arg-type]  # TowerSpec checks train
         if isinstance(source, nn.Module):
             self._modules[name] = source
 
@@ -188,16 +201,18 @@ class FusionGraph:
 
         Raises:
             GraphError: There is no tower, a tap names a layer out of range, or layers wait for each other.
-            TowerError: A source cannot be used as a tower.
+            TowerError: A source cannot be used as a tower, or does not take the adapters declared for it.
+            ImportError: The extra "lora" is not installed, and a tower asks for it.
         """
         from .fused import FusedModel
         from .tower import as_tower
 
         if not self._towers:
             raise GraphError("the graph has no towers; call add_tower first")
-        towers = {
-            name: as_tower(name, self._modules.get(name, spec.source)) for name, spec in self._towers.items()
-        }
+        towers = {}
+        for name, spec in self._towers.items():
+            prepare = functools.partial(with_adapters, declared=spec.peft) if spec.train == "lora" else None
+            towers[name] = as_tower(name, self._modules.get(name, spec.source), prepare)
         return FusedModel(self, towers)
 
     def __eq__(self, other: object) -> bool:
@@ -208,7 +223,8 @@ class FusionGraph:
     def __repr__(self) -> str:
         lines = [f"FusionGraph: {len(self._towers)} towers, {len(self._links)} links"]
         for tower in self._towers.values():
-            lines.append(f"  tower {tower.name}: {tower.source or 'a module'}, train={tower.train}")
+            kind = f" ({tower.peft['peft_type']})" if tower.peft else ""
+            lines.append(f"  tower {tower.name}: {tower.source or 'a module'}, train={tower.train}{kind}")
         for link in self._links.values():
             taps = "taps " + ", ".join(map(str, link.taps)) if link.taps else f"interleave {link.interleave}"
             lines.append(f"  link {link.name}: {taps}")

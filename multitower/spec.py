@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
-TRAIN = ("none", "all")
+TRAIN = ("none", "all", "lora")
 ADAPTERS = ("gated", "paper", None)
 PROJECTIONS = ("mlp", "linear", "relu")
 POSITIONS = ("rotary", None)
@@ -21,12 +23,13 @@ class GraphError(ValueError):
 
 @dataclass(frozen=True)
 class TowerSpec:
-    """One tower as declared: its name, where it comes from, what of it is trained."""
+    """One tower as declared: its name, where it comes from, what of it is trained, its peft config."""
 
     name: str
     source: str | None
     train: str = "none"
     adapter: str | None = "gated"
+    peft: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]*", self.name):
@@ -34,6 +37,10 @@ class TowerSpec:
         _not_reserved("tower", self.name)
         _one_of(f"tower {self.name!r}: train", self.train, TRAIN)
         _one_of(f"tower {self.name!r}: adapter", self.adapter, ADAPTERS)
+        if self.peft is not None and self.train != "lora":
+            raise GraphError(f"tower {self.name!r}: a peft config needs train='lora', not {self.train!r}")
+        if self.peft is not None and not (isinstance(self.peft, Mapping) and "peft_type" in self.peft):
+            raise GraphError(f"tower {self.name!r}: a peft config has a peft_type; {self.peft!r} has none")
 
 
 @dataclass(frozen=True)

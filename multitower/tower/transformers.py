@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import Inject, Tower, TowerError
+from .lora import base_model
 
 
 class TransformersTower(Tower):
@@ -35,7 +36,8 @@ class TransformersTower(Tower):
 
     Args:
         model: The model. It is used as it is, not copied, and works on alone as before. Change its
-            modules (resized embeddings, adapters, quantisation) before it becomes a tower.
+            modules (resized embeddings, quantisation) before it becomes a tower. Of a ``peft.PeftModel``
+            the model inside runs, adapters and all, and ``native`` is the PeftModel.
         layers: Path of the ``ModuleList`` of layers, as in "model.layers", for a model where it cannot
             be found from the model's ``_no_split_modules``.
 
@@ -46,7 +48,8 @@ class TransformersTower(Tower):
 
     def __init__(self, model: nn.Module, *, layers: str | None = None) -> None:
         super().__init__()
-        self.model = model
+        self._native = _Unregistered(model)
+        self.model = model = base_model(model)
         self.path, returns_tuple = _find_layers(model, layers)
         stack = self._stack
         self.depth = len(stack)
@@ -82,8 +85,9 @@ class TransformersTower(Tower):
 
     @property
     def native(self) -> nn.Module:
-        """The transformers model itself."""
-        return self.model
+        """The transformers model itself, or the PeftModel around it."""
+        native: nn.Module = self._native.module
+        return native
 
     def embed(self, tokens: Tensor) -> tuple[Tensor, Context]:
         """Run what the model does before layer 1; see ``Tower.embed``."""
@@ -141,7 +145,7 @@ class TransformersTower(Tower):
             return config.hidden_size, config.vocab_size
         tokens = torch.arange(1, 5, device=device)[None]
         with _evaluated(self.model):
-            native: Tensor = self.model(input_ids=tokens, use_cache=False).logits
+            native: Tensor = self.native(input_ids=tokens, use_cache=False).logits
             hidden, _ = self.embed(tokens)
             logits = self(tokens)
         if not torch.equal(native, logits):
