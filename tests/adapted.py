@@ -18,6 +18,7 @@ CONFIGS: dict[str, Callable[[], peft.PeftConfig]] = {
     "dora": lambda: peft.LoraConfig(use_dora=True, use_rslora=True, target_modules="all-linear"),
     "bias": lambda: peft.LoraConfig(target_modules=["c_attn"], bias="all", fan_in_fan_out=True),
     "head": lambda: peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    "embedding": lambda: peft.LoraConfig(target_modules=["q_proj", "embed_tokens"]),
     "tokens": lambda: peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[2, 3]),
     "layers": lambda: peft.LoraConfig(
         target_modules=["q_proj"], layers_to_transform=[1], rank_pattern={"q_proj": 2}

@@ -281,8 +281,16 @@ def test_adapters_without_a_place_in_a_tower_are_refused(config: peft.PeftConfig
 
 def test_a_peft_model_that_is_more_than_its_model_is_refused() -> None:
     ready = peft.get_peft_model(causal_lm("llama"), peft.PolyConfig(target_modules=["q_proj"], n_tasks=2))
+    with pytest.raises(mt.TowerError, match="tower 'text': its ShadowModel has parameters of its own"):
+        fused(peft.get_peft_model(causal_lm("llama"), peft.ShadowConfig(task_type="CAUSAL_LM")))
     with pytest.raises(mt.TowerError, match="tower 'text': task_ids"):
         fused(ready)
+    doubled = peft.get_peft_model(causal_lm("llama"), peft.LoraConfig())
+    doubled.register_forward_hook(
+        lambda module, inputs, output: type(output)(logits=2 * output.logits, hidden_states=None)
+    )
+    with pytest.raises(mt.TowerError, match=r"tower 'text': .* gives other logits than its own forward"):
+        fused(doubled)
 
 
 @pytest.mark.parametrize(

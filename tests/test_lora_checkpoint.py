@@ -42,6 +42,7 @@ def test_a_model_with_an_origin_is_referred_to(origin: Path, folder: Path) -> No
         assert_same(model, again)
         assert again.graph == model.graph
         assert trainable(again) == trainable(model)
+        assert again.unimodal("text").peft_config == model.unimodal("text").peft_config
         again.save_pretrained(folder)
 
 
