@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .fused import FusedOutput, token_loss
 from .generate import decode_rows
 from .modality import Modality
+from .output import FusedOutput, token_loss
 from .stream import IGNORE, Segment, check_streams
 
 

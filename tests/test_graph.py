@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import multitower as mt
-from multitower.graph import LinkSpec
+from multitower.spec import LinkSpec
 
 
 @pytest.fixture
