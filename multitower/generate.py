@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from .link import KeysValues, visibility
+from .options import begin_token, check_options, filled, given, groups
 from .schedule import Tap
 from .stream import Example, Segment, Stream, make_streams
 
@@ -23,9 +24,6 @@ if TYPE_CHECKING:
 
 MAX_NEW_TOKENS = 1024
 """How long a segment may grow when neither the caller nor the tower says so."""
-
-RESERVED = ("input_ids", "inputs", "inputs_embeds", "attention_mask", "past_key_values", "decoder_input_ids")
-UNSUPPORTED = ("return_dict_in_generate", "output_scores", "output_logits", "output_attentions")
 
 
 @torch.no_grad()
@@ -40,14 +38,14 @@ def generate(
     """
     _check(model, examples, output, options)
     rows = [list(example) for example in examples]
-    copies = options.get("num_return_sequences") or 1
-    decoded: list[list[Segment]] = [[] for _ in range(len(rows) * copies)]
+    decoded: list[list[Segment]] = []
     training = model.training
     model.eval()
     try:
         for name in output:
-            segments = _decode_segment(model, rows, name, options)
-            decoded = [[*before, segment] for before, segment in zip(decoded, segments, strict=True)]
+            segments = _decode_segments(model, rows, name, options)
+            before = decoded or [[] for _ in segments]
+            decoded = [[*row, segment] for row, segment in zip(before, segments, strict=True)]
             if name != output[-1]:
                 rows = [[*row, segment] for row, segment in zip(rows, segments, strict=True)]
     finally:
@@ -55,34 +53,29 @@ def generate(
     return decoded
 
 
-def _decode_segment(
+def _decode_segments(
     model: FusedModel, rows: Sequence[Example], name: str, options: Mapping[str, Any]
 ) -> list[Segment]:
+    """Decode rows, together where that does not change what each becomes."""
     tower = model.tower(name)
-    begin = options.get("bos_token_id", tower.begin)
+    begin = begin_token(tower, options)
+    assert begin is not None
     prompts = [_prompt(row, name, begin) for row in rows]
-    lengths = [len(tokens) for tokens, _ in prompts]
-    if len(set(lengths)) > 1 and not tower.pads_left:
-        return _decode_by_length(model, rows, lengths, name, options)
-    times = pad_left([times for _, times in prompts], -1).to(model.tower(name).device)
-    decoder = tower.decoder(_TapReader(model, name, make_streams(rows), times))
-    sequences = decode_rows(
-        decoder, [tokens for tokens, _ in prompts], begin=begin, end=tower.end, options=options
-    )
-    return [Segment(name, sequence) for sequence in sequences]
-
-
-def _decode_by_length(
-    model: FusedModel, rows: Sequence[Example], lengths: Sequence[int], name: str, options: Mapping[str, Any]
-) -> list[Segment]:
-    """Decode rows with prompts of the same length together, so that none is padded."""
-    copies = options.get("num_return_sequences") or 1
     decoded: dict[int, list[Segment]] = {}
-    for length in sorted(set(lengths)):
-        chosen = [row for row, each in enumerate(lengths) if each == length]
-        segments = _decode_segment(model, [rows[row] for row in chosen], name, options)
-        for number, row in enumerate(chosen):
-            decoded[row] = segments[number * copies : (number + 1) * copies]
+    for group in groups(tower, [len(tokens) for tokens, _ in prompts], options):
+        times = pad_left([prompts[row][1] for row in group], -1).to(tower.device)
+        reader = _TapReader(model, name, make_streams([rows[row] for row in group]), times)
+        sequences = decode_rows(
+            tower.decoder(reader),
+            [prompts[row][0] for row in group],
+            begin=begin,
+            end=tower.end,
+            options=options,
+        )
+        copies = len(sequences) // len(group)
+        for number, row in enumerate(group):
+            own = sequences[number * copies : (number + 1) * copies]
+            decoded[row] = [Segment(name, sequence) for sequence in own]
     return [segment for row in range(len(rows)) for segment in decoded[row]]
 
 
@@ -104,17 +97,20 @@ def decode_rows(
     tokens = pad_left(prompts, begin)
     mask = pad_left([torch.ones_like(prompt) for prompt in prompts], 0)
     length = tokens.shape[1]
-    settings = {
-        "bos_token_id": begin,
-        "eos_token_id": list(end) or None,
-        "pad_token_id": end[0] if end else begin,
-        **_length_limit(decoder, options, length),
-        **options,
-    }
+    settings = filled(
+        options,
+        {
+            "bos_token_id": begin,
+            "eos_token_id": list(end) or None,
+            "pad_token_id": end[0] if end else begin,
+            "return_dict_in_generate": False,
+            **_length_limit(decoder, options, length),
+        },
+    )
     sequences = decoder.generate(
         tokens.to(decoder.device), attention_mask=mask.to(decoder.device), **settings
     )
-    ends = _as_ids(settings["eos_token_id"])
+    ends = _as_ids(given(settings, "eos_token_id"))
     return [_until_end(sequence[length - 1 :].cpu(), ends) for sequence in sequences]
 
 
@@ -167,7 +163,12 @@ class _TapReader:
 
     def _expand(self, rows: int) -> None:
         """Repeat what was read once for each beam or returned sequence; they need no reordering."""
-        times = rows // len(self.prompt_times)
+        times, rest = divmod(rows, len(self.prompt_times))
+        if rest or not times:
+            raise ValueError(
+                f"{rows} rows are decoded where {len(self.prompt_times)} were prepared; a decoding loop must "
+                "keep all rows until the last has ended"
+            )
         if times > 1:
             self.prompt_times = self.prompt_times.repeat_interleave(times, 0)
             self.keys = {
@@ -190,25 +191,12 @@ def _check(
     for name in [*output, *(segment.tower for example in examples for segment in example)]:
         if name not in model.towers:
             raise ValueError(f"there is no tower {name!r}; the towers are {', '.join(model.towers)}")
-    for name in output:
-        if options.get("bos_token_id", model.tower(name).begin) is None:
-            raise ValueError(
-                f"tower {name!r} has no begin token to start a segment with; set "
-                f"model.unimodal({name!r}).generation_config.bos_token_id, or pass bos_token_id=..."
-            )
     for number, example in enumerate(examples):
         if any(segment.target for segment in example):
             raise ValueError(
                 f"example {number} holds a target segment: give generate only what is known, without answers"
             )
-    for key in RESERVED:
-        if key in options:
-            raise ValueError(f"{key} comes from the examples; put tokens into multitower.Segment instead")
-    for key in UNSUPPORTED:
-        if options.get(key):
-            raise ValueError(f"{key} is not supported: generate gives segments of tokens")
-    if (options.get("num_return_sequences") or 1) > 1 and len(output) > 1:
-        raise ValueError("num_return_sequences > 1 needs a single output tower; decode the next from these")
+    check_options(options, {name: model.tower(name) for name in output}, len(examples))
 
 
 def _prompt(row: Example, name: str, begin: int) -> tuple[Tensor, Tensor]:
@@ -244,9 +232,9 @@ def _as_ids(value: Any) -> tuple[int, ...]:
 
 def _length_limit(decoder: Any, options: Mapping[str, Any], prompt: int) -> dict[str, int]:
     """Say how long the segment may grow, where nobody else does."""
-    if any(key in options for key in ("max_new_tokens", "max_length", "generation_config")):
-        return {}
-    if decoder.generation_config.max_new_tokens is not None:
-        return {}
-    positions = getattr(decoder.config, "max_position_embeddings", None) or MAX_NEW_TOKENS
-    return {"max_new_tokens": max(1, min(MAX_NEW_TOKENS, positions - prompt))}
+    for key in ("max_new_tokens", "max_length"):
+        if given(options, key) is not None or getattr(decoder.generation_config, key) is not None:
+            return {}
+    config = decoder.config.get_text_config(decoder=True)
+    most = getattr(config, "max_position_embeddings", None) or prompt + MAX_NEW_TOKENS
+    return {"max_new_tokens": max(1, min(MAX_NEW_TOKENS, most - prompt))}

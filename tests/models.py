@@ -12,12 +12,18 @@ transformers_families = ("llama", "gpt2", "qwen3", "gemma3_text", "bloom", "phi3
 
 
 def causal_lm(
-    family: str, *, width: int = 16, depth: int = 2, vocab_size: int = 20, seed: int = 0
+    family: str,
+    *,
+    width: int = 16,
+    depth: int = 2,
+    vocab_size: int = 20,
+    seed: int = 0,
+    config: dict | None = None,
 ) -> nn.Module:
-    """A tiny random transformers model: id 0 is its begin, 1 its end."""
+    """A tiny random transformers model: id 0 is its begin, 1 its end; ``config`` adds to its config."""
     import transformers
 
-    config = transformers.AutoConfig.for_model(family)
+    default = transformers.AutoConfig.for_model(family)
     common = {
         "vocab_size": vocab_size,
         "hidden_size": width,
@@ -27,13 +33,13 @@ def causal_lm(
         "eos_token_id": 1,
         "pad_token_id": None,
     }
-    if hasattr(config, "num_key_value_heads"):
+    if hasattr(default, "num_key_value_heads"):
         common |= {"num_key_value_heads": 1, "intermediate_size": 2 * width}
-    if hasattr(config, "head_dim"):
+    if hasattr(default, "head_dim"):
         common["head_dim"] = width // 2
     torch.manual_seed(seed)
     return transformers.AutoModelForCausalLM.from_config(
-        transformers.AutoConfig.for_model(family, **common)
+        transformers.AutoConfig.for_model(family, **common, **(config or {}))
     ).eval()
 
 

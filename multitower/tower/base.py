@@ -50,6 +50,7 @@ class Tower(nn.Module, ABC):
         vocab_size: Number of token ids that ``head`` scores.
         begin: The id that opens a segment, or None: then the tower cannot start one in ``generate``.
         end: The ids that close a segment; empty when there is none.
+        max_length: How many tokens a row may have, where ``generate`` then stops; None without such a limit.
         pads_left: Whether ``decoder`` decodes rows with padding on the left as it does each alone; if not,
             prompts of unlike length are decoded one after the other.
     """
@@ -59,6 +60,7 @@ class Tower(nn.Module, ABC):
     vocab_size: int
     begin: int | None = None
     end: tuple[int, ...] = ()
+    max_length: int | None = None
     pads_left: bool = True
 
     @abstractmethod

@@ -58,6 +58,7 @@ def why_not_faithful(model: Any, *, padding: int) -> str:
                 min_new_tokens=steps,
                 do_sample=False,
                 num_beams=1,
+                num_return_sequences=1,
                 pad_token_id=0,
                 output_logits=True,
                 return_dict_in_generate=True,
@@ -73,9 +74,12 @@ def why_not_faithful(model: Any, *, padding: int) -> str:
 
 
 class _Positions:
-    """Where in their rows the tokens of the present decoding step stand: int64, shape (length,)."""
+    """Where in their rows the tokens of the present decoding step stand: int64, shape (length,).
 
-    now: Tensor
+    None between steps, so that no forward takes those of the step before.
+    """
+
+    now: Tensor | None = None
 
 
 class _Injected:
@@ -85,7 +89,7 @@ class _Injected:
         self, layer: nn.Module, index: int, inject: Inject, positions: _Positions, found: Layers
     ) -> None:
         self.layer, self.index, self.inject, self.positions = layer, index, inject, positions
-        self.layout, self.keyword = found.layout, found.keyword
+        self.layout, self.keyword, self.depth = found.layout, found.keyword, len(found.order)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         hidden, args, kwargs = as_call(args, kwargs, self.keyword)
@@ -93,11 +97,19 @@ class _Injected:
             hidden = self._inject(0, hidden)
         output = self.layer(hidden, *args, **kwargs)
         state = self._inject(self.index, as_tuple(output)[0])
+        if self.index == self.depth:
+            self.positions.now = None
         return state if isinstance(output, Tensor) else (state, *output[1:])
 
     def _inject(self, layer: int, hidden: Tensor) -> Tensor:
+        now = self.positions.now
+        if now is None:
+            raise ValueError(
+                "this model decodes step by step and must know where its tokens stand: call its "
+                "prepare_inputs_for_generation before each forward, as transformers' generate does"
+            )
         state = self.layout.to_tower(hidden)
-        state = self.inject(layer, state, self.positions.now[-state.shape[1] :])
+        state = self.inject(layer, state, now[-state.shape[1] :])
         return self.layout.to_model(state)
 
 

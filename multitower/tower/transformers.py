@@ -92,6 +92,12 @@ class TransformersTower(Tower):
         return _token_ids(self.model, "eos_token_id")
 
     @property
+    def max_length(self) -> int | None:  # type: ignore[override]  # read from the model
+        """The model's ``max_position_embeddings``."""
+        config: Any = self.model.config
+        return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+    @property
     def native(self) -> nn.Module:
         """The transformers model itself, or the PeftModel around it."""
         native: nn.Module = self._native.it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -22,10 +23,23 @@ class UncachedDecoder(transformers.PreTrainedModel, transformers.GenerationMixin
     def __init__(self, tower: Tower, inject: Inject) -> None:
         super().__init__(transformers.PretrainedConfig())
         self.config.vocab_size = tower.vocab_size
+        self.config.max_position_embeddings = tower.max_length
         self.config.use_cache = False
-        self.generation_config = transformers.GenerationConfig(use_cache=False)
+        own = getattr(tower.native, "generation_config", None)
+        self.generation_config = transformers.GenerationConfig() if own is None else copy.deepcopy(own)
+        self.generation_config.use_cache = False
+        self.generation_config.cache_implementation = None
         self.tower = tower
         self.inject = inject
+
+    def generate(self, inputs: Tensor, **options: Any) -> Any:
+        """Decode as ``transformers`` does, which must not cut the rows to what a cache would lack."""
+        if options.get("use_cache") or getattr(options.get("generation_config"), "use_cache", None):
+            raise ValueError(
+                f"{type(self.tower.native).__name__} decodes without a cache, each step from the first "
+                "token; leave use_cache out"
+            )
+        return super().generate(inputs, **options)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **unused: Any) -> Any:
         """Give the logits of prompts padded on the left, which a tower expects on the right."""

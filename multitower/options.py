@@ -1,0 +1,205 @@
+"""The options of transformers' ``generate``: who sets them, and which of them a fused model refuses."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .tower import Tower
+
+Options = Mapping[str, Any]
+
+RESERVED = (
+    "input_ids",
+    "inputs",
+    "inputs_embeds",
+    "attention_mask",
+    "position_ids",
+    "past_key_values",
+    "decoder_input_ids",
+)
+"""Options that say what the examples say."""
+
+NO_SCORES = (
+    "generate gives segments of tokens; score them with "
+    "model(**multitower.collate([[*example, segment]])).logits"
+)
+ANOTHER_PROMPT = "it runs the tower on a prompt of its own, outside of the fusion; leave it out"
+UNSUPPORTED = {
+    "return_dict_in_generate": NO_SCORES,
+    "output_scores": NO_SCORES,
+    "output_logits": NO_SCORES,
+    "output_hidden_states": "generate gives segments of tokens; model.run gives the states of a batch",
+    "output_attentions": "generate gives segments of tokens; model(..., output_attentions=True) gives the "
+    "attention of the links",
+    "guidance_scale": ANOTHER_PROMPT,
+    "negative_prompt_ids": ANOTHER_PROMPT,
+    "assistant_early_exit": "it takes layers from the tower while it decodes, and where that fails leaves "
+    "them out for good; take prompt_lookup_num_tokens or assistant_model",
+    "token_healing": "it rewrites the last token of the prompt, here the one that begins the segment; heal "
+    "the tokens before they become a multitower.Segment",
+}
+"""Options that cannot work, and what to do instead."""
+
+OF_ONE_VOCABULARY = (
+    "assistant_model",
+    "bad_words_ids",
+    "begin_suppress_tokens",
+    "bos_token_id",
+    "eos_token_id",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "pad_token_id",
+    "sequence_bias",
+    "stop_strings",
+    "streamer",
+    "suppress_tokens",
+    "tokenizer",
+)
+"""Options that mean the tokens of one tower."""
+
+OF_THE_BATCH = ("logits_processor", "prefix_allowed_tokens_fn")
+"""Functions that may tell the rows of a batch by their place in it."""
+
+OF_THE_WHOLE_ROW = (
+    "bad_words_ids",
+    "encoder_no_repeat_ngram_size",
+    "forced_bos_token_id",
+    "min_length",
+    "no_repeat_ngram_size",
+    "sequence_bias",
+    "watermarking_config",
+)
+"""Options that take padding on the left of a row for a part of it."""
+
+STOPS = ("stopping_criteria", "stop_strings")
+"""Options that end a row without an end token: in a batch nothing says where it ended."""
+
+
+def check_options(options: Options, towers: Mapping[str, Tower], examples: int) -> None:
+    """Check the options of a call.
+
+    Args:
+        options: The options.
+        towers: The towers to decode, by name.
+        examples: How many examples there are.
+
+    Raises:
+        ValueError: An option cannot work, or cannot work with these towers or examples.
+    """
+    for key in RESERVED:
+        if key in options:
+            raise ValueError(f"{key} comes from the examples; put tokens into multitower.Segment instead")
+    for key, reason in UNSUPPORTED.items():
+        if given(options, key):
+            raise ValueError(f"{key} is not supported: {reason}")
+    if given(options, "cache_implementation") == "paged":
+        raise ValueError(
+            "cache_implementation='paged' is not supported: it puts all rows into one, and the links could "
+            "not tell them apart; take 'dynamic' or 'static'"
+        )
+    for key in OF_ONE_VOCABULARY:
+        if len(towers) > 1 and given(options, key) is not None:
+            raise ValueError(
+                f"{key} means tokens of one tower; decode {' and '.join(towers)} by a call for each"
+            )
+    if options.get("streamer") is not None and examples > 1:
+        raise ValueError("a streamer follows one row; call generate for one example at a time")
+    for name, tower in towers.items():
+        _check_begin(name, tower, begin_token(tower, options))
+        if (setting(tower, options, "num_return_sequences") or 1) > 1:
+            if len(towers) > 1:
+                raise ValueError(
+                    "num_return_sequences > 1 needs a single output tower; decode the next from these"
+                )
+            if any(setting(tower, options, key) for key in STOPS):
+                raise ValueError(
+                    f"num_return_sequences > 1 with {' or '.join(STOPS)}: nothing says where each of them "
+                    "stopped; call generate once for each"
+                )
+
+
+def _check_begin(name: str, tower: Tower, begin: int | None) -> None:
+    if begin is None:
+        raise ValueError(
+            f"tower {name!r} has no begin token to start a segment with; set "
+            f"model.unimodal({name!r}).generation_config.bos_token_id, or pass bos_token_id=..."
+        )
+    if not 0 <= begin < tower.vocab_size:
+        raise ValueError(
+            f"the begin token {begin} is outside the vocabulary of {tower.vocab_size} of tower {name!r}"
+        )
+
+
+def given(options: Options, key: str) -> Any:
+    """Give an option, by itself or in the caller's ``generation_config``; None where there is none.
+
+    >>> given({"num_beams": 4}, "num_beams"), given({}, "num_beams")
+    (4, None)
+    """
+    return options[key] if key in options else getattr(options.get("generation_config"), key, None)
+
+
+def setting(tower: Tower, options: Options, key: str) -> Any:
+    """Give an option as ``generate`` will take it: the caller's, or else the tower's own."""
+    value = given(options, key)
+    own = getattr(tower.native, "generation_config", None)
+    return getattr(own, key, None) if value is None and key not in options else value
+
+
+def begin_token(tower: Tower, options: Options) -> int | None:
+    """Give the token that opens a segment: the caller's, or else the tower's."""
+    begin: int | None = given(options, "bos_token_id")
+    return tower.begin if begin is None else begin
+
+
+def filled(options: Options, defaults: Options) -> dict[str, Any]:
+    """Add what the caller left open; transformers does not want options beside a ``generation_config``.
+
+    >>> filled({"num_beams": 4}, {"num_beams": 1, "pad_token_id": 0})
+    {'num_beams': 4, 'pad_token_id': 0}
+    """
+    if options.get("generation_config") is None:
+        return {**defaults, **options}
+    config = copy.deepcopy(options["generation_config"])
+    for key, value in defaults.items():
+        if key not in options and getattr(config, key, None) is None:
+            setattr(config, key, value)
+    return {**options, "generation_config": config}
+
+
+def groups(tower: Tower, lengths: Sequence[int], options: Options) -> list[list[int]]:
+    """Say which rows can be decoded together so that each becomes what it would alone.
+
+    >>> from multitower.testing import tiny_tower
+    >>> groups(tiny_tower(), [5, 2, 5], {}), groups(tiny_tower(), [5, 2, 5], {"no_repeat_ngram_size": 2})
+    ([[0, 1, 2]], [[1], [0, 2]])
+
+    Args:
+        tower: The tower that is decoded.
+        lengths: The lengths of the rows' prompts.
+        options: The options.
+
+    Raises:
+        ValueError: A function among the options has to see all rows together.
+    """
+    rows = range(len(lengths))
+    together = [list(rows)]
+    if any(setting(tower, options, key) for key in STOPS):
+        together = [[row] for row in rows]
+    elif len(set(lengths)) > 1 and (_sees_padding(tower, options) or not tower.pads_left):
+        together = [[row for row in rows if lengths[row] == length] for length in sorted(set(lengths))]
+    for key in OF_THE_BATCH:
+        if len(together) > 1 and options.get(key):
+            raise ValueError(
+                f"{key} would see these examples in {len(together)} batches, since together they are not "
+                "decoded as each is alone; call generate once for each"
+            )
+    return together
+
+
+def _sees_padding(tower: Tower, options: Options) -> bool:
+    limited = setting(tower, options, "max_new_tokens") is not None
+    keys = OF_THE_WHOLE_ROW if limited else (*OF_THE_WHOLE_ROW, "max_length")
+    return any(setting(tower, options, key) for key in keys)
