@@ -311,7 +311,9 @@ class FusedModel(nn.Module):
         """Give, for each link that has something to do in this batch, what its queries may see."""
         seen = {
             link.name: visibility(
-                streams[link.target]["times"], *_keys(streams[link.source], streams[link.target])
+                streams[link.target]["times"],
+                *_keys(streams[link.source], streams[link.target]),
+                link.window,
             )
             for link in self.graph.links.values()
             if link.source in streams and link.target in streams

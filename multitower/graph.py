@@ -110,6 +110,7 @@ class FusionGraph:
         projection: str = "mlp",
         heads: int | None = None,
         position: str | None = None,
+        window: int | None = None,
         name: str | None = None,
     ) -> None:
         """Let the target tower read the source tower.
@@ -125,6 +126,7 @@ class FusionGraph:
             heads: Attention heads; they must divide the target's width. Default: 32 to 64 channels each.
             position: "rotary" lets queries and keys carry rotary positions of the shared time; None, as in
                 Zipper, leaves it to the towers to know where their tokens stand.
+            window: How many ticks of the shared time back a query sees; None for all.
             name: Needed only to tell apart several links between the same pair; "source->target" otherwise.
 
         Raises:
@@ -139,8 +141,10 @@ class FusionGraph:
                 )
         if name in self._links:
             raise GraphError(f"there is a link {name!r} already; give this one a name=... of its own")
-        pairs = None if taps is None else tuple(tuple(tap) for tap in taps)
-        self._links[name] = LinkSpec(source, target, name, interleave, pairs, projection, heads, position)  # type: ignore[arg-type]  # LinkSpec checks that taps are pairs
+        pairs: Any = None if taps is None else tuple(tuple(tap) for tap in taps)
+        self._links[name] = LinkSpec(
+            source, target, name, interleave, pairs, projection, heads, position, window
+        )
 
     def to_networkx(self) -> nx.MultiDiGraph[str]:
         """Give the graph to networkx: nodes carry their TowerSpec, edges (keyed by name) their LinkSpec."""

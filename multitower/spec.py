@@ -55,6 +55,7 @@ class LinkSpec:
     projection: str = "mlp"
     heads: int | None = None
     position: str | None = None
+    window: int | None = None
 
     def __post_init__(self) -> None:
         where = f"link {self.name!r}"
@@ -91,6 +92,8 @@ class LinkSpec:
         _one_of(f"{where}: position", self.position, POSITIONS)
         if self.heads is not None and not _is_positive(self.heads):
             raise GraphError(f"{where}: heads={self.heads!r} must be a positive whole number")
+        if self.window is not None and not _is_positive(self.window):
+            raise GraphError(f"{where}: window={self.window!r} must be a positive whole number of tokens")
 
     def resolve(self, source_depth: int, target_depth: int) -> Taps:
         """Give the taps as pairs (source layer, target layer), counted from 1, for towers of these depths.
