@@ -6,7 +6,8 @@
              towers/<name>/adapter/  the peft adapters of a tower, as peft saves and loads them
 
 Untouched pretrained models, peft adapters on them or not, are referred to, not copied, unless asked. What is
-stored of a model with adapters is the model without them, as if peft had never touched it.
+stored of a model with adapters is the model without them, as if peft had never touched it. Of towers that
+share one model the first is written so, and the others name it (``shared_with``).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from .extras import require
 from .fingerprint import fingerprint
 from .fused import FusedModel
 from .graph import FusionGraph
+from .sharing import shared_with
 from .spec import GraphError, TowerSpec
 from .tower import Tower, TowerError, TransformersTower, as_tower
 from .tower.lora import add_adapter, base_model, base_state, is_peft_model, make_config
@@ -110,21 +112,49 @@ def from_pretrained(folder: str | os.PathLike[str], *, towers: Mapping[str, str 
             "upgrade multitower"
         )
     try:
+        records = _read_records(data)
+        towers = _for_all_that_share(records, towers)
         graph = FusionGraph.from_dict(_with_sources(data["graph"], towers))
-        records = {name: dict(data["towers"][name]) for name in graph.towers}
-    except (GraphError, KeyError, TypeError) as error:
+    except (GraphError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{root / FUSION} is damaged: {error!r}") from error
-    unknown = set(towers) - set(graph.towers)
-    if unknown:
-        raise CheckpointError(
-            f"towers={sorted(unknown)}: the checkpoint has the towers {', '.join(graph.towers)}"
-        )
-    loaded = {
-        name: _load_tower(root, records[name], towers.get(name), spec) for name, spec in graph.towers.items()
-    }
+    loaded: dict[str, Tower] = {}
+    for name, spec in graph.towers.items():
+        first = records[name].get("shared_with")
+        loaded[name] = loaded[first] if first else _load_tower(root, records[name], towers.get(name), spec)
     model = FusedModel(graph, loaded)
     _load_strictly(_fusion_state(model), _read_tensors(root / LINKS), root / LINKS)
     return model.eval()
+
+
+def _read_records(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Give what is said of each tower; one that shares the model of another comes after it."""
+    records: dict[str, dict[str, Any]] = {}
+    for spec in data["graph"]["towers"]:
+        name = spec["name"]
+        records[name] = dict(data["towers"][name])
+        first = records[name].get("shared_with")
+        if first is not None and (first == name or "shared_with" in records[first]):
+            raise KeyError(f"tower {name!r} cannot share the model of {first!r}")
+    return records
+
+
+def _for_all_that_share(
+    records: Mapping[str, Mapping[str, Any]], towers: Mapping[str, str | nn.Module]
+) -> dict[str, str | nn.Module]:
+    """Give what the caller names for one tower to all that share its model."""
+    unknown = set(towers) - set(records)
+    if unknown:
+        raise CheckpointError(f"towers={sorted(unknown)}: the checkpoint has the towers {', '.join(records)}")
+    chosen: dict[str, tuple[str, str | nn.Module]] = {}
+    for name, source in towers.items():
+        other, same = chosen.setdefault(records[name].get("shared_with", name), (name, source))
+        if same is not source and same != source:
+            raise CheckpointError(
+                f"towers {other!r} and {name!r} share one model in this checkpoint; give the same for "
+                "both, or for one of them only"
+            )
+    firsts = {name: record.get("shared_with", name) for name, record in records.items()}
+    return {name: chosen[first][1] for name, first in firsts.items() if first in chosen}
 
 
 def _with_sources(graph: Mapping[str, Any], towers: Mapping[str, str | nn.Module]) -> dict[str, Any]:
@@ -136,7 +166,11 @@ def _with_sources(graph: Mapping[str, Any], towers: Mapping[str, str | nn.Module
 
 def _write(model: FusedModel, folder: Path, embed_towers: bool) -> None:
     records: dict[str, dict[str, Any]] = {}
+    shared = shared_with({name: model.tower(name) for name in model.graph.towers})
     for name, spec in model.graph.towers.items():
+        if name in shared:
+            records[name] = {"shared_with": shared[name]}
+            continue
         whole, place = _whole(model.tower(name)), folder / TOWERS / name
         state = base_state(whole)
         embedded = embed_towers or spec.train == "all" or spec.source is None
