@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from .stream import Segment, check_streams
 from .tower import Tower, TowerError
 from .tower.load import merged
 from .tower.lora import check_trained
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 
 class FusedModel(nn.Module):
@@ -79,7 +82,7 @@ class FusedModel(nn.Module):
 
     @property
     def graph(self) -> FusionGraph:
-        """What the model was declared to be: a copy."""
+        """What the model was declared to be: a copy, to add to and hand to ``FusionGraph.extend``."""
         return self._graph.copy()
 
     def forward(
@@ -254,6 +257,20 @@ class FusedModel(nn.Module):
             if spec.train == "none":
                 self.tower(name).eval()
         return self
+
+    def drop(self, *names: str) -> FusedModel:
+        """Give the model without some towers or links; see ``surgery.drop``."""
+        from .surgery import drop
+
+        return drop(self, names)
+
+    def swap(
+        self, name: str, source: str | os.PathLike[str] | nn.Module, *, train: str | PeftConfig | None = None
+    ) -> FusedModel:
+        """Give the model with another pretrained decoder in place of a tower; see ``surgery.swap``."""
+        from .surgery import swap
+
+        return swap(self, name, source, train)
 
     def merge_and_unload(self, name: str) -> nn.Module:
         """Fold a tower's peft adapters into its weights, as peft does; give the merged model.

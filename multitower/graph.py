@@ -220,6 +220,37 @@ class FusionGraph:
             raise GraphError("the graph has no towers; call add_tower first")
         return FusedModel(self, load_towers(self._towers, self._modules))
 
+    def extend(self, model: FusedModel) -> FusedModel:
+        """Build the fused model on one that exists, trained or not: the graph has all that it has, and more.
+
+        >>> from multitower.testing import tiny_model, tiny_tower
+        >>> model = tiny_model()
+        >>> graph = model.graph
+        >>> graph.add_tower("music", tiny_tower(seed=5))
+        >>> graph.add_link("music", "text", interleave=1)
+        >>> bigger = graph.extend(model)
+        >>> bigger.tower("text") is model.tower("text"), bigger.gates()["music->text 1-1 attention"]
+        (True, 0.0)
+
+        Towers, input adapters and links of the model are the same modules in both, not copies, so that the
+        model that is not used any further costs nothing. Until something is trained, the logits of the old
+        towers stay as they are, bit for bit, also in batches that hold new towers. An optimizer of the
+        model goes on as it was; new parameters are given to it, or all to a new one. New modules are where
+        the tower is that they belong to, which is where it was loaded.
+
+        Args:
+            model: What this graph extends. ``model.graph`` gives its declaration, to add to.
+
+        Raises:
+            GraphError: The graph lacks a tower or a link of the model, or declares it otherwise; or see
+                ``compile``.
+            TowerError: See ``compile``.
+            ImportError: See ``compile``.
+        """
+        from .surgery import extend
+
+        return extend(model, self, self._modules)
+
     def copy(self) -> FusionGraph:
         """Give a graph that can be added to without changing this one; modules in it are the same."""
         twin = FusionGraph()

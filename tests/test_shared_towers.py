@@ -237,3 +237,34 @@ def test_towers_that_share_are_merged_together(tmp_path: Path) -> None:
         torch.testing.assert_close(values, before[name], atol=1e-5, rtol=1e-5)
     model.save_pretrained(tmp_path / "fused")
     assert_shared(mt.FusedModel.from_pretrained(tmp_path / "fused"))
+
+
+def test_a_model_can_be_extended_by_a_tower_that_shares(folder: str) -> None:
+    graph = mt.FusionGraph()
+    graph.add_tower("ask", folder)
+    model = graph.compile()
+    graph = model.graph
+    graph.add_tower("answer", folder)
+    assert_shared(graph.extend(model))
+    graph = model.graph
+    graph.add_tower("answer", model.unimodal("ask"))
+    assert_shared(graph.extend(model))
+    graph = model.graph
+    graph.add_tower("answer", model.unimodal("ask"), train="all")
+    with pytest.raises(mt.GraphError, match="towers 'ask' and 'answer' share their weights"):
+        graph.extend(model)
+    assert not any(parameter.requires_grad for parameter in model.tower("ask").parameters())
+
+
+def test_of_towers_that_share_one_can_be_dropped_or_exchanged(tmp_path: Path) -> None:
+    module = causal_lm("llama", depth=4)
+    model = dialogue(module, module, "all")
+    alone = model.drop("ask")
+    assert alone.unimodal("answer") is module
+    alone.save_pretrained(tmp_path / "alone")
+    again = mt.FusedModel.from_pretrained(tmp_path / "alone")
+    assert torch.equal(*(m.unimodal("answer").lm_head.weight for m in (alone, again)))
+    swapped = model.swap("ask", causal_lm("llama", depth=4, seed=3), train="none")
+    assert swapped.unimodal("answer") is module
+    assert swapped.unimodal("ask") is not module
+    assert all(parameter.requires_grad for parameter in module.parameters())
