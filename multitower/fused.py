@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from .stream import Segment, check_streams
 from .tower import Tower, TowerError
 from .tower.load import merged
 from .tower.lora import check_trained
+
+if TYPE_CHECKING:
+    from .generate import Decoded, Entry, Policy
 
 
 class FusedModel(nn.Module):
@@ -140,9 +143,9 @@ class FusedModel(nn.Module):
     def generate(
         self,
         examples: Sequence[Sequence[Segment]],
-        output: Sequence[str],
+        output: Sequence[Entry] | Policy,
         **options: Any,
-    ) -> list[list[Segment]]:
+    ) -> Decoded:
         """Decode one segment for each tower in ``output``, each until its end token.
 
         >>> import multitower as mt
@@ -152,13 +155,28 @@ class FusedModel(nn.Module):
         >>> text.tower, speech.tower
         ('text', 'speech')
 
+        Towers in a tuple are decoded at the same time, a token of each a step, and so stand in the result:
+
+        >>> (((text, speech),),) = model.generate([given], output=[("text", "speech")], max_new_tokens=4)
+        >>> text.tower, speech.tower
+        ('text', 'speech')
+
+        A function may choose what comes next, by the end token of what came last, for instance:
+
+        >>> def answer(row):
+        ...     return {"speech": "text", "text": None}[row[-1].tower]
+        >>> [[segment.tower for segment in row] for row in model.generate([given], answer, max_new_tokens=4)]
+        [['text']]
+
         Args:
             examples: What is given, each a list of segments (none of them a target).
-            output: The towers to decode, in this order; each reads all that came before.
+            output: The towers to decode, in this order; each reads all that came before. Or a function that
+                is called with an example so far and gives the next tower, a tuple of towers, or None.
             options: Options of transformers' ``generate``: ``max_new_tokens``, ``do_sample``, ...
 
         Returns:
-            For each example (each returned sequence of it) the decoded segments, begin and end included.
+            For each example (each returned sequence of it) what can be appended to it: the decoded segments,
+            begin and end included.
 
         Raises:
             ValueError: Nothing is to be decoded, a tower is unknown or has no begin token, an example
