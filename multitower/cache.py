@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -40,6 +40,12 @@ class Entry(NamedTuple):
             torch.cat([self.mask[:, :place], other.mask], 1),
         )
 
+    def of_rows(self, rows: Sequence[int]) -> Entry:
+        """Give these rows."""
+        chosen = torch.tensor(rows, device=self.times.device)
+        keys, values = (part[chosen] for part in self.source)
+        return Entry(KeysValues(keys, values), self.times[chosen], self.mask[chosen])
+
     def repeat(self, times: int) -> Entry:
         """Repeat each row for its beams or returned sequences; rows of one example need no reordering."""
         return Entry(
@@ -53,36 +59,63 @@ class TapCache:
     """An entry for each tap whose source has tokens.
 
     Args:
-        model: The model; its towers run once over what is given.
-        streams: What is given.
+        model: The model.
+        entries: The entries; see ``fill`` for the first ones.
     """
 
-    def __init__(self, model: FusedModel, streams: Mapping[str, Stream]) -> None:
+    def __init__(self, model: FusedModel, entries: Mapping[Tap, Entry]) -> None:
         self.model = model
-        self.entries: dict[Tap, Entry] = {}
-        placed = {
-            name: {
-                key: value.to(model.tower(name).device) for key, value in stream.items() if key != "labels"
-            }
-            for name, stream in streams.items()
-        }
-        given = model.run(placed).given if placed else {}
-        for tap in model.schedule.taps:
-            if tap.source in placed:
-                stream = placed[tap.source]
-                states = given[tap.source, tap.source_layer]
-                self.entries[tap] = self._read(tap, states, stream["times"], stream["mask"])
-        self.given = {tap: entry.times.shape[1] for tap, entry in self.entries.items()}
+        self.entries = dict(entries)
+        self.given = {tap: entry.times.shape[1] for tap, entry in entries.items()}
 
-    def grow(self, tap: Tap, states: Tensor, times: Tensor, mask: Tensor, place: int) -> None:
+    @classmethod
+    def fill(cls, model: FusedModel, streams: Mapping[str, Stream]) -> TapCache:
+        """Run all towers once over what is given."""
+        cache = cls(model, {})
+        placed = {name: _placed(model, name, stream) for name, stream in streams.items()}
+        given = model.run(placed).given if placed else {}
+        entries = {
+            tap: cache._read(tap, given[tap.source, tap.source_layer], placed[tap.source])
+            for tap in model.schedule.taps
+            if tap.source in placed
+        }
+        return cls(model, entries)
+
+    def of_rows(self, rows: Sequence[int]) -> TapCache:
+        """Give a cache of these rows, apart from this one."""
+        return TapCache(self.model, {tap: entry.of_rows(rows) for tap, entry in self.entries.items()})
+
+    def refresh(self, name: str, stream: Stream) -> None:
+        """Run one tower over all its tokens, of which some are new, and note what it gives to others.
+
+        Nothing else need run: what the others gave for their tokens does not depend on later ones.
+        """
+        model, tower = self.model, self.model.tower(name)
+        readers = [tap for tap in model.schedule.taps if tap.source == name]
+        if not readers:
+            return
+        stream = _placed(model, name, stream)
+        reader = TapReader(model, name, self, stream["times"])
+        positions = torch.arange(stream["tokens"].shape[1], device=tower.device)
+        embedded, context = tower.embed(stream["tokens"])
+        x = reader(0, embedded, positions)
+        new: dict[Tap, Entry] = {}
+        for layer in range(1, max(tap.source_layer for tap in readers) + 1):
+            x = tower.layer(layer, x, context)
+            new |= {tap: self._read(tap, x, stream) for tap in readers if tap.source_layer == layer}
+            x = reader(layer, x, positions)
+        self.entries |= new
+
+    def grow(self, tap: Tap, states: Tensor, stream: Stream, place: int) -> None:
         """Add what the source gave for further tokens; ``place`` counts them from those that were given."""
-        new = self._read(tap, states, times, mask)
+        new = self._read(tap, states, stream)
         old = self.entries.get(tap)
         self.entries[tap] = new if old is None else old.then(new, self.given.get(tap, 0) + place)
 
-    def _read(self, tap: Tap, states: Tensor, times: Tensor, mask: Tensor) -> Entry:
+    def _read(self, tap: Tap, states: Tensor, stream: Stream) -> Entry:
         device = self.model.tower(tap.target).device
-        return Entry(self.model.tap(tap).read(states, times), times.to(device), mask.to(device))
+        source = self.model.tap(tap).read(states, stream["times"])
+        return Entry(source, stream["times"].to(device), stream["mask"].to(device))
 
 
 class TapReader:
@@ -141,3 +174,8 @@ class TapReader:
                 "all rows until the last has ended"
             )
         return copies
+
+
+def _placed(model: FusedModel, name: str, stream: Stream) -> Stream:
+    device = model.tower(name).device
+    return {key: value.to(device) for key, value in stream.items() if key != "labels"}

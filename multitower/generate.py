@@ -56,50 +56,70 @@ def generate(
         if callable(output):
             return _follow(model, rows, output, options)
         _check_output(model, output, options, len(rows))
+        cache = TapCache.fill(model, make_streams(rows))
         decoded: Decoded = []
-        for entry in output:
-            new = _decode(model, rows, entry, options)
+        for number, entry in enumerate(output, 1):
+            new = _decode(model, cache, rows, entry, options)
             decoded = [[*row, each] for row, each in zip(decoded or [[] for _ in new], new, strict=True)]
-            if entry != output[-1]:
+            if number < len(output):
                 rows = [[*row, each] for row, each in zip(rows, new, strict=True)]
+                cache = _after(model, cache, rows, [entry])
         return decoded
     finally:
         model.train(training)
 
 
 def _follow(
-    model: FusedModel, rows: Sequence[Example], policy: Policy, options: Mapping[str, Any]
+    model: FusedModel, examples: Sequence[Example], policy: Policy, options: Mapping[str, Any]
 ) -> Decoded:
     """Decode what a policy asks for, rows that want the same together, until it wants no more."""
-    decoded: Decoded = [[] for _ in rows]
+    rows: Decoded = [list(example) for example in examples]
+    cache = TapCache.fill(model, make_streams(rows))
     going = list(range(len(rows)))
     while going:
         wanted: dict[Entry, list[int]] = {}
         for row in going:
-            entry = policy([*rows[row], *decoded[row]])
+            entry = policy(rows[row])
             if entry is not None:
                 wanted.setdefault(entry, []).append(row)
+        decoded: dict[int, Segment | tuple[Segment, ...]] = {}
         for entry, chosen in wanted.items():
             _check_output(model, [entry], options, len(chosen))
-            new = _decode(model, [[*rows[row], *decoded[row]] for row in chosen], entry, options)
+            new = _decode(model, cache.of_rows(chosen), [rows[row] for row in chosen], entry, options)
             if len(new) > len(chosen):
                 raise ValueError("num_return_sequences > 1 needs output=[...] with a single tower")
-            for row, each in zip(chosen, new, strict=True):
-                decoded[row].append(each)
-        going = sorted(row for chosen in wanted.values() for row in chosen)
-    return decoded
+            decoded |= zip(chosen, new, strict=True)
+        for row, each in decoded.items():
+            rows[row].append(each)
+        going = sorted(decoded)
+        if going:
+            cache = _after(model, cache, rows, list(wanted))
+    return [row[len(example) :] for row, example in zip(rows, examples, strict=True)]
+
+
+def _after(model: FusedModel, cache: TapCache, rows: Sequence[Example], entries: Sequence[Entry]) -> TapCache:
+    """Bring a cache up to date: a tower decoded alone runs over its tokens, several at a time need all."""
+    streams = make_streams(rows)
+    if len(entries) > 1 or not isinstance(entries[0], str):
+        return TapCache.fill(model, streams)
+    cache.refresh(entries[0], streams[entries[0]])
+    return cache
 
 
 def _decode(
-    model: FusedModel, rows: Sequence[Example], entry: Entry, options: Mapping[str, Any]
+    model: FusedModel, cache: TapCache, rows: Sequence[Example], entry: Entry, options: Mapping[str, Any]
 ) -> Sequence[Segment | tuple[Segment, ...]]:
     if isinstance(entry, str):
-        return _decode_segments(model, rows, entry, options)
-    return _decode_side_by_side(model, rows, entry, options)
+        return _decode_segments(model, cache, rows, entry, options)
+    return _decode_side_by_side(model, cache, rows, entry, options)
 
 
 def _decode_side_by_side(
-    model: FusedModel, rows: Sequence[Example], names: tuple[str, ...], options: Mapping[str, Any]
+    model: FusedModel,
+    cache: TapCache,
+    rows: Sequence[Example],
+    names: tuple[str, ...],
+    options: Mapping[str, Any],
 ) -> list[tuple[Segment, ...]]:
     """Decode several towers at the same time, rows together where no padding gets in the way."""
     check_stepwise(options)
@@ -123,13 +143,13 @@ def _decode_side_by_side(
             or MAX_NEW_TOKENS
             for name, tower in towers.items()
         )
-        cache = TapCache(model, make_streams([rows[row] for row in chosen]))
-        decoded |= zip(chosen, decode_together(model, cache, padded, options, limit), strict=True)
+        segments = decode_together(model, cache.of_rows(chosen), padded, options, limit)
+        decoded |= zip(chosen, segments, strict=True)
     return [decoded[row] for row in range(len(rows))]
 
 
 def _decode_segments(
-    model: FusedModel, rows: Sequence[Example], name: str, options: Mapping[str, Any]
+    model: FusedModel, cache: TapCache, rows: Sequence[Example], name: str, options: Mapping[str, Any]
 ) -> list[Segment]:
     """Decode rows, together where that does not change what each becomes."""
     tower = model.tower(name)
@@ -138,8 +158,7 @@ def _decode_segments(
     decoded: dict[int, list[Segment]] = {}
     for group in groups(tower, [len(tokens) for tokens, _ in prompts], options):
         times = pad_left([prompts[row][1] for row in group], -1).to(tower.device)
-        cache = TapCache(model, make_streams([rows[row] for row in group]))
-        reader = TapReader(model, name, cache, times)
+        reader = TapReader(model, name, cache.of_rows(group), times)
         sequences = decode_rows(
             tower.decoder(reader),
             [prompts[row][0] for row in group],

@@ -122,9 +122,11 @@ class GrowingReader(TapReader):
         begin = self.times.shape[1] - 1
         new = positions >= begin
         for tap in self.readers.get(layer, []):
-            times, mask = self.times_of(positions[new]), self.lane.mask[:, positions[new]].bool()
-            place = int(positions[new][0]) - begin
-            self.cache.grow(tap, x[:, new], times, mask, place)
+            stream = {
+                "times": self.times_of(positions[new]),
+                "mask": self.lane.mask[:, positions[new]].bool(),
+            }
+            self.cache.grow(tap, x[:, new], stream, int(positions[new][0]) - begin)
         return super().__call__(layer, x, positions)
 
 
@@ -142,7 +144,7 @@ def decode_together(
 
     Args:
         model: The model.
-        cache: What was given before.
+        cache: What was given before; it grows.
         prompts: For each tower its tokens so far and their times, as ``Lane`` takes them.
         options: Options of ``generate``, those in ``STEPWISE``.
         limit: How many tokens each may get.

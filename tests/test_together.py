@@ -43,12 +43,9 @@ def by_hand(model: mt.FusedModel, example: list, names: tuple[str, ...], steps: 
 def test_towers_decoded_at_the_same_time_equal_uncached_row_by_row(kind: str) -> None:
     model = fusion(kind)
     decoded = model.generate(GIVEN, output=[("text", "speech")], max_new_tokens=7)
-    lengths = set()
     for row, ((text, speech),) in zip(GIVEN, decoded, strict=True):
         assert (text.tower, speech.tower) == ("text", "speech")
         assert (text.tokens.tolist(), speech.tokens.tolist()) == by_hand(model, row, ("text", "speech"), 7)
-        lengths |= {len(text.tokens), len(speech.tokens)}
-    assert lengths
 
 
 def test_rows_and_towers_that_end_at_different_steps() -> None:
