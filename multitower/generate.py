@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from .link import KeysValues, visibility
 from .schedule import Tap
 from .stream import Example, Segment, Stream, make_streams
+from .tower.offload import execution_device
 
 if TYPE_CHECKING:
     from .fused import FusedModel
@@ -111,9 +112,8 @@ def decode_rows(
         **_length_limit(decoder, options, length),
         **options,
     }
-    sequences = decoder.generate(
-        tokens.to(decoder.device), attention_mask=mask.to(decoder.device), **settings
-    )
+    device = execution_device(decoder)
+    sequences = decoder.generate(tokens.to(device), attention_mask=mask.to(device), **settings)
     ends = _as_ids(settings["eos_token_id"])
     return [_until_end(sequence[length - 1 :].cpu(), ends) for sequence in sequences]
 

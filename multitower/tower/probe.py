@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .base import TowerError
+from .offload import execution_device
 from .shell import as_call, as_tuple
 
 ROWS, LENGTH = 3, 7
@@ -207,13 +208,6 @@ def logits_of(output: Any) -> Tensor:
     """Give the logits of what a causal LM returned, a model output or a plain tuple."""
     logits: Tensor = output[0] if isinstance(output, tuple) else output.logits
     return logits
-
-
-def execution_device(model: nn.Module) -> torch.device:
-    """Where a model takes its tokens, also when its weights are offloaded."""
-    device = next(model.parameters()).device
-    offloaded = device.type == "meta" and hasattr(model, "hf_device_map")
-    return torch.device("cpu") if offloaded else device
 
 
 def _axes(hidden: Any) -> str:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import functools
 import warnings
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .base import Inject, Tower, TowerError
 from .decoding import make_decoder, why_not_faithful
-from .probe import Layers, check_causal, evaluated, execution_device, logits_of, probe, probe_tokens
+from .offload import execution_device
+from .probe import Layers, check_causal, evaluated, logits_of, probe, probe_tokens
 from .shell import (
     Call,
     Carried,
@@ -59,12 +61,13 @@ class TransformersTower(Tower):
         super().__init__()
         self.model = model
         self._layers: Layers
-        self._layers, native = probe(model, layers)
-        self.depth = len(self._layers.order)
-        self._script = Script()
-        # Not registered as a submodule: its parameters are the model's and must not be counted twice.
-        self._shell = _Unregistered(self._make_shell())
-        self.width, self.vocab_size = self._prove(native)
+        with _without_values(model):
+            self._layers, native = probe(model, layers)
+            self.depth = len(self._layers.order)
+            self._script = Script()
+            # Not registered as a submodule: its parameters are the model's and must not be counted twice.
+            self._shell = _Unregistered(self._make_shell())
+            self.width, self.vocab_size = self._prove(native)
 
     @property
     def device(self) -> torch.device:
@@ -204,6 +207,12 @@ class Context(NamedTuple):
     tokens: Tensor
     calls: tuple[Call, ...]
     carried: dict[int, tuple[Any, ...]]
+
+
+def _without_values(model: nn.Module) -> AbstractContextManager[Any]:
+    """Let a model on the meta device run, whose forward may ask for values that are not there."""
+    on_meta = execution_device(model).type == "meta"
+    return FakeTensorMode(allow_non_fake_inputs=True) if on_meta else nullcontext()
 
 
 def _resolve(value: Any, context: Context) -> Any:
