@@ -109,6 +109,8 @@ def decode_rows(
         "bos_token_id": begin,
         "eos_token_id": list(end) or None,
         "pad_token_id": end[0] if end else begin,
+        "num_return_sequences": 1,
+        "return_dict_in_generate": False,
         **_length_limit(decoder, options, length),
         **options,
     }

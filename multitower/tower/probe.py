@@ -20,6 +20,9 @@ from .shell import as_call, as_tuple
 ROWS, LENGTH = 3, 7
 """Size of the batch of a probe: numbers that no model is likely to have as its own."""
 
+RECORDED = ("output_hidden_states", "output_attentions", "output_router_logits")
+"""What a config may have a forward record of its layers, by hooks that it puts on them."""
+
 
 class Layout(NamedTuple):
     """How a model lays out the state between its layers, against (batch, length, width).
@@ -187,7 +190,7 @@ def _run(model: nn.Module, lists: dict[str, nn.ModuleList]) -> tuple[dict[str, l
     name, tokens = type(model).__name__, probe_tokens(model)
     try:
         with evaluated(model):
-            logits = logits_of(model(input_ids=tokens, use_cache=False))
+            logits = logits_of(model(input_ids=tokens, **forward_options(model)))
     except Exception as error:
         raise TowerError(
             f"{name} does not run on tokens of shape {tuple(tokens.shape)} alone, which a tower must: "
@@ -202,6 +205,18 @@ def _run(model: nn.Module, lists: dict[str, nn.ModuleList]) -> tuple[dict[str, l
             "a tower must score each token once"
         )
     return seen, logits
+
+
+def forward_options(model: nn.Module) -> dict[str, bool]:
+    """Give the arguments for a forward that computes logits and no more, whatever its config asks for."""
+    config: Any = model.config
+    asked = (
+        flag
+        for flag in RECORDED
+        for each in (config, config.get_text_config(decoder=True))
+        if getattr(each, flag, False)
+    )
+    return {"use_cache": False, **dict.fromkeys(asked, False)}
 
 
 def logits_of(output: Any) -> Tensor:

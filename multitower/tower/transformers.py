@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from .base import Inject, Tower, TowerError
 from .decoding import make_decoder, why_not_faithful
 from .offload import execution_device
-from .probe import Layers, check_causal, evaluated, logits_of, probe, probe_tokens
+from .probe import Layers, check_causal, evaluated, forward_options, logits_of, probe, probe_tokens
 from .shell import (
     Call,
     Carried,
@@ -95,7 +95,7 @@ class TransformersTower(Tower):
         shell.follow()
         script.calls = []
         with suppress(LayersReached):
-            shell.model(input_ids=tokens, use_cache=False)
+            shell.model(input_ids=tokens, **forward_options(self.model))
         calls, script.calls = tuple(script.calls), []
         if len(calls) != self.depth:
             raise TowerError(
@@ -119,10 +119,11 @@ class TransformersTower(Tower):
 
     def head(self, hidden: Tensor, context: Context) -> Tensor:
         """Run what the model does after its last layer: norm, head, scaling, caps."""
+        options = forward_options(self.model)
         final = self._layers.layout.to_model(hidden)
         self._script.final = (final, *context.carried.get(self.depth, ()))
         try:
-            return logits_of(self._shell.it.model(input_ids=context.tokens, use_cache=False))
+            return logits_of(self._shell.it.model(input_ids=context.tokens, **options))
         finally:
             self._script.final = None
 
