@@ -126,6 +126,8 @@ class FusedModel(nn.Module):
         seen = self._visibilities(streams)
         for name, stream in streams.items():
             embedded, states.contexts[name] = self.tower(name).embed(stream["tokens"])
+            if self.graph.towers[name].train == "none":
+                embedded = embedded.detach()  # transformers' activation checkpointing asks for its gradient
             states.hidden[name] = self.adapt(name, embedded)
         read_layers = self.schedule.read_layers
         for step in self.schedule.steps:

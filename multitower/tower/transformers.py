@@ -93,6 +93,11 @@ class TransformersTower(Tower):
         """Run what the model does before layer 1; see ``Tower.embed``."""
         script, shell = self._script, self._shell.it
         shell.follow()
+        if any(twin.training and getattr(twin, "layerdrop", 0) for twin, _ in shell.copies):
+            raise TowerError(
+                f"{type(self.model).__name__} drops layers at random in training, but links need the state "
+                "after each; load it with layerdrop=0 (in BART decoder_layerdrop=0), or keep it frozen"
+            )
         script.calls = []
         with suppress(LayersReached):
             shell.model(input_ids=tokens, **forward_options(self.model))
@@ -100,8 +105,7 @@ class TransformersTower(Tower):
         if len(calls) != self.depth:
             raise TowerError(
                 f"{type(self.model).__name__}: its forward reached {len(calls)} of its {self.depth} layers. "
-                "Was a forward of the model replaced after it was made, or does it drop layers at random in "
-                "training (config.layerdrop)?"
+                "Was a forward of the model replaced after it was made, or does it skip layers in training?"
             )
         return self._layers.layout.to_tower(calls[0].hidden), Context(tokens, calls, {})
 
