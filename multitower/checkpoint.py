@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from torch import Tensor, nn
 from .fused import FusedModel
 from .graph import FusionGraph, GraphError
 from .tower import Tower, TowerError, TransformersTower, as_tower
+from .tower.offload import is_offloaded, whole_state
+from .tower.quantised import can_be_stored, plain_parts, quantisation_of
 
 FORMAT_VERSION = 1
 FUSION, LINKS, TOWERS, WEIGHTS = "fusion.json", "links.safetensors", "towers", "model.safetensors"
@@ -133,7 +136,8 @@ def fingerprint(tower: Tower) -> str:
     True
     """
     digest = hashlib.sha256()
-    for name, tensor in sorted(tower.native.state_dict().items()):
+    state = sorted(whole_state(tower.native).items())
+    for name, tensor in (part for entry in state for part in plain_parts(*entry)):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         flat = tensor.detach().reshape(-1)
         sample = flat[:: max(1, len(flat) // 64)].cpu()
@@ -146,6 +150,9 @@ def _write(model: FusedModel, folder: Path, embed_towers: bool) -> None:
     for name, spec in model.graph.towers.items():
         tower = model.tower(name)
         embedded = embed_towers or spec.train != "none" or spec.source is None
+        if embedded and not can_be_stored(tower.native):
+            _leave_out(name, tower, embed_towers)
+            embedded = False
         records[name] = {
             "class": type(tower.native).__name__,
             "embedded": embedded,
@@ -162,10 +169,24 @@ def _write(model: FusedModel, folder: Path, embed_towers: bool) -> None:
     (folder / FUSION).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
+def _leave_out(name: str, tower: Tower, embed_towers: bool) -> None:
+    why = (
+        f"tower {name!r} is quantised ({quantisation_of(tower.native)}) in a way that cannot be written to a "
+        "checkpoint and read back"
+    )
+    if embed_towers:
+        raise CheckpointError(f"{why}; save without embed_towers, and keep the tower yourself")
+    warnings.warn(
+        f"{why}; it is left out, so load with from_pretrained(folder, towers={{{name!r}: module}})",
+        stacklevel=5,
+    )
+
+
 def _save_tower(tower: Tower, folder: Path) -> None:
     folder.mkdir(parents=True)
     if isinstance(tower, TransformersTower):
-        tower.model.save_pretrained(folder)  # type: ignore[operator]  # a PreTrainedModel, known only when it runs
+        state = whole_state(tower.model) if is_offloaded(tower.model) else None
+        tower.model.save_pretrained(folder, state_dict=state)  # type: ignore[operator]  # a PreTrainedModel, known only when it runs
     else:
         state = {key: value.contiguous() for key, value in tower.state_dict().items()}
         save_file(state, folder / WEIGHTS, metadata={"format": "pt"})

@@ -15,6 +15,7 @@ from .link import GatedCrossAttention, InputAdapter, Visibility, visibility
 from .schedule import Layer, Schedule, Tap, make_schedule
 from .stream import IGNORE, Segment, check_streams
 from .tower import Tower
+from .tower.trainable import check_trainable, warn_of_lost_gradients
 
 
 class FusedOutput(NamedTuple):
@@ -89,11 +90,15 @@ class FusedModel(nn.Module):
         self.links = nn.ModuleDict({name: nn.ModuleDict() for name in graph.links})
         for name, spec in graph.towers.items():
             tower = towers[name]
+            if spec.train == "all":
+                check_trainable(name, tower)
             tower.requires_grad_(spec.train == "all")
             if spec.adapter is not None:
                 self.adapters[name] = InputAdapter(tower.width, spec.adapter).to(**_placement(tower))
         for tap in self.schedule.taps:
             self._link(tap.link)[tap.key] = self._make_tap(tap)
+        for name in {*self.adapters, *(link.target for link in graph.links.values())}:
+            warn_of_lost_gradients(name, towers[name])
         self.train()
 
     def forward(
@@ -329,8 +334,8 @@ def _keys(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> tuple[T
 
 
 def _placement(tower: Tower) -> dict[str, Any]:
-    """Where a tower's own new modules belong: its device and floating dtype."""
-    dtypes = (parameter.dtype for parameter in tower.parameters() if parameter.is_floating_point())
+    """Where a tower's own new modules belong: its device and the dtype in which it computes."""
+    dtypes = (each.dtype for each in tower.parameters() if each.is_floating_point() and each.itemsize > 1)
     return {"device": tower.device, "dtype": next(dtypes, torch.get_default_dtype())}
 
 

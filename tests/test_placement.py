@@ -14,6 +14,7 @@ from torch import nn
 
 import multitower as mt
 from models import EXAMPLES, causal_lm, pair
+from multitower.checkpoint import fingerprint
 from multitower.testing import open_gates
 
 BATCH = mt.collate(EXAMPLES)
@@ -121,6 +122,32 @@ def test_decoders_of_placed_towers_show_what_their_forward_takes(
     model = place(causal_lm("llama"), tmp_path)
     decoder = mt.TransformersTower(model).decoder(lambda layer, state, positions: state)
     assert "logits_to_keep" in inspect.signature(decoder.forward).parameters
+
+
+@everywhere
+def test_placed_towers_are_saved_whole(place: Callable[[nn.Module, Path], nn.Module], tmp_path: Path) -> None:
+    whole = causal_lm("gpt2")
+    placed = place(causal_lm("gpt2"), tmp_path)
+    assert fingerprint(mt.TransformersTower(placed)) == fingerprint(mt.TransformersTower(whole))
+    fused = pair(placed, gates=True)
+    if hasattr(placed, "hf_device_map"):
+        with pytest.warns(UserWarning, match="save a model with offloaded modules"):
+            fused.save_pretrained(tmp_path / "fused")
+    else:
+        fused.save_pretrained(tmp_path / "fused")
+    again = mt.FusedModel.from_pretrained(tmp_path / "fused", towers={"speech": fused.tower("speech")})
+    assert {parameter.device.type for parameter in again.parameters()} == {"cpu"}
+    assert torch.equal(again(**BATCH).logits["text"], fused(**BATCH).logits["text"])
+
+
+@offloaded
+def test_training_an_offloaded_tower_is_refused(
+    place: Callable[[nn.Module, Path], nn.Module], tmp_path: Path
+) -> None:
+    graph = mt.FusionGraph()
+    graph.add_tower("text", place(causal_lm("llama"), tmp_path), train="all")
+    with pytest.raises(mt.TowerError, match="tower 'text' is offloaded by accelerate"):
+        graph.compile()
 
 
 def test_training_a_placed_tower() -> None:
