@@ -18,6 +18,7 @@ from .stream import Segment, check_streams
 from .tower import Tower, TowerError
 from .tower.load import merged
 from .tower.lora import check_trained
+from .tower.trainable import check_trainable, warn_of_lost_gradients
 
 if TYPE_CHECKING:
     from .generate import Decoded, Entry, Policy
@@ -63,6 +64,8 @@ class FusedModel(nn.Module):
         self.links = nn.ModuleDict({name: nn.ModuleDict() for name in graph.links})
         for name, spec in graph.towers.items():
             tower = towers[name]
+            if spec.train == "all":
+                check_trainable(name, tower)
             if spec.train == "lora":
                 check_trained(name, tower.native)
             else:
@@ -71,6 +74,8 @@ class FusedModel(nn.Module):
                 self.adapters[name] = InputAdapter(tower.width, spec.adapter).to(**_placement(tower))
         for tap in self.schedule.taps:
             self._link(tap.link)[tap.key] = self._make_tap(tap)
+        for name in {*self.adapters, *(link.target for link in graph.links.values())}:
+            warn_of_lost_gradients(name, towers[name])
         self.train()
 
     def forward(
@@ -103,6 +108,8 @@ class FusedModel(nn.Module):
         seen = self._visibilities(streams)
         for name, stream in streams.items():
             embedded, states.contexts[name] = self.tower(name).embed(stream["tokens"])
+            if self.graph.towers[name].train == "none":
+                embedded = embedded.detach()  # transformers' activation checkpointing asks for its gradient
             states.hidden[name] = self.adapt(name, embedded)
         read_layers = self.schedule.read_layers
         for step in self.schedule.steps:
@@ -351,6 +358,6 @@ def _keys(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> tuple[T
 
 
 def _placement(tower: Tower) -> dict[str, Any]:
-    """Where a tower's own new modules belong: its device and floating dtype."""
-    dtypes = (parameter.dtype for parameter in tower.parameters() if parameter.is_floating_point())
+    """Where a tower's own new modules belong: its device and the dtype in which it computes."""
+    dtypes = (each.dtype for each in tower.parameters() if each.is_floating_point() and each.itemsize > 1)
     return {"device": tower.device, "dtype": next(dtypes, torch.get_default_dtype())}

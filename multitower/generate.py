@@ -18,6 +18,7 @@ from .options import begin_token, check_options, filled, given, groups, setting
 from .stream import Example, Segment, make_streams, place_in_time
 from .together import check_stepwise, decode_together
 from .tower import Tower
+from .tower.offload import execution_device
 
 if TYPE_CHECKING:
     from .fused import FusedModel
@@ -202,9 +203,8 @@ def decode_rows(
             **({} if limit is None else {"max_new_tokens": limit}),
         },
     )
-    sequences = decoder.generate(
-        tokens.to(decoder.device), attention_mask=mask.to(decoder.device), **settings
-    )
+    device = execution_device(decoder)
+    sequences = decoder.generate(tokens.to(device), attention_mask=mask.to(device), **settings)
     ends = _as_ids(given(settings, "eos_token_id"))
     return [_until_end(sequence[length - 1 :].cpu(), ends) for sequence in sequences]
 
