@@ -16,9 +16,11 @@
 from .checkpoint import CheckpointError
 from .draw import draw_graph
 from .expansion import VocabularyExpansion
-from .fused import FusedModel, FusedOutput
-from .graph import FusionGraph, GraphError
+from .fused import FusedModel
+from .graph import FusionGraph
 from .modality import Modality
+from .output import FusedOutput
+from .spec import GraphError
 from .stream import Segment, collate
 from .tower import Tower, TowerError, TransformersTower
 

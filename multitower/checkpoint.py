@@ -1,15 +1,17 @@
 """A fused model on disk.
 
-    folder/  fusion.json         format version, graph, origin and fingerprint of each tower
-             links.safetensors   links and input adapters
-             towers/<name>/      only towers that were trained or have no other origin
+    folder/  fusion.json             format version, graph, fingerprint of each tower and of its peft adapters
+             links.safetensors       links and input adapters
+             towers/<name>/          the model of a tower that was trained whole or has no other origin
+             towers/<name>/adapter/  the peft adapters of a tower, as peft saves and loads them
 
-Untouched pretrained towers are referred to, not copied, unless asked.
+Untouched pretrained models, peft adapters on them or not, are referred to, not copied, unless asked. What is
+stored of a model with adapters is the model without them, as if peft had never touched it.
 """
 
 from __future__ import annotations
 
-import hashlib
+import functools
 import json
 import os
 import shutil
@@ -23,12 +25,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .extras import require
+from .fingerprint import fingerprint
 from .fused import FusedModel
-from .graph import FusionGraph, GraphError
+from .graph import FusionGraph
+from .spec import GraphError, TowerSpec
 from .tower import Tower, TowerError, TransformersTower, as_tower
+from .tower.lora import add_adapter, base_model, base_state, is_peft_model, make_config
 
 FORMAT_VERSION = 1
 FUSION, LINKS, TOWERS, WEIGHTS = "fusion.json", "links.safetensors", "towers", "model.safetensors"
+ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter", "adapter_config.json", "adapter_model.safetensors"
 
 
 class CheckpointError(ValueError):
@@ -55,10 +62,10 @@ def save_pretrained(model: FusedModel, folder: str | os.PathLike[str], *, embed_
         model: The model.
         folder: A new folder, an empty one, or an older checkpoint, which is replaced; files in it that
             are not part of a checkpoint are kept.
-        embed_towers: Whether to store frozen towers that were loaded from a path or Hub id, too.
+        embed_towers: Whether to store frozen models that were loaded from a path or Hub id, too.
 
     Raises:
-        CheckpointError: The folder holds other things than a checkpoint.
+        CheckpointError: The folder holds other things than a checkpoint, or adapters are merged.
     """
     target = Path(folder).absolute()
     if target.exists() and not target.is_dir():
@@ -85,11 +92,14 @@ def from_pretrained(folder: str | os.PathLike[str], *, towers: Mapping[str, str 
     Args:
         folder: The checkpoint.
         towers: Where to take towers from instead: a path, a Hub id or a module. Needed for towers that
-            are not from transformers; where the checkpoint holds their weights, these are loaded.
+            are not from transformers; where the checkpoint holds their weights, these are loaded. Where it
+            holds peft adapters, give the model without them; they are put on it in place.
 
     Raises:
         CheckpointError: A file is missing, damaged or of a newer format; tensors are missing, unexpected
-            or of another shape or dtype; or a tower is not the one that the links were trained with.
+            or of another shape or dtype; or a tower or its adapters are not those that the links were
+            trained with.
+        ImportError: A tower has peft adapters, and the extra "lora" is not installed.
     """
     root = Path(folder)
     data = _read_json(root / FUSION)
@@ -110,11 +120,10 @@ def from_pretrained(folder: str | os.PathLike[str], *, towers: Mapping[str, str 
             f"towers={sorted(unknown)}: the checkpoint has the towers {', '.join(graph.towers)}"
         )
     loaded = {
-        name: _load_tower(root, name, records[name], towers.get(name), spec.source)
-        for name, spec in graph.towers.items()
+        name: _load_tower(root, records[name], towers.get(name), spec) for name, spec in graph.towers.items()
     }
     model = FusedModel(graph, loaded)
-    _load_strictly(model, _read_tensors(root / LINKS), root / LINKS, prefixes=("links.", "adapters."))
+    _load_strictly(_fusion_state(model), _read_tensors(root / LINKS), root / LINKS)
     return model.eval()
 
 
@@ -125,66 +134,87 @@ def _with_sources(graph: Mapping[str, Any], towers: Mapping[str, str | nn.Module
     return {**graph, "towers": entries}
 
 
-def fingerprint(tower: Tower) -> str:
-    """Give a short digest of a tower's tensors: names, shapes, dtypes and a sample of the values.
-
-    >>> from multitower.testing import tiny_tower
-    >>> fingerprint(tiny_tower(seed=1)) == fingerprint(tiny_tower(seed=1)) != fingerprint(tiny_tower(seed=2))
-    True
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tower.native.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        flat = tensor.detach().reshape(-1)
-        sample = flat[:: max(1, len(flat) // 64)].cpu()
-        digest.update(bytes(sample.contiguous().view(torch.uint8).tolist()))
-    return digest.hexdigest()[:32]
-
-
 def _write(model: FusedModel, folder: Path, embed_towers: bool) -> None:
-    records = {}
+    records: dict[str, dict[str, Any]] = {}
     for name, spec in model.graph.towers.items():
-        tower = model.tower(name)
-        embedded = embed_towers or spec.train != "none" or spec.source is None
+        whole, place = _whole(model.tower(name)), folder / TOWERS / name
+        state = base_state(whole)
+        embedded = embed_towers or spec.train == "all" or spec.source is None
         records[name] = {
-            "class": type(tower.native).__name__,
+            "class": type(base_model(whole)).__name__,
             "embedded": embedded,
-            "fingerprint": fingerprint(tower),
+            "fingerprint": fingerprint(state),
         }
         if embedded:
-            _save_tower(tower, folder / TOWERS / name)
-    state = model.state_dict()
-    links = {
-        key: value.contiguous() for key, value in state.items() if key.startswith(("links.", "adapters."))
-    }
+            _save_model(base_model(whole), state, place)
+        if is_peft_model(whole):
+            records[name] |= _save_adapters(name, whole, place / ADAPTER)
+    links = {key: value.contiguous() for key, value in _fusion_state(model).items()}
     save_file(links, folder / LINKS, metadata={"format": "pt"})
     document = {"format_version": FORMAT_VERSION, "graph": model.graph.to_dict(), "towers": records}
     (folder / FUSION).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
-def _save_tower(tower: Tower, folder: Path) -> None:
-    folder.mkdir(parents=True)
-    if isinstance(tower, TransformersTower):
-        tower.model.save_pretrained(folder)  # type: ignore[operator]  # a PreTrainedModel, known only when it runs
-    else:
-        state = {key: value.contiguous() for key, value in tower.state_dict().items()}
+def _fusion_state(model: FusedModel) -> dict[str, Tensor]:
+    """Give what belongs to no tower: links and input adapters."""
+    return {key: value for key, value in model.state_dict().items() if not key.startswith("towers.")}
+
+
+def _whole(tower: Tower) -> nn.Module:
+    """Give what a tower is made of: a PeftModel, a transformers model, or a ``Tower`` in plain PyTorch."""
+    native = tower.native
+    return native if is_peft_model(native) or isinstance(tower, TransformersTower) else tower
+
+
+def _save_model(model: Any, state: dict[str, Tensor], folder: Path) -> None:
+    if isinstance(model, Tower):
+        folder.mkdir(parents=True)
+        state = {key: value.contiguous() for key, value in state.items()}
         save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    else:
+        model.save_pretrained(folder, state_dict=state)
+
+
+def _save_adapters(name: str, model: Any, folder: Path) -> dict[str, Any]:
+    """Write the adapters of a PeftModel; say which there are and which are active."""
+    if any(getattr(module, "merged", False) is True for module in model.modules()):
+        raise CheckpointError(
+            f"tower {name!r} has merged adapters, so that its model is not what it was; before saving, call "
+            f"unimodal({name!r}).unmerge_adapter(), or merge_and_unload({name!r}) of the fused model"
+        )
+    model.save_pretrained(folder, save_embedding_layers=False)
+    adapters = {adapter: fingerprint(_adapter_state(model, adapter)) for adapter in model.peft_config}
+    return {"adapters": adapters, "active_adapters": list(model.active_adapters)}
+
+
+def _adapter_state(model: nn.Module, adapter: str) -> dict[str, Tensor]:
+    peft = require("peft", "lora")
+    state: dict[str, Tensor] = peft.get_peft_model_state_dict(
+        model, adapter_name=adapter, save_embedding_layers=False
+    )
+    return state
 
 
 def _load_tower(
-    root: Path, name: str, record: Mapping[str, Any], given: str | nn.Module | None, source: str | None
+    root: Path, record: Mapping[str, Any], given: str | nn.Module | None, spec: TowerSpec
 ) -> Tower:
-    stored = root / TOWERS / name if record.get("embedded") else None
+    name, source, place = spec.name, spec.source, root / TOWERS / spec.name
+    stored = place if record.get("embedded") else None
     if stored is not None and (stored / "config.json").exists():
+        _check_stored(stored)
         source = str(stored)
     origin = source if given is None else given
+    prepare = None
+    if spec.train == "lora" or "adapters" in record:
+        prepare = functools.partial(_load_adapters, place / ADAPTER, record)
     try:
-        tower = as_tower(name, origin)
+        tower = as_tower(name, origin, prepare)
     except TowerError as error:
         raise CheckpointError(f"{root}: {error}") from error
+    state = base_state(_whole(tower))
     if stored is not None and not isinstance(tower, TransformersTower):
-        _load_strictly(tower, _read_tensors(stored / WEIGHTS), stored / WEIGHTS)
-    found, expected = fingerprint(tower), record.get("fingerprint")
+        _load_strictly(state, _read_tensors(stored / WEIGHTS), stored / WEIGHTS)
+    found, expected = fingerprint(state), record.get("fingerprint")
     if found != expected:
         raise CheckpointError(
             f"tower {name!r} from {origin if isinstance(origin, str) else type(origin).__name__} is not the "
@@ -194,11 +224,53 @@ def _load_tower(
     return tower
 
 
-def _load_strictly(
-    module: nn.Module, tensors: Mapping[str, Tensor], file: Path, prefixes: tuple[str, ...] = ("",)
-) -> None:
-    """Copy tensors into a module; where anything does not fit, list all of it and change nothing."""
-    state = {key: value for key, value in module.state_dict().items() if key.startswith(prefixes)}
+def _check_stored(folder: Path) -> None:
+    """Check that transformers will read nothing but safetensors, and no adapters of its own accord."""
+    if not any((folder / file).exists() for file in (WEIGHTS, f"{WEIGHTS}.index.json")):
+        raise CheckpointError(f"{folder / WEIGHTS} is missing; was the checkpoint wholly copied?")
+    if (folder / ADAPTER_CONFIG).exists():
+        raise CheckpointError(f"{folder / ADAPTER_CONFIG} has no place there; adapters stand in {ADAPTER}/")
+
+
+def _load_adapters(folder: Path, record: Mapping[str, Any], model: nn.Module) -> nn.Module:
+    """Put the stored adapters on a model; give the PeftModel."""
+    peft = require("peft", "lora")
+    adapters, active = record.get("adapters"), record.get("active_adapters")
+    if not (isinstance(adapters, dict) and isinstance(active, list) and active):
+        raise CheckpointError(f"{FUSION} is damaged: it does not say which peft adapters there are")
+    if is_peft_model(model):
+        raise CheckpointError("it has peft adapters, but the checkpoint brings its own; give it without")
+    adapted: Any = model
+    for adapter, expected in adapters.items():
+        place = folder if adapter == "default" else folder / adapter
+        file, tensors = place / ADAPTER_WEIGHTS, _read_tensors(place / ADAPTER_WEIGHTS)
+        config = make_config(_read_json(place / ADAPTER_CONFIG))
+        if hasattr(config, "init_lora_weights"):
+            config.init_lora_weights = True  # others may change the model; the values come from the file
+        in_single = any(tensor.dtype == torch.float32 for tensor in tensors.values())
+        adapted = add_adapter(adapted, config, adapter, autocast=in_single)
+        _check_fit(_adapter_state(adapted, adapter), tensors, file)
+        peft.set_peft_model_state_dict(adapted, tensors, adapter)
+        if fingerprint(_adapter_state(adapted, adapter)) != expected:
+            raise CheckpointError(f"{file} holds other values than those that this checkpoint was made with")
+    try:
+        adapted.set_adapter(active[0])
+        adapted.base_model.set_adapter(active)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{FUSION} is damaged: no adapters {active} to activate") from error
+    assert isinstance(adapted, nn.Module)
+    return adapted
+
+
+def _load_strictly(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Copy tensors into those of a model; where anything does not fit, list all of it and change nothing."""
+    _check_fit(state, tensors, file)
+    with torch.no_grad():
+        for key, tensor in tensors.items():
+            state[key].copy_(tensor)
+
+
+def _check_fit(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], file: Path) -> None:
     problems = [f"missing: {key}" for key in state if key not in tensors]
     problems += [f"unexpected: {key}" for key in tensors if key not in state]
     problems += [
@@ -209,9 +281,6 @@ def _load_strictly(
     ]
     if problems:
         raise CheckpointError(f"{file} does not fit the model:\n  " + "\n  ".join(problems))
-    with torch.no_grad():
-        for key, tensor in tensors.items():
-            state[key].copy_(tensor)
 
 
 def _read_json(file: Path) -> dict[str, Any]:

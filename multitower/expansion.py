@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .fused import FusedOutput, token_loss
 from .generate import decode_rows
 from .modality import Modality
-from .stream import IGNORE, Segment, check_streams
+from .output import FusedOutput, token_loss
+from .stream import IGNORE, Example, Segment, check_streams, place_in_time
 
 
 class VocabularyExpansion(nn.Module):
@@ -60,6 +60,7 @@ class VocabularyExpansion(nn.Module):
             Losses by stream as ``FusedModel`` gives them; logits under "row", over the expanded vocabulary.
         """
         check_streams(streams, {name: modality.vocab_size for name, modality in self.modalities.items()})
+        _check_one_at_a_time(streams)
         length = 1 + max(int(stream["times"].max()) for stream in streams.values())
         row = self._interleave(streams, "tokens", length, 0)
         logits: Tensor = self.model(input_ids=row, use_cache=False).logits
@@ -70,7 +71,7 @@ class VocabularyExpansion(nn.Module):
         return FusedOutput(torch.stack(list(losses.values())).sum(), losses, {"row": logits}, {})
 
     def generate(
-        self, examples: Sequence[Sequence[Segment]], output: Sequence[str], **options: Any
+        self, examples: Sequence[Example], output: Sequence[str], **options: Any
     ) -> list[list[Segment]]:
         """Decode one segment for each name in ``output``, only from that modality's tokens.
 
@@ -108,6 +109,21 @@ class VocabularyExpansion(nn.Module):
             row.scatter_(1, torch.where(stream["mask"], stream["times"], length), values)
         return row[:, :length]
 
-    def _flatten(self, row: Sequence[Segment], begin: int) -> Tensor:
-        pieces = [torch.as_tensor(segment.tokens).cpu() + self.offsets[segment.tower] for segment in row]
+    def _flatten(self, row: Example, begin: int) -> Tensor:
+        timed = place_in_time(row)
+        if len({time for _, time in timed}) < len(timed):
+            raise ValueError(SIMULTANEOUS)
+        pieces = [torch.as_tensor(segment.tokens) + self.offsets[segment.tower] for segment, _ in timed]
         return torch.cat([*pieces, torch.tensor([begin])])
+
+
+SIMULTANEOUS = "segments run at the same time, for which one row of tokens has no place; give them in turn"
+
+
+def _check_one_at_a_time(streams: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Check, on the CPU alone, that no two tokens of a row have the same time."""
+    times = torch.cat([stream["times"] for stream in streams.values()], 1)
+    if times.device.type == "cpu":
+        times = times.sort(1).values
+        if ((times[:, 1:] == times[:, :-1]) & (times[:, 1:] >= 0)).any():
+            raise ValueError(SIMULTANEOUS)

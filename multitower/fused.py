@@ -4,50 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .graph import FusionGraph, GraphError
+from .graph import FusionGraph
 from .link import GatedCrossAttention, InputAdapter, Visibility, visibility
-from .schedule import Layer, Schedule, Tap, make_schedule
-from .stream import IGNORE, Segment, check_streams
-from .tower import Tower
-
-
-class FusedOutput(NamedTuple):
-    """What a forward gives.
-
-    Attributes:
-        loss: The sum of ``losses``, a scalar, or None when no stream has labels.
-        losses: For each tower with labels the mean cross-entropy over its labels, a scalar (0 without any).
-        logits: For each tower of the batch, shape (batch, length of its stream, its vocabulary).
-        attentions: For each link and tap ("source layer-target layer"), when asked for, the weights of
-            shape (batch, heads, target length, source length); links that see nothing may be left out.
-    """
-
-    loss: Tensor | None
-    losses: dict[str, Tensor]
-    logits: dict[str, Tensor]
-    attentions: dict[str, dict[str, Tensor]]
-
-
-class States(NamedTuple):
-    """What the schedule leaves behind before the heads run.
-
-    Attributes:
-        hidden: The final state of each tower of the batch, shape (batch, length of its stream, its width).
-        contexts: What the head of each tower needs beside it.
-        given: What each layer that some tap reads gave, before any tap updated it.
-        attentions: As in ``FusedOutput``.
-    """
-
-    hidden: dict[str, Tensor]
-    contexts: dict[str, Any]
-    given: dict[Layer, Tensor]
-    attentions: dict[str, dict[str, Tensor]]
+from .output import FusedOutput, States, token_loss
+from .schedule import Schedule, Tap, make_schedule
+from .spec import GraphError
+from .stream import Segment, check_streams
+from .tower import Tower, TowerError
+from .tower.load import merged
+from .tower.lora import check_trained
 
 
 class FusedModel(nn.Module):
@@ -75,6 +45,7 @@ class FusedModel(nn.Module):
 
     Raises:
         GraphError: A tower is missing, heads do not fit, or the layers cannot be scheduled.
+        TowerError: A tower with train="lora" has no adapters that can be trained.
     """
 
     def __init__(self, graph: FusionGraph, towers: Mapping[str, Tower]) -> None:
@@ -89,7 +60,10 @@ class FusedModel(nn.Module):
         self.links = nn.ModuleDict({name: nn.ModuleDict() for name in graph.links})
         for name, spec in graph.towers.items():
             tower = towers[name]
-            tower.requires_grad_(spec.train == "all")
+            if spec.train == "lora":
+                check_trained(name, tower.native)
+            else:
+                tower.requires_grad_(spec.train == "all")
             if spec.adapter is not None:
                 self.adapters[name] = InputAdapter(tower.width, spec.adapter).to(**_placement(tower))
         for tap in self.schedule.taps:
@@ -196,7 +170,7 @@ class FusedModel(nn.Module):
         return generate(self, examples, output, options)
 
     def unimodal(self, name: str) -> nn.Module:
-        """Give one tower as it is without links and adapters: for transformers, the model itself."""
+        """Give one tower without links and input adapters: the transformers model or the PeftModel."""
         return self.tower(name).native
 
     def tower(self, name: str) -> Tower:
@@ -269,6 +243,36 @@ class FusedModel(nn.Module):
                 self.tower(name).eval()
         return self
 
+    def merge_and_unload(self, name: str) -> nn.Module:
+        """Fold a tower's peft adapters into its weights, as peft does; give the merged model.
+
+        >>> import multitower as mt, peft
+        >>> from multitower.testing import tiny_tower
+        >>> graph = mt.FusionGraph()
+        >>> graph.add_tower("text", tiny_tower(), train=peft.LoraConfig(target_modules=["attention"]))
+        >>> model = graph.compile()
+        >>> type(model.unimodal("text")).__name__, type(model.merge_and_unload("text")).__name__
+        ('PeftModel', 'TinyTower')
+
+        Logits stay the same up to rounding. The tower is then an ordinary frozen one. Its weights are no
+        longer those of its origin, so ``graph`` names none, and a checkpoint holds the merged model.
+
+        Raises:
+            KeyError: There is no tower of that name.
+            TowerError: It has no peft adapters, or they cannot be merged.
+        """
+        try:
+            tower = merged(self.tower(name))
+        except ValueError as error:
+            raise TowerError(f"tower {name!r}: {error}") from error
+        self.towers[name] = tower.requires_grad_(False).eval()
+        declared = self.graph.to_dict()
+        for spec in declared["towers"]:
+            if spec["name"] == name:
+                spec.update(source=None, train="none", peft=None)
+        self.graph = FusionGraph.from_dict(declared)
+        return tower.native
+
     def save_pretrained(self, folder: str | os.PathLike[str], *, embed_towers: bool = False) -> None:
         """Write a checkpoint; see ``checkpoint.save_pretrained``."""
         from .checkpoint import save_pretrained
@@ -307,7 +311,9 @@ class FusedModel(nn.Module):
         """Give, for each link that has something to do in this batch, what its queries may see."""
         seen = {
             link.name: visibility(
-                streams[link.target]["times"], *_keys(streams[link.source], streams[link.target])
+                streams[link.target]["times"],
+                *_keys(streams[link.source], streams[link.target]),
+                link.window,
             )
             for link in self.graph.links.values()
             if link.source in streams and link.target in streams
@@ -330,16 +336,3 @@ def _placement(tower: Tower) -> dict[str, Any]:
     """Where a tower's own new modules belong: its device and floating dtype."""
     dtypes = (parameter.dtype for parameter in tower.parameters() if parameter.is_floating_point())
     return {"device": tower.device, "dtype": next(dtypes, torch.get_default_dtype())}
-
-
-def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Give the mean cross-entropy of labels by the logits one place before them; 0 without any label.
-
-    >>> round(token_loss(torch.zeros(1, 3, 4), torch.tensor([[-100, 2, 1]])).item(), 4)     # log 4
-    1.3863
-    """
-    labels = labels.to(logits.device)[:, 1:]
-    total = F.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="sum"
-    )
-    return total / (labels != IGNORE).sum().clamp(min=1)

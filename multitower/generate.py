@@ -6,7 +6,6 @@ Then a copy of that tower, whose layers are followed by the taps, is to transfor
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from .link import KeysValues, visibility
 from .options import begin_token, check_options, filled, given, groups
 from .schedule import Tap
-from .stream import Example, Segment, Stream, make_streams
+from .stream import Example, Segment, Stream, make_streams, place_in_time
 
 if TYPE_CHECKING:
     from .fused import FusedModel
@@ -151,7 +150,7 @@ class _TapReader:
         query_times = self._times(positions)
         update = torch.zeros_like(x)
         for tap in self.taps[layer]:
-            seen = visibility(query_times, *self.keys[tap.source])
+            seen = visibility(query_times, *self.keys[tap.source], self.model.graph.links[tap.link].window)
             update = update + self.model.tap(tap)(x, query_times, self.sources[tap], seen)
         return x + update
 
@@ -188,10 +187,13 @@ def _check(
         raise ValueError(f"output must be a list of towers to decode, as in output=['text'], not {output!r}")
     if len(examples) == 0:
         raise ValueError("there are no examples to decode from")
-    for name in [*output, *(segment.tower for example in examples for segment in example)]:
+    given = [
+        [segment for segment, _ in place_in_time(example, number)] for number, example in enumerate(examples)
+    ]
+    for name in [*output, *(segment.tower for example in given for segment in example)]:
         if name not in model.towers:
             raise ValueError(f"there is no tower {name!r}; the towers are {', '.join(model.towers)}")
-    for number, example in enumerate(examples):
+    for number, example in enumerate(given):
         if any(segment.target for segment in example):
             raise ValueError(
                 f"example {number} holds a target segment: give generate only what is known, without answers"
@@ -201,12 +203,10 @@ def _check(
 
 def _prompt(row: Example, name: str, begin: int) -> tuple[Tensor, Tensor]:
     """Give the tokens of one row's earlier segments of the tower, then the begin token, and their times."""
-    ends = list(itertools.accumulate(len(segment.tokens) for segment in row))
-    starts = [0, *ends]
-    own = [(segment, start) for segment, start in zip(row, starts, strict=False) if segment.tower == name]
-    tokens = [torch.as_tensor(segment.tokens).cpu() for segment, _ in own]
-    times = [torch.arange(start, start + len(segment.tokens)) for segment, start in own]
-    return torch.cat([*tokens, torch.tensor([begin])]), torch.cat([*times, torch.tensor([starts[-1]])])
+    timed = place_in_time([*row, Segment(name, [begin])])
+    own = [(torch.as_tensor(segment.tokens), time) for segment, time in timed if segment.tower == name]
+    times = [torch.arange(time, time + len(tokens)) for tokens, time in own]
+    return torch.cat([tokens for tokens, _ in own]), torch.cat(times)
 
 
 def pad_left(rows: Sequence[Tensor], value: int) -> Tensor:

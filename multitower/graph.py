@@ -3,139 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
-import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import networkx as nx
 from torch import nn
 
+from .spec import GraphError, LinkSpec, TowerSpec
+from .tower.lora import is_peft_config, plain_config, with_adapters
+
 if TYPE_CHECKING:
+    from peft import PeftConfig
+
     from .fused import FusedModel
-
-TRAIN = ("none", "all")
-ADAPTERS = ("gated", "paper", None)
-PROJECTIONS = ("mlp", "linear", "relu")
-POSITIONS = ("rotary", None)
-
-Taps = tuple[tuple[int, int], ...]
-
-
-class GraphError(ValueError):
-    """A fusion graph that cannot be built or compiled."""
-
-
-@dataclass(frozen=True)
-class TowerSpec:
-    """One tower as declared: its name, where it comes from, what of it is trained."""
-
-    name: str
-    source: str | None
-    train: str = "none"
-    adapter: str | None = "gated"
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]*", self.name):
-            raise GraphError(f"tower name {self.name!r}: use letters, digits, '_' and '-', a letter first")
-        _not_reserved("tower", self.name)
-        _one_of(f"tower {self.name!r}: train", self.train, TRAIN)
-        _one_of(f"tower {self.name!r}: adapter", self.adapter, ADAPTERS)
-
-
-@dataclass(frozen=True)
-class LinkSpec:
-    """One link as declared: the target tower reads the source tower at the taps."""
-
-    source: str
-    target: str
-    name: str
-    interleave: int | tuple[int, int] | None = None
-    taps: Taps | None = None
-    projection: str = "mlp"
-    heads: int | None = None
-    position: str | None = None
-
-    def __post_init__(self) -> None:
-        where = f"link {self.name!r}"
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_>-]*", self.name):
-            raise GraphError(f"{where}: use letters, digits, '_', '-' and '>' in a link name, a letter first")
-        _not_reserved("link", self.name)
-        if self.source == self.target:
-            raise GraphError(f"{where}: tower {self.source!r} cannot read itself; link two different towers")
-        if (self.interleave is None) == (self.taps is None):
-            raise GraphError(
-                f"{where}: give either interleave, as in interleave=(1, 2), or taps, as in taps=[(2, 3)]"
-            )
-        strides = self.interleave if isinstance(self.interleave, tuple) else (self.interleave,)
-        if self.interleave is not None and not (
-            len(strides) in (1, 2) and all(_is_positive(stride) for stride in strides)
-        ):
-            raise GraphError(
-                f"{where}: interleave={self.interleave!r} must be a positive whole number of target layers, "
-                "or a pair (i_source, i_target) of them"
-            )
-        if self.taps is not None:
-            if not self.taps:
-                raise GraphError(f"{where}: taps is empty; give at least one (source layer, target layer)")
-            for tap in self.taps:
-                if not (
-                    isinstance(tap, tuple) and len(tap) == 2 and all(_is_positive(layer) for layer in tap)
-                ):
-                    raise GraphError(
-                        f"{where}: tap {tap!r} must be a pair (source layer, target layer), counted from 1"
-                    )
-            if len(set(self.taps)) < len(self.taps):
-                raise GraphError(f"{where}: the same tap stands twice in {list(self.taps)}")
-        _one_of(f"{where}: projection", self.projection, PROJECTIONS)
-        _one_of(f"{where}: position", self.position, POSITIONS)
-        if self.heads is not None and not _is_positive(self.heads):
-            raise GraphError(f"{where}: heads={self.heads!r} must be a positive whole number")
-
-    def resolve(self, source_depth: int, target_depth: int) -> Taps:
-        """Give the taps as pairs (source layer, target layer), counted from 1, for towers of these depths.
-
-        >>> LinkSpec("a", "b", name="a->b", interleave=(1, 2)).resolve(4, 6)
-        ((1, 2), (2, 4), (3, 6))
-        >>> LinkSpec("a", "b", name="a->b", interleave=2).resolve(3, 6)
-        ((1, 2), (2, 4), (3, 6))
-
-        A single number takes the source layer at the same relative depth, rounded down (at least 1), so
-        that links declared in this way can never make a cycle among layers.
-
-        Raises:
-            GraphError: A tap names a layer that a tower does not have, or no tap fits.
-        """
-        if self.taps is not None:
-            for source_layer, target_layer in self.taps:
-                for tower, layer, depth in (
-                    (self.source, source_layer, source_depth),
-                    (self.target, target_layer, target_depth),
-                ):
-                    if layer > depth:
-                        raise GraphError(
-                            f"link {self.name!r}: tap {(source_layer, target_layer)} names layer {layer} of "
-                            f"tower {tower!r}, which has layers 1 to {depth}"
-                        )
-            return tuple(sorted(self.taps))
-        if isinstance(self.interleave, tuple):
-            i, j = self.interleave
-            taps = tuple((n * i, n * j) for n in range(1, min(source_depth // i, target_depth // j) + 1))
-        else:
-            assert self.interleave is not None
-            taps = tuple(
-                (max(1, layer * source_depth // target_depth), layer)
-                for layer in range(self.interleave, target_depth + 1, self.interleave)
-            )
-        if not taps:
-            raise GraphError(
-                f"link {self.name!r}: interleave={self.interleave!r} leaves no tap, since tower "
-                f"{self.source!r} has {source_depth} layers and {self.target!r} has {target_depth}; "
-                "use smaller steps"
-            )
-        return taps
 
 
 class FusionGraph:
@@ -179,7 +62,7 @@ class FusionGraph:
         name: str,
         source: str | os.PathLike[str] | nn.Module,
         *,
-        train: str = "none",
+        train: str | PeftConfig = "none",
         adapter: str | None = "gated",
     ) -> None:
         """Add a pretrained decoder.
@@ -189,13 +72,16 @@ class FusionGraph:
             source: A folder or Hub id of a transformers causal LM, such a model itself, or a ``Tower``.
                 A module is used as it is, not copied: compiling sets ``requires_grad`` on its parameters.
                 A checkpoint refers to a path or Hub id, and embeds a module.
-            train: "none" keeps the tower frozen, "all" trains it.
+            train: "none" keeps the tower frozen, "all" trains it, "lora" trains peft adapters on it: LoRA on
+                all linear layers, or what another ``peft.PeftConfig`` says that is given instead, or those
+                that a PeftModel given as source has. The model is changed in place.
             adapter: What stands between the embedding h and layer 1 in a fused run: "gated" for
                 ``h + tanh(g) * mlp(h)`` with g = 0 at the start, "paper" for ``relu(mlp(h))`` as Zipper
                 prints it (not the identity at the start), None for nothing.
 
         Raises:
-            GraphError: The name is taken or not a name, or an option is unknown.
+            GraphError: The name is taken or not a name, an option is unknown, or the adapters of a config
+                have no place in a tower.
         """
         if name in self._towers:
             raise GraphError(f"there is a tower {name!r} already; give this one another name")
@@ -204,7 +90,13 @@ class FusionGraph:
                 f"tower {name!r}: expected a folder, a Hub id or a module, not {type(source).__name__}"
             )
         origin = None if isinstance(source, nn.Module) else os.fspath(source)
-        self._towers[name] = TowerSpec(name, origin, train, adapter)
+        peft = None
+        if is_peft_config(train):
+            try:
+                train, peft = "lora", plain_config(train)
+            except ValueError as error:
+                raise GraphError(f"tower {name!r}: {error}") from error
+        self._towers[name] = TowerSpec(name, origin, train, adapter, peft)  # type: ignore[arg-type]  # TowerSpec checks train
         if isinstance(source, nn.Module):
             self._modules[name] = source
 
@@ -218,6 +110,7 @@ class FusionGraph:
         projection: str = "mlp",
         heads: int | None = None,
         position: str | None = None,
+        window: int | None = None,
         name: str | None = None,
     ) -> None:
         """Let the target tower read the source tower.
@@ -233,6 +126,7 @@ class FusionGraph:
             heads: Attention heads; they must divide the target's width. Default: 32 to 64 channels each.
             position: "rotary" lets queries and keys carry rotary positions of the shared time; None, as in
                 Zipper, leaves it to the towers to know where their tokens stand.
+            window: How many ticks of the shared time back a query sees; None for all.
             name: Needed only to tell apart several links between the same pair; "source->target" otherwise.
 
         Raises:
@@ -247,8 +141,10 @@ class FusionGraph:
                 )
         if name in self._links:
             raise GraphError(f"there is a link {name!r} already; give this one a name=... of its own")
-        pairs = None if taps is None else tuple(tuple(tap) for tap in taps)
-        self._links[name] = LinkSpec(source, target, name, interleave, pairs, projection, heads, position)  # type: ignore[arg-type]  # LinkSpec checks that taps are pairs
+        pairs: Any = None if taps is None else tuple(tuple(tap) for tap in taps)
+        self._links[name] = LinkSpec(
+            source, target, name, interleave, pairs, projection, heads, position, window
+        )
 
     def to_networkx(self) -> nx.MultiDiGraph[str]:
         """Give the graph to networkx: nodes carry their TowerSpec, edges (keyed by name) their LinkSpec."""
@@ -309,16 +205,18 @@ class FusionGraph:
 
         Raises:
             GraphError: There is no tower, a tap names a layer out of range, or layers wait for each other.
-            TowerError: A source cannot be used as a tower.
+            TowerError: A source cannot be used as a tower, or does not take the adapters declared for it.
+            ImportError: The extra "lora" is not installed, and a tower asks for it.
         """
         from .fused import FusedModel
         from .tower import as_tower
 
         if not self._towers:
             raise GraphError("the graph has no towers; call add_tower first")
-        towers = {
-            name: as_tower(name, self._modules.get(name, spec.source)) for name, spec in self._towers.items()
-        }
+        towers = {}
+        for name, spec in self._towers.items():
+            prepare = functools.partial(with_adapters, declared=spec.peft) if spec.train == "lora" else None
+            towers[name] = as_tower(name, self._modules.get(name, spec.source), prepare)
         return FusedModel(self, towers)
 
     def __eq__(self, other: object) -> bool:
@@ -329,22 +227,9 @@ class FusionGraph:
     def __repr__(self) -> str:
         lines = [f"FusionGraph: {len(self._towers)} towers, {len(self._links)} links"]
         for tower in self._towers.values():
-            lines.append(f"  tower {tower.name}: {tower.source or 'a module'}, train={tower.train}")
+            kind = f" ({tower.peft['peft_type']})" if tower.peft else ""
+            lines.append(f"  tower {tower.name}: {tower.source or 'a module'}, train={tower.train}{kind}")
         for link in self._links.values():
             taps = "taps " + ", ".join(map(str, link.taps)) if link.taps else f"interleave {link.interleave}"
             lines.append(f"  link {link.name}: {taps}")
         return "\n".join(lines)
-
-
-def _not_reserved(what: str, name: str) -> None:
-    if hasattr(nn.ModuleDict, name):
-        raise GraphError(f"{what} name {name!r} is what a method of torch modules is called; choose another")
-
-
-def _is_positive(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _one_of(what: str, value: object, allowed: tuple[object, ...]) -> None:
-    if value not in allowed:
-        raise GraphError(f"{what}={value!r} is unknown; choose one of {', '.join(map(repr, allowed))}")

@@ -30,7 +30,9 @@ class Visibility(NamedTuple):
     sees: Tensor
 
 
-def visibility(query_times: Tensor, key_times: Tensor, key_mask: Tensor) -> Visibility:
+def visibility(
+    query_times: Tensor, key_times: Tensor, key_mask: Tensor, window: int | None = None
+) -> Visibility:
     """Let each query see the keys of strictly earlier time.
 
     >>> seen = visibility(torch.tensor([[0, 2]]), torch.tensor([[1, -1]]), torch.tensor([[True, False]]))
@@ -43,8 +45,12 @@ def visibility(query_times: Tensor, key_times: Tensor, key_mask: Tensor) -> Visi
         query_times: int64, shape (batch, target length).
         key_times: int64, shape (batch, source length).
         key_mask: bool, shape (batch, source length): False at padding.
+        window: How many ticks back a query sees; None for all.
     """
-    mask = (query_times[:, :, None] > key_times[:, None, :]) & key_mask[:, None, :]
+    age = query_times[:, :, None] - key_times[:, None, :]
+    mask = (age > 0) & key_mask[:, None, :]
+    if window is not None:
+        mask = mask & (age <= window)
     sees = mask.any(-1, keepdim=True)
     return Visibility((mask | ~sees)[:, None], sees)
 

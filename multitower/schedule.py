@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import networkx as nx
 
-from .graph import GraphError, LinkSpec
+from .spec import GraphError, LinkSpec
 
 Layer = tuple[str, int]
 
@@ -47,7 +47,7 @@ class Step:
 class Schedule:
     """The stages of a fused run; the steps of one stage do not depend on each other.
 
-    >>> from multitower.graph import LinkSpec
+    >>> from multitower.spec import LinkSpec
     >>> there = LinkSpec("speech", "text", name="speech->text", taps=((1, 2),))
     >>> back = LinkSpec("text", "speech", name="text->speech", taps=((2, 1),))
     >>> print(make_schedule({"speech": 2, "text": 2}, [there, back]))

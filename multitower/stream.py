@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -34,7 +34,8 @@ class Segment:
     target: bool = False
 
 
-Example = Sequence[Segment]
+Example = Sequence[Segment | tuple[Segment, ...]]
+"""Segments one after the other; those in a tuple, of different towers, begin at the same time."""
 
 
 def collate(examples: Sequence[Example]) -> Batch:
@@ -52,14 +53,22 @@ def collate(examples: Sequence[Example]) -> Batch:
     >>> batch["streams"]["text"]["labels"].tolist()
     [[-100, 5, 4], [-100, -100, -100]]
 
+    Segments that run side by side stand in a tuple; the longest says when the next begins:
+
+    >>> duet = (mt.Segment("music", [1, 2, 3]), mt.Segment("dance", [5, 6]))
+    >>> batch = mt.collate([[mt.Segment("text", [3, 4]), duet, mt.Segment("text", [7])]])
+    >>> [stream["times"].tolist() for stream in batch["streams"].values()]
+    [[[0, 1, 5]], [[2, 3, 4]], [[2, 3]]]
+
     Args:
-        examples: Each a sequence of segments in the order in which they are spoken, written, ...
+        examples: Each a sequence of segments in the order in which they are spoken, written, ...; an entry
+            may be a tuple of segments of different towers that begin at the same time.
 
     Returns:
         ``{"streams": {tower: {"tokens", "times", "mask", "labels"}}}`` with int64 tensors (mask: bool) of
-        shape (batch, length of that tower's longest stream). ``times`` counts tokens of all towers from
-        the start of the example and is -1 at padding; ``labels`` stand at the tokens that they name (the
-        model shifts them) and are -100 where nothing is to be predicted.
+        shape (batch, length of that tower's longest stream). ``times`` counts ticks of a clock that all
+        towers share from the start of the example, a token a tick, and is -1 at padding; ``labels`` stand at
+        the tokens that they name (the model shifts them) and are -100 where nothing is to be predicted.
 
     Raises:
         ValueError: The batch, an example or a segment is empty, or tokens are not a row of whole numbers.
@@ -67,8 +76,8 @@ def collate(examples: Sequence[Example]) -> Batch:
     if len(examples) == 0:
         raise ValueError("the batch is empty; collate needs at least one example")
     for number, example in enumerate(examples):
-        if isinstance(example, Segment) or not all(isinstance(segment, Segment) for segment in example):
-            raise ValueError(f"example {number} must be a list of multitower.Segment")
+        if isinstance(example, Segment) or not all(isinstance(entry, Segment | tuple) for entry in example):
+            raise ValueError(f"example {number} must be a list of multitower.Segment, or of tuples of them")
         if len(example) == 0:
             raise ValueError(f"example {number} has no segments")
     return {"streams": make_streams(examples)}
@@ -76,13 +85,13 @@ def collate(examples: Sequence[Example]) -> Batch:
 
 def make_streams(examples: Sequence[Example]) -> dict[str, Stream]:
     """Give the streams of a batch as ``collate`` does; here an example may be empty."""
-    names = list(dict.fromkeys(segment.tower for example in examples for segment in example))
+    timed = [place_in_time(example, number) for number, example in enumerate(examples)]
+    names = list(dict.fromkeys(segment.tower for row in timed for segment, _ in row))
     rows: dict[str, list[Stream]] = {name: [] for name in names}
-    for number, example in enumerate(examples):
+    for row in timed:
         pieces: dict[str, list[Stream]] = {name: [_nothing()] for name in names}
-        time = 0
-        for segment in example:
-            tokens = _as_tokens(segment, number)
+        for segment, time in row:
+            tokens = torch.as_tensor(segment.tokens)
             labels = torch.full_like(tokens, IGNORE)
             if segment.target:
                 labels[1:] = tokens[1:]
@@ -94,7 +103,6 @@ def make_streams(examples: Sequence[Example]) -> dict[str, Stream]:
                     "labels": labels,
                 }
             )
-            time += len(tokens)
         for name in names:
             rows[name].append({key: torch.cat([piece[key] for piece in pieces[name]]) for key in PADDING})
     return {
@@ -104,6 +112,33 @@ def make_streams(examples: Sequence[Example]) -> dict[str, Stream]:
         }
         for name in names
     }
+
+
+def place_in_time(example: Example, number: int = 0) -> list[tuple[Segment, int]]:
+    """Give the segments of an example, their tokens as tensors, each with the time at which it begins.
+
+    >>> example = [(Segment("a", [1, 2]), Segment("b", [3])), Segment("a", [4])]
+    >>> [(segment.tower, time) for segment, time in place_in_time(example)]
+    [('a', 0), ('b', 0), ('a', 2)]
+
+    Raises:
+        ValueError: A segment is empty or not of whole numbers, or a tower stands twice in one tuple. The
+            message calls the example by its number.
+    """
+    timed: list[tuple[Segment, int]] = []
+    time = 0
+    for entry in example:
+        together = entry if isinstance(entry, tuple) else (entry,)
+        towers = [segment.tower for segment in together]
+        if len(set(towers)) < len(towers) or not towers:
+            raise ValueError(
+                f"example {number}: segments that run at the same time must be of different towers, not "
+                f"{', '.join(towers) or 'none'}"
+            )
+        tensors = [replace(segment, tokens=_as_tokens(segment, number)) for segment in together]
+        timed += [(segment, time) for segment in tensors]
+        time += max(len(segment.tokens) for segment in tensors)
+    return timed
 
 
 PADDING = {"tokens": 0, "times": -1, "mask": False, "labels": IGNORE}

@@ -50,13 +50,14 @@ def pair(
     train: str = "none",
     gates: bool = False,
     position: str | None = None,
+    window: int | None = None,
 ) -> mt.FusedModel:
     """Speech and text, linked in both directions; speech of unlike width and depth."""
     graph = mt.FusionGraph()
     graph.add_tower("speech", speech or tiny_tower(1, depth=4, width=12, vocab_size=14), train=train)
     graph.add_tower("text", text or tiny_tower(2, depth=2, width=8, vocab_size=20))
-    graph.add_link("speech", "text", interleave=(2, 1), position=position)
-    graph.add_link("text", "speech", interleave=(1, 2), position=position)
+    graph.add_link("speech", "text", interleave=(2, 1), position=position, window=window)
+    graph.add_link("text", "speech", interleave=(1, 2), position=position, window=window)
     torch.manual_seed(5)
     model = graph.compile().eval()
     return open_gates(model, seed=7) if gates else model

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import multitower as mt
 from models import EXAMPLES, causal_lm, pair
-from multitower.checkpoint import fingerprint
+from multitower.fingerprint import fingerprint
 from multitower.testing import open_gates, tiny_tower
 
 
@@ -122,8 +122,8 @@ def test_a_given_tower_wins_over_a_stored_one(
 
 def test_fingerprint_sees_the_dtype() -> None:
     tower = tiny_tower()
-    before = fingerprint(tower)
-    assert fingerprint(tower.to(torch.bfloat16)) != before
+    before = fingerprint(tower.state_dict())
+    assert fingerprint(tower.to(torch.bfloat16).state_dict()) != before
 
 
 @pytest.mark.parametrize("missing", ["fusion.json", "links.safetensors", "towers/speech/model.safetensors"])

@@ -10,14 +10,15 @@ SOURCES = [
     [segment("speech", 5, 6, 7, 8)],
     [segment("text", 4, 5), segment("speech", 9, 3)],
     [segment("text", 4)],
+    [segment("text", 4), (segment("text", 4, 5), segment("speech", 9, 3, 2)), segment("speech", 5)],
 ]
 
 
-def towers(kind: str, position: str | None = None) -> mt.FusedModel:
+def towers(kind: str, position: str | None = None, window: int | None = None) -> mt.FusedModel:
     if kind == "plain":
-        return pair(gates=True, position=position)
+        return pair(gates=True, position=position, window=window)
     speech = causal_lm("llama", depth=4, vocab_size=14, seed=1)
-    return pair(causal_lm(kind), speech, gates=True, position=position)
+    return pair(causal_lm(kind), speech, gates=True, position=position, window=window)
 
 
 def greedy_by_hand(model: mt.FusedModel, example: list[mt.Segment], name: str, steps: int) -> list[int]:
@@ -34,10 +35,12 @@ def lists(decoded: list[list[mt.Segment]]) -> list[list[list[int]]]:
     return [[segment.tokens.tolist() for segment in row] for row in decoded]
 
 
-@pytest.mark.parametrize("position", [None, "rotary"])
+@pytest.mark.parametrize(("position", "window"), [(None, None), ("rotary", None), ("rotary", 3)])
 @pytest.mark.parametrize("kind", ["plain", "llama", "gpt2", "qwen3", "gemma3_text", "bloom"])
-def test_cached_batched_decoding_equals_uncached_row_by_row(kind: str, position: str | None) -> None:
-    model = towers(kind, position)
+def test_cached_batched_decoding_equals_uncached_row_by_row(
+    kind: str, position: str | None, window: int | None
+) -> None:
+    model = towers(kind, position, window)
     for name in ("text", "speech"):
         decoded = model.generate(SOURCES, output=[name], max_new_tokens=7, do_sample=False)
         by_hand = [[greedy_by_hand(model, example, name, 7)] for example in SOURCES]

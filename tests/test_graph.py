@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import multitower as mt
-from multitower.graph import LinkSpec
+from multitower.spec import LinkSpec
 
 
 @pytest.fixture
@@ -58,6 +58,7 @@ def test_parallel_links_need_a_name(graph: mt.FusionGraph) -> None:
         ({"interleave": 1, "projection": "cubic"}, "choose one of 'mlp', 'linear', 'relu'"),
         ({"interleave": 1, "heads": 0}, "heads=0"),
         ({"interleave": 1, "position": "absolute"}, "choose one of 'rotary', None"),
+        ({"interleave": 1, "window": 0}, "window=0 must be a positive whole number of tokens"),
         ({"interleave": 1, "name": "a.b"}, "link name"),
         ({"interleave": 1, "name": "type"}, "method of torch modules"),
     ],

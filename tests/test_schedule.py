@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import multitower as mt
-from multitower.graph import LinkSpec
 from multitower.schedule import Step, make_schedule
+from multitower.spec import LinkSpec
 
 
 def link(source: str, target: str, **options: object) -> LinkSpec:

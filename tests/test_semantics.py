@@ -34,6 +34,7 @@ def models(draw: st.DrawFn) -> mt.FusedModel:
             interleave=1,
             projection=draw(st.sampled_from(["mlp", "linear", "relu"])),
             position=draw(st.sampled_from(["rotary", None])),
+            window=draw(st.one_of(st.none(), st.integers(1, 4))),
         )
     return graph.compile().eval()
 
@@ -328,3 +329,22 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
     batch = mt.collate(EXAMPLES)
     assert torch.equal(model(**batch).logits["text"], text(batch["streams"]["text"]["tokens"]).logits)
     open_gates(model)(**batch).loss.backward()
+
+
+def test_a_window_says_how_far_back_a_link_sees() -> None:
+    speech = tiny_tower(1, depth=1, width=12)
+    speech.layers[0].forward = lambda x: x  # or states would tell of tokens before the window
+    graph = mt.FusionGraph()
+    graph.add_tower("speech", speech)
+    graph.add_tower("text", tiny_tower(2))
+    graph.add_link("speech", "text", taps=[(1, 2)], window=3)
+    model = open_gates(graph.compile().eval())
+
+    def logits(*speech: int) -> torch.Tensor:
+        example = [mt.Segment("speech", speech), mt.Segment("text", [2, 3, 4])]
+        return model(**mt.collate([example])).logits["text"][0]
+
+    before = logits(5, 6, 7)
+    for changed, seeing in (((9, 6, 7), 1), ((5, 9, 7), 2), ((5, 6, 9), 3)):
+        differ = (logits(*changed) != before).any(-1)
+        assert differ.tolist() == [place < seeing for place in range(3)]

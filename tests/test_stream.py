@@ -62,3 +62,25 @@ def test_malformed_streams_teach() -> None:
         model(streams={**streams, "text": {key: value[:2] for key, value in streams["text"].items()}})
     with pytest.raises(ValueError, match="padded on the right"):
         model(streams={"text": {**streams["text"], "mask": streams["text"]["mask"].flip(1)}})
+
+
+def test_segments_in_a_tuple_begin_at_the_same_time() -> None:
+    duet = (mt.Segment("music", [1, 2]), mt.Segment("dance", [5, 6, 7], target=True))
+    streams = mt.collate([[mt.Segment("text", [3, 4]), duet, mt.Segment("text", [8])], [duet]])["streams"]
+    assert streams["text"]["times"].tolist() == [[0, 1, 5], [-1, -1, -1]]
+    assert streams["music"]["times"].tolist() == [[2, 3], [0, 1]]
+    assert streams["dance"]["times"].tolist() == [[2, 3, 4], [0, 1, 2]]
+    assert streams["dance"]["labels"].tolist() == [[-100, 6, 7], [-100, 6, 7]]
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ((mt.Segment("text", [1]), mt.Segment("text", [2])), "must be of different towers, not text, text"),
+        ((), "must be of different towers, not none"),
+        ("text", "list of multitower.Segment, or of tuples of them"),
+    ],
+)
+def test_entries_that_cannot_run_at_the_same_time(entry: object, message: str) -> None:
+    with pytest.raises(ValueError, match=f"example 1.*{message}"):
+        mt.collate([[mt.Segment("text", [1])], [entry]])

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from safetensors import SafetensorError
 from torch import nn
 
 from ..extras import require
 from .base import Tower, TowerError
+from .lora import PeftTower, base_model, check_mergeable, check_whole, is_peft_model
 from .transformers import TransformersTower
 
 
-def as_tower(name: str, source: str | nn.Module | None) -> Tower:
+def as_tower(
+    name: str, source: str | nn.Module | None, prepare: Callable[[nn.Module], nn.Module] | None = None
+) -> Tower:
     """Give the tower for a folder, a Hub id, a transformers causal LM or a ``Tower``.
 
     >>> as_tower("text", None)
     Traceback (most recent call last):
     multitower.tower.base.TowerError: tower 'text' was declared with a module, which ... does not hold; ...
+
+    Args:
+        name: The tower's name, for errors.
+        source: What was named.
+        prepare: Changes the model before it becomes a tower, by adapters for instance, and gives the result.
 
     Raises:
         TowerError: There is nothing to load, or it is not a decoder that can be run layer by layer.
@@ -25,8 +36,6 @@ def as_tower(name: str, source: str | nn.Module | None) -> Tower:
             f"tower {name!r} was declared with a module, which this graph does not hold; pass it anew, "
             f"as in from_pretrained(folder, towers={{{name!r}: module}})"
         )
-    if isinstance(source, Tower):
-        return source
     if isinstance(source, str):
         transformers = require("transformers", "transformers")
         try:
@@ -34,12 +43,41 @@ def as_tower(name: str, source: str | nn.Module | None) -> Tower:
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise TowerError(f"tower {name!r}: cannot load {source!r} as a causal LM: {error}") from error
     assert isinstance(source, nn.Module)
-    if not hasattr(source, "config"):
+    model = source.native if isinstance(source, TransformersTower | PeftTower) else source
+    if not isinstance(model, Tower) and not hasattr(model, "config"):
         raise TowerError(
-            f"tower {name!r}: {type(source).__name__} is neither a transformers causal LM nor a "
+            f"tower {name!r}: {type(model).__name__} is neither a transformers causal LM nor a "
             "multitower.Tower; write a small multitower.Tower around it"
         )
+    layers = source.path if isinstance(source, TransformersTower) else None
     try:
-        return TransformersTower(source)
-    except TowerError as error:
+        check_whole(model)
+        if prepare is None and isinstance(source, Tower):
+            return source
+        model = model if prepare is None else prepare(model)
+        inner = base_model(model)
+        if isinstance(inner, Tower):
+            return inner if inner is model else PeftTower(model)
+        return TransformersTower(model, layers=layers)
+    except ValueError as error:
         raise TowerError(f"tower {name!r}: {error}") from error
+
+
+def merged(tower: Tower) -> Tower:
+    """Give a tower whose peft adapters are folded into its weights; the old one can be used no longer.
+
+    Raises:
+        ValueError: It has no adapters, or peft cannot merge them.
+    """
+    native: Any = tower.native
+    if not is_peft_model(native):
+        raise ValueError("it has no peft adapters to merge")
+    check_mergeable(native)
+    try:
+        model: nn.Module = native.merge_and_unload()
+    except (AttributeError, NotImplementedError) as error:
+        raise ValueError(f"peft cannot merge these adapters: {error}") from error
+    if isinstance(tower, TransformersTower):
+        return TransformersTower(model, layers=tower.path)
+    assert isinstance(model, Tower)
+    return model

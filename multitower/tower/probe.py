@@ -174,8 +174,9 @@ def _run(model: nn.Module, lists: dict[str, nn.ModuleList]) -> tuple[dict[str, l
     seen: dict[str, list[Seen]] = {}
 
     def note(key: str, place: int, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if args or kwargs:
-            hidden = as_call(args, kwargs, next(iter(kwargs), "")).hidden
+        keyword = _keyword(layer)
+        if args or keyword in kwargs:
+            hidden = as_call(args, kwargs, keyword).hidden
             seen.setdefault(key, []).append(Seen(place, hidden, output))
 
     hooks = [
@@ -190,7 +191,7 @@ def _run(model: nn.Module, lists: dict[str, nn.ModuleList]) -> tuple[dict[str, l
     except Exception as error:
         raise TowerError(
             f"{name} does not run on tokens of shape {tuple(tokens.shape)} alone, which a tower must: "
-            f"{type(error).__name__}: {error}"
+            f"{type(error).__name__}: {error}{_codebooks(model)}"
         ) from error
     finally:
         for hook in hooks:
@@ -201,6 +202,12 @@ def _run(model: nn.Module, lists: dict[str, nn.ModuleList]) -> tuple[dict[str, l
             "a tower must score each token once"
         )
     return seen, logits
+
+
+def _codebooks(model: nn.Module) -> str:
+    config: Any = model.config
+    count = getattr(config.get_text_config(decoder=True), "num_codebooks", 1)
+    return f". It predicts {count} codebooks a step, and a tower one token" if count > 1 else ""
 
 
 def logits_of(output: Any) -> Tensor:
@@ -237,4 +244,4 @@ def _keeps_state(calls: list[Seen]) -> bool:
 
 def _keyword(layer: nn.Module) -> str:
     forward: Callable[..., Any] = layer.forward
-    return next(iter(inspect.signature(forward).parameters))
+    return next(iter(inspect.signature(forward).parameters), "")

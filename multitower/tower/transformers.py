@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .base import Inject, Tower, TowerError
 from .decoding import make_decoder, why_not_faithful
+from .lora import base_model
 from .probe import Layers, check_causal, evaluated, execution_device, logits_of, probe, probe_tokens
 from .shell import (
     Call,
@@ -46,7 +47,8 @@ class TransformersTower(Tower):
 
     Args:
         model: The model. It is used as it is, not copied, and works on alone as before. Change its
-            modules (resized embeddings, adapters, quantisation) before it becomes a tower.
+            modules (resized embeddings, quantisation) before it becomes a tower. Of a ``peft.PeftModel``
+            the model inside runs, adapters and all, and ``native`` is the PeftModel.
         layers: Path of the ``ModuleList`` of layers, as in "model.layers", for a model that has several
             that take and give a state.
 
@@ -57,14 +59,22 @@ class TransformersTower(Tower):
 
     def __init__(self, model: nn.Module, *, layers: str | None = None) -> None:
         super().__init__()
-        self.model = model
+        # Neither is registered as a submodule: their parameters are the model's and are counted once.
+        self._native = _Unregistered(model)
+        self.model = base_model(model)
         self._layers: Layers
-        self._layers, native = probe(model, layers)
+        self._layers, logits = probe(self.model, layers)
+        self.path = self._layers.path
         self.depth = len(self._layers.order)
         self._script = Script()
-        # Not registered as a submodule: its parameters are the model's and must not be counted twice.
         self._shell = _Unregistered(self._make_shell())
-        self.width, self.vocab_size = self._prove(native)
+        self.width, self.vocab_size = self._prove(logits)
+
+    def train(self, mode: bool = True) -> TransformersTower:
+        """Set training mode."""
+        super().train(mode)
+        self._shell.it.follow()
+        return self
 
     @property
     def device(self) -> torch.device:
@@ -89,8 +99,9 @@ class TransformersTower(Tower):
 
     @property
     def native(self) -> nn.Module:
-        """The transformers model itself."""
-        return self.model
+        """The transformers model itself, or the PeftModel around it."""
+        native: nn.Module = self._native.it
+        return native
 
     def embed(self, tokens: Tensor) -> tuple[Tensor, Context]:
         """Run what the model does before layer 1; see ``Tower.embed``."""
@@ -137,7 +148,7 @@ class TransformersTower(Tower):
         """
         if not hasattr(self.model, "generate"):
             raise TowerError(f"{type(self.model).__name__} cannot decode: it has no generate")
-        if self._unfaithful:
+        if not self.decodes_cached:
             warnings.warn(
                 f"{type(self.model).__name__} decodes without its cache, which is slower: its own generate "
                 f"does not give what its forward gives ({self._unfaithful})",
@@ -146,10 +157,15 @@ class TransformersTower(Tower):
             return super().decoder(inject)
         return make_decoder(self.model, self._layers, inject)
 
+    @property
+    def decodes_cached(self) -> bool:
+        """Whether ``decoder`` uses the model's own cache; asked of the model once."""
+        return not self._unfaithful
+
     @functools.cached_property
     def pads_left(self) -> bool:  # type: ignore[override]  # asked only when rows of unlike length decode
         """Whether rows with padding on the left decode as they do alone; asked of the model once."""
-        return bool(self._unfaithful) or not why_not_faithful(self.model, padding=3)
+        return not self.decodes_cached or not why_not_faithful(self.model, padding=3)
 
     @functools.cached_property
     def _unfaithful(self) -> str:
@@ -157,7 +173,7 @@ class TransformersTower(Tower):
 
     @property
     def _stack(self) -> nn.ModuleList:
-        stack = self.model.get_submodule(self._layers.path)
+        stack = self.model.get_submodule(self.path)
         assert isinstance(stack, nn.ModuleList)
         return stack
 
@@ -183,6 +199,8 @@ class TransformersTower(Tower):
             for index in range(1, self.depth + 1):
                 hidden = self.layer(index, hidden, context)
             logits = self.head(hidden, context)
+            if self.native is not self.model:
+                native = logits_of(self.native(input_ids=context.tokens, use_cache=False))
         if native.device.type != "meta":
             if not torch.equal(native, logits):
                 worst = (native.float() - logits.float()).abs().max().item()
@@ -195,7 +213,7 @@ class TransformersTower(Tower):
 
 
 class _Unregistered(NamedTuple):
-    it: Shell
+    it: Any
 
 
 class Context(NamedTuple):

@@ -1,0 +1,58 @@
+"""What a forward of a fused model gives, and the loss of its logits."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .schedule import Layer
+from .stream import IGNORE
+
+
+class FusedOutput(NamedTuple):
+    """What a forward gives.
+
+    Attributes:
+        loss: The sum of ``losses``, a scalar, or None when no stream has labels.
+        losses: For each tower with labels the mean cross-entropy over its labels, a scalar (0 without any).
+        logits: For each tower of the batch, shape (batch, length of its stream, its vocabulary).
+        attentions: For each link and tap ("source layer-target layer"), when asked for, the weights of
+            shape (batch, heads, target length, source length); links that see nothing may be left out.
+    """
+
+    loss: Tensor | None
+    losses: dict[str, Tensor]
+    logits: dict[str, Tensor]
+    attentions: dict[str, dict[str, Tensor]]
+
+
+class States(NamedTuple):
+    """What the schedule leaves behind before the heads run.
+
+    Attributes:
+        hidden: The final state of each tower of the batch, shape (batch, length of its stream, its width).
+        contexts: What the head of each tower needs beside it.
+        given: What each layer that some tap reads gave, before any tap updated it.
+        attentions: As in ``FusedOutput``.
+    """
+
+    hidden: dict[str, Tensor]
+    contexts: dict[str, Any]
+    given: dict[Layer, Tensor]
+    attentions: dict[str, dict[str, Tensor]]
+
+
+def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Give the mean cross-entropy of labels by the logits one place before them; 0 without any label.
+
+    >>> import torch
+    >>> round(token_loss(torch.zeros(1, 3, 4), torch.tensor([[-100, 2, 1]])).item(), 4)     # log 4
+    1.3863
+    """
+    labels = labels.to(logits.device)[:, 1:]
+    total = F.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="sum"
+    )
+    return total / (labels != IGNORE).sum().clamp(min=1)
