@@ -236,5 +236,6 @@ def _length_limit(decoder: Any, options: Mapping[str, Any], prompt: int) -> dict
         if given(options, key) is not None or getattr(decoder.generation_config, key) is not None:
             return {}
     config = decoder.config.get_text_config(decoder=True)
-    most = getattr(config, "max_position_embeddings", None) or prompt + MAX_NEW_TOKENS
-    return {"max_new_tokens": max(1, min(MAX_NEW_TOKENS, most - prompt))}
+    limit = getattr(config, "max_position_embeddings", None) or -1
+    room = limit - prompt if limit > 0 else MAX_NEW_TOKENS
+    return {"max_new_tokens": max(1, min(MAX_NEW_TOKENS, room))}
