@@ -284,5 +284,5 @@ def length_limit(model: Any, options: Mapping[str, Any], prompt: int) -> int | N
             return None
     config = getattr(model, "config", None)
     text = config.get_text_config(decoder=True) if config is not None else None
-    most = getattr(text, "max_position_embeddings", None) or prompt + MAX_NEW_TOKENS
-    return max(1, min(MAX_NEW_TOKENS, most - prompt))
+    most = getattr(text, "max_position_embeddings", None) or -1
+    return max(1, min(MAX_NEW_TOKENS, most - prompt if most > 0 else MAX_NEW_TOKENS))

@@ -232,7 +232,8 @@ class PeftTower(Tower):
         assert isinstance(tower, Tower)
         self.tower = tower
         self.depth, self.width, self.vocab_size = tower.depth, tower.width, tower.vocab_size
-        self.begin, self.end, self.pads_left = tower.begin, tower.end, tower.pads_left
+        self.begin, self.end = tower.begin, tower.end
+        self.max_length, self.pads_left = tower.max_length, tower.pads_left
         self._native = (model,)  # not registered: its parameters are the tower's
 
     @property

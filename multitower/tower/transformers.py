@@ -96,9 +96,10 @@ class TransformersTower(Tower):
 
     @property
     def max_length(self) -> int | None:  # type: ignore[override]  # read from the model
-        """The model's ``max_position_embeddings``."""
+        """The model's ``max_position_embeddings``; some say -1 where there is no limit."""
         config: Any = self.model.config
-        return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+        limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+        return limit if limit is not None and limit > 0 else None
 
     @property
     def native(self) -> nn.Module:
