@@ -17,16 +17,17 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .extras import require
+from .files import CheckpointError, check_fit, load_strictly, read_json, read_tensors
 from .fingerprint import fingerprint
 from .fused import FusedModel
 from .graph import FusionGraph
@@ -34,14 +35,12 @@ from .sharing import shared_with
 from .spec import GraphError, TowerSpec
 from .tower import Tower, TowerError, TransformersTower, as_tower
 from .tower.lora import add_adapter, base_model, base_state, is_peft_model, make_config
+from .tower.offload import is_offloaded
+from .tower.quantised import can_be_stored, quantisation_of
 
 FORMAT_VERSION = 1
 FUSION, LINKS, TOWERS, WEIGHTS = "fusion.json", "links.safetensors", "towers", "model.safetensors"
 ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter", "adapter_config.json", "adapter_model.safetensors"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be written or read."""
 
 
 def save_pretrained(model: FusedModel, folder: str | os.PathLike[str], *, embed_towers: bool = False) -> None:
@@ -104,7 +103,7 @@ def from_pretrained(folder: str | os.PathLike[str], *, towers: Mapping[str, str 
         ImportError: A tower has peft adapters, and the extra "lora" is not installed.
     """
     root = Path(folder)
-    data = _read_json(root / FUSION)
+    data = read_json(root / FUSION)
     version = data.get("format_version")
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise CheckpointError(
@@ -122,7 +121,7 @@ def from_pretrained(folder: str | os.PathLike[str], *, towers: Mapping[str, str 
         first = records[name].get("shared_with")
         loaded[name] = loaded[first] if first else _load_tower(root, records[name], towers.get(name), spec)
     model = FusedModel(graph, loaded)
-    _load_strictly(_fusion_state(model), _read_tensors(root / LINKS), root / LINKS)
+    load_strictly(_fusion_state(model), read_tensors(root / LINKS), root / LINKS)
     return model.eval()
 
 
@@ -174,6 +173,9 @@ def _write(model: FusedModel, folder: Path, embed_towers: bool) -> None:
         whole, place = _whole(model.tower(name)), folder / TOWERS / name
         state = base_state(whole)
         embedded = embed_towers or spec.train == "all" or spec.source is None
+        if embedded and not can_be_stored(base_model(whole)):
+            _leave_out(name, base_model(whole), embed_towers)
+            embedded = False
         records[name] = {
             "class": type(base_model(whole)).__name__,
             "embedded": embedded,
@@ -187,6 +189,19 @@ def _write(model: FusedModel, folder: Path, embed_towers: bool) -> None:
     save_file(links, folder / LINKS, metadata={"format": "pt"})
     document = {"format_version": FORMAT_VERSION, "graph": model.graph.to_dict(), "towers": records}
     (folder / FUSION).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def _leave_out(name: str, model: nn.Module, embed_towers: bool) -> None:
+    why = (
+        f"tower {name!r} is quantised ({quantisation_of(model)}) in a way that cannot be written to a "
+        "checkpoint and read back"
+    )
+    if embed_towers:
+        raise CheckpointError(f"{why}; save without embed_towers, and keep the tower yourself")
+    warnings.warn(
+        f"{why}; it is left out, so load with from_pretrained(folder, towers={{{name!r}: module}})",
+        stacklevel=5,
+    )
 
 
 def _fusion_state(model: FusedModel) -> dict[str, Tensor]:
@@ -206,7 +221,8 @@ def _save_model(model: Any, state: dict[str, Tensor], folder: Path) -> None:
         state = {key: value.contiguous() for key, value in state.items()}
         save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
     else:
-        model.save_pretrained(folder, state_dict=state)
+        own = not is_offloaded(model) and state.keys() == model.state_dict().keys()
+        model.save_pretrained(folder, state_dict=None if own else state)
 
 
 def _save_adapters(name: str, model: Any, folder: Path) -> dict[str, Any]:
@@ -247,7 +263,7 @@ def _load_tower(
         raise CheckpointError(f"{root}: {error}") from error
     state = base_state(_whole(tower))
     if stored is not None and not isinstance(tower, TransformersTower):
-        _load_strictly(state, _read_tensors(stored / WEIGHTS), stored / WEIGHTS)
+        load_strictly(state, read_tensors(stored / WEIGHTS), stored / WEIGHTS)
     found, expected = fingerprint(state), record.get("fingerprint")
     if found != expected:
         raise CheckpointError(
@@ -277,13 +293,13 @@ def _load_adapters(folder: Path, record: Mapping[str, Any], model: nn.Module) ->
     adapted: Any = model
     for adapter, expected in adapters.items():
         place = folder if adapter == "default" else folder / adapter
-        file, tensors = place / ADAPTER_WEIGHTS, _read_tensors(place / ADAPTER_WEIGHTS)
-        config = make_config(_read_json(place / ADAPTER_CONFIG))
+        file, tensors = place / ADAPTER_WEIGHTS, read_tensors(place / ADAPTER_WEIGHTS)
+        config = make_config(read_json(place / ADAPTER_CONFIG))
         if hasattr(config, "init_lora_weights"):
             config.init_lora_weights = True  # others may change the model; the values come from the file
         in_single = any(tensor.dtype == torch.float32 for tensor in tensors.values())
         adapted = add_adapter(adapted, config, adapter, autocast=in_single)
-        _check_fit(_adapter_state(adapted, adapter), tensors, file)
+        check_fit(_adapter_state(adapted, adapter), tensors, file)
         peft.set_peft_model_state_dict(adapted, tensors, adapter)
         if fingerprint(_adapter_state(adapted, adapter)) != expected:
             raise CheckpointError(f"{file} holds other values than those that this checkpoint was made with")
@@ -294,50 +310,6 @@ def _load_adapters(folder: Path, record: Mapping[str, Any], model: nn.Module) ->
         raise CheckpointError(f"{FUSION} is damaged: no adapters {active} to activate") from error
     assert isinstance(adapted, nn.Module)
     return adapted
-
-
-def _load_strictly(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Copy tensors into those of a model; where anything does not fit, list all of it and change nothing."""
-    _check_fit(state, tensors, file)
-    with torch.no_grad():
-        for key, tensor in tensors.items():
-            state[key].copy_(tensor)
-
-
-def _check_fit(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], file: Path) -> None:
-    problems = [f"missing: {key}" for key in state if key not in tensors]
-    problems += [f"unexpected: {key}" for key in tensors if key not in state]
-    problems += [
-        f"{key} is {tuple(tensor.shape)} {tensor.dtype}, but the model has "
-        f"{tuple(state[key].shape)} {state[key].dtype}"
-        for key, tensor in tensors.items()
-        if key in state and (tensor.shape, tensor.dtype) != (state[key].shape, state[key].dtype)
-    ]
-    if problems:
-        raise CheckpointError(f"{file} does not fit the model:\n  " + "\n  ".join(problems))
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{file} is missing; is {file.parent} a fused checkpoint, wholly copied?"
-        ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{file} is damaged: {error}") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{file} is damaged: expected a JSON object")
-    return data
-
-
-def _read_tensors(file: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(file)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{file} is missing; was the checkpoint wholly copied?") from error
-    except SafetensorError as error:
-        raise CheckpointError(f"{file} is damaged or half-written: {error}") from error
 
 
 def _keep_others(old: Path, new: Path) -> None:

@@ -14,15 +14,16 @@ from .link import GatedCrossAttention, Visibility, visibility
 from .output import FusedOutput, States, token_loss
 from .parts import make_adapters, make_links
 from .schedule import Schedule, Tap, make_schedule
-from .sharing import check_shared
 from .spec import GraphError
 from .stream import Segment, check_streams
 from .tower import Tower, TowerError
 from .tower.load import merged
-from .tower.lora import check_trained
+from .training import set_trained
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+
+    from .generate import Decoded, Entry, Policy
 
 
 class FusedModel(nn.Module):
@@ -63,21 +64,13 @@ class FusedModel(nn.Module):
         if set(towers) != set(graph.towers):
             raise GraphError(f"the graph has the towers {list(graph.towers)}, but got {list(towers)}")
         self._graph = FusionGraph.from_dict(graph.to_dict())
-        check_shared(graph.towers, towers)
         depths = {name: tower.depth for name, tower in towers.items()}
         self.schedule: Schedule = make_schedule(depths, graph.links.values())
         self.towers = nn.ModuleDict(dict(towers))
         self.adapters = nn.ModuleDict(make_adapters(graph.towers, towers, kept))
         links = make_links(graph.links, self.schedule, towers, kept)
         self.links = nn.ModuleDict({name: nn.ModuleDict(taps) for name, taps in links.items()})
-        settled = set() if kept is None else set(kept.towers.values())
-        for name, spec in graph.towers.items():
-            if towers[name] in settled:
-                continue
-            if spec.train == "lora":
-                check_trained(name, towers[name].native)
-            else:
-                towers[name].requires_grad_(spec.train == "all")
+        set_trained(graph, towers, kept)
         self.train(kept is None or kept.training)
 
     @property
@@ -115,6 +108,8 @@ class FusedModel(nn.Module):
         seen = self._visibilities(streams)
         for name, stream in streams.items():
             embedded, states.contexts[name] = self.tower(name).embed(stream["tokens"])
+            if self._graph.towers[name].train == "none":
+                embedded = embedded.detach()  # transformers' activation checkpointing asks for its gradient
             states.hidden[name] = self.adapt(name, embedded)
         read_layers = self.schedule.read_layers
         for step in self.schedule.steps:
@@ -155,9 +150,9 @@ class FusedModel(nn.Module):
     def generate(
         self,
         examples: Sequence[Sequence[Segment]],
-        output: Sequence[str],
+        output: Sequence[Entry] | Policy,
         **options: Any,
-    ) -> list[list[Segment]]:
+    ) -> Decoded:
         """Decode one segment for each tower in ``output``, each until its end token.
 
         >>> import multitower as mt
@@ -167,13 +162,28 @@ class FusedModel(nn.Module):
         >>> text.tower, speech.tower
         ('text', 'speech')
 
+        Towers in a tuple are decoded at the same time, a token of each a step, and so stand in the result:
+
+        >>> (((text, speech),),) = model.generate([given], output=[("text", "speech")], max_new_tokens=4)
+        >>> text.tower, speech.tower
+        ('text', 'speech')
+
+        A function may choose what comes next, by the end token of what came last, for instance:
+
+        >>> def answer(row):
+        ...     return {"speech": "text", "text": None}[row[-1].tower]
+        >>> [[segment.tower for segment in row] for row in model.generate([given], answer, max_new_tokens=4)]
+        [['text']]
+
         Args:
             examples: What is given, each a list of segments (none of them a target).
-            output: The towers to decode, in this order; each reads all that came before.
+            output: The towers to decode, in this order; each reads all that came before. Or a function that
+                is called with an example so far and gives the next tower, a tuple of towers, or None.
             options: Options of transformers' ``generate``: ``max_new_tokens``, ``do_sample``, ...
 
         Returns:
-            For each example (each returned sequence of it) the decoded segments, begin and end included.
+            For each example (each returned sequence of it) what can be appended to it: the decoded segments,
+            begin and end included.
 
         Raises:
             ValueError: Nothing is to be decoded, a tower is unknown or has no begin token, an example

@@ -80,6 +80,6 @@ def _make_tap(tap: Tap, spec: LinkSpec, towers: Mapping[str, Tower]) -> GatedCro
 
 
 def _placement(tower: Tower) -> dict[str, Any]:
-    """Where a tower's own new modules belong: its device and floating dtype."""
-    dtypes = (parameter.dtype for parameter in tower.parameters() if parameter.is_floating_point())
+    """Where a tower's own new modules belong: its device and the dtype in which it computes."""
+    dtypes = (each.dtype for each in tower.parameters() if each.is_floating_point() and each.itemsize > 1)
     return {"device": tower.device, "dtype": next(dtypes, torch.get_default_dtype())}

@@ -48,7 +48,7 @@ def load_towers(
             continue
         key = _key(spec, modules.get(name))
         if key is not None and key in first:
-            _check_trained_alike(specs[first[key]], spec)
+            check_trained_alike(specs[first[key]], spec)
             towers[name] = towers[first[key]]
             continue
         prepare = functools.partial(with_adapters, declared=spec.peft) if spec.train == "lora" else None
@@ -73,26 +73,12 @@ def shared_with(towers: Mapping[str, Tower]) -> dict[str, str]:
     }
 
 
-def check_shared(specs: Mapping[str, TowerSpec], towers: Mapping[str, Tower]) -> None:
-    """Check that no parameter is frozen in one tower and trained in another.
+def check_trained_alike(one: TowerSpec, other: TowerSpec) -> None:
+    """Check that two towers that share weights are declared to learn in the same way.
 
     Raises:
-        GraphError: One is.
+        GraphError: They are not.
     """
-    owners: dict[int, str] = {}
-    for name, tower in towers.items():
-        for parameter in tower.parameters():
-            _check_trained_alike(specs[owners.setdefault(id(parameter), name)], specs[name])
-
-
-def _key(spec: TowerSpec, module: nn.Module | None) -> object:
-    """Give what towers that are one model have in common, or None for a model of its own."""
-    if module is not None:
-        return id(module.native if isinstance(module, Tower) else module)
-    return spec.source if spec.train == "none" else None
-
-
-def _check_trained_alike(one: TowerSpec, other: TowerSpec) -> None:
     if (one.train, one.peft) != (other.train, other.peft):
         how = f"train={one.train!r} and train={other.train!r}"
         if one.train == other.train:
@@ -101,3 +87,10 @@ def _check_trained_alike(one: TowerSpec, other: TowerSpec) -> None:
             f"towers {one.name!r} and {other.name!r} share their weights, but are declared with {how}; "
             "declare both alike, or give one of them a copy of the model"
         )
+
+
+def _key(spec: TowerSpec, module: nn.Module | None) -> object:
+    """Give what towers that are one model have in common, or None for a model of its own."""
+    if module is not None:
+        return id(module.native if isinstance(module, Tower) else module)
+    return spec.source if spec.train == "none" else None

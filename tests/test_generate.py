@@ -132,3 +132,20 @@ def test_a_tower_without_a_begin_token_says_what_to_set() -> None:
     text.generation_config.bos_token_id = text.config.bos_token_id = None
     with pytest.raises(ValueError, match="tower 'text' has no begin token"):
         pair(text).generate(SOURCES, output=["text"])
+
+
+def test_only_the_tower_that_got_new_tokens_runs_again() -> None:
+    model = towers("llama")
+    ran = {"speech": 0, "text": 0}
+    for name in ran:
+        first = model.unimodal(name).model.layers[0]
+        first.register_forward_hook(
+            lambda module, args, output, name=name: ran.update({name: ran[name] + output.shape[1]})
+        )
+    given = [[segment("speech", 5, 6, 7, 8)]]
+    once = model.generate(given, output=["text"], max_new_tokens=4, eos_token_id=None)
+    speech = ran["speech"]
+    assert speech == 6
+    again = model.generate(given, output=["text", "text"], max_new_tokens=4, eos_token_id=None)
+    assert ran["speech"] == 2 * speech
+    assert torch.equal(once[0][0].tokens, again[0][0].tokens)

@@ -469,6 +469,16 @@ def test_rows_that_grow_to_the_last_position_stop_there() -> None:
     assert len(decode(model, [[]], eos_token_id=None)[0]) == 6
 
 
+@pytest.mark.filterwarnings("ignore:XLNetLMHeadModel decodes without its cache")
+def test_a_family_that_says_it_has_no_last_position_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("multitower.generate.MAX_NEW_TOKENS", 5)
+    xlnet = causal_lm("xlnet", config={"d_head": 8, "attn_type": "uni"})
+    assert xlnet.config.max_position_embeddings == -1
+    model = pair(xlnet)
+    assert model.tower("text").max_length is None
+    assert len(decode(model, GIVEN[:1], eos_token_id=None)[0]) == 6
+
+
 @pytest.mark.parametrize(
     ("rows", "prepared", "message"),
     [

@@ -320,7 +320,9 @@ def test_another_tower_takes_the_place_of_one(trained: mt.FusedModel) -> None:
     later = copy.deepcopy(trained.unimodal("text"))
     with torch.no_grad():
         later.table.weight.add_(0.1)
-    with pytest.warns(UserWarning, match=r"speech->text, text->speech, the input adapter of text learnt") as caught:
+    with pytest.warns(
+        UserWarning, match=r"speech->text, text->speech, the input adapter of text learnt"
+    ) as caught:
         swapped = trained.swap("text", later)
     assert caught[0].filename == __file__
     assert swapped.unimodal("text") is later
