@@ -72,20 +72,24 @@ def test_closed_gates_leave_both_towers_as_the_model_is(family: str) -> None:
         assert torch.equal(values, native if isinstance(native, Tensor) else native.logits)
 
 
-def test_a_shared_model_gives_what_two_copies_give() -> None:
-    module = causal_lm("llama", depth=4)
+@pytest.mark.parametrize("output", [["answer", "ask"], [("ask", "answer")]])
+@pytest.mark.parametrize("family", ["llama", "tiny"])
+def test_a_shared_model_gives_what_two_copies_give(family: str, output: list) -> None:
+    module = tiny_tower(depth=4, vocab_size=20) if family == "tiny" else causal_lm("llama", depth=4)
     shared, apart = dialogue(module, module), dialogue(copy.deepcopy(module), copy.deepcopy(module))
     open_gates(shared, 3), open_gates(apart, 3)
     assert_same(shared, apart)
     given = [[segment("ask", 5, 6)], [segment("answer", 3), segment("ask", 4)]]
-    decoded = [
-        [
-            part.tokens.tolist()
-            for row in m.generate(given, ["answer", "ask"], max_new_tokens=4)
-            for part in row
+    decoded = []
+    for model in (shared, apart):
+        rows = model.generate(given, output, max_new_tokens=4)
+        parts = [
+            part
+            for row in rows
+            for entry in row
+            for part in (entry if isinstance(entry, list | tuple) else [entry])
         ]
-        for m in (shared, apart)
-    ]
+        decoded.append([(part.tower, part.tokens.tolist()) for part in parts])
     assert decoded[0] == decoded[1]
 
 
