@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -149,3 +152,39 @@ def test_only_the_tower_that_got_new_tokens_runs_again() -> None:
     again = model.generate(given, output=["text", "text"], max_new_tokens=4, eos_token_id=None)
     assert ran["speech"] == 2 * speech
     assert torch.equal(once[0][0].tokens, again[0][0].tokens)
+
+
+def spoiled(tower: str, when: Callable[[int, torch.Tensor | None], bool]) -> torch.nn.Module:
+    """A model whose decoding goes wrong for some lengths of its cache and some masks."""
+    model = causal_lm(tower)
+    native = type(model).forward
+
+    def forward(self: torch.nn.Module, *args: object, **kwargs: object) -> object:
+        output = native(self, *args, **kwargs)
+        cache = kwargs.get("past_key_values")
+        if cache is not None and when(cache.get_seq_length(), kwargs.get("attention_mask")):
+            output.logits[..., 3] += 9
+        return output
+
+    forward.__signature__ = inspect.signature(native)
+    model.__class__ = type(type(model).__name__, (type(model),), {"forward": forward})
+    return model
+
+
+def test_a_family_that_cannot_begin_from_one_token_decodes_without_its_cache() -> None:
+    model = pair(spoiled("llama", lambda length, mask: length < 4), gates=True)
+    with pytest.warns(UserWarning, match="decodes without its cache"):
+        (row,) = model.generate([[]], output=["text"], max_new_tokens=5)
+    assert row[0].tokens.tolist() == greedy_by_hand(model, [], "text", 5)
+
+
+def test_a_family_that_mistakes_a_lone_token_after_padding_decodes_by_length() -> None:
+    def lone(length: int, mask: torch.Tensor | None) -> bool:
+        return mask is not None and bool((mask == 0).any()) and int(mask.sum(1).min()) < 4
+
+    text = spoiled("llama", lone)
+    model = pair(text, gates=True)
+    assert model.tower("text").decodes_cached
+    assert not model.tower("text").pads_left
+    decoded = model.generate(SOURCES, output=["text"], max_new_tokens=5)
+    assert lists(decoded) == [[greedy_by_hand(model, example, "text", 5)] for example in SOURCES]

@@ -225,7 +225,7 @@ def _check_decoding(case: Case) -> None:
 
 def _check_left_padding(case: Case) -> None:
     if case.tower.pads_left:
-        _decode(case, length=6, paddings=(0, 3))
+        _decode(case, length=6, paddings=(0, 3, 5))
 
 
 GUARANTEES: dict[str, Callable[[Case], None]] = {

@@ -36,17 +36,19 @@ def make_decoder(model: nn.Module, found: Layers, inject: Inject) -> Any:
 
 
 @torch.no_grad()
-def why_not_faithful(model: Any, *, padding: int) -> str:
+def why_not_faithful(model: Any, *, length: int, padding: int = 0) -> str:
     """Say how a model's generate, step by step with its cache, differs from its forward; empty if not at all.
 
-    Some families take other positions in one than in the other, or cannot tell padding on the left.
+    Some families take other positions in one than in the other, cannot tell padding on the left, or begin
+    wrongly from prompts that are shorter than their convolutions.
 
     Args:
         model: A causal LM.
+        length: How long the prompts are.
         padding: How many tokens of padding stand on the left of one of two rows.
     """
-    steps = 2
-    prompts = probe_tokens(model)[:2].clone()
+    steps = 6
+    prompts = probe_tokens(model)[:2, :length].clone()
     prompts[0, :padding] = 0
     mask = torch.ones_like(prompts)
     mask[0, :padding] = 0

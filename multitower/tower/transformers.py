@@ -15,7 +15,7 @@ from .base import Inject, Tower, TowerError
 from .decoding import make_decoder, why_not_faithful
 from .lora import base_model
 from .offload import execution_device
-from .probe import Layers, check_causal, evaluated, forward_options, logits_of, probe, probe_tokens
+from .probe import LENGTH, Layers, check_causal, evaluated, forward_options, logits_of, probe, probe_tokens
 from .shell import (
     Call,
     Carried,
@@ -174,11 +174,12 @@ class TransformersTower(Tower):
     @functools.cached_property
     def pads_left(self) -> bool:  # type: ignore[override]  # asked only when rows of unlike length decode
         """Whether rows with padding on the left decode as they do alone; asked of the model once."""
-        return not self.decodes_cached or not why_not_faithful(self.model, padding=3)
+        return not self.decodes_cached or not why_not_faithful(self.model, length=LENGTH, padding=LENGTH - 1)
 
     @functools.cached_property
     def _unfaithful(self) -> str:
-        return why_not_faithful(self.model, padding=0)
+        lengths = (LENGTH, 1)
+        return next(filter(None, (why_not_faithful(self.model, length=each) for each in lengths)), "")
 
     @property
     def _stack(self) -> nn.ModuleList:

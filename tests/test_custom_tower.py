@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import multitower as mt
+from multitower.testing import check_tower
+
+with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")
+    pytest.importorskip("x_transformers")
+
+from x_transformers import Decoder, Encoder, TransformerWrapper
+
+from custom_tower import GPT, GPTTower, XTransformersTower, examples, main, phrases, towers, translated
+
+
+def wrapper(around: dict, layers: dict, kind: type[nn.Module] = Decoder) -> TransformerWrapper:
+    sizes = {"dim": 32, "depth": 2, "heads": 2, "attn_dim_head": 16, "verbose": False}
+    torch.manual_seed(0)
+    return TransformerWrapper(
+        num_tokens=14, max_seq_len=32, attn_layers=kind(**{**sizes, **layers}), **around
+    ).eval()
+
+
+DONE = {
+    "as it comes": ({}, {}),
+    "rotary": ({}, {"rotary_pos_emb": True, "attn_flash": True}),
+    "xpos": ({}, {"rotary_xpos": True}),
+    "alibi": ({}, {"alibi_pos_bias": True}),
+    "buckets": ({}, {"rel_pos_bias": True}),
+    "polar": ({}, {"polar_pos_emb": True}),
+    "sinusoids": ({"scaled_sinu_pos_emb": True}, {}),
+    "no positions": ({"use_abs_pos_emb": False}, {}),
+    "narrow embedding": ({"emb_dim": 16, "post_emb_norm": True, "l2norm_embed": True}, {}),
+    "post-norm": ({}, {"pre_norm": False}),
+    "sandwich norm": ({}, {"sandwich_norm": True, "use_rmsnorm": True}),
+    "both norms": ({}, {"pre_and_post_norm": True, "use_scalenorm": True}),
+    "gated": ({}, {"gate_residual": True, "ff_glu": True, "use_layerscale": True}),
+    "grouped keys": ({}, {"attn_kv_heads": 1, "attn_qk_norm": True, "attn_num_mem_kv": 2}),
+    "macaron": ({}, {"macaron": True, "softclamp_output": True, "scale_residual": True}),
+    "only attention": ({}, {"only_attn": True, "shift_tokens": 1}),
+    "sandwich": ({}, {"depth": 3, "sandwich_coef": 1}),
+    "an order of its own": ({}, {"depth": None, "custom_layers": ("a", "f", "f", "a")}),
+    "tied layers": ({}, {"weight_tie_layers": True}),
+    "zeros at first": ({}, {"zero_init_branch_output": True}),
+}
+LAYERS, CAUSAL = "carries more than the state|cannot be run layer by layer", "is not causal"
+REFUSED = {
+    "value residual": ({}, {"add_value_residual": True}, LAYERS),
+    "attention residual": ({}, {"residual_attn": True}, LAYERS),
+    "reinjected input": ({}, {"reinject_input": True}, LAYERS),
+    "skips": ({}, {"depth": 4, "unet_skips": True}, LAYERS),
+    "integrated layers": ({}, {"integrate_layers": True}, LAYERS),
+    "streams": ({}, {"num_residual_streams": 2}, LAYERS),
+    "cross-attention": ({}, {"cross_attend": True}, LAYERS),
+    "conditions": ({}, {"use_adaptive_layernorm": True}, LAYERS),
+    "zeros at first": ({}, {"add_value_residual": True, "zero_init_branch_output": True}, LAYERS),
+    "a residual of the whole row": ({}, {"orthog_residual": True}, CAUSAL),
+    "memory": ({"num_memory_tokens": 2}, {}, LAYERS),
+    "a softmax of many": ({"mixture_of_softmax": True}, {}, LAYERS),
+    "deep embeddings": ({"ff_deep_embed": True}, {}, LAYERS),
+    "recycling": ({"recycling": True}, {}, LAYERS),
+    "an average": ({"average_pool_embed": True}, {}, LAYERS),
+    "several heads": ({"num_output_heads": 2}, {}, LAYERS),
+    "a part of the gradient": ({"emb_frac_gradient": 0.1}, {}, LAYERS),
+    "other logits": ({"logits_dim": 20}, {}, "scores 20 tokens, but embeds 14"),
+}
+
+
+@pytest.mark.parametrize("name", DONE)
+def test_x_transformers_give_every_guarantee(name: str) -> None:
+    model = wrapper(*DONE[name])
+    tower = XTransformersTower(model)
+    tokens = torch.randint(14, (3, 11))
+    assert torch.equal(tower(tokens), model(tokens))
+    check_tower(tower)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_other_options_are_refused(name: str) -> None:
+    around, layers, message = REFUSED[name]
+    with pytest.raises(mt.TowerError, match=message):
+        XTransformersTower(wrapper(around, layers))
+
+
+def test_an_encoder_is_refused() -> None:
+    with pytest.raises(mt.TowerError, match=CAUSAL):
+        XTransformersTower(wrapper({}, {}, kind=Encoder))
+
+
+def test_looking_leaves_the_model_and_the_random_numbers_alone() -> None:
+    model = wrapper({}, {}).train()
+    before, state = copy.deepcopy(model.state_dict()), torch.random.get_rng_state()
+    XTransformersTower(model)
+    assert model.training
+    assert torch.equal(torch.random.get_rng_state(), state)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_plain_pytorch_gives_every_guarantee() -> None:
+    torch.manual_seed(0)
+    model = GPT(vocabulary=14, length=32, width=16, depth=3, heads=2).eval()
+    tower = GPTTower(model)
+    tokens = torch.randint(14, (3, 32))
+    assert torch.equal(tower(tokens), model(tokens))
+    check_tower(tower)
+
+
+def test_segments_grow_no_longer_than_the_positions() -> None:
+    torch.manual_seed(0)
+    letters, signs = towers()
+    graph = mt.FusionGraph()
+    graph.add_tower("letters", letters)
+    graph.add_tower("signs", signs)
+    graph.add_link("signs", "letters", interleave=1)
+    model = graph.compile()
+    ((segment,),) = model.generate([[mt.Segment("letters", [0, 5, 1])]], ["letters"], eos_token_id=None)
+    assert 3 + len(segment.tokens) == letters.max_length
+
+
+def test_pairs_mean_the_same() -> None:
+    letters = phrases(6)
+    assert letters.shape == (6, 10)
+    for number, (given, answer) in enumerate(examples(letters)):
+        assert answer.target
+        assert not given.target
+        assert {given.tower, answer.tower} == {"letters", "signs"}
+        both = {each.tower: each.tokens for each in (given, answer)}
+        assert torch.equal(both["letters"], letters[number])
+        assert torch.equal(both["signs"], translated(both["letters"]))
+
+
+def test_links_learn_and_are_saved(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr("sys.argv", ["custom_tower.py", "--steps", "50"])
+    main()
+    lines = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
+    before, after = (
+        [float(part.split()[1]) for part in lines[key].split(", ")]
+        for key in ("fused, gates closed", "fused, links trained")
+    )
+    assert max(after) < 0.5 * min(before)
+    assert lines["saved and loaded"] == lines["read as signs"]
+    assert len(lines["read as signs"]) == len(lines["in letters"])
