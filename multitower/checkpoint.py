@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ from .graph import FusionGraph
 from .spec import GraphError, TowerSpec
 from .tower import Tower, TowerError, TransformersTower, as_tower
 from .tower.lora import add_adapter, base_model, base_state, is_peft_model, make_config
+from .tower.offload import is_offloaded
+from .tower.quantised import can_be_stored, quantisation_of
 
 FORMAT_VERSION = 1
 FUSION, LINKS, TOWERS, WEIGHTS = "fusion.json", "links.safetensors", "towers", "model.safetensors"
@@ -140,6 +143,9 @@ def _write(model: FusedModel, folder: Path, embed_towers: bool) -> None:
         whole, place = _whole(model.tower(name)), folder / TOWERS / name
         state = base_state(whole)
         embedded = embed_towers or spec.train == "all" or spec.source is None
+        if embedded and not can_be_stored(base_model(whole)):
+            _leave_out(name, base_model(whole), embed_towers)
+            embedded = False
         records[name] = {
             "class": type(base_model(whole)).__name__,
             "embedded": embedded,
@@ -153,6 +159,19 @@ def _write(model: FusedModel, folder: Path, embed_towers: bool) -> None:
     save_file(links, folder / LINKS, metadata={"format": "pt"})
     document = {"format_version": FORMAT_VERSION, "graph": model.graph.to_dict(), "towers": records}
     (folder / FUSION).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def _leave_out(name: str, model: nn.Module, embed_towers: bool) -> None:
+    why = (
+        f"tower {name!r} is quantised ({quantisation_of(model)}) in a way that cannot be written to a "
+        "checkpoint and read back"
+    )
+    if embed_towers:
+        raise CheckpointError(f"{why}; save without embed_towers, and keep the tower yourself")
+    warnings.warn(
+        f"{why}; it is left out, so load with from_pretrained(folder, towers={{{name!r}: module}})",
+        stacklevel=5,
+    )
 
 
 def _fusion_state(model: FusedModel) -> dict[str, Tensor]:
@@ -172,7 +191,8 @@ def _save_model(model: Any, state: dict[str, Tensor], folder: Path) -> None:
         state = {key: value.contiguous() for key, value in state.items()}
         save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
     else:
-        model.save_pretrained(folder, state_dict=state)
+        own = not is_offloaded(model) and state.keys() == model.state_dict().keys()
+        model.save_pretrained(folder, state_dict=None if own else state)
 
 
 def _save_adapters(name: str, model: Any, folder: Path) -> dict[str, Any]:

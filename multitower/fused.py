@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,10 @@ from .stream import Segment, check_streams
 from .tower import Tower, TowerError
 from .tower.load import merged
 from .tower.lora import check_trained
+from .tower.trainable import check_trainable, warn_of_lost_gradients
+
+if TYPE_CHECKING:
+    from .generate import Decoded, Entry, Policy
 
 
 class FusedModel(nn.Module):
@@ -60,6 +64,8 @@ class FusedModel(nn.Module):
         self.links = nn.ModuleDict({name: nn.ModuleDict() for name in graph.links})
         for name, spec in graph.towers.items():
             tower = towers[name]
+            if spec.train == "all":
+                check_trainable(name, tower)
             if spec.train == "lora":
                 check_trained(name, tower.native)
             else:
@@ -68,6 +74,8 @@ class FusedModel(nn.Module):
                 self.adapters[name] = InputAdapter(tower.width, spec.adapter).to(**_placement(tower))
         for tap in self.schedule.taps:
             self._link(tap.link)[tap.key] = self._make_tap(tap)
+        for name in {*self.adapters, *(link.target for link in graph.links.values())}:
+            warn_of_lost_gradients(name, towers[name])
         self.train()
 
     def forward(
@@ -100,6 +108,8 @@ class FusedModel(nn.Module):
         seen = self._visibilities(streams)
         for name, stream in streams.items():
             embedded, states.contexts[name] = self.tower(name).embed(stream["tokens"])
+            if self.graph.towers[name].train == "none":
+                embedded = embedded.detach()  # transformers' activation checkpointing asks for its gradient
             states.hidden[name] = self.adapt(name, embedded)
         read_layers = self.schedule.read_layers
         for step in self.schedule.steps:
@@ -140,9 +150,9 @@ class FusedModel(nn.Module):
     def generate(
         self,
         examples: Sequence[Sequence[Segment]],
-        output: Sequence[str],
+        output: Sequence[Entry] | Policy,
         **options: Any,
-    ) -> list[list[Segment]]:
+    ) -> Decoded:
         """Decode one segment for each tower in ``output``, each until its end token.
 
         >>> import multitower as mt
@@ -152,13 +162,28 @@ class FusedModel(nn.Module):
         >>> text.tower, speech.tower
         ('text', 'speech')
 
+        Towers in a tuple are decoded at the same time, a token of each a step, and so stand in the result:
+
+        >>> (((text, speech),),) = model.generate([given], output=[("text", "speech")], max_new_tokens=4)
+        >>> text.tower, speech.tower
+        ('text', 'speech')
+
+        A function may choose what comes next, by the end token of what came last, for instance:
+
+        >>> def answer(row):
+        ...     return {"speech": "text", "text": None}[row[-1].tower]
+        >>> [[segment.tower for segment in row] for row in model.generate([given], answer, max_new_tokens=4)]
+        [['text']]
+
         Args:
             examples: What is given, each a list of segments (none of them a target).
-            output: The towers to decode, in this order; each reads all that came before.
+            output: The towers to decode, in this order; each reads all that came before. Or a function that
+                is called with an example so far and gives the next tower, a tuple of towers, or None.
             options: Options of transformers' ``generate``: ``max_new_tokens``, ``do_sample``, ...
 
         Returns:
-            For each example (each returned sequence of it) the decoded segments, begin and end included.
+            For each example (each returned sequence of it) what can be appended to it: the decoded segments,
+            begin and end included.
 
         Raises:
             ValueError: Nothing is to be decoded, a tower is unknown or has no begin token, an example
@@ -333,6 +358,6 @@ def _keys(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> tuple[T
 
 
 def _placement(tower: Tower) -> dict[str, Any]:
-    """Where a tower's own new modules belong: its device and floating dtype."""
-    dtypes = (parameter.dtype for parameter in tower.parameters() if parameter.is_floating_point())
+    """Where a tower's own new modules belong: its device and the dtype in which it computes."""
+    dtypes = (each.dtype for each in tower.parameters() if each.is_floating_point() and each.itemsize > 1)
     return {"device": tower.device, "dtype": next(dtypes, torch.get_default_dtype())}

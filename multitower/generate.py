@@ -6,17 +6,19 @@ Then a copy of that tower, whose layers are followed by the taps, is to transfor
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .link import KeysValues, visibility
-from .options import begin_token, check_options, filled, given, groups
-from .schedule import Tap
-from .stream import Example, Segment, Stream, make_streams, place_in_time
+from .cache import TapCache, TapReader
+from .options import begin_token, check_options, filled, given, groups, setting
+from .stream import Example, Segment, make_streams, place_in_time
+from .together import check_stepwise, decode_together
+from .tower import Tower
+from .tower.offload import execution_device
 
 if TYPE_CHECKING:
     from .fused import FusedModel
@@ -25,45 +27,139 @@ MAX_NEW_TOKENS = 1024
 """How long a segment may grow when neither the caller nor the tower says so."""
 
 
+Entry = str | tuple[str, ...]
+"""A tower to decode, or several to decode at the same time."""
+
+Policy = Callable[[Example], Entry | None]
+"""Called with an example as it stands; says what to decode next, or None when it is complete."""
+
+Decoded = list[list[Segment | tuple[Segment, ...]]]
+
+
 @torch.no_grad()
 def generate(
-    model: FusedModel, examples: Sequence[Example], output: Sequence[str], options: Mapping[str, Any]
-) -> list[list[Segment]]:
-    """Decode one segment for each tower in ``output``; see ``FusedModel.generate``.
+    model: FusedModel,
+    examples: Sequence[Example],
+    output: Sequence[Entry] | Policy,
+    options: Mapping[str, Any],
+) -> Decoded:
+    """Decode a segment for each entry of ``output``; see ``FusedModel.generate``.
 
     Raises:
         ValueError: Nothing is to be decoded, a tower is unknown or has no begin token, an example holds
             a target, or an option cannot be passed on.
     """
-    _check(model, examples, output, options)
+    _check_examples(model, examples)
     rows = [list(example) for example in examples]
-    decoded: list[list[Segment]] = []
     training = model.training
     model.eval()
     try:
-        for name in output:
-            segments = _decode_segments(model, rows, name, options)
-            before = decoded or [[] for _ in segments]
-            decoded = [[*row, segment] for row, segment in zip(before, segments, strict=True)]
-            if name != output[-1]:
-                rows = [[*row, segment] for row, segment in zip(rows, segments, strict=True)]
+        if callable(output):
+            return _follow(model, rows, output, options)
+        _check_output(model, output, options, len(rows))
+        cache = TapCache.fill(model, make_streams(rows))
+        decoded: Decoded = []
+        for number, entry in enumerate(output, 1):
+            new = _decode(model, cache, rows, entry, options)
+            decoded = [[*row, each] for row, each in zip(decoded or [[] for _ in new], new, strict=True)]
+            if number < len(output):
+                rows = [[*row, each] for row, each in zip(rows, new, strict=True)]
+                cache = _after(model, cache, rows, [entry])
+        return decoded
     finally:
         model.train(training)
-    return decoded
+
+
+def _follow(
+    model: FusedModel, examples: Sequence[Example], policy: Policy, options: Mapping[str, Any]
+) -> Decoded:
+    """Decode what a policy asks for, rows that want the same together, until it wants no more."""
+    rows: Decoded = [list(example) for example in examples]
+    cache = TapCache.fill(model, make_streams(rows))
+    going = list(range(len(rows)))
+    while going:
+        wanted: dict[Entry, list[int]] = {}
+        for row in going:
+            entry = policy(rows[row])
+            if entry is not None:
+                wanted.setdefault(entry, []).append(row)
+        decoded: dict[int, Segment | tuple[Segment, ...]] = {}
+        for entry, chosen in wanted.items():
+            _check_output(model, [entry], options, len(chosen))
+            new = _decode(model, cache.of_rows(chosen), [rows[row] for row in chosen], entry, options)
+            if len(new) > len(chosen):
+                raise ValueError("num_return_sequences > 1 needs output=[...] with a single tower")
+            decoded |= zip(chosen, new, strict=True)
+        for row, each in decoded.items():
+            rows[row].append(each)
+        going = sorted(decoded)
+        if going:
+            cache = _after(model, cache, rows, list(wanted))
+    return [row[len(example) :] for row, example in zip(rows, examples, strict=True)]
+
+
+def _after(model: FusedModel, cache: TapCache, rows: Sequence[Example], entries: Sequence[Entry]) -> TapCache:
+    """Bring a cache up to date: a tower decoded alone runs over its tokens, several at a time need all."""
+    streams = make_streams(rows)
+    if len(entries) > 1 or not isinstance(entries[0], str):
+        return TapCache.fill(model, streams)
+    cache.refresh(entries[0], streams[entries[0]])
+    return cache
+
+
+def _decode(
+    model: FusedModel, cache: TapCache, rows: Sequence[Example], entry: Entry, options: Mapping[str, Any]
+) -> Sequence[Segment | tuple[Segment, ...]]:
+    if isinstance(entry, str):
+        return _decode_segments(model, cache, rows, entry, options)
+    return _decode_side_by_side(model, cache, rows, entry, options)
+
+
+def _decode_side_by_side(
+    model: FusedModel,
+    cache: TapCache,
+    rows: Sequence[Example],
+    names: tuple[str, ...],
+    options: Mapping[str, Any],
+) -> list[tuple[Segment, ...]]:
+    """Decode several towers at the same time, rows together where no padding gets in the way."""
+    check_stepwise(options)
+    towers = {name: model.tower(name) for name in names}
+    prompts = [{name: _prompt(row, name, _begin(towers[name], options)) for name in names} for row in rows]
+    lengths = [tuple(len(tokens) for tokens, _ in prompt.values()) for prompt in prompts]
+    apart = not all(tower.pads_left for tower in towers.values())
+    decoded: dict[int, tuple[Segment, ...]] = {}
+    for key in sorted(set(lengths)) if apart else [None]:
+        chosen = [row for row, length in enumerate(lengths) if key in (None, length)]
+        padded = {
+            name: (
+                pad_left([prompts[row][name][0] for row in chosen], 0),
+                pad_left([prompts[row][name][1] for row in chosen], -1),
+            )
+            for name in names
+        }
+        limit = min(
+            setting(tower, options, "max_new_tokens")
+            or length_limit(tower.native, options, padded[name][0].shape[1])
+            or MAX_NEW_TOKENS
+            for name, tower in towers.items()
+        )
+        segments = decode_together(model, cache.of_rows(chosen), padded, options, limit)
+        decoded |= zip(chosen, segments, strict=True)
+    return [decoded[row] for row in range(len(rows))]
 
 
 def _decode_segments(
-    model: FusedModel, rows: Sequence[Example], name: str, options: Mapping[str, Any]
+    model: FusedModel, cache: TapCache, rows: Sequence[Example], name: str, options: Mapping[str, Any]
 ) -> list[Segment]:
     """Decode rows, together where that does not change what each becomes."""
     tower = model.tower(name)
-    begin = begin_token(tower, options)
-    assert begin is not None
+    begin = _begin(tower, options)
     prompts = [_prompt(row, name, begin) for row in rows]
     decoded: dict[int, list[Segment]] = {}
     for group in groups(tower, [len(tokens) for tokens, _ in prompts], options):
         times = pad_left([prompts[row][1] for row in group], -1).to(tower.device)
-        reader = _TapReader(model, name, make_streams([rows[row] for row in group]), times)
+        reader = TapReader(model, name, cache.of_rows(group), times)
         sequences = decode_rows(
             tower.decoder(reader),
             [prompts[row][0] for row in group],
@@ -96,6 +192,7 @@ def decode_rows(
     tokens = pad_left(prompts, begin)
     mask = pad_left([torch.ones_like(prompt) for prompt in prompts], 0)
     length = tokens.shape[1]
+    limit = length_limit(decoder, options, length)
     settings = filled(
         options,
         {
@@ -103,102 +200,51 @@ def decode_rows(
             "eos_token_id": list(end) or None,
             "pad_token_id": end[0] if end else begin,
             "return_dict_in_generate": False,
-            **_length_limit(decoder, options, length),
+            **({} if limit is None else {"max_new_tokens": limit}),
         },
     )
-    sequences = decoder.generate(
-        tokens.to(decoder.device), attention_mask=mask.to(decoder.device), **settings
-    )
+    device = execution_device(decoder)
+    sequences = decoder.generate(tokens.to(device), attention_mask=mask.to(device), **settings)
     ends = _as_ids(given(settings, "eos_token_id"))
     return [_until_end(sequence[length - 1 :].cpu(), ends) for sequence in sequences]
 
 
-class _TapReader:
-    """What one tower reads of the others while it is decoded: called after each of its layers."""
-
-    def __init__(
-        self, model: FusedModel, name: str, streams: Mapping[str, Stream], prompt_times: Tensor
-    ) -> None:
-        self.model, self.name = model, name
-        self.prompt_times = prompt_times
-        self.taps: dict[int, list[Tap]] = {}
-        self.keys: dict[str, tuple[Tensor, Tensor]] = {}
-        self.sources: dict[Tap, KeysValues] = {}
-        device = prompt_times.device
-        sources = {
-            key: {
-                part: value.to(model.tower(key).device) for part, value in stream.items() if part != "labels"
-            }
-            for key, stream in streams.items()
-        }
-        if not sources:
-            return
-        given = model.run(sources).given
-        for tap in model.schedule.taps:
-            if tap.target == name and tap.source in sources:
-                stream = sources[tap.source]
-                self.taps.setdefault(tap.target_layer, []).append(tap)
-                self.sources[tap] = model.tap(tap).read(given[tap.source, tap.source_layer], stream["times"])
-                self.keys[tap.source] = (stream["times"].to(device), stream["mask"].to(device))
-
-    def __call__(self, layer: int, x: Tensor, positions: Tensor) -> Tensor:
-        if layer == 0:
-            return self.model.adapt(self.name, x)
-        if layer not in self.taps:
-            return x
-        self._expand(len(x))
-        query_times = self._times(positions)
-        update = torch.zeros_like(x)
-        for tap in self.taps[layer]:
-            seen = visibility(query_times, *self.keys[tap.source], self.model.graph.links[tap.link].window)
-            update = update + self.model.tap(tap)(x, query_times, self.sources[tap], seen)
-        return x + update
-
-    def _times(self, positions: Tensor) -> Tensor:
-        """Give the times of these tokens: those of the prompt are known, later ones follow one by one."""
-        positions = positions.to(self.prompt_times.device)
-        known = positions.clamp(max=self.prompt_times.shape[1] - 1)
-        return self.prompt_times[:, known] + (positions - known)
-
-    def _expand(self, rows: int) -> None:
-        """Repeat what was read once for each beam or returned sequence; they need no reordering."""
-        times, rest = divmod(rows, len(self.prompt_times))
-        if rest or not times:
-            raise ValueError(
-                f"{rows} rows are decoded where {len(self.prompt_times)} were prepared; a decoding loop must "
-                "keep all rows until the last has ended"
-            )
-        if times > 1:
-            self.prompt_times = self.prompt_times.repeat_interleave(times, 0)
-            self.keys = {
-                name: (key_times.repeat_interleave(times, 0), mask.repeat_interleave(times, 0))
-                for name, (key_times, mask) in self.keys.items()
-            }
-            self.sources = {
-                tap: KeysValues(*(part.repeat_interleave(times, 0) for part in source))
-                for tap, source in self.sources.items()
-            }
-
-
-def _check(
-    model: FusedModel, examples: Sequence[Example], output: Sequence[str], options: Mapping[str, Any]
-) -> None:
-    if isinstance(output, str) or not output:
-        raise ValueError(f"output must be a list of towers to decode, as in output=['text'], not {output!r}")
+def _check_examples(model: FusedModel, examples: Sequence[Example]) -> None:
     if len(examples) == 0:
         raise ValueError("there are no examples to decode from")
-    given = [
-        [segment for segment, _ in place_in_time(example, number)] for number, example in enumerate(examples)
-    ]
-    for name in [*output, *(segment.tower for example in given for segment in example)]:
-        if name not in model.towers:
-            raise ValueError(f"there is no tower {name!r}; the towers are {', '.join(model.towers)}")
-    for number, example in enumerate(given):
-        if any(segment.target for segment in example):
-            raise ValueError(
-                f"example {number} holds a target segment: give generate only what is known, without answers"
-            )
-    check_options(options, {name: model.tower(name) for name in output}, len(examples))
+    for number, example in enumerate(examples):
+        for segment, _ in place_in_time(example, number):
+            _check_tower(model, segment.tower)
+            if segment.target:
+                raise ValueError(
+                    f"example {number} holds a target segment: give generate only what is known, without "
+                    "answers"
+                )
+
+
+def _check_output(
+    model: FusedModel, output: Sequence[Entry], options: Mapping[str, Any], examples: int
+) -> None:
+    if isinstance(output, str) or not output or () in output:
+        raise ValueError(f"output must be a list of towers to decode, as in output=['text'], not {output!r}")
+    names = [name for entry in output for name in ((entry,) if isinstance(entry, str) else entry)]
+    for name in names:
+        _check_tower(model, name)
+    for entry in output:
+        if not isinstance(entry, str) and len(set(entry)) < len(entry):
+            raise ValueError(f"a tower stands twice in {entry}: at one time it can take only one token")
+    check_options(options, {name: model.tower(name) for name in names}, examples)
+
+
+def _check_tower(model: FusedModel, name: str) -> None:
+    if name not in model.towers:
+        raise ValueError(f"there is no tower {name!r}; the towers are {', '.join(model.towers)}")
+
+
+def _begin(tower: Tower, options: Mapping[str, Any]) -> int:
+    begin = begin_token(tower, options)
+    assert begin is not None
+    return begin
 
 
 def _prompt(row: Example, name: str, begin: int) -> tuple[Tensor, Tensor]:
@@ -230,12 +276,13 @@ def _as_ids(value: Any) -> tuple[int, ...]:
     return (value,) if isinstance(value, int) else tuple(value)
 
 
-def _length_limit(decoder: Any, options: Mapping[str, Any], prompt: int) -> dict[str, int]:
-    """Say how long the segment may grow, where nobody else does."""
+def length_limit(model: Any, options: Mapping[str, Any], prompt: int) -> int | None:
+    """Say how long a segment may grow where neither the caller nor the model does; None where one does."""
+    own = getattr(model, "generation_config", None)
     for key in ("max_new_tokens", "max_length"):
-        if given(options, key) is not None or getattr(decoder.generation_config, key) is not None:
-            return {}
-    config = decoder.config.get_text_config(decoder=True)
-    limit = getattr(config, "max_position_embeddings", None) or -1
-    room = limit - prompt if limit > 0 else MAX_NEW_TOKENS
-    return {"max_new_tokens": max(1, min(MAX_NEW_TOKENS, room))}
+        if given(options, key) is not None or getattr(own, key, None) is not None:
+            return None
+    config = getattr(model, "config", None)
+    text = config.get_text_config(decoder=True) if config is not None else None
+    most = getattr(text, "max_position_embeddings", None) or -1
+    return max(1, min(MAX_NEW_TOKENS, most - prompt if most > 0 else MAX_NEW_TOKENS))

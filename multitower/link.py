@@ -111,8 +111,7 @@ class GatedCrossAttention(nn.Module):
             source: The source's states, shape (batch, source length, source width).
             times: When each of its tokens stands, int64, shape (batch, source length).
         """
-        weight = self.key.weight
-        states = self.project(self.source_norm(source.to(weight.device, weight.dtype)))
+        states = self.project(self.source_norm(source.to(self.key.weight)))
         return KeysValues(self._place(self.key(states), times), self._split(self.value(states)))
 
     def forward(self, x: Tensor, times: Tensor, source: KeysValues, seen: Visibility) -> Tensor:
@@ -125,20 +124,20 @@ class GatedCrossAttention(nn.Module):
             seen: Which source tokens each target token may read.
 
         Returns:
-            Shape and dtype of x; exactly zero where a target token sees nothing.
+            Shape, dtype and device of x; exactly zero where a target token sees nothing.
         """
-        states = x.to(self.query.weight.dtype)
+        states = x.to(self.query.weight)
         attended = F.scaled_dot_product_attention(self._query(states, times), *source, attn_mask=seen.mask)
         update = torch.tanh(self.attention_gate) * self.out(rearrange(attended, "b h t d -> b t (h d)"))
         update = update + torch.tanh(self.ffn_gate) * self.ffn(self.ffn_norm(states + update))
-        return torch.where(seen.sees, update, 0.0).to(x.dtype)
+        return torch.where(seen.sees, update, 0.0).to(x)
 
     def weights(self, x: Tensor, times: Tensor, source: KeysValues, seen: Visibility) -> Tensor:
         """Give the attention weights, float, shape (batch, heads, target length, source length).
 
         Rows of target tokens that see nothing are zero.
         """
-        query = self._query(x.to(self.query.weight.dtype), times)
+        query = self._query(x.to(self.query.weight), times)
         scores = query @ source.keys.transpose(-1, -2) / query.shape[-1] ** 0.5
         weights = scores.float().masked_fill(~seen.mask, float("-inf")).softmax(-1)
         return torch.where(seen.sees[:, None], weights, 0.0)

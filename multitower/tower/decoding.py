@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import Inject
-from .probe import Layers, evaluated, logits_of, probe_tokens
+from .probe import Layers, evaluated, forward_options, logits_of, probe_tokens
 from .shell import as_call, as_tuple, make_shell, stand_in
 
 
@@ -21,10 +21,11 @@ def make_decoder(model: nn.Module, found: Layers, inject: Inject) -> Any:
         layers[place] = stand_in(layers[place], _Injected(layers[place], index, inject, positions, found))
     shell = make_shell(model, found.path, layers).model
     prepare = shell.prepare_inputs_for_generation
+    recorded = {key: value for key, value in forward_options(model).items() if key != "use_cache"}
 
     @functools.wraps(prepare)
     def prepare_inputs(input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-        inputs = prepare(input_ids, *args, **kwargs)
+        inputs = {**prepare(input_ids, *args, **kwargs), **recorded}
         length = inputs["input_ids"].shape[1]
         total = _length_so_far(input_ids, length, kwargs)
         positions.now = torch.arange(total - length, total, device=input_ids.device)
@@ -65,13 +66,14 @@ def why_not_faithful(model: Any, *, length: int, padding: int = 0) -> str:
                 output_logits=True,
                 return_dict_in_generate=True,
             )
-            whole = model(input_ids=decoded.sequences[:1, padding:-1], use_cache=False)
+            tokens = decoded.sequences[:1, padding:-1]
+            whole = logits_of(model(input_ids=tokens, **forward_options(model)))
     except Exception as error:  # whatever stops it, decoding in this way is out of the question
         return f"{type(error).__name__}: {error}"
-    expected = logits_of(whole)[0, -steps:].float()
+    expected = whole[0, -steps:].float()
     found = torch.stack([step[0].float() for step in decoded.logits])
     worst = (found - expected).abs().max().item()
-    tolerance = torch.finfo(whole.logits.dtype).eps ** 0.5 * expected.abs().max().item()
+    tolerance = torch.finfo(whole.dtype).eps ** 0.5 * expected.abs().max().item()
     return "" if worst <= tolerance else f"its logits differ by {worst:.2g}"
 
 

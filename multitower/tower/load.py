@@ -39,8 +39,15 @@ def as_tower(
     if isinstance(source, str):
         transformers = require("transformers", "transformers")
         try:
-            source = transformers.AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+            source = transformers.AutoModelForCausalLM.from_pretrained(
+                source, dtype="auto", trust_remote_code=False
+            )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            if "trust_remote_code" in str(error):
+                raise TowerError(
+                    f"tower {name!r}: {source!r} brings code of its own, which is never run unasked; read "
+                    "it, load the model yourself with trust_remote_code=True, and give that module instead"
+                ) from error
             raise TowerError(f"tower {name!r}: cannot load {source!r} as a causal LM: {error}") from error
     assert isinstance(source, nn.Module)
     model = source.native if isinstance(source, TransformersTower | PeftTower) else source

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..extras import require
 from ..fingerprint import fingerprint
 from .base import Inject, Tower, TowerError
+from .offload import whole_state
 
 DEFAULT = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "target_modules": "all-linear"}
 """What ``train="lora"`` means; the rest is as peft sets it."""
@@ -163,7 +164,7 @@ def base_state(model: nn.Module) -> dict[str, Tensor]:
     True
     """
     inner = base_model(model)
-    state = inner.state_dict()
+    state = whole_state(inner)
     return {name: state[key] for key in state if (name := _base_name(inner, key)) is not None}
 
 

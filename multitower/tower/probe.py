@@ -14,10 +14,14 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .base import TowerError
+from .offload import execution_device
 from .shell import as_call, as_tuple
 
 ROWS, LENGTH = 3, 7
 """Size of the batch of a probe: numbers that no model is likely to have as its own."""
+
+RECORDED = ("output_hidden_states", "output_attentions", "output_router_logits")
+"""What a config may have a forward record of its layers, by hooks that it puts on them."""
 
 
 class Layout(NamedTuple):
@@ -187,7 +191,7 @@ def _run(model: nn.Module, lists: dict[str, nn.ModuleList]) -> tuple[dict[str, l
     name, tokens = type(model).__name__, probe_tokens(model)
     try:
         with evaluated(model):
-            logits = logits_of(model(input_ids=tokens, use_cache=False))
+            logits = logits_of(model(input_ids=tokens, **forward_options(model)))
     except Exception as error:
         raise TowerError(
             f"{name} does not run on tokens of shape {tuple(tokens.shape)} alone, which a tower must: "
@@ -210,17 +214,22 @@ def _codebooks(model: nn.Module) -> str:
     return f". It predicts {count} codebooks a step, and a tower one token" if count > 1 else ""
 
 
+def forward_options(model: nn.Module) -> dict[str, bool]:
+    """Give the arguments for a forward that computes logits and no more, whatever its config asks for."""
+    config: Any = model.config
+    asked = (
+        flag
+        for flag in RECORDED
+        for each in (config, config.get_text_config(decoder=True))
+        if getattr(each, flag, False)
+    )
+    return {"use_cache": False, **dict.fromkeys(asked, False)}
+
+
 def logits_of(output: Any) -> Tensor:
     """Give the logits of what a causal LM returned, a model output or a plain tuple."""
     logits: Tensor = output[0] if isinstance(output, tuple) else output.logits
     return logits
-
-
-def execution_device(model: nn.Module) -> torch.device:
-    """Where a model takes its tokens, also when its weights are offloaded."""
-    device = next(model.parameters()).device
-    offloaded = device.type == "meta" and hasattr(model, "hf_device_map")
-    return torch.device("cpu") if offloaded else device
 
 
 def _axes(hidden: Any) -> str:

@@ -144,5 +144,7 @@ def _twin(original: nn.Module) -> nn.Module:
             vars(twin)[key] = types.MethodType(value.__func__, twin)
         elif isinstance(value, functools.partial) and any(each is original for each in value.args):
             args = (twin if each is original else each for each in value.args)
-            vars(twin)[key] = functools.partial(value.func, *args, **value.keywords)
+            rebound = functools.partial(value.func, *args, **value.keywords)
+            vars(rebound).update(vars(value))  # among them __wrapped__, which tells the signature
+            vars(twin)[key] = rebound
     return twin

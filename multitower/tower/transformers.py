@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import functools
 import warnings
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .base import Inject, Tower, TowerError
 from .decoding import make_decoder, why_not_faithful
 from .lora import base_model
-from .probe import LENGTH, Layers, check_causal, evaluated, execution_device, logits_of, probe, probe_tokens
+from .offload import execution_device
+from .probe import LENGTH, Layers, check_causal, evaluated, forward_options, logits_of, probe, probe_tokens
 from .shell import (
     Call,
     Carried,
@@ -63,12 +65,13 @@ class TransformersTower(Tower):
         self._native = _Unregistered(model)
         self.model = base_model(model)
         self._layers: Layers
-        self._layers, logits = probe(self.model, layers)
-        self.path = self._layers.path
-        self.depth = len(self._layers.order)
-        self._script = Script()
-        self._shell = _Unregistered(self._make_shell())
-        self.width, self.vocab_size = self._prove(logits)
+        with _without_values(self.model):
+            self._layers, logits = probe(self.model, layers)
+            self.path = self._layers.path
+            self.depth = len(self._layers.order)
+            self._script = Script()
+            self._shell = _Unregistered(self._make_shell())
+            self.width, self.vocab_size = self._prove(logits)
 
     def train(self, mode: bool = True) -> TransformersTower:
         """Set training mode."""
@@ -108,15 +111,19 @@ class TransformersTower(Tower):
         """Run what the model does before layer 1; see ``Tower.embed``."""
         script, shell = self._script, self._shell.it
         shell.follow()
+        if any(twin.training and getattr(twin, "layerdrop", 0) for twin, _ in shell.copies):
+            raise TowerError(
+                f"{type(self.model).__name__} drops layers at random in training, but links need the state "
+                "after each; load it with layerdrop=0 (in BART decoder_layerdrop=0), or keep it frozen"
+            )
         script.calls = []
         with suppress(LayersReached):
-            shell.model(input_ids=tokens, use_cache=False)
+            shell.model(input_ids=tokens, **forward_options(self.model))
         calls, script.calls = tuple(script.calls), []
         if len(calls) != self.depth:
             raise TowerError(
                 f"{type(self.model).__name__}: its forward reached {len(calls)} of its {self.depth} layers. "
-                "Was a forward of the model replaced after it was made, or does it drop layers at random in "
-                "training (config.layerdrop)?"
+                "Was a forward of the model replaced after it was made, or does it skip layers in training?"
             )
         return self._layers.layout.to_tower(calls[0].hidden), Context(tokens, calls, {})
 
@@ -134,10 +141,11 @@ class TransformersTower(Tower):
 
     def head(self, hidden: Tensor, context: Context) -> Tensor:
         """Run what the model does after its last layer: norm, head, scaling, caps."""
+        options = forward_options(self.model)
         final = self._layers.layout.to_model(hidden)
         self._script.final = (final, *context.carried.get(self.depth, ()))
         try:
-            return logits_of(self._shell.it.model(input_ids=context.tokens, use_cache=False))
+            return logits_of(self._shell.it.model(input_ids=context.tokens, **options))
         finally:
             self._script.final = None
 
@@ -230,6 +238,12 @@ class Context(NamedTuple):
     tokens: Tensor
     calls: tuple[Call, ...]
     carried: dict[int, tuple[Any, ...]]
+
+
+def _without_values(model: nn.Module) -> AbstractContextManager[Any]:
+    """Let a model on the meta device run, whose forward may ask for values that are not there."""
+    on_meta = execution_device(model).type == "meta"
+    return FakeTensorMode(allow_non_fake_inputs=True) if on_meta else nullcontext()
 
 
 def _resolve(value: Any, context: Context) -> Any:

@@ -1,0 +1,181 @@
+"""What taps read while a tower is decoded: keys and values, computed once, growing with their source."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .link import KeysValues, visibility
+from .schedule import Tap
+from .stream import Stream
+
+if TYPE_CHECKING:
+    from .fused import FusedModel
+
+
+class Entry(NamedTuple):
+    """What one tap reads, on its target's device.
+
+    Attributes:
+        source: Keys and values.
+        times: When each token of the source stands, int64, shape (batch, source length).
+        mask: Whether it is one, bool, shape (batch, source length).
+    """
+
+    source: KeysValues
+    times: Tensor
+    mask: Tensor
+
+    def then(self, other: Entry, place: int) -> Entry:
+        """Put what another entry holds at this place of the source, instead of what stands there."""
+        keys, values = (
+            torch.cat([old[:, :, :place], new], 2) for old, new in zip(self.source, other.source, strict=True)
+        )
+        return Entry(
+            KeysValues(keys, values),
+            torch.cat([self.times[:, :place], other.times], 1),
+            torch.cat([self.mask[:, :place], other.mask], 1),
+        )
+
+    def of_rows(self, rows: Sequence[int]) -> Entry:
+        """Give these rows."""
+        chosen = torch.tensor(rows, device=self.times.device)
+        keys, values = (part[chosen] for part in self.source)
+        return Entry(KeysValues(keys, values), self.times[chosen], self.mask[chosen])
+
+    def repeat(self, times: int) -> Entry:
+        """Repeat each row for its beams or returned sequences; rows of one example need no reordering."""
+        return Entry(
+            KeysValues(*(part.repeat_interleave(times, 0) for part in self.source)),
+            self.times.repeat_interleave(times, 0),
+            self.mask.repeat_interleave(times, 0),
+        )
+
+
+class TapCache:
+    """An entry for each tap whose source has tokens.
+
+    Args:
+        model: The model.
+        entries: The entries; see ``fill`` for the first ones.
+    """
+
+    def __init__(self, model: FusedModel, entries: Mapping[Tap, Entry]) -> None:
+        self.model = model
+        self.entries = dict(entries)
+        self.given = {tap: entry.times.shape[1] for tap, entry in entries.items()}
+
+    @classmethod
+    def fill(cls, model: FusedModel, streams: Mapping[str, Stream]) -> TapCache:
+        """Run all towers once over what is given."""
+        cache = cls(model, {})
+        placed = {name: _placed(model, name, stream) for name, stream in streams.items()}
+        given = model.run(placed).given if placed else {}
+        entries = {
+            tap: cache._read(tap, given[tap.source, tap.source_layer], placed[tap.source])
+            for tap in model.schedule.taps
+            if tap.source in placed
+        }
+        return cls(model, entries)
+
+    def of_rows(self, rows: Sequence[int]) -> TapCache:
+        """Give a cache of these rows, apart from this one."""
+        return TapCache(self.model, {tap: entry.of_rows(rows) for tap, entry in self.entries.items()})
+
+    def refresh(self, name: str, stream: Stream) -> None:
+        """Run one tower over all its tokens, of which some are new, and note what it gives to others.
+
+        Nothing else need run: what the others gave for their tokens does not depend on later ones.
+        """
+        model, tower = self.model, self.model.tower(name)
+        readers = [tap for tap in model.schedule.taps if tap.source == name]
+        if not readers:
+            return
+        stream = _placed(model, name, stream)
+        reader = TapReader(model, name, self, stream["times"])
+        positions = torch.arange(stream["tokens"].shape[1], device=tower.device)
+        embedded, context = tower.embed(stream["tokens"])
+        x = reader(0, embedded, positions)
+        new: dict[Tap, Entry] = {}
+        for layer in range(1, max(tap.source_layer for tap in readers) + 1):
+            x = tower.layer(layer, x, context)
+            new |= {tap: self._read(tap, x, stream) for tap in readers if tap.source_layer == layer}
+            x = reader(layer, x, positions)
+        self.entries |= new
+
+    def grow(self, tap: Tap, states: Tensor, stream: Stream, place: int) -> None:
+        """Add what the source gave for further tokens; ``place`` counts them from those that were given."""
+        new = self._read(tap, states, stream)
+        old = self.entries.get(tap)
+        self.entries[tap] = new if old is None else old.then(new, self.given.get(tap, 0) + place)
+
+    def _read(self, tap: Tap, states: Tensor, stream: Stream) -> Entry:
+        device = self.model.tower(tap.target).device
+        source = self.model.tap(tap).read(states, stream["times"])
+        return Entry(source, stream["times"].to(device), stream["mask"].to(device))
+
+
+class TapReader:
+    """What is done after each layer of one tower while it is decoded: an ``Inject``.
+
+    Args:
+        model: The model.
+        name: The tower.
+        cache: What its taps read.
+        times: When the tokens of its prompts stand, int64, shape (batch, prompt length), padded on the left.
+    """
+
+    def __init__(self, model: FusedModel, name: str, cache: TapCache, times: Tensor) -> None:
+        self.model, self.name, self.cache, self.times = model, name, cache, times
+        self.repeated: dict[tuple[Tap, int], Entry] = {}
+        self.taps: dict[int, list[Tap]] = {}
+        for tap in model.schedule.taps:
+            if tap.target == name:
+                self.taps.setdefault(tap.target_layer, []).append(tap)
+
+    def __call__(self, layer: int, x: Tensor, positions: Tensor) -> Tensor:
+        """Adapt what is embedded, and let the state after a layer read others."""
+        if layer == 0:
+            return self.model.adapt(self.name, x)
+        taps = [tap for tap in self.taps.get(layer, []) if tap in self.cache.entries]
+        if not taps:
+            return x
+        copies = self._copies(len(x))
+        times = self.times_of(positions).repeat_interleave(copies, 0)
+        update = torch.zeros_like(x)
+        for tap in taps:
+            entry = self._entry(tap, copies)
+            seen = visibility(times, entry.times, entry.mask, self.model.graph.links[tap.link].window)
+            update = update + self.model.tap(tap)(x, times, entry.source, seen)
+        return x + update
+
+    def times_of(self, positions: Tensor) -> Tensor:
+        """Give the times of tokens: those of the prompt are known, later ones follow one by one."""
+        positions = positions.to(self.times.device)
+        known = positions.clamp(max=self.times.shape[1] - 1)
+        return self.times[:, known] + (positions - known)
+
+    def _entry(self, tap: Tap, copies: int) -> Entry:
+        entry = self.cache.entries[tap]
+        if copies == 1:
+            return entry
+        if (tap, copies) not in self.repeated:
+            self.repeated[tap, copies] = entry.repeat(copies)
+        return self.repeated[tap, copies]
+
+    def _copies(self, rows: int) -> int:
+        copies, rest = divmod(rows, len(self.times))
+        if rest or not copies:
+            raise ValueError(
+                f"{rows} rows are decoded where {len(self.times)} were prepared; a decoding loop must keep "
+                "all rows until the last has ended"
+            )
+        return copies
+
+
+def _placed(model: FusedModel, name: str, stream: Stream) -> Stream:
+    device = model.tower(name).device
+    return {key: value.to(device) for key, value in stream.items() if key != "labels"}

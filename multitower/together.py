@@ -1,0 +1,172 @@
+"""Several towers decoded at the same time, a token of each a step, on the clock that they share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .cache import TapCache, TapReader
+from .options import given
+from .schedule import Tap
+from .stream import Segment
+
+if TYPE_CHECKING:
+    from .fused import FusedModel
+
+STEPWISE = (
+    "do_sample",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "max_new_tokens",
+    "min_p",
+    "repetition_penalty",
+    "temperature",
+    "top_h",
+    "top_k",
+    "top_p",
+    "typical_p",
+    "use_cache",
+)
+"""Options of ``generate`` that mean the same token by token."""
+
+
+def check_stepwise(options: Mapping[str, Any]) -> None:
+    """Check that all options make sense for towers that are decoded together.
+
+    Raises:
+        ValueError: Some need a tower to be decoded by itself.
+    """
+    others = sorted(set(options) - set(STEPWISE))
+    if others:
+        raise ValueError(
+            f"{', '.join(others)}: towers that are decoded at the same time advance token by token, for "
+            f"which only {', '.join(STEPWISE)} have a meaning; decode one tower at a time, or leave it out"
+        )
+
+
+class Lane:
+    """One of the towers: its rows so far, and transformers' generate for one more token of each.
+
+    Args:
+        model: The model.
+        name: The tower.
+        cache: What its taps and those of the others read.
+        tokens: The prompts, int64, shape (batch, length), padded on the left, the begin token last.
+        times: When they stand, -1 at padding.
+    """
+
+    def __init__(self, model: FusedModel, name: str, cache: TapCache, tokens: Tensor, times: Tensor) -> None:
+        tower = model.tower(name)
+        self.name, self.ends = name, tower.end
+        self.tokens, self.prompt = tokens.to(tower.device), tokens.shape[1]
+        self.mask = (times >= 0).long().to(tower.device)
+        self.ended = torch.zeros(len(tokens), dtype=torch.bool, device=tower.device)
+        self.reader = GrowingReader(model, name, cache, times.to(tower.device), self)
+        self.decoder = tower.decoder(self.reader)
+        self.past: Any = None
+        self.finished = False
+
+    def step(self, options: Mapping[str, Any]) -> None:
+        """Decode one more token of each row; rows that have ended get padding.
+
+        One step more is made after the last row has ended, so that others can read how it did.
+        """
+        self.finished = bool(self.ended.all())
+        past = {} if self.past is None else {"past_key_values": self.past}
+        padding = self.ends[0] if self.ends else 0
+        decoded = self.decoder.generate(
+            self.tokens,
+            attention_mask=self.mask,
+            **{
+                **options,
+                "max_new_tokens": 1,
+                "min_new_tokens": None,
+                "min_length": 0,
+                "num_beams": 1,
+                "num_return_sequences": 1,
+                "pad_token_id": padding,
+                "return_dict_in_generate": True,
+            },
+            **past,
+        )
+        self.past = _reusable(decoded, self.tokens.shape[1])
+        alive = ~self.ended
+        new = torch.where(alive, decoded.sequences[:, -1], padding)
+        self.tokens = torch.cat([self.tokens, new[:, None]], 1)
+        self.mask = torch.cat([self.mask, alive[:, None].long()], 1)
+        self.ended = self.ended | torch.isin(new, torch.tensor(self.ends, device=new.device))
+
+    def segments(self, limit: int) -> list[Segment]:
+        """Give what was decoded for each row, from its begin token on, of at most ``limit`` new tokens."""
+        rows = self.tokens[:, self.prompt - 1 : self.prompt + limit].cpu()
+        real = self.mask[:, self.prompt - 1 : self.prompt + limit].bool().cpu()
+        return [Segment(self.name, row[mask]) for row, mask in zip(rows, real, strict=True)]
+
+
+class GrowingReader(TapReader):
+    """A ``TapReader`` that also lets others read the tower, from its begin token on."""
+
+    def __init__(self, model: FusedModel, name: str, cache: TapCache, times: Tensor, lane: Lane) -> None:
+        super().__init__(model, name, cache, times)
+        self.lane = lane
+        self.readers: dict[int, list[Tap]] = {}
+        for tap in model.schedule.taps:
+            if tap.source == name:
+                self.readers.setdefault(tap.source_layer, []).append(tap)
+
+    def __call__(self, layer: int, x: Tensor, positions: Tensor) -> Tensor:
+        """Note what the layer gave for new tokens; then as ``TapReader``."""
+        begin = self.times.shape[1] - 1
+        new = positions >= begin
+        for tap in self.readers.get(layer, []):
+            stream = {
+                "times": self.times_of(positions[new]),
+                "mask": self.lane.mask[:, positions[new]].bool(),
+            }
+            self.cache.grow(tap, x[:, new], stream, int(positions[new][0]) - begin)
+        return super().__call__(layer, x, positions)
+
+
+def decode_together(
+    model: FusedModel,
+    cache: TapCache,
+    prompts: Mapping[str, tuple[Tensor, Tensor]],
+    options: Mapping[str, Any],
+    limit: int,
+) -> list[tuple[Segment, ...]]:
+    """Decode several towers, all of which begin at the same time.
+
+    At each step every tower takes a token, having read of the others what they gave before: a token never
+    sees those of the same time, so that the order of the towers cannot matter.
+
+    Args:
+        model: The model.
+        cache: What was given before; it grows.
+        prompts: For each tower its tokens so far and their times, as ``Lane`` takes them.
+        options: Options of ``generate``, those in ``STEPWISE``.
+        limit: How many tokens each may get.
+
+    Returns:
+        For each row a tuple of segments, in the order of ``prompts``.
+    """
+    lanes = [Lane(model, name, cache, tokens, times) for name, (tokens, times) in prompts.items()]
+    given_options = {key: value for key, value in options.items() if given(options, key) is not None}
+    for _ in range(limit):
+        for lane in lanes:
+            if not lane.finished:
+                lane.step(given_options)
+        if all(bool(lane.ended.all()) for lane in lanes):
+            break
+    return list(zip(*(lane.segments(limit) for lane in lanes), strict=True))
+
+
+def _reusable(decoded: Any, length: int) -> Any:
+    """Give the cache that a step left, if a next one can go on from it."""
+    past = getattr(decoded, "past_key_values", None)
+    try:
+        return past if past is not None and int(past.get_seq_length()) == length else None
+    except (AttributeError, ValueError, TypeError):
+        return None

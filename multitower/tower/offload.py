@@ -1,0 +1,43 @@
+"""Models whose weights lie elsewhere until accelerate's hooks bring them to where a module runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def execution_device(model: nn.Module) -> torch.device:
+    """Give where a model takes its tokens, also when its weights are offloaded."""
+    device = next(model.parameters()).device
+    if device.type != "meta":
+        return device
+    executed = (getattr(hook, "execution_device", None) for _, _, hook in _hooks(model))
+    return next((torch.device(each) for each in executed if each is not None), device)
+
+
+def is_offloaded(model: nn.Module) -> bool:
+    """Say whether some weights of a model are brought in only while it runs."""
+    return any(getattr(hook, "offload", False) for _, _, hook in _hooks(model))
+
+
+def whole_state(model: nn.Module) -> dict[str, Any]:
+    """Give a model's state dict, what is offloaded included."""
+    state: dict[str, Any] = model.state_dict()
+    for path, module, hook in _hooks(model):
+        if getattr(hook, "offload", False):
+            for name in module.state_dict():
+                key = f"{path}.{name}" if path else name
+                if isinstance(state[key], Tensor) and state[key].is_meta and name in hook.weights_map:
+                    state[key] = hook.weights_map[name]
+    return state
+
+
+def _hooks(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
+    """Give accelerate's hooks with the modules on which they are."""
+    for path, module in model.named_modules():
+        hook = getattr(module, "_hf_hook", None)
+        for each in getattr(hook, "hooks", (hook,)):
+            yield path, module, each
