@@ -111,7 +111,7 @@ class XTransformersTower(mt.Tower):
         size = 1 if stack.has_custom_layer_types else stack.len_default_block
         self.blocks = [order[start : start + size] for start in range(0, len(order), size)]
         self.depth, self.width = len(self.blocks), stack.dim
-        self.vocab_size, self.max_length = model.num_tokens, model.max_seq_len
+        self.vocab_size, self.max_length = model.num_tokens, model.max_seq_len or None
         self._refuse_what_differs()
 
     @property

@@ -130,6 +130,7 @@ class TapReader:
 
     def __init__(self, model: FusedModel, name: str, cache: TapCache, times: Tensor) -> None:
         self.model, self.name, self.cache, self.times = model, name, cache, times
+        self.windows = {link.name: link.window for link in model.graph.links.values()}
         self.repeated: dict[tuple[Tap, int], Entry] = {}
         self.taps: dict[int, list[Tap]] = {}
         for tap in model.schedule.taps:
@@ -148,7 +149,7 @@ class TapReader:
         update = torch.zeros_like(x)
         for tap in taps:
             entry = self._entry(tap, copies)
-            seen = visibility(times, entry.times, entry.mask, self.model.graph.links[tap.link].window)
+            seen = visibility(times, entry.times, entry.mask, self.windows[tap.link])
             update = update + self.model.tap(tap)(x, times, entry.source, seen)
         return x + update
 

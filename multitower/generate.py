@@ -140,7 +140,7 @@ def _decode_side_by_side(
         }
         limit = min(
             setting(tower, options, "max_new_tokens")
-            or length_limit(tower.native, options, padded[name][0].shape[1])
+            or length_limit(tower.native, options, padded[name][0].shape[1], tower.max_length)
             or MAX_NEW_TOKENS
             for name, tower in towers.items()
         )
@@ -192,7 +192,8 @@ def decode_rows(
     tokens = pad_left(prompts, begin)
     mask = pad_left([torch.ones_like(prompt) for prompt in prompts], 0)
     length = tokens.shape[1]
-    limit = length_limit(decoder, options, length)
+    config = decoder.config.get_text_config(decoder=True)
+    limit = length_limit(decoder, options, length, getattr(config, "max_position_embeddings", None))
     settings = filled(
         options,
         {
@@ -276,13 +277,18 @@ def _as_ids(value: Any) -> tuple[int, ...]:
     return (value,) if isinstance(value, int) else tuple(value)
 
 
-def length_limit(model: Any, options: Mapping[str, Any], prompt: int) -> int | None:
-    """Say how long a segment may grow where neither the caller nor the model does; None where one does."""
+def length_limit(model: Any, options: Mapping[str, Any], prompt: int, most: int | None) -> int | None:
+    """Say how long a segment may grow where neither the caller nor the model does; None where one does.
+
+    Args:
+        model: A causal LM, or whatever a tower was made of.
+        options: Options of ``generate``.
+        prompt: How many tokens stand before the segment's second.
+        most: How many tokens a row may have; None or a negative number where there is no limit.
+    """
     own = getattr(model, "generation_config", None)
     for key in ("max_new_tokens", "max_length"):
         if given(options, key) is not None or getattr(own, key, None) is not None:
             return None
-    config = getattr(model, "config", None)
-    text = config.get_text_config(decoder=True) if config is not None else None
-    most = getattr(text, "max_position_embeddings", None) or -1
-    return max(1, min(MAX_NEW_TOKENS, most - prompt if most > 0 else MAX_NEW_TOKENS))
+    room = MAX_NEW_TOKENS if most is None or most < 0 else most - prompt
+    return max(1, min(MAX_NEW_TOKENS, room))

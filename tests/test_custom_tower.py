@@ -16,7 +16,7 @@ with warnings.catch_warnings():
 
 from x_transformers import Decoder, Encoder, TransformerWrapper
 
-from custom_tower import GPT, GPTTower, XTransformersTower, examples, main, phrases, towers, translated
+from custom_tower import GPT, GPTTower, XTransformersTower, examples, fuse, main, phrases, towers, translated
 
 
 def wrapper(around: dict, layers: dict, kind: type[nn.Module] = Decoder) -> TransformerWrapper:
@@ -112,16 +112,16 @@ def test_plain_pytorch_gives_every_guarantee() -> None:
     check_tower(tower)
 
 
-def test_segments_grow_no_longer_than_the_positions() -> None:
+@pytest.mark.parametrize("output", [["letters"], ["signs"], [("letters", "signs")]])
+def test_segments_grow_no_longer_than_the_positions(output: list) -> None:
     torch.manual_seed(0)
     letters, signs = towers()
-    graph = mt.FusionGraph()
-    graph.add_tower("letters", letters)
-    graph.add_tower("signs", signs)
-    graph.add_link("signs", "letters", interleave=1)
-    model = graph.compile()
-    ((segment,),) = model.generate([[mt.Segment("letters", [0, 5, 1])]], ["letters"], eos_token_id=None)
-    assert 3 + len(segment.tokens) == letters.max_length
+    letters.end = signs.end = ()
+    model = fuse(letters, signs)
+    (row,) = model.generate([[mt.Segment("letters", [0, 5, 1])]], output)
+    segments = row[0] if isinstance(row[0], tuple) else row
+    longest = max(len(each.tokens) + (3 if each.tower == "letters" else 0) for each in segments)
+    assert longest == letters.max_length == signs.max_length
 
 
 def test_pairs_mean_the_same() -> None:
