@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .graph import FusionGraph, redeclared
+from .graph import FusionGraph
 from .link import GatedCrossAttention, Visibility, visibility
 from .output import FusedOutput, States, token_loss
 from .parts import make_adapters, make_links
 from .schedule import Schedule, Tap, make_schedule
 from .spec import GraphError
-from .stream import Segment, check_streams
-from .tower import Tower, TowerError
-from .tower.load import merged
+from .stream import Example, check_streams
+from .tower import Tower
 from .training import set_trained
 
 if TYPE_CHECKING:
@@ -149,7 +148,7 @@ class FusedModel(nn.Module):
 
     def generate(
         self,
-        examples: Sequence[Sequence[Segment]],
+        examples: Sequence[Example],
         output: Sequence[Entry] | Policy,
         **options: Any,
     ) -> Decoded:
@@ -301,15 +300,9 @@ class FusedModel(nn.Module):
             KeyError: There is no tower of that name.
             TowerError: It has no peft adapters, or they cannot be merged.
         """
-        old = self.tower(name)
-        try:
-            tower = merged(old).requires_grad_(False).eval()
-        except ValueError as error:
-            raise TowerError(f"tower {name!r}: {error}") from error
-        names = [each for each, other in self.towers.items() if other is old]
-        self.towers.update(dict.fromkeys(names, tower))
-        self._graph = redeclared(self._graph, names, source=None, train="none", peft=None)
-        return tower.native
+        from .surgery import merge_and_unload
+
+        return merge_and_unload(self, name)
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, embed_towers: bool = False) -> None:
         """Write a checkpoint; see ``checkpoint.save_pretrained``."""

@@ -18,7 +18,8 @@ from .fused import FusedModel
 from .graph import FusionGraph, redeclared
 from .sharing import load_towers
 from .spec import GraphError, LinkSpec, TowerSpec
-from .tower import Tower
+from .tower import Tower, TowerError
+from .tower.load import merged
 from .tower.lora import base_model
 
 if TYPE_CHECKING:
@@ -199,3 +200,16 @@ def _warn_of_open_gates(model: FusedModel, name: str) -> None:
             "with the new one before you rely on them",
             stacklevel=4,
         )
+
+
+def merge_and_unload(model: FusedModel, name: str) -> nn.Module:
+    """Fold a tower's peft adapters into its weights, in place; see ``FusedModel.merge_and_unload``."""
+    old = model.tower(name)
+    try:
+        tower = merged(old).requires_grad_(False).eval()
+    except ValueError as error:
+        raise TowerError(f"tower {name!r}: {error}") from error
+    names = [each for each, other in model.towers.items() if other is old]
+    model.towers.update(dict.fromkeys(names, tower))
+    model._graph = redeclared(model._graph, names, source=None, train="none", peft=None)
+    return tower.native
