@@ -13,9 +13,9 @@
 ['speech', 'text']
 """
 
-from .checkpoint import CheckpointError
 from .draw import draw_graph
 from .expansion import VocabularyExpansion
+from .files import CheckpointError
 from .fused import FusedModel
 from .graph import FusionGraph
 from .modality import Modality

@@ -6,7 +6,8 @@
              towers/<name>/adapter/  the peft adapters of a tower, as peft saves and loads them
 
 Untouched pretrained models, peft adapters on them or not, are referred to, not copied, unless asked. What is
-stored of a model with adapters is the model without them, as if peft had never touched it.
+stored of a model with adapters is the model without them, as if peft had never touched it. Of towers that
+share one model the first is written so, and the others name it (``shared_with``).
 """
 
 from __future__ import annotations
@@ -22,14 +23,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .extras import require
+from .files import CheckpointError, check_fit, load_strictly, read_json, read_tensors
 from .fingerprint import fingerprint
 from .fused import FusedModel
 from .graph import FusionGraph
+from .sharing import shared_with
 from .spec import GraphError, TowerSpec
 from .tower import Tower, TowerError, TransformersTower, as_tower
 from .tower.lora import add_adapter, base_model, base_state, is_peft_model, make_config
@@ -39,10 +41,6 @@ from .tower.quantised import can_be_stored, quantisation_of
 FORMAT_VERSION = 1
 FUSION, LINKS, TOWERS, WEIGHTS = "fusion.json", "links.safetensors", "towers", "model.safetensors"
 ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter", "adapter_config.json", "adapter_model.safetensors"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be written or read."""
 
 
 def save_pretrained(model: FusedModel, folder: str | os.PathLike[str], *, embed_towers: bool = False) -> None:
@@ -105,7 +103,7 @@ def from_pretrained(folder: str | os.PathLike[str], *, towers: Mapping[str, str 
         ImportError: A tower has peft adapters, and the extra "lora" is not installed.
     """
     root = Path(folder)
-    data = _read_json(root / FUSION)
+    data = read_json(root / FUSION)
     version = data.get("format_version")
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise CheckpointError(
@@ -113,21 +111,49 @@ def from_pretrained(folder: str | os.PathLike[str], *, towers: Mapping[str, str 
             "upgrade multitower"
         )
     try:
+        records = _read_records(data)
+        towers = _for_all_that_share(records, towers)
         graph = FusionGraph.from_dict(_with_sources(data["graph"], towers))
-        records = {name: dict(data["towers"][name]) for name in graph.towers}
-    except (GraphError, KeyError, TypeError) as error:
+    except (GraphError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{root / FUSION} is damaged: {error!r}") from error
-    unknown = set(towers) - set(graph.towers)
-    if unknown:
-        raise CheckpointError(
-            f"towers={sorted(unknown)}: the checkpoint has the towers {', '.join(graph.towers)}"
-        )
-    loaded = {
-        name: _load_tower(root, records[name], towers.get(name), spec) for name, spec in graph.towers.items()
-    }
+    loaded: dict[str, Tower] = {}
+    for name, spec in graph.towers.items():
+        first = records[name].get("shared_with")
+        loaded[name] = loaded[first] if first else _load_tower(root, records[name], towers.get(name), spec)
     model = FusedModel(graph, loaded)
-    _load_strictly(_fusion_state(model), _read_tensors(root / LINKS), root / LINKS)
+    load_strictly(_fusion_state(model), read_tensors(root / LINKS), root / LINKS)
     return model.eval()
+
+
+def _read_records(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Give what is said of each tower; one that shares the model of another comes after it."""
+    records: dict[str, dict[str, Any]] = {}
+    for spec in data["graph"]["towers"]:
+        name = spec["name"]
+        records[name] = dict(data["towers"][name])
+        first = records[name].get("shared_with")
+        if first is not None and (first == name or "shared_with" in records[first]):
+            raise KeyError(f"tower {name!r} cannot share the model of {first!r}")
+    return records
+
+
+def _for_all_that_share(
+    records: Mapping[str, Mapping[str, Any]], towers: Mapping[str, str | nn.Module]
+) -> dict[str, str | nn.Module]:
+    """Give what the caller names for one tower to all that share its model."""
+    unknown = set(towers) - set(records)
+    if unknown:
+        raise CheckpointError(f"towers={sorted(unknown)}: the checkpoint has the towers {', '.join(records)}")
+    chosen: dict[str, tuple[str, str | nn.Module]] = {}
+    for name, source in towers.items():
+        other, same = chosen.setdefault(records[name].get("shared_with", name), (name, source))
+        if same is not source and same != source:
+            raise CheckpointError(
+                f"towers {other!r} and {name!r} share one model in this checkpoint; give the same for "
+                "both, or for one of them only"
+            )
+    firsts = {name: record.get("shared_with", name) for name, record in records.items()}
+    return {name: chosen[first][1] for name, first in firsts.items() if first in chosen}
 
 
 def _with_sources(graph: Mapping[str, Any], towers: Mapping[str, str | nn.Module]) -> dict[str, Any]:
@@ -139,7 +165,11 @@ def _with_sources(graph: Mapping[str, Any], towers: Mapping[str, str | nn.Module
 
 def _write(model: FusedModel, folder: Path, embed_towers: bool) -> None:
     records: dict[str, dict[str, Any]] = {}
+    shared = shared_with({name: model.tower(name) for name in model.graph.towers})
     for name, spec in model.graph.towers.items():
+        if name in shared:
+            records[name] = {"shared_with": shared[name]}
+            continue
         whole, place = _whole(model.tower(name)), folder / TOWERS / name
         state = base_state(whole)
         embedded = embed_towers or spec.train == "all" or spec.source is None
@@ -233,7 +263,7 @@ def _load_tower(
         raise CheckpointError(f"{root}: {error}") from error
     state = base_state(_whole(tower))
     if stored is not None and not isinstance(tower, TransformersTower):
-        _load_strictly(state, _read_tensors(stored / WEIGHTS), stored / WEIGHTS)
+        load_strictly(state, read_tensors(stored / WEIGHTS), stored / WEIGHTS)
     found, expected = fingerprint(state), record.get("fingerprint")
     if found != expected:
         raise CheckpointError(
@@ -263,13 +293,13 @@ def _load_adapters(folder: Path, record: Mapping[str, Any], model: nn.Module) ->
     adapted: Any = model
     for adapter, expected in adapters.items():
         place = folder if adapter == "default" else folder / adapter
-        file, tensors = place / ADAPTER_WEIGHTS, _read_tensors(place / ADAPTER_WEIGHTS)
-        config = make_config(_read_json(place / ADAPTER_CONFIG))
+        file, tensors = place / ADAPTER_WEIGHTS, read_tensors(place / ADAPTER_WEIGHTS)
+        config = make_config(read_json(place / ADAPTER_CONFIG))
         if hasattr(config, "init_lora_weights"):
             config.init_lora_weights = True  # others may change the model; the values come from the file
         in_single = any(tensor.dtype == torch.float32 for tensor in tensors.values())
         adapted = add_adapter(adapted, config, adapter, autocast=in_single)
-        _check_fit(_adapter_state(adapted, adapter), tensors, file)
+        check_fit(_adapter_state(adapted, adapter), tensors, file)
         peft.set_peft_model_state_dict(adapted, tensors, adapter)
         if fingerprint(_adapter_state(adapted, adapter)) != expected:
             raise CheckpointError(f"{file} holds other values than those that this checkpoint was made with")
@@ -280,50 +310,6 @@ def _load_adapters(folder: Path, record: Mapping[str, Any], model: nn.Module) ->
         raise CheckpointError(f"{FUSION} is damaged: no adapters {active} to activate") from error
     assert isinstance(adapted, nn.Module)
     return adapted
-
-
-def _load_strictly(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Copy tensors into those of a model; where anything does not fit, list all of it and change nothing."""
-    _check_fit(state, tensors, file)
-    with torch.no_grad():
-        for key, tensor in tensors.items():
-            state[key].copy_(tensor)
-
-
-def _check_fit(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], file: Path) -> None:
-    problems = [f"missing: {key}" for key in state if key not in tensors]
-    problems += [f"unexpected: {key}" for key in tensors if key not in state]
-    problems += [
-        f"{key} is {tuple(tensor.shape)} {tensor.dtype}, but the model has "
-        f"{tuple(state[key].shape)} {state[key].dtype}"
-        for key, tensor in tensors.items()
-        if key in state and (tensor.shape, tensor.dtype) != (state[key].shape, state[key].dtype)
-    ]
-    if problems:
-        raise CheckpointError(f"{file} does not fit the model:\n  " + "\n  ".join(problems))
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{file} is missing; is {file.parent} a fused checkpoint, wholly copied?"
-        ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{file} is damaged: {error}") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{file} is damaged: expected a JSON object")
-    return data
-
-
-def _read_tensors(file: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(file)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{file} is missing; was the checkpoint wholly copied?") from error
-    except SafetensorError as error:
-        raise CheckpointError(f"{file} is damaged or half-written: {error}") from error
 
 
 def _keep_others(old: Path, new: Path) -> None:

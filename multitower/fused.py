@@ -9,18 +9,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .graph import FusionGraph
-from .link import GatedCrossAttention, InputAdapter, Visibility, visibility
+from .graph import FusionGraph, redeclared
+from .link import GatedCrossAttention, Visibility, visibility
 from .output import FusedOutput, States, token_loss
+from .parts import make_adapters, make_links
 from .schedule import Schedule, Tap, make_schedule
 from .spec import GraphError
 from .stream import Segment, check_streams
 from .tower import Tower, TowerError
 from .tower.load import merged
-from .tower.lora import check_trained
-from .tower.trainable import check_trainable, warn_of_lost_gradients
+from .training import set_trained
 
 if TYPE_CHECKING:
+    from peft import PeftConfig
+
     from .generate import Decoded, Entry, Policy
 
 
@@ -46,37 +48,35 @@ class FusedModel(nn.Module):
     Args:
         graph: The declaration.
         towers: A tower for each that the graph names.
+        kept: A model that this one continues: towers, input adapters and taps of it that the graph has too
+            are the same modules in both.
 
     Raises:
-        GraphError: A tower is missing, heads do not fit, or the layers cannot be scheduled.
+        GraphError: A tower is missing, heads do not fit, the layers cannot be scheduled, or a tower shares
+            weights with one that is trained in another way.
         TowerError: A tower with train="lora" has no adapters that can be trained.
     """
 
-    def __init__(self, graph: FusionGraph, towers: Mapping[str, Tower]) -> None:
+    def __init__(
+        self, graph: FusionGraph, towers: Mapping[str, Tower], kept: FusedModel | None = None
+    ) -> None:
         super().__init__()
         if set(towers) != set(graph.towers):
             raise GraphError(f"the graph has the towers {list(graph.towers)}, but got {list(towers)}")
-        self.graph = FusionGraph.from_dict(graph.to_dict())
+        self._graph = FusionGraph.from_dict(graph.to_dict())
         depths = {name: tower.depth for name, tower in towers.items()}
         self.schedule: Schedule = make_schedule(depths, graph.links.values())
         self.towers = nn.ModuleDict(dict(towers))
-        self.adapters = nn.ModuleDict()
-        self.links = nn.ModuleDict({name: nn.ModuleDict() for name in graph.links})
-        for name, spec in graph.towers.items():
-            tower = towers[name]
-            if spec.train == "all":
-                check_trainable(name, tower)
-            if spec.train == "lora":
-                check_trained(name, tower.native)
-            else:
-                tower.requires_grad_(spec.train == "all")
-            if spec.adapter is not None:
-                self.adapters[name] = InputAdapter(tower.width, spec.adapter).to(**_placement(tower))
-        for tap in self.schedule.taps:
-            self._link(tap.link)[tap.key] = self._make_tap(tap)
-        for name in {*self.adapters, *(link.target for link in graph.links.values())}:
-            warn_of_lost_gradients(name, towers[name])
-        self.train()
+        self.adapters = nn.ModuleDict(make_adapters(graph.towers, towers, kept))
+        links = make_links(graph.links, self.schedule, towers, kept)
+        self.links = nn.ModuleDict({name: nn.ModuleDict(taps) for name, taps in links.items()})
+        set_trained(graph, towers, kept)
+        self.train(kept is None or kept.training)
+
+    @property
+    def graph(self) -> FusionGraph:
+        """What the model was declared to be: a copy, to add to and hand to ``FusionGraph.extend``."""
+        return self._graph.copy()
 
     def forward(
         self, streams: Mapping[str, Mapping[str, Tensor]], *, output_attentions: bool = False
@@ -108,7 +108,7 @@ class FusedModel(nn.Module):
         seen = self._visibilities(streams)
         for name, stream in streams.items():
             embedded, states.contexts[name] = self.tower(name).embed(stream["tokens"])
-            if self.graph.towers[name].train == "none":
+            if self._graph.towers[name].train == "none":
                 embedded = embedded.detach()  # transformers' activation checkpointing asks for its gradient
             states.hidden[name] = self.adapt(name, embedded)
         read_layers = self.schedule.read_layers
@@ -263,10 +263,24 @@ class FusedModel(nn.Module):
     def train(self, mode: bool = True) -> FusedModel:
         """Set training mode; frozen towers stay in eval mode."""
         super().train(mode)
-        for name, spec in self.graph.towers.items():
+        for name, spec in self._graph.towers.items():
             if spec.train == "none":
                 self.tower(name).eval()
         return self
+
+    def drop(self, *names: str) -> FusedModel:
+        """Give the model without some towers or links; see ``surgery.drop``."""
+        from .surgery import drop
+
+        return drop(self, names)
+
+    def swap(
+        self, name: str, source: str | os.PathLike[str] | nn.Module, *, train: str | PeftConfig | None = None
+    ) -> FusedModel:
+        """Give the model with another pretrained decoder in place of a tower; see ``surgery.swap``."""
+        from .surgery import swap
+
+        return swap(self, name, source, train)
 
     def merge_and_unload(self, name: str) -> nn.Module:
         """Fold a tower's peft adapters into its weights, as peft does; give the merged model.
@@ -279,23 +293,22 @@ class FusedModel(nn.Module):
         >>> type(model.unimodal("text")).__name__, type(model.merge_and_unload("text")).__name__
         ('PeftModel', 'TinyTower')
 
-        Logits stay the same up to rounding. The tower is then an ordinary frozen one. Its weights are no
-        longer those of its origin, so ``graph`` names none, and a checkpoint holds the merged model.
+        Logits stay the same up to rounding. The tower, and any that shares its weights, is then an ordinary
+        frozen one. Its weights are no longer those of its origin, so ``graph`` names none, and a checkpoint
+        holds the merged model.
 
         Raises:
             KeyError: There is no tower of that name.
             TowerError: It has no peft adapters, or they cannot be merged.
         """
+        old = self.tower(name)
         try:
-            tower = merged(self.tower(name))
+            tower = merged(old).requires_grad_(False).eval()
         except ValueError as error:
             raise TowerError(f"tower {name!r}: {error}") from error
-        self.towers[name] = tower.requires_grad_(False).eval()
-        declared = self.graph.to_dict()
-        for spec in declared["towers"]:
-            if spec["name"] == name:
-                spec.update(source=None, train="none", peft=None)
-        self.graph = FusionGraph.from_dict(declared)
+        names = [each for each, other in self.towers.items() if other is old]
+        self.towers.update(dict.fromkeys(names, tower))
+        self._graph = redeclared(self._graph, names, source=None, train="none", peft=None)
         return tower.native
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, embed_towers: bool = False) -> None:
@@ -318,20 +331,6 @@ class FusedModel(nn.Module):
         assert isinstance(link, nn.ModuleDict)
         return link
 
-    def _make_tap(self, tap: Tap) -> GatedCrossAttention:
-        source, target, spec = self.tower(tap.source), self.tower(tap.target), self.graph.links[tap.link]
-        try:
-            module = GatedCrossAttention(
-                source.width,
-                target.width,
-                heads=spec.heads,
-                projection=spec.projection,
-                position=spec.position,
-            )
-        except ValueError as error:
-            raise GraphError(f"link {tap.link!r}: {error}; choose another heads=...") from error
-        return module.to(**_placement(target))
-
     def _visibilities(self, streams: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Visibility]:
         """Give, for each link that has something to do in this batch, what its queries may see."""
         seen = {
@@ -340,7 +339,7 @@ class FusedModel(nn.Module):
                 *_keys(streams[link.source], streams[link.target]),
                 link.window,
             )
-            for link in self.graph.links.values()
+            for link in self._graph.links.values()
             if link.source in streams and link.target in streams
         }
         return {name: each for name, each in seen.items() if not _is_blind(each)}
@@ -355,9 +354,3 @@ def _is_blind(seen: Visibility) -> bool:
 def _keys(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     device = target["times"].device
     return source["times"].to(device), source["mask"].to(device)
-
-
-def _placement(tower: Tower) -> dict[str, Any]:
-    """Where a tower's own new modules belong: its device and the dtype in which it computes."""
-    dtypes = (each.dtype for each in tower.parameters() if each.is_floating_point() and each.itemsize > 1)
-    return {"device": tower.device, "dtype": next(dtypes, torch.get_default_dtype())}

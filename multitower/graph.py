@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -12,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import networkx as nx
 from torch import nn
 
+from .sharing import load_towers
 from .spec import GraphError, LinkSpec, TowerSpec
-from .tower.lora import is_peft_config, plain_config, with_adapters
+from .tower.lora import is_peft_config, plain_config
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -71,7 +71,10 @@ class FusionGraph:
             name: How links, segments and outputs refer to the tower.
             source: A folder or Hub id of a transformers causal LM, such a model itself, or a ``Tower``.
                 A module is used as it is, not copied: compiling sets ``requires_grad`` on its parameters.
-                A checkpoint refers to a path or Hub id, and embeds a module.
+                A checkpoint refers to a path or Hub id, and embeds a module. The same module may be given
+                for several towers, which then share its weights, adapters of peft included, and are trained
+                alike. The same path or Hub id is loaded once for all towers with ``train="none"``, and anew
+                for each tower that learns.
             train: "none" keeps the tower frozen, "all" trains it, "lora" trains peft adapters on it: LoRA on
                 all linear layers, or what another ``peft.PeftConfig`` says that is given instead, or those
                 that a PeftModel given as source has. The model is changed in place.
@@ -85,6 +88,8 @@ class FusionGraph:
         """
         if name in self._towers:
             raise GraphError(f"there is a tower {name!r} already; give this one another name")
+        if name in self._links:
+            raise GraphError(f"there is a link {name!r}; give the tower another name")
         if not isinstance(source, str | os.PathLike | nn.Module):
             raise GraphError(
                 f"tower {name!r}: expected a folder, a Hub id or a module, not {type(source).__name__}"
@@ -139,8 +144,9 @@ class FusionGraph:
                     f"link {name!r}: there is no tower {tower!r}; towers so far: "
                     f"{', '.join(self._towers) or 'none'}. Call add_tower({tower!r}, ...) first"
                 )
-        if name in self._links:
-            raise GraphError(f"there is a link {name!r} already; give this one a name=... of its own")
+        if name in self._links or name in self._towers:
+            what = "link" if name in self._links else "tower"
+            raise GraphError(f"there is a {what} {name!r} already; give this link a name=... of its own")
         pairs: Any = None if taps is None else tuple(tuple(tap) for tap in taps)
         self._links[name] = LinkSpec(
             source, target, name, interleave, pairs, projection, heads, position, window
@@ -209,15 +215,47 @@ class FusionGraph:
             ImportError: The extra "lora" is not installed, and a tower asks for it.
         """
         from .fused import FusedModel
-        from .tower import as_tower
 
         if not self._towers:
             raise GraphError("the graph has no towers; call add_tower first")
-        towers = {}
-        for name, spec in self._towers.items():
-            prepare = functools.partial(with_adapters, declared=spec.peft) if spec.train == "lora" else None
-            towers[name] = as_tower(name, self._modules.get(name, spec.source), prepare)
-        return FusedModel(self, towers)
+        return FusedModel(self, load_towers(self._towers, self._modules))
+
+    def extend(self, model: FusedModel) -> FusedModel:
+        """Build the fused model on one that exists, trained or not: the graph has all that it has, and more.
+
+        >>> from multitower.testing import tiny_model, tiny_tower
+        >>> model = tiny_model()
+        >>> graph = model.graph
+        >>> graph.add_tower("music", tiny_tower(seed=5))
+        >>> graph.add_link("music", "text", interleave=1)
+        >>> bigger = graph.extend(model)
+        >>> bigger.tower("text") is model.tower("text"), bigger.gates()["music->text 1-1 attention"]
+        (True, 0.0)
+
+        Towers, input adapters and links of the model are the same modules in both, not copies, so that the
+        model that is not used any further costs nothing. Until something is trained, the logits of the old
+        towers stay as they are, bit for bit, also in batches that hold new towers. An optimizer of the
+        model goes on as it was; new parameters are given to it, or all to a new one. New modules are where
+        the tower is that they belong to, which is where it was loaded.
+
+        Args:
+            model: What this graph extends. ``model.graph`` gives its declaration, to add to.
+
+        Raises:
+            GraphError: The graph lacks a tower or a link of the model, or declares it otherwise; or see
+                ``compile``.
+            TowerError: See ``compile``.
+            ImportError: See ``compile``.
+        """
+        from .surgery import extend
+
+        return extend(model, self, self._modules)
+
+    def copy(self) -> FusionGraph:
+        """Give a graph that can be added to without changing this one; modules in it are the same."""
+        twin = FusionGraph()
+        twin._towers, twin._links, twin._modules = dict(self._towers), dict(self._links), dict(self._modules)
+        return twin
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, FusionGraph) and self.to_dict() == other.to_dict()
@@ -233,3 +271,20 @@ class FusionGraph:
             taps = "taps " + ", ".join(map(str, link.taps)) if link.taps else f"interleave {link.interleave}"
             lines.append(f"  link {link.name}: {taps}")
         return "\n".join(lines)
+
+
+def redeclared(graph: FusionGraph, names: Iterable[str], **changes: Any) -> FusionGraph:
+    """Give a graph in which some towers or links are declared otherwise; it holds no modules.
+
+    >>> graph = FusionGraph()
+    >>> graph.add_tower("text", "path/to/text-decoder")
+    >>> print(redeclared(graph, ["text"], train="all"))
+    FusionGraph: 1 towers, 0 links
+      tower text: path/to/text-decoder, train=all
+    """
+    names = set(names)
+    data = graph.to_dict()
+    for spec in (*data["towers"], *data["links"]):
+        if spec["name"] in names:
+            spec.update(changes)
+    return FusionGraph.from_dict(data)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import networkx as nx
@@ -39,11 +39,11 @@ class Step:
     def __str__(self) -> str:
         if not self.taps:
             return f"run {self.tower} layer {self.layer}"
-        reads = " and ".join(f"{tap.source} layer {tap.source_layer}" for tap in self.taps)
+        reads = _some([f"{tap.source} layer {tap.source_layer}" for tap in self.taps], " and ", most=3)
         return f"after {self.tower} layer {self.layer}, read {reads}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Schedule:
     """The stages of a fused run; the steps of one stage do not depend on each other.
 
@@ -79,20 +79,36 @@ class Schedule:
         return frozenset((tap.source, tap.source_layer) for tap in self.taps)
 
     def __str__(self) -> str:
-        return "\n".join(
-            f"stage {number}: " + "; ".join(map(str, stage)) for number, stage in enumerate(self.stages, 1)
+        lines = []
+        for number, stage in enumerate(self.stages, 1):
+            count = f" ({len(stage)} steps)" if len(stage) > 6 else ""
+            lines.append(f"stage {number}{count}: {_some(list(map(str, stage)), '; ')}")
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        layers = sum(depth for _, depth in self.depths)
+        return (
+            f"<Schedule of {len(self.depths)} towers: {layers} layers and {len(self.taps)} taps in "
+            f"{len(self.stages)} stages>"
         )
 
     def explain(self) -> str:
-        """Say in words what the schedule does."""
+        """Say in words what the schedule does; links into one tower with like taps share a line."""
         towers = ", ".join(f"{name} ({depth} layers)" for name, depth in self.depths)
         lines = [f"{len(self.depths)} towers: {towers}.", f"They run in {len(self.stages)} stages."]
-        for name in sorted({tap.link for tap in self.taps}):
-            taps = sorted(tap for tap in self.taps if tap.link == name)
-            pairs = ", ".join(f"{tap.source_layer} to {tap.target_layer}" for tap in taps)
+        links: dict[str, list[Tap]] = {}
+        for tap in sorted(self.taps):
+            links.setdefault(tap.link, []).append(tap)
+        alike: dict[tuple[str, tuple[str, ...]], list[Tap]] = {}
+        for taps in links.values():
+            pairs = tuple(f"{tap.source_layer} to {tap.target_layer}" for tap in taps)
+            alike.setdefault((taps[0].target, pairs), []).append(taps[0])
+        for (target, pairs), first in alike.items():
+            which, each = ("Link", "") if len(first) == 1 else (f"{len(first)} links", " each")
             lines.append(
-                f"Link {name}: {taps[0].target} reads {taps[0].source} at {len(taps)} taps "
-                f"(source layer to target layer): {pairs}."
+                f"{which} {_some([tap.link for tap in first], ', ')}: {target} reads "
+                f"{_some([tap.source for tap in first], ', ')} at {len(pairs)} taps{each} "
+                f"(source layer to target layer): {_some(pairs, ', ')}."
             )
         readers = {tap.target for tap in self.taps}
         alone = [name for name, _ in self.depths if name not in readers]
@@ -142,18 +158,28 @@ def make_schedule(depths: Mapping[str, int], links: Iterable[LinkSpec]) -> Sched
 
 def _describe_cycle(steps: nx.DiGraph[Step]) -> str:
     cycle = [edge[0] for edge in nx.find_cycle(steps)]
-    lines = "\n".join(f"  {step}" for step in cycle)
-    reads = [
-        tap
-        for step, before in zip(cycle, [cycle[-1], *cycle], strict=False)
-        for tap in step.taps
-        if (tap.source, tap.source_layer) == (before.tower, before.layer) and not before.taps
-    ]
+    reads: list[Tap] = []
+    lines = []
+    for step, before in zip(cycle, [cycle[-1], *cycle], strict=False):
+        waits = [tap for tap in step.taps if before == Step(tap.source, tap.source_layer)]
+        reads += waits
+        lines.append(f"  {Step(step.tower, step.layer, tuple(waits)) if waits else step}")
     deepest = max(reads, key=lambda tap: tap.source_layer - tap.target_layer)
     return (
-        f"these layers wait for each other, each for the one above it and the first for the last:\n{lines}\n"
-        f"To break the circle let a tap read an earlier layer or stand after a later one: for instance tap "
-        f"({deepest.source_layer}, {deepest.target_layer}) of link {deepest.link!r} reads layer "
+        "these layers wait for each other, each for the one above it and the first for the last:\n"
+        + "\n".join(lines)
+        + "\nTo break the circle let a tap read an earlier layer or stand after a later one: for instance "
+        f"tap ({deepest.source_layer}, {deepest.target_layer}) of link {deepest.link!r} reads layer "
         f"{deepest.source_layer} of {deepest.source!r} already after layer {deepest.target_layer} of "
         f"{deepest.target!r}"
     )
+
+
+def _some(parts: Sequence[str], separator: str, most: int = 6) -> str:
+    """Join parts; of more than ``most`` the first ones and the last.
+
+    >>> _some(["a", "b", "c", "d", "e", "f", "g"], ", "), _some(["a", "b"], "; ")
+    ('a, b, c, d, ..., g', 'a; b')
+    """
+    shown = list(parts) if len(parts) <= most else [*parts[: most - 2], "...", parts[-1]]
+    return separator.join(shown)

@@ -137,6 +137,23 @@ def test_a_tower_without_a_begin_token_says_what_to_set() -> None:
         pair(text).generate(SOURCES, output=["text"])
 
 
+def test_only_the_tower_that_got_new_tokens_runs_again() -> None:
+    model = towers("llama")
+    ran = {"speech": 0, "text": 0}
+    for name in ran:
+        first = model.unimodal(name).model.layers[0]
+        first.register_forward_hook(
+            lambda module, args, output, name=name: ran.update({name: ran[name] + output.shape[1]})
+        )
+    given = [[segment("speech", 5, 6, 7, 8)]]
+    once = model.generate(given, output=["text"], max_new_tokens=4, eos_token_id=None)
+    speech = ran["speech"]
+    assert speech == 6
+    again = model.generate(given, output=["text", "text"], max_new_tokens=4, eos_token_id=None)
+    assert ran["speech"] == 2 * speech
+    assert torch.equal(once[0][0].tokens, again[0][0].tokens)
+
+
 def spoiled(tower: str, when: Callable[[int, torch.Tensor | None], bool]) -> torch.nn.Module:
     """A model whose decoding goes wrong for some lengths of its cache and some masks."""
     model = causal_lm(tower)
@@ -171,20 +188,3 @@ def test_a_family_that_mistakes_a_lone_token_after_padding_decodes_by_length() -
     assert not model.tower("text").pads_left
     decoded = model.generate(SOURCES, output=["text"], max_new_tokens=5)
     assert lists(decoded) == [[greedy_by_hand(model, example, "text", 5)] for example in SOURCES]
-
-
-def test_only_the_tower_that_got_new_tokens_runs_again() -> None:
-    model = towers("llama")
-    ran = {"speech": 0, "text": 0}
-    for name in ran:
-        first = model.unimodal(name).model.layers[0]
-        first.register_forward_hook(
-            lambda module, args, output, name=name: ran.update({name: ran[name] + output.shape[1]})
-        )
-    given = [[segment("speech", 5, 6, 7, 8)]]
-    once = model.generate(given, output=["text"], max_new_tokens=4, eos_token_id=None)
-    speech = ran["speech"]
-    assert speech == 6
-    again = model.generate(given, output=["text", "text"], max_new_tokens=4, eos_token_id=None)
-    assert ran["speech"] == 2 * speech
-    assert torch.equal(once[0][0].tokens, again[0][0].tokens)

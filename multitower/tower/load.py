@@ -51,13 +51,13 @@ def as_tower(
             raise TowerError(f"tower {name!r}: cannot load {source!r} as a causal LM: {error}") from error
     assert isinstance(source, nn.Module)
     model = source.native if isinstance(source, TransformersTower | PeftTower) else source
-    if not isinstance(model, Tower) and not hasattr(model, "config"):
-        raise TowerError(
-            f"tower {name!r}: {type(model).__name__} is neither a transformers causal LM nor a "
-            "multitower.Tower; write a small multitower.Tower around it"
-        )
     layers = source.path if isinstance(source, TransformersTower) else None
     try:
+        if not isinstance(base_model(model), Tower) and not hasattr(model, "config"):
+            raise ValueError(
+                f"{type(model).__name__} is neither a transformers causal LM nor a multitower.Tower; write a "
+                "small multitower.Tower around it"
+            )
         check_whole(model)
         if prepare is None and isinstance(source, Tower):
             return source

@@ -40,7 +40,7 @@ def warn_of_lost_gradients(name: str, tower: Tower) -> None:
         warnings.warn(
             f"tower {name!r} is quantised ({kind}) so that {barrier!r} passes no gradient on: the links and "
             "the adapter that feed it cannot be trained. Quantise weights only, not activations",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 

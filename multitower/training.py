@@ -1,0 +1,61 @@
+"""What of a fused model learns: checked, and set on its towers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from .graph import FusionGraph
+from .sharing import check_trained_alike
+from .tower import Tower
+from .tower.lora import check_trained
+from .tower.trainable import check_trainable, warn_of_lost_gradients
+
+if TYPE_CHECKING:
+    from .fused import FusedModel
+
+
+def set_trained(graph: FusionGraph, towers: Mapping[str, Tower], kept: FusedModel | None = None) -> None:
+    """Set ``requires_grad`` on the parameters of towers as the graph declares.
+
+    >>> from multitower.testing import tiny_tower
+    >>> graph, tower = FusionGraph(), tiny_tower()
+    >>> graph.add_tower("text", tower)
+    >>> set_trained(graph, {"text": tower})
+    >>> any(parameter.requires_grad for parameter in tower.parameters())
+    False
+
+    Args:
+        graph: The declaration.
+        towers: A tower for each that the graph names.
+        kept: A model whose towers stay as they are.
+
+    Raises:
+        GraphError: Two towers share weights, and are declared to learn in two ways.
+        TowerError: A tower cannot learn as it is declared to.
+    """
+    owners: dict[int, str] = {}
+    for name, tower in towers.items():
+        for parameter in tower.parameters():
+            check_trained_alike(graph.towers[owners.setdefault(id(parameter), name)], graph.towers[name])
+    settled = set() if kept is None else set(kept.towers.values())
+    for name, spec in graph.towers.items():
+        tower = towers[name]
+        if tower in settled:
+            continue
+        if spec.train == "all":
+            check_trainable(name, tower)
+        if spec.train == "lora":
+            check_trained(name, tower.native)
+        else:
+            tower.requires_grad_(spec.train == "all")
+    warned = set() if kept is None else {kept.towers[name] for name in _fed(kept.graph)}
+    for name in _fed(graph):
+        if towers[name] not in warned:
+            warn_of_lost_gradients(name, towers[name])
+
+
+def _fed(graph: FusionGraph) -> list[str]:
+    """Name the towers into which an input adapter or a link feeds."""
+    targets = {link.target for link in graph.links.values()}
+    return [name for name, spec in graph.towers.items() if spec.adapter is not None or name in targets]
