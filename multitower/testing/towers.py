@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..tower import Inject, Tower, TowerError
+from .compare import assert_close, assert_equal, native_logits, tolerance
 
-TOLERANCE = 1e-4
-"""How far two ways to the same float32 logits may differ, against the largest of them."""
+NOT_ITS_OWN = "the logits are not the model's own"
 
 
 def check_tower(tower: Tower) -> None:
@@ -88,7 +87,7 @@ def _check_shapes(tower: Tower) -> None:
 @torch.no_grad()
 def _check_identity(tower: Tower) -> None:
     tokens = _tokens(tower, 3, 9)
-    _assert_equal(tower(tokens), _native(tower)(tokens))
+    assert_equal(tower(tokens), native_logits(tower.native)(tokens), NOT_ITS_OWN)
 
 
 @torch.no_grad()
@@ -98,7 +97,7 @@ def _check_causality(tower: Tower) -> None:
     for place in range(1, 9):
         changed = tokens.clone()
         changed[:, place] = tokens[:, place] % (tower.vocab_size - 1) + 1
-        _assert_close(
+        _close(
             tower(changed)[:, :place], logits[:, :place], f"token {place} changes the logits of earlier ones"
         )
 
@@ -109,7 +108,7 @@ def _check_rows(tower: Tower) -> None:
     logits = tower(tokens)
     for row, length in enumerate((9, 6, 3)):
         alone = tower(tokens[row : row + 1, :length])[0]
-        _assert_close(logits[row, :length], alone, "a row alone, without what follows, is scored otherwise")
+        _close(logits[row, :length], alone, "a row alone, without what follows, is scored otherwise")
 
 
 def _check_gradients(tower: Tower) -> None:
@@ -120,8 +119,8 @@ def _check_gradients(tower: Tower) -> None:
     for name, gradient in found.items():
         assert gradient.isfinite().all(), f"the gradient of {name} is not finite"
     if tower.native is not tower:
-        for name, expected in _gradients(trained, _native(trained)).items():
-            _assert_close(found[name], expected, f"the gradient of {name} is not the model's own")
+        for name, expected in _gradients(trained, native_logits(trained.native)).items():
+            _close(found[name], expected, f"the gradient of {name} is not the model's own")
     with torch.no_grad():
         hidden, context = trained.embed(tokens)
     hidden.requires_grad_(True)
@@ -137,12 +136,12 @@ def _check_bfloat16(tower: Tower) -> None:
     half = copy.deepcopy(tower).to(torch.bfloat16)
     tokens = _tokens(tower, 2, 6)
     try:
-        expected = _native(half)(tokens)
+        expected = native_logits(half.native)(tokens)
     except Exception as error:
         raise AssertionError(f"the model itself does not run ({type(error).__name__}: {error})") from error
     logits = half(tokens)
     assert logits.isfinite().all(), "some logits are not finite"
-    _assert_equal(logits, expected)
+    assert_equal(logits, expected, NOT_ITS_OWN)
 
 
 def _check_decoding(tower: Tower) -> None:
@@ -198,7 +197,7 @@ def _decode(tower: Tower, paddings: tuple[int, ...], steps: int = 4) -> None:
         tokens = decoded.sequences[row : row + 1, padding:-1]
         logits = _run(tower, tokens, inject, first=padding)
         stepwise = torch.stack([step[row] for step in decoded.logits])
-        _assert_close(
+        _close(
             stepwise,
             logits[0, -steps:],
             f"decoding {length - padding} tokens after {padding} of padding differs from a forward",
@@ -221,12 +220,6 @@ def _tokens(tower: Tower, rows: int, length: int) -> Tensor:
     return torch.randint(low, tower.vocab_size, (rows, length), generator=generator).to(tower.device)
 
 
-def _native(tower: Tower) -> Callable[[Tensor], Tensor]:
-    """Give the tower's model as a function from tokens to logits; a tower that is its own model is one."""
-    model: Any = tower.native
-    return tower if model is tower else lambda tokens: model(input_ids=tokens, use_cache=False).logits
-
-
 def _gradients(tower: Tower, model: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
     names, parameters = zip(*tower.named_parameters(), strict=True)
     loss = model(_tokens(tower, 2, 6)).float().square().mean()
@@ -234,12 +227,5 @@ def _gradients(tower: Tower, model: Callable[[Tensor], Tensor]) -> dict[str, Ten
     return {name: each for name, each in zip(names, gradients, strict=True) if each is not None}
 
 
-def _assert_equal(found: Tensor, expected: Tensor) -> None:
-    worst = (found - expected).abs().max().item()
-    assert torch.equal(found, expected), f"the logits are not the model's own (they differ by {worst:.2g})"
-
-
-def _assert_close(found: Tensor, expected: Tensor, what: str) -> None:
-    tolerance = max(TOLERANCE, torch.finfo(expected.dtype).eps ** 0.5 / 4)
-    worst = (found - expected).abs().max().item()
-    assert worst <= tolerance * max(1.0, expected.abs().max().item()), f"{what} (by {worst:.2g})"
+def _close(found: Tensor, expected: Tensor, what: str) -> None:
+    assert_close(found, expected, what, max(tolerance(torch.float32), tolerance(expected.dtype)))
