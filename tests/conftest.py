@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
-settings.register_profile("ci", max_examples=25, deadline=None, derandomize=True)
-settings.register_profile("deep", max_examples=1000, deadline=None)
+MODELS_TAKE_TIME = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("ci", max_examples=25, derandomize=True, **MODELS_TAKE_TIME)
+settings.register_profile("deep", max_examples=500, print_blob=True, **MODELS_TAKE_TIME)
 settings.load_profile("ci")
 
 

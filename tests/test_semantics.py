@@ -1,49 +1,13 @@
-"""What every fused model promises, whatever its graph."""
+"""What fused models do, by example; ``test_properties`` has what holds for all graphs."""
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 import multitower as mt
 from models import EXAMPLES, causal_lm, pair, segment
 from multitower.testing import open_gates, tiny_tower
-
-VOCABULARY = 12
-
-
-@st.composite
-def models(draw: st.DrawFn) -> mt.FusedModel:
-    """Two to four towers of unlike sizes, linked at random."""
-    names = "abcd"[: draw(st.integers(2, 4))]
-    graph = mt.FusionGraph()
-    for number, name in enumerate(names):
-        tower = tiny_tower(
-            number, depth=draw(st.integers(1, 3)), width=4 * draw(st.integers(1, 3)), vocab_size=VOCABULARY
-        )
-        graph.add_tower(name, tower, train=draw(st.sampled_from(["none", "all"])))
-    pairs = st.sampled_from(list(itertools.permutations(names, 2)))
-    for source, target in draw(st.lists(pairs, unique=True, min_size=1, max_size=6)):
-        graph.add_link(
-            source,
-            target,
-            interleave=1,
-            projection=draw(st.sampled_from(["mlp", "linear", "relu"])),
-            position=draw(st.sampled_from(["rotary", None])),
-            window=draw(st.one_of(st.none(), st.integers(1, 4))),
-        )
-    return graph.compile().eval()
-
-
-@st.composite
-def examples(draw: st.DrawFn, names: list[str], least: int = 1) -> list[list[mt.Segment]]:
-    tokens = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=4)
-    piece = st.builds(mt.Segment, st.sampled_from(names), tokens, st.booleans())
-    return draw(st.lists(st.lists(piece, min_size=least, max_size=4), min_size=1, max_size=3))
 
 
 def logits_by_time(model: mt.FusedModel, example: list[mt.Segment]) -> dict[tuple[str, int], torch.Tensor]:
@@ -56,56 +20,6 @@ def logits_by_time(model: mt.FusedModel, example: list[mt.Segment]) -> dict[tupl
     }
 
 
-@given(st.data())
-def test_closed_gates_leave_every_tower_as_it_was(data: st.DataObject) -> None:
-    model = data.draw(models())
-    batch = mt.collate(data.draw(examples(list(model.towers))))
-    for name, logits in model(**batch).logits.items():
-        assert torch.equal(logits, model.unimodal(name)(batch["streams"][name]["tokens"]))
-
-
-@given(st.data())
-def test_no_logit_depends_on_a_later_token(data: st.DataObject) -> None:
-    model = open_gates(data.draw(models()), seed=1)
-    example = data.draw(examples(list(model.towers), least=2))[0]
-    lengths = [len(segment.tokens) for segment in example]
-    changed = data.draw(st.integers(0, sum(lengths) - 1))
-    before = logits_by_time(model, example)
-    start = 0
-    altered = []
-    for segment_, length in zip(example, lengths, strict=True):
-        tokens = list(segment_.tokens)
-        if start <= changed < start + length:
-            tokens[changed - start] = (tokens[changed - start] + 1) % VOCABULARY
-        altered.append(mt.Segment(segment_.tower, tokens))
-        start += length
-    after = logits_by_time(model, altered)
-    for (name, time), logits in before.items():
-        if time < changed:
-            assert torch.equal(logits, after[name, time])
-
-
-@given(st.data())
-def test_a_batch_is_its_rows_one_by_one(data: st.DataObject) -> None:
-    model = open_gates(data.draw(models()), seed=1)
-    rows = data.draw(examples(list(model.towers)))
-    together = model(**mt.collate(rows)).logits
-    for number, row in enumerate(rows):
-        for name, alone in model(**mt.collate([row])).logits.items():
-            torch.testing.assert_close(together[name][number, : alone.shape[1]], alone[0])
-
-
-@given(st.data())
-def test_gradients_reach_exactly_what_is_trained_and_are_finite(data: st.DataObject) -> None:
-    model = open_gates(data.draw(models()), seed=1).train()
-    model(**mt.collate(data.draw(examples(list(model.towers))))).loss.backward()
-    for name, parameter in model.named_parameters():
-        if name.startswith("towers."):
-            trained = model.graph.towers[name.split(".")[1]].train == "all"
-            assert parameter.requires_grad == trained
-        assert parameter.grad is None or (parameter.requires_grad and bool(parameter.grad.isfinite().all()))
-
-
 def test_causality_would_be_seen_along_every_path() -> None:
     """The counterpart: later tokens of other towers do change when an earlier token does."""
     model = pair(gates=True)
@@ -115,73 +29,6 @@ def test_causality_would_be_seen_along_every_path() -> None:
     assert all(not torch.equal(before[key], after[key]) for key in before if key[1] >= 4)
 
 
-def test_tokens_of_the_same_time_do_not_see_each_other() -> None:
-    model = pair(gates=True)
-    row, clock = torch.arange(2, 7)[None], torch.arange(5)[None]
-
-    def logits(speech: torch.Tensor) -> torch.Tensor:
-        streams = {
-            name: {"tokens": tokens, "times": clock, "mask": torch.ones_like(tokens, dtype=torch.bool)}
-            for name, tokens in (("speech", speech), ("text", row))
-        }
-        return model(streams=streams).logits["text"][0]
-
-    changed = row.clone()
-    changed[0, 2] = 9
-    before, after = logits(row), logits(changed)
-    assert torch.equal(before[:3], after[:3])
-    assert not torch.isclose(before[3:], after[3:]).all(-1).any()
-
-
-def test_a_row_of_one_modality_gets_exactly_zero_from_links() -> None:
-    model = pair(gates=True)
-    for adapter in model.adapters.values():
-        adapter.gate.data.zero_()
-    batch = mt.collate([[segment("text", 4, 5)], [segment("speech", 3), segment("text", 6)]])
-    logits = model(**batch).logits["text"]
-    native = model.unimodal("text")(batch["streams"]["text"]["tokens"])
-    assert torch.equal(logits[0], native[0])
-    assert not torch.equal(logits[1, :3], native[1, :3])
-
-
-def test_links_into_one_layer_add_up_in_any_order() -> None:
-    def build(order: list[tuple[str, str]]) -> mt.FusedModel:
-        graph = mt.FusionGraph()
-        for number, name in enumerate("abc"):
-            graph.add_tower(name, tiny_tower(number), adapter=None)
-        for source, target in order:
-            graph.add_link(source, target, taps=[(1, 1)])
-        return graph.compile().eval()
-
-    order = [("a", "c"), ("b", "c"), ("c", "a")]
-    first, second = build(order), build(order[::-1])
-    open_gates(first)
-    second.load_state_dict(first.state_dict())
-    batch = mt.collate([[segment("a", 3), segment("b", 4), segment("c", 5), segment("a", 6)]])
-    for name in "abc":
-        assert torch.equal(first(**batch).logits[name], second(**batch).logits[name])
-
-    kept = first(**batch).logits["c"]
-    only_a, only_b = build([("a", "c")]), build([("b", "c")])
-    for part in (only_a, only_b):
-        part.load_state_dict(first.state_dict(), strict=False)
-    states = {model: model.run(batch["streams"]).hidden["c"] for model in (first, only_a, only_b)}
-    assert kept.isfinite().all()
-    assert not torch.equal(states[only_a], states[only_b])
-
-
-def test_both_directions_read_the_state_from_before() -> None:
-    """At a pair, what a tower gives does not depend on what it takes there."""
-    both = pair(gates=True)
-    batch = mt.collate([[segment("speech", 5, 6), segment("text", 4, 5), segment("speech", 7)]])
-    given = both.run(batch["streams"]).given
-    for tap in both.schedule.taps:
-        if tap.target == "speech" and tap.target_layer == 2:
-            torch.nn.init.zeros_(both.tap(tap).attention_gate)
-            torch.nn.init.zeros_(both.tap(tap).ffn_gate)
-    assert torch.equal(both.run(batch["streams"]).given["speech", 2], given["speech", 2])
-
-
 def test_links_that_see_nothing_do_not_run() -> None:
     model = pair(gates=True)
     ran = set()
@@ -189,19 +36,6 @@ def test_links_that_see_nothing_do_not_run() -> None:
         model.tap(tap).register_forward_hook(lambda *_, link=tap.link: ran.add(link))
     model(**mt.collate([[segment("speech", 3), segment("text", 4)]] * 2))
     assert ran == {"speech->text"}
-
-
-def test_padding_changes_nothing() -> None:
-    model = pair(gates=True)
-    batch = mt.collate(EXAMPLES)
-    filled = {
-        name: {**stream, "tokens": torch.where(stream["mask"], stream["tokens"], 7)}
-        for name, stream in batch["streams"].items()
-    }
-    plain, noisy = model(**batch), model(streams=filled)
-    for name, stream in batch["streams"].items():
-        assert torch.equal(plain.logits[name][stream["mask"]], noisy.logits[name][stream["mask"]])
-    assert torch.equal(plain.loss, noisy.loss)
 
 
 @pytest.mark.parametrize("train", ["none", "all"])
@@ -229,21 +63,6 @@ def test_frozen_towers_stay_bit_equal_while_the_rest_learns(train: str) -> None:
     assert torch.equal(speech_weight, model.tower("speech").table.weight) == (train == "none")
     fused = model(**mt.collate([[segment("speech", 5), segment("text", 5, 6, 7)]])).logits["text"]
     assert not torch.equal(fused, before)
-
-
-def test_frozen_towers_stay_in_eval_mode_and_out_of_autograd() -> None:
-    graph = mt.FusionGraph()
-    graph.add_tower("speech", tiny_tower(0), adapter=None)
-    graph.add_tower("text", tiny_tower(1), adapter=None)
-    graph.add_link("speech", "text", taps=[(1, 2)])
-    model = graph.compile().train()
-    assert model.training
-    assert not any(model.tower(name).training for name in model.towers)
-    assert model.links["speech->text"]["1-2"].training
-    states = model.run(mt.collate(EXAMPLES)["streams"])
-    assert not states.hidden["speech"].requires_grad
-    assert not states.given["speech", 1].requires_grad
-    assert states.hidden["text"].requires_grad
 
 
 def test_losses_are_means_over_labels() -> None:

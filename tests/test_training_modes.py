@@ -6,6 +6,8 @@ from collections import Counter
 
 import pytest
 import torch
+import transformers
+from packaging import version
 from torch import nn
 
 import multitower as mt
@@ -124,6 +126,8 @@ def test_dropout_is_the_models_own(family: str) -> None:
     for key, value in DROPOUTS[family].items():
         assert hasattr(config, key)
         setattr(config, key, value)
+    if family in ("opt", "biogpt") and version.parse(transformers.__version__) < version.parse("5.22"):
+        pytest.skip("its layers draw in turn with the loop around them, which a tower runs at once")
     model = type(causal_lm(family))(config).eval()
     tower = mt.TransformersTower(model)
     seen = []

@@ -1,6 +1,41 @@
-"""Tiny random towers and models, and checks for authors of towers; none needs a download."""
+"""Tiny random towers and models, and checks for authors of towers and models; none needs a download.
 
+``multitower.testing.strategies`` draws towers, graphs and examples for hypothesis, which it needs.
+"""
+
+from .batches import check_order, check_padding, check_rows
+from .checkpoints import check_saved
+from .decoding import check_decoding, check_prefill
+from .definition import check_definition
+from .forward import check_causality, check_identity, check_sight, check_unimodal
+from .models import PROMISES, check_model, model_report
+from .schedules import check_schedule
 from .tiny import TinyTower, open_gates, tiny_model, tiny_tower
 from .towers import check_tower, tower_report
+from .training import check_frozen, check_gradients
 
-__all__ = ["TinyTower", "check_tower", "open_gates", "tiny_model", "tiny_tower", "tower_report"]
+__all__ = [
+    "PROMISES",
+    "TinyTower",
+    "check_causality",
+    "check_decoding",
+    "check_definition",
+    "check_frozen",
+    "check_gradients",
+    "check_identity",
+    "check_model",
+    "check_order",
+    "check_padding",
+    "check_prefill",
+    "check_rows",
+    "check_saved",
+    "check_schedule",
+    "check_sight",
+    "check_tower",
+    "check_unimodal",
+    "model_report",
+    "open_gates",
+    "tiny_model",
+    "tiny_tower",
+    "tower_report",
+]

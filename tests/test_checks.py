@@ -1,0 +1,301 @@
+"""The checks of models find what they are there to find: each fails where its promise is broken."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import multitower as mt
+from models import causal_lm, segment
+from multitower import fused, generate
+from multitower.link import GatedCrossAttention, Visibility
+from multitower.schedule import Schedule, Step
+from multitower.spec import LinkSpec
+from multitower.testing import (
+    PROMISES,
+    TinyTower,
+    check_model,
+    check_schedule,
+    model_report,
+    open_gates,
+    schedules,
+    tiny_tower,
+)
+
+EXAMPLES = [
+    [segment("speech", 5, 6), segment("text", 9, 3, target=True), segment("speech", 4)],
+    [segment("text", 4), (segment("speech", 9, 3, 2), segment("text", 2)), segment("music", 7)],
+    [segment("text", 11), segment("text", 6)],
+]
+
+
+def make_model(text: torch.nn.Module | None = None) -> mt.FusedModel:
+    graph = mt.FusionGraph()
+    graph.add_tower("speech", tiny_tower(0, depth=3, width=12), train="all")
+    graph.add_tower("text", text or tiny_tower(1), adapter=None)
+    graph.add_tower("music", tiny_tower(2, depth=1), adapter="paper")
+    graph.add_link("speech", "text", interleave=1, window=2)
+    graph.add_link("text", "speech", interleave=1, position="rotary")
+    graph.add_link("text", "music", taps=[(2, 1)])
+    graph.add_link("speech", "music", taps=[(1, 1), (2, 1)], name="again")
+    torch.manual_seed(5)
+    return graph.compile()
+
+
+def broken() -> set[str]:
+    return {name for name, reason in model_report(make_model(), EXAMPLES).items() if reason}
+
+
+def patched(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, change: Callable) -> None:
+    """Have a function run as ``change`` says, which is given the original before the arguments."""
+    original = getattr(owner, name)
+
+    @functools.wraps(original)
+    def replacement(*args: object, **kwargs: object) -> object:
+        return change(original, *args, **kwargs)
+
+    monkeypatch.setattr(owner, name, replacement)
+
+
+def sees_the_present(original: Callable, query_times: torch.Tensor, *args: object) -> Visibility:
+    return original(query_times + 1, *args)
+
+
+def sees_padding(
+    original: Callable, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor, window: int | None = None
+) -> Visibility:
+    return original(query, key, torch.ones_like(mask), window)
+
+
+def sees_always(original: Callable, *args: object) -> Visibility:
+    seen = original(*args)
+    return Visibility(seen.mask, torch.ones_like(seen.sees))
+
+
+def without_a_window(original: Callable, *args: object) -> Visibility:
+    return original(*args[:3])
+
+
+def one_after_the_other(
+    original: Callable, self: mt.FusedModel, taps: tuple, x: torch.Tensor, *args: object
+) -> torch.Tensor:
+    state = x
+    for tap in taps:
+        state = state + original(self, (tap,), state, *args)
+    return state - x
+
+
+def forgets_a_tap(original: Callable, self: object, *args: object) -> None:
+    original(self, *args)
+    if self.taps:
+        self.taps[min(self.taps)].pop()
+
+
+def wakes_frozen_towers(original: Callable, self: mt.FusedModel, mode: bool = True) -> mt.FusedModel:
+    return torch.nn.Module.train(self, mode)
+
+
+def adapts(original: Callable, self: mt.FusedModel, name: str) -> torch.nn.Module:
+    twin = copy.copy(self.tower(name))
+    embed = twin.embed
+    twin.embed = lambda tokens: (self.adapt(name, embed(tokens)[0]), embed(tokens)[1])
+    return twin
+
+
+def forgets_what_it_read(
+    original: Callable, self: GatedCrossAttention, source: torch.Tensor, *args: object
+) -> object:
+    return original(self, source.detach(), *args)
+
+
+def leaks_when_closed(
+    original: Callable, self: GatedCrossAttention, x: torch.Tensor, *args: object
+) -> torch.Tensor:
+    return original(self, x, *args) + 1e-6
+
+
+def loads_closed_gates(original: Callable, *args: object, **options: object) -> mt.FusedModel:
+    return open_gates(original(*args, **options), scale=0.0)
+
+
+def trains_all(original: Callable, self: mt.FusedModel, *args: object) -> None:
+    original(self, *args)
+    self.requires_grad_(True)
+
+
+BREAKAGES = {
+    "sees the present": ((fused, "visibility", sees_the_present), {"causality", "definition", "sight"}),
+    "sees padding": ((fused, "visibility", sees_padding), {"padding", "definition", "rows"}),
+    "blind tokens get a feed-forward": ((fused, "visibility", sees_always), {"sight", "definition"}),
+    "no window": ((fused, "visibility", without_a_window), {"definition"}),
+    "no window in decoding": ((generate, "visibility", without_a_window), {"decoding"}),
+    "links in sequence": ((mt.FusedModel, "_update", one_after_the_other), {"order", "definition"}),
+    "a tap forgotten in decoding": ((generate._TapReader, "__init__", forgets_a_tap), {"decoding"}),
+    "frozen towers train": ((mt.FusedModel, "train", wakes_frozen_towers), {"frozen"}),
+    "everything is trained": ((mt.FusedModel, "__init__", trains_all), {"frozen"}),
+    "unimodal adapts": ((mt.FusedModel, "unimodal", adapts), {"unimodal"}),
+    "sources are detached": ((GatedCrossAttention, "read", forgets_what_it_read), {"gradients"}),
+    "closed gates leak": ((GatedCrossAttention, "forward", leaks_when_closed), {"identity", "sight"}),
+    "gates are lost on disk": ((mt.FusedModel, "from_pretrained", loads_closed_gates), {"saved"}),
+}
+
+
+def test_a_good_model_keeps_every_promise() -> None:
+    model = make_model()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    check_model(model, EXAMPLES)
+    assert model.training
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_models_with_peft_adapters_keep_every_promise() -> None:
+    peft = pytest.importorskip("peft")
+    graph = mt.FusionGraph()
+    graph.add_tower("speech", tiny_tower(0), train=peft.LoraConfig(target_modules=["attention"]))
+    graph.add_tower("text", causal_lm("llama"), train="lora")
+    graph.add_tower("music", tiny_tower(1))
+    for source, target in (("speech", "text"), ("text", "speech"), ("speech", "music")):
+        graph.add_link(source, target, interleave=1)
+    check_model(graph.compile(), EXAMPLES)
+
+
+@pytest.mark.parametrize("name", BREAKAGES)
+def test_what_is_broken_is_reported(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (owner, attribute, change), promises = BREAKAGES[name]
+    patched(monkeypatch, owner, attribute, change)
+    assert broken() >= promises
+
+
+def test_a_prompt_that_is_read_otherwise_in_chunks_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    def always_from_the_start(
+        original: Callable, self: object, layer: int, x: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
+        return original(self, layer, x, positions - positions[0] if len(positions) > 1 else positions)
+
+    model = make_model(causal_lm("llama", width=8))
+    assert not model_report(model, EXAMPLES)["prefill"]
+    patched(monkeypatch, generate._TapReader, "__call__", always_from_the_start)
+    assert "in chunks of" in model_report(model, EXAMPLES)["prefill"]
+
+
+def test_every_promise_can_be_broken() -> None:
+    assert set().union(*(promises for _, promises in BREAKAGES.values()), {"schedule", "prefill"}) == set(
+        PROMISES
+    )
+
+
+class Peeking(TinyTower):
+    def layer(self, index: int, hidden: torch.Tensor, context: None) -> torch.Tensor:
+        return super().layer(index, hidden, context) + hidden.mean(1, keepdim=True)
+
+
+def test_a_tower_that_breaks_promises_is_named_with_the_reasons() -> None:
+    with pytest.raises(AssertionError, match="the model breaks 4 of 14 promises") as caught:
+        check_model(make_model(Peeking(2, 8, 16).eval()), EXAMPLES)
+    message = str(caught.value)
+    assert "\n  causality: example 0: the token of 'text' at time" in message
+    assert "\n  rows: tower 'speech': row" in message
+
+
+def test_what_a_tower_raises_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(original: Callable, *args: object) -> None:
+        raise RuntimeError("out of paper")
+
+    patched(monkeypatch, TinyTower, "head", fails)
+    assert model_report(make_model(), EXAMPLES)["causality"] == "RuntimeError: out of paper"
+
+
+def test_only_the_strategies_need_hypothesis() -> None:
+    code = "import multitower.testing as testing, sys; print(testing.__all__, 'hypothesis' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip().endswith("'tower_report'] False")
+
+
+THERE = LinkSpec("a", "b", name="there", interleave=1)
+CYCLE = [LinkSpec("a", "b", name="up", taps=((2, 1),)), LinkSpec("b", "a", name="down", taps=((2, 1),))]
+
+
+def late(schedule: Schedule) -> Schedule:
+    """The last taps of all run a stage later than they could."""
+    stages = [tuple(step for step in stage if not step.taps) for stage in schedule.stages[-1:]]
+    return Schedule(schedule.depths, (*schedule.stages[:-1], *stages, *schedule.stages[-1:]))
+
+
+def turned(schedule: Schedule) -> Schedule:
+    return Schedule(schedule.depths, schedule.stages[::-1])
+
+
+def twice(schedule: Schedule) -> Schedule:
+    return Schedule(schedule.depths, (*schedule.stages, schedule.stages[-1]))
+
+
+def cut(schedule: Schedule) -> Schedule:
+    return Schedule(schedule.depths, schedule.stages[:-1])
+
+
+def unread(schedule: Schedule) -> Schedule:
+    last = tuple(Step(step.tower, step.layer, step.taps[:0]) for step in schedule.stages[-1])
+    return Schedule(schedule.depths, (*schedule.stages[:-1], last))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (late, "and could in stage 4"),
+        (turned, "which it needs"),
+        (twice, "runs twice"),
+        (cut, "these never run"),
+        (unread, "runs twice"),
+    ],
+)
+def test_a_wrong_schedule_is_reported(
+    change: Callable[[Schedule], Schedule], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patched(monkeypatch, schedules, "make_schedule", lambda original, *args: change(original(*args)))
+    with pytest.raises(AssertionError, match=message):
+        check_schedule({"a": 2, "b": 2}, [THERE])
+
+
+def test_a_model_with_another_schedule_than_its_graph_is_reported() -> None:
+    model = make_model()
+    model.schedule = turned(model.schedule)
+    with pytest.raises(AssertionError, match="another schedule than its graph"):
+        PROMISES["schedule"](model, EXAMPLES)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right", "message"),
+    [
+        ("run b layer 2", "run b layer 1", "waits for"),
+        ("run b layer 2", "run b layer 7", "does not have"),
+        ("  run b", "  b", "names no step"),
+        ("tap (2, 1)", "tap (1, 1)", "not in the cycle"),
+        ("tap", "top", "does not say which tap"),
+    ],
+)
+def test_a_wrong_cycle_is_reported(
+    wrong: str, right: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lie(original: Callable, *args: object) -> Schedule:
+        try:
+            return original(*args)
+        except mt.GraphError as error:
+            raise mt.GraphError(str(error).replace(wrong, right)) from None
+
+    check_schedule({"a": 2, "b": 2}, CYCLE)
+    patched(monkeypatch, schedules, "make_schedule", lie)
+    with pytest.raises(AssertionError, match=message):
+        check_schedule({"a": 2, "b": 2}, CYCLE)
+
+
+def test_a_cycle_that_is_not_refused_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    patched(monkeypatch, schedules, "make_schedule", lambda original, *args: Schedule((), ()))
+    with pytest.raises(AssertionError, match="scheduled all the same"):
+        check_schedule({"a": 2, "b": 2}, CYCLE)

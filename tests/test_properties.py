@@ -1,0 +1,170 @@
+"""What every fused model promises, over all graphs and examples that hypothesis can think of."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import multitower as mt
+from models import causal_lm
+from multitower import testing
+from multitower.spec import LinkSpec
+from multitower.testing.strategies import Case, cases, cyclic_structures, structures, tiny_towers
+
+FAMILIES = ("llama", "gpt2", "bloom", "gemma3_text", "mistral")
+FEWER = settings(max_examples=settings().max_examples // 5)
+SEEDS = st.integers(0, 999)
+
+
+@functools.cache
+def pretrained(family: str, depth: int) -> mt.TransformersTower:
+    sliding = {"sliding_window": 3} if family in ("mistral", "gemma3_text") else {}
+    tower = mt.TransformersTower(
+        causal_lm(family, width=8, depth=depth, vocab_size=11 + depth, config=sliding)
+    )
+    assert tower.pads_left
+    return tower
+
+
+@st.composite
+def transformers_towers(draw: st.DrawFn) -> mt.TransformersTower:
+    """Draw towers that differ in family and depth; copies know already how their model decodes."""
+    return copy.deepcopy(pretrained(draw(st.sampled_from(FAMILIES)), draw(st.integers(1, 3))))
+
+
+Structure = tuple[dict[str, int], list[LinkSpec]]
+ANY_CASES = cases()
+TRANSFORMERS_CASES = cases(towers=transformers_towers(), most_towers=3)
+
+
+@given(ANY_CASES)
+def test_closed_gates_leave_every_tower_as_it_was(case: Case) -> None:
+    testing.check_identity(case.model, case.examples)
+
+
+@given(ANY_CASES)
+def test_unimodal_is_the_original_whatever_the_gates(case: Case) -> None:
+    testing.check_unimodal(case.model, case.examples)
+
+
+@given(ANY_CASES)
+def test_logits_are_those_of_the_definition(case: Case) -> None:
+    testing.check_definition(case.model, case.examples)
+
+
+@given(ANY_CASES)
+def test_what_sees_nothing_gets_exactly_zero(case: Case) -> None:
+    testing.check_sight(case.model, case.examples)
+
+
+@given(ANY_CASES)
+def test_no_logit_depends_on_what_it_must_not_see(case: Case) -> None:
+    testing.check_causality(case.model, case.examples)
+
+
+@given(ANY_CASES, SEEDS)
+def test_no_order_matters(case: Case, seed: int) -> None:
+    testing.check_order(case.model, case.examples, seed=seed)
+
+
+@given(ANY_CASES, SEEDS)
+def test_padding_changes_nothing(case: Case, seed: int) -> None:
+    testing.check_padding(case.model, case.examples, seed=seed)
+
+
+@given(ANY_CASES)
+def test_a_batch_is_its_rows_one_by_one(case: Case) -> None:
+    testing.check_rows(case.model, case.examples)
+
+
+@given(ANY_CASES)
+def test_exactly_what_is_trained_receives_finite_gradients(case: Case) -> None:
+    testing.check_gradients(case.model, case.examples)
+
+
+@given(ANY_CASES)
+def test_frozen_towers_stay_in_eval_mode_and_out_of_autograd(case: Case) -> None:
+    testing.check_frozen(case.model, case.examples)
+
+
+@given(ANY_CASES)
+def test_decoding_is_a_forward_step_by_step(case: Case) -> None:
+    testing.check_decoding(case.model, case.examples)
+
+
+@given(ANY_CASES)
+def test_loaded_is_saved(case: Case) -> None:
+    testing.check_saved(case.model, case.examples)
+
+
+@FEWER
+@given(TRANSFORMERS_CASES)
+def test_prompts_in_chunks_decode_as_at_once(case: Case) -> None:
+    testing.check_prefill(case.model, case.examples)
+
+
+@FEWER
+@given(TRANSFORMERS_CASES)
+def test_transformers_towers_keep_every_promise(case: Case) -> None:
+    testing.check_model(case.model, case.examples)
+
+
+class Bag(mt.Tower):
+    """A tower as its author would write it: each layer adds up what was said so far."""
+
+    width, vocab_size, begin, end = 6, 10, 0, (1, 2)
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.depth = depth
+        self.table = nn.Embedding(self.vocab_size, self.width)
+        self.layers = nn.ModuleList(nn.Linear(self.width, self.width) for _ in range(depth))
+
+    def embed(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        places = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
+        return self.table(tokens), places[:, None]
+
+    def layer(self, index: int, hidden: Tensor, context: Tensor) -> Tensor:
+        return hidden + self.layers[index - 1](hidden).tanh().cumsum(1) / context
+
+    def head(self, hidden: Tensor, context: Tensor) -> Tensor:
+        return hidden @ self.table.weight.T
+
+
+@st.composite
+def bags(draw: st.DrawFn) -> Bag:
+    torch.manual_seed(draw(SEEDS))
+    return Bag(draw(st.integers(1, 4)))
+
+
+@FEWER
+@given(cases(towers=bags() | tiny_towers(dtypes=[torch.float32])))
+def test_towers_of_other_authors_take_part(case: Case) -> None:
+    testing.check_model(case.model, case.examples)
+
+
+@given(structures())
+def test_every_step_runs_once_in_time_and_as_early_as_it_can(case: Structure) -> None:
+    testing.check_schedule(*case)
+
+
+@given(cyclic_structures())
+def test_cycles_are_refused_and_shown(case: Structure) -> None:
+    with pytest.raises(mt.GraphError, match="wait for each other"):
+        mt.schedule.make_schedule(*case)
+    testing.check_schedule(*case)
+
+
+@given(structures(), st.data())
+def test_links_by_a_single_number_never_wait_for_each_other(case: Structure, data: st.DataObject) -> None:
+    depths, links = case
+    steps = [data.draw(st.integers(1, depths[link.target])) for link in links]
+    numbered = [replace(link, interleave=step, taps=None) for link, step in zip(links, steps, strict=True)]
+    assert mt.schedule.make_schedule(depths, numbered).stages
