@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 import numpy as np
 import soundfile
 import torch
+import transformers
 from torch import Tensor
 
 import multitower as mt
@@ -169,6 +172,19 @@ def draw_alignment(model: mt.FusedModel, corpus: Corpus, folder: Path) -> None:
             speech="source" if source == "speech" else "target",
             title=f"{target} reads {source}: tap {tap}, head {head + 1}, “{pair.utterance.transcript}”",
         )
+
+
+def write_results(out: Path, settings: dict[str, Any], **results: Any) -> None:
+    """Write `results.json`: what was found, how, and on what machine."""
+    machine = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+    found = {"settings": settings, "machine": machine, **results}
+    (out / "results.json").write_text(json.dumps(found, indent=2) + "\n")
 
 
 def _steadiness(weights: Tensor) -> float:

@@ -13,15 +13,12 @@ kept in --out: the checkpoints, the audio, the pictures and the figures.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -32,9 +29,19 @@ import multitower as mt
 from multitower_speech import SpeechModality
 from multitower_text import TextModality
 from phrases import number_phrases, sentences
-from report import Corpus, Pair, System, evaluate, write_report
+from report import Corpus, Pair, System, evaluate, write_report, write_results
 from spoken_corpus import Utterance, read_corpus, speak, split
-from training import Budget, Example, Run, endless, in_turn, perplexity, pretrain, train
+from training import (
+    Budget,
+    Run,
+    directed,
+    endless,
+    in_turn,
+    perplexity,
+    pretrain_decoders,
+    target_losses,
+    train,
+)
 
 SPEECH_DEPTH = 4
 
@@ -109,7 +116,8 @@ def main() -> None:
     rows = write_report(out, model, run, systems, corpus, untouched=untouched)
     check_in_a_new_process(model, corpus, out)
     seconds = round(time.monotonic() - started)
-    write_results(out, options, size, run, rows, seconds)
+    settings = {**vars(options), **asdict(size), "steps": run.steps, "seconds": seconds}
+    write_results(out, settings, table=rows)
     print(f"\n{seconds} s in all. Audio, pictures, checkpoints and figures are in {out}/")
 
 
@@ -188,29 +196,19 @@ def pretrain_towers(
 ) -> dict[str, str]:
     """Make each tower an ordinary transformers checkpoint; nothing here is paired."""
     jobs = {"speech": (corpus.speech, corpus.unpaired_speech)}
-    folders = {"text": options.text_model}
     if options.text_model is None:
         jobs["text"] = (corpus.text, corpus.unpaired_text)
-    for name, (modality, rows) in jobs.items():
-        config = transformers.LlamaConfig(
-            vocab_size=modality.vocab_size,
-            hidden_size=size.width,
-            intermediate_size=4 * size.width,
-            num_hidden_layers=size.depth,
-            num_attention_heads=4,
-            max_position_embeddings=1024,
-            tie_word_embeddings=True,
-            bos_token_id=modality.begin,
-            eos_token_id=modality.end,
-        )
-        model = transformers.LlamaForCausalLM(config).to(options.device)
-        budget = size.pretraining_budget(options.minutes)
-        pretrain(
-            model, name, rows, budget, lr=2e-3, batch=size.batch, seed=options.seed, device=options.device
-        )
-        folders[name] = str(out / f"{name}-decoder")
-        model.save_pretrained(folders[name])
-    return folders
+    folders = pretrain_decoders(
+        jobs,
+        size.pretraining_budget(options.minutes),
+        out,
+        width=size.width,
+        depth=size.depth,
+        batch=size.batch,
+        seed=options.seed,
+        device=options.device,
+    )
+    return {"text": options.text_model, **folders}
 
 
 def zip_towers(folders: dict[str, str], position: str | None) -> mt.FusedModel:
@@ -234,29 +232,16 @@ def fit(
     title: str,
 ) -> Run:
     """Train recognition and synthesis together: every pair both ways."""
-    tasks: list[list[Example]] = [
-        [
-            [mt.Segment("speech", one.speech), mt.Segment("text", one.text, target=True)]
-            for one in corpus.pairs
-        ],
-        [
-            [mt.Segment("text", one.text), mt.Segment("speech", one.speech, target=True)]
-            for one in corpus.pairs
-        ],
-    ]
+    spoken = [(one.speech, one.text) for one in corpus.pairs]
+    written = [(one.text, one.speech) for one in corpus.pairs]
+    tasks = [directed(spoken, "speech", "text"), directed(written, "text", "speech")]
     batches = in_turn(*(endless(task, size.batch, options.seed, options.device) for task in tasks))
     if isinstance(model, mt.FusedModel):
         groups = model.parameter_groups(lr=size.lr)
     else:
         groups = [{"params": list(model.parameters()), "lr": size.lr}]
 
-    def losses(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-        found = model(**batch).losses
-        return {
-            name: found[name] for name, stream in batch["streams"].items() if (stream["labels"] >= 0).any()
-        }
-
-    return train(model, losses, batches, groups, budget, title=title)
+    return train(model, target_losses(model), batches, groups, budget, title=title)
 
 
 def train_rival(
@@ -293,21 +278,6 @@ def check_in_a_new_process(model: mt.FusedModel, corpus: Corpus, out: Path) -> N
     print(f"\nloaded in a new process: {there!r}")
     if there != here:
         raise SystemExit(f"the loaded checkpoint heard {there!r}, the trained model {here!r}")
-
-
-def write_results(
-    out: Path, options: argparse.Namespace, size: Size, run: Run, rows: list[dict[str, Any]], seconds: int
-) -> None:
-    settings = {**vars(options), **asdict(size), "steps": run.steps, "seconds": seconds}
-    machine = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "processor": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-    }
-    results = {"settings": settings, "machine": machine, "table": rows}
-    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
-"""The training loop that the example uses for everything it trains, and batches for it."""
+"""The training loop that the examples use for everything they train, and batches for it."""
 
 from __future__ import annotations
 
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 
 import torch
+import transformers
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -126,6 +128,64 @@ def to_device(batch: dict, device: str) -> dict:
         key: to_device(value, device) if isinstance(value, dict) else value.to(device)
         for key, value in batch.items()
     }
+
+
+def directed(pairs: Iterable[tuple[Tensor, Tensor]], source: str, target: str) -> list[Example]:
+    """Make examples in which the target tower answers to the source tower."""
+    return [[mt.Segment(source, given), mt.Segment(target, asked, target=True)] for given, asked in pairs]
+
+
+def target_losses(model: nn.Module) -> Callable[[dict], dict[str, Tensor]]:
+    """Give what `train` asks for: the loss of each tower that a batch has targets for."""
+
+    def losses(batch: dict) -> dict[str, Tensor]:
+        found = model(**batch).losses
+        return {
+            name: found[name] for name, stream in batch["streams"].items() if (stream["labels"] >= 0).any()
+        }
+
+    return losses
+
+
+def small_decoder(modality: mt.Modality, *, width: int, depth: int) -> transformers.PreTrainedModel:
+    """Make a new decoder of the Llama type for the tokens of a modality."""
+    config = transformers.LlamaConfig(
+        vocab_size=modality.vocab_size,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=depth,
+        num_attention_heads=4,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=modality.begin,
+        eos_token_id=modality.end,
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+def pretrain_decoders(
+    jobs: Mapping[str, tuple[mt.Modality, Sequence[Tensor]]],
+    budget: Budget,
+    out: Path,
+    *,
+    width: int,
+    depth: int,
+    batch: int,
+    seed: int,
+    device: str,
+) -> dict[str, str]:
+    """Make a small decoder of each modality from its own rows of tokens; nothing here is paired.
+
+    Returns:
+        For each name the folder of an ordinary transformers checkpoint.
+    """
+    folders = {}
+    for name, (modality, rows) in jobs.items():
+        model = small_decoder(modality, width=width, depth=depth).to(device)
+        pretrain(model, name, rows, budget, lr=2e-3, batch=batch, seed=seed, device=device)
+        folders[name] = str(out / f"{name}-decoder")
+        model.save_pretrained(folders[name])
+    return folders
 
 
 def pretrain(model: nn.Module, name: str, rows: Sequence[Tensor], budget: Budget, **options) -> Run:

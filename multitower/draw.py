@@ -70,5 +70,5 @@ def draw_graph(model: FusedModel) -> Any:
     axes.set_xlim(-1.4, centre[names[-1]] + 1.4)
     axes.set_ylim(-0.5, (deepest + 1) * LAYER_HEIGHT)
     if handles:
-        axes.legend(handles=handles, loc="upper center", ncols=2, frameon=False, fontsize=8)
+        figure.legend(handles=handles, loc="outside upper center", ncols=2, frameon=False, fontsize=8)
     return figure

@@ -1,0 +1,169 @@
+"""Grey images of one height, such as a line of handwriting, to the tokens of an image tower, and back."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from sklearn.cluster import KMeans
+from threadpoolctl import threadpool_limits
+
+CONFIG = "modality.json"
+WEIGHTS = "modality.safetensors"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ImageModality:
+    """Images read from left to right, a token for each strip of a few columns of pixels.
+
+    >>> image = np.random.default_rng(0).random((8, 24), dtype=np.float32)
+    >>> images = ImageModality.fit([image], strips=6, width=2)
+    >>> tokens = images.encode(image)
+    >>> tokens.shape, tokens.dtype                       # 12 strips, begin and end
+    (torch.Size([14]), torch.int64)
+    >>> images.decode(tokens).shape
+    (8, 24)
+
+    Args:
+        centres: The strips that tokens stand for, found by k-means; float32, shape (strips, height, width).
+
+    Attributes:
+        vocab_size: Number of ids: the strips, begin and end.
+        begin: Id of the token that opens every encoded segment.
+        end: Id of the token that closes every encoded segment.
+        height: Pixels from top to bottom.
+        width: Pixels from left to right that a token stands for.
+
+    Raises:
+        ValueError: The centres have another shape or dtype.
+    """
+
+    centres: torch.Tensor
+
+    def __post_init__(self) -> None:
+        shape, dtype = tuple(self.centres.shape), self.centres.dtype
+        if len(shape) != 3 or 0 in shape or dtype != torch.float32:
+            raise ValueError(
+                f"centres have shape {shape} and dtype {dtype}: give float32 of shape (strips, height, "
+                "width), as ImageModality.fit does"
+            )
+
+    def __repr__(self) -> str:
+        return f"ImageModality(strips={len(self.centres)}, height={self.height}, width={self.width})"
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, begin and end included."""
+        return self.end + 1
+
+    @property
+    def begin(self) -> int:
+        """Id of the token that opens every encoded segment."""
+        return len(self.centres)
+
+    @property
+    def end(self) -> int:
+        """Id of the token that closes every encoded segment."""
+        return self.begin + 1
+
+    @property
+    def height(self) -> int:
+        """Pixels from top to bottom."""
+        return self.centres.shape[1]
+
+    @property
+    def width(self) -> int:
+        """Pixels from left to right that a token stands for."""
+        return self.centres.shape[2]
+
+    @classmethod
+    def fit(
+        cls, images: Iterable[np.ndarray], *, strips: int = 256, width: int = 2, seed: int = 0
+    ) -> ImageModality:
+        """Find the strips that tokens stand for.
+
+        Args:
+            images: Floats in 0..1, each of shape (height, any width).
+            strips: How many.
+            width: Columns of pixels in a strip.
+            seed: The same seed and images give the same strips on the same machine.
+
+        Raises:
+            ValueError: There are fewer different strips than asked for.
+        """
+        pixels = np.concatenate([_cut(image, width) for image in images])
+        vectors = pixels.reshape(len(pixels), -1)
+        if (distinct := len(np.unique(vectors, axis=0))) < strips:
+            raise ValueError(
+                f"the images hold {distinct} different strips, too few to fit strips={strips}: "
+                "give more images or ask for fewer"
+            )
+        with threadpool_limits(1):
+            found = KMeans(strips, n_init=1, random_state=seed).fit(vectors)
+        return cls(torch.from_numpy(found.cluster_centers_.reshape(-1, *pixels.shape[1:])).float())
+
+    def encode(self, raw: np.ndarray) -> torch.Tensor:
+        """Give the tokens of one image.
+
+        Args:
+            raw: Floats in 0..1, shape (height, any width).
+
+        Returns:
+            int64, shape (ceil(raw width / width) + 2,), begin and end included.
+
+        Raises:
+            ValueError: The image has another height, or other than two dimensions.
+        """
+        if np.ndim(raw) != 2 or np.shape(raw)[0] != self.height:
+            raise ValueError(f"the image has shape {np.shape(raw)}: give shape ({self.height}, any width)")
+        pixels = torch.from_numpy(_cut(raw, self.width))
+        ids = torch.cdist(pixels.flatten(1), self.centres.flatten(1)).argmin(1)
+        return torch.cat([ids.new_tensor([self.begin]), ids, ids.new_tensor([self.end])])
+
+    def decode(self, tokens: torch.Tensor) -> np.ndarray:
+        """Give the image of tokens, as a language model may emit them: float32, shape (height, any width).
+
+        Begin, end and ids past the vocabulary are dropped; without any strip the image has no pixels.
+        """
+        ids = torch.as_tensor(tokens, dtype=torch.int64)
+        return rearrange(self.centres[ids[ids < self.begin]], "n h w -> h (n w)").numpy()
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write ``modality.safetensors`` and ``modality.json`` into a folder."""
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        save_file({"centres": self.centres.contiguous()}, path / WEIGHTS)
+        (path / CONFIG).write_text(json.dumps({"format": 1, "type": "image strips"}, indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str]) -> ImageModality:
+        """Load what ``save_pretrained`` wrote.
+
+        Raises:
+            FileNotFoundError: A file is missing; the message names it.
+            ValueError: A file is damaged or not that of an image modality; the message names it.
+        """
+        path = Path(folder)
+        for file in (path / CONFIG, path / WEIGHTS):
+            if not file.is_file():
+                raise FileNotFoundError(f"{file} is missing: the folder holds no whole image modality")
+        if json.loads((path / CONFIG).read_text()) != {"format": 1, "type": "image strips"}:
+            raise ValueError(f"{path / CONFIG} is not that of an image modality in format 1")
+        try:
+            return cls(load_file(path / WEIGHTS)["centres"])
+        except (SafetensorError, KeyError) as error:
+            raise ValueError(f"{path / WEIGHTS} is damaged or half-written: {error}") from error
+
+
+def _cut(image: np.ndarray, width: int) -> np.ndarray:
+    """Cut an image into strips, shape (count, height, width); zeros fill the last."""
+    padded = np.pad(np.asarray(image, dtype=np.float32), ((0, 0), (0, -np.shape(image)[1] % width)))
+    return rearrange(padded, "h (n w) -> n h w", w=width)
