@@ -13,7 +13,7 @@ import torch
 
 import multitower as mt
 from models import causal_lm, segment
-from multitower import fused, generate
+from multitower import cache, fused
 from multitower.link import GatedCrossAttention, Visibility
 from multitower.schedule import Schedule, Step
 from multitower.spec import LinkSpec
@@ -134,9 +134,9 @@ BREAKAGES = {
     "sees padding": ((fused, "visibility", sees_padding), {"padding", "definition", "rows"}),
     "blind tokens get a feed-forward": ((fused, "visibility", sees_always), {"sight", "definition"}),
     "no window": ((fused, "visibility", without_a_window), {"definition"}),
-    "no window in decoding": ((generate, "visibility", without_a_window), {"decoding"}),
+    "no window in decoding": ((cache, "visibility", without_a_window), {"decoding"}),
     "links in sequence": ((mt.FusedModel, "_update", one_after_the_other), {"order", "definition"}),
-    "a tap forgotten in decoding": ((generate._TapReader, "__init__", forgets_a_tap), {"decoding"}),
+    "a tap forgotten in decoding": ((cache.TapReader, "__init__", forgets_a_tap), {"decoding"}),
     "frozen towers train": ((mt.FusedModel, "train", wakes_frozen_towers), {"frozen"}),
     "everything is trained": ((mt.FusedModel, "__init__", trains_all), {"frozen"}),
     "unimodal adapts": ((mt.FusedModel, "unimodal", adapts), {"unimodal"}),
@@ -181,7 +181,7 @@ def test_a_prompt_that_is_read_otherwise_in_chunks_is_reported(monkeypatch: pyte
 
     model = make_model(causal_lm("llama", width=8))
     assert not model_report(model, EXAMPLES)["prefill"]
-    patched(monkeypatch, generate._TapReader, "__call__", always_from_the_start)
+    patched(monkeypatch, cache.TapReader, "__call__", always_from_the_start)
     assert "in chunks of" in model_report(model, EXAMPLES)["prefill"]
 
 
