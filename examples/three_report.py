@@ -35,19 +35,19 @@ class Route:
     """A way from what is given to what is asked for.
 
     Attributes:
-        source: The tower whose segment is given.
+        given: The towers whose true segments are given.
         output: The towers that are decoded, the last being what is asked for.
         alone: Whether each tower is shown only the segment before its own, not all of the example.
     """
 
-    source: str
+    given: tuple[str, ...]
     output: tuple[str, ...]
     alone: bool = False
 
     @property
     def title(self) -> str:
         """What is given, and what is asked for."""
-        return f"{self.source} → {self.output[-1]}"
+        return f"{' + '.join(self.given)} → {self.output[-1]}"
 
     @property
     def way(self) -> str:
@@ -57,21 +57,23 @@ class Route:
         return f"through {self.output[0]}" + (" alone" if self.alone else "")
 
     def is_trained(self, paired: Sequence[tuple[str, str]]) -> bool:
-        """Whether these two towers stood together in training."""
-        return (self.source, self.output[-1]) in paired or (self.output[-1], self.source) in paired
+        """Whether these towers, and no others, stood together in training."""
+        return {*self.given, self.output[-1]} in [set(pair) for pair in paired]
 
 
 ROUTES = (
-    Route("speech", ("text",)),
-    Route("text", ("speech",)),
-    Route("image", ("text",)),
-    Route("text", ("image",)),
-    Route("speech", ("image",)),
-    Route("speech", ("text", "image")),
-    Route("speech", ("text", "image"), alone=True),
-    Route("image", ("speech",)),
-    Route("image", ("text", "speech")),
-    Route("image", ("text", "speech"), alone=True),
+    Route(("speech",), ("text",)),
+    Route(("text",), ("speech",)),
+    Route(("image",), ("text",)),
+    Route(("text",), ("image",)),
+    Route(("speech",), ("image",)),
+    Route(("speech",), ("text", "image")),
+    Route(("speech",), ("text", "image"), alone=True),
+    Route(("speech", "text"), ("image",)),
+    Route(("image",), ("speech",)),
+    Route(("image",), ("text", "speech")),
+    Route(("image",), ("text", "speech"), alone=True),
+    Route(("image", "text"), ("speech",)),
 )
 
 
@@ -137,7 +139,7 @@ def follow(
 ) -> Answer:
     """Take every held-out phrase along a route, and read what comes out."""
     print(f"{route.title}, {route.way}", flush=True)
-    rows = [[mt.Segment(route.source, phrase.tokens[route.source])] for phrase in phrases]
+    rows = [[mt.Segment(name, phrase.tokens[name]) for name in route.given] for phrase in phrases]
     for output in [[name] for name in route.output] if route.alone else [list(route.output)]:
         rows = model.generate(rows, output=output, max_new_tokens=limit, do_sample=False)
     tower = route.output[-1]

@@ -184,7 +184,7 @@ def test_pairs_with_text_train_all_but_the_links_without_pairs(model, corpus, ca
 
 def test_routes_say_where_they_lead():
     titles = {(route.title, route.way): route.is_trained(PAIRED) for route in ROUTES}
-    assert len(titles) == len(ROUTES) == 10
+    assert len(titles) == len(ROUTES) == 12
     assert [key for key, trained in titles.items() if trained] == [
         ("speech → text", "directly"),
         ("text → speech", "directly"),
@@ -193,6 +193,7 @@ def test_routes_say_where_they_lead():
     ]
     assert titles["speech → image", "through text"] is False
     assert titles["image → speech", "through text alone"] is False
+    assert titles["speech + text → image", "directly"] is False
 
 
 @pytest.mark.parametrize("route", ROUTES, ids=lambda route: f"{route.title} {route.way}")
@@ -214,7 +215,7 @@ def test_handing_on_the_text_alone_leaves_out_what_was_given(corpus, hands):
 
     readers = Readers(ImageJudge(hands[1]), Ear())
     for alone in (False, True):
-        route = Route("speech", ("text", "image"), alone=alone)
+        route = Route(("speech",), ("text", "image"), alone=alone)
         follow(Recorder(), route, corpus.held_out, corpus.modalities, readers, limit=9, paired=PAIRED)
     assert [(rows[0], output) for rows, output in asked] == [
         (["speech"], ["text", "image"]),
