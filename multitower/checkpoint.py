@@ -1,9 +1,11 @@
 """A fused model on disk.
 
-    folder/  fusion.json             format version, graph, fingerprint of each tower and of its peft adapters
+    folder/  fusion.json             format version, graph, fingerprint of each tower and of its peft adapters,
+                                     modalities
              links.safetensors       links and input adapters
              towers/<name>/          the model of a tower that was trained whole or has no other origin
              towers/<name>/adapter/  the peft adapters of a tower, as peft saves and loads them
+             modalities/<name>/      the modality of a tower, where one was given
 
 Untouched pretrained models, peft adapters on them or not, are referred to, not copied, unless asked. What is
 stored of a model with adapters is the model without them, as if peft had never touched it. Of towers that
@@ -26,11 +28,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .codecs import MODALITIES, Records, check_modalities, keep_modalities, write_modalities
 from .extras import require
-from .files import CheckpointError, check_fit, load_strictly, read_json, read_tensors
+from .files import FUSION, CheckpointError, check_fit, load_strictly, read_json, read_tensors
 from .fingerprint import fingerprint
 from .fused import FusedModel
 from .graph import FusionGraph
+from .modality import Modality
 from .sharing import shared_with
 from .spec import GraphError, TowerSpec
 from .tower import Tower, TowerError, TransformersTower, as_tower
@@ -39,11 +43,17 @@ from .tower.offload import is_offloaded
 from .tower.quantised import can_be_stored, quantisation_of
 
 FORMAT_VERSION = 1
-FUSION, LINKS, TOWERS, WEIGHTS = "fusion.json", "links.safetensors", "towers", "model.safetensors"
+LINKS, TOWERS, WEIGHTS = "links.safetensors", "towers", "model.safetensors"
 ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter", "adapter_config.json", "adapter_model.safetensors"
 
 
-def save_pretrained(model: FusedModel, folder: str | os.PathLike[str], *, embed_towers: bool = False) -> None:
+def save_pretrained(
+    model: FusedModel,
+    folder: str | os.PathLike[str],
+    *,
+    embed_towers: bool = False,
+    modalities: Mapping[str, Modality] | None = None,
+) -> None:
     """Write a fused model to a folder.
 
     >>> import multitower as mt, tempfile
@@ -62,12 +72,17 @@ def save_pretrained(model: FusedModel, folder: str | os.PathLike[str], *, embed_
     Args:
         model: The model.
         folder: A new folder, an empty one, or an older checkpoint, which is replaced; files in it that
-            are not part of a checkpoint are kept.
+            are not part of a checkpoint are kept, and so are modalities, where none is given instead.
         embed_towers: Whether to store frozen models that were loaded from a path or Hub id, too.
+        modalities: What makes the tokens of some or all towers, by tower, for ``Pipeline.from_pretrained``.
 
     Raises:
         CheckpointError: The folder holds other things than a checkpoint, or adapters are merged.
+        ValueError: A modality is given for no tower, or has more ids than its tower.
+        TypeError: What is given as modality is none.
     """
+    modalities = modalities or {}
+    check_modalities(model, modalities)
     target = Path(folder).absolute()
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"{target} is a file; give a folder to save to")
@@ -78,9 +93,12 @@ def save_pretrained(model: FusedModel, folder: str | os.PathLike[str], *, embed_
     try:
         fresh = scratch / "new"
         fresh.mkdir()
-        _write(model, fresh, embed_towers)
+        records = write_modalities(modalities, fresh)
         if target.exists():
             _keep_others(target, fresh)
+            records = keep_modalities(target, fresh, model.graph.towers) | records
+        _write(model, fresh, embed_towers, records)
+        if target.exists():
             target.rename(scratch / "old")
         fresh.rename(target)
     finally:
@@ -163,7 +181,7 @@ def _with_sources(graph: Mapping[str, Any], towers: Mapping[str, str | nn.Module
     return {**graph, "towers": entries}
 
 
-def _write(model: FusedModel, folder: Path, embed_towers: bool) -> None:
+def _write(model: FusedModel, folder: Path, embed_towers: bool, modalities: Records) -> None:
     records: dict[str, dict[str, Any]] = {}
     shared = shared_with({name: model.tower(name) for name in model.graph.towers})
     for name, spec in model.graph.towers.items():
@@ -187,7 +205,12 @@ def _write(model: FusedModel, folder: Path, embed_towers: bool) -> None:
             records[name] |= _save_adapters(name, whole, place / ADAPTER)
     links = {key: value.contiguous() for key, value in _fusion_state(model).items()}
     save_file(links, folder / LINKS, metadata={"format": "pt"})
-    document = {"format_version": FORMAT_VERSION, "graph": model.graph.to_dict(), "towers": records}
+    document = {
+        "format_version": FORMAT_VERSION,
+        "graph": model.graph.to_dict(),
+        "towers": records,
+        "modalities": modalities,
+    }
     (folder / FUSION).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
@@ -313,9 +336,9 @@ def _load_adapters(folder: Path, record: Mapping[str, Any], model: nn.Module) ->
 
 
 def _keep_others(old: Path, new: Path) -> None:
-    """Copy what a user keeps beside a checkpoint, such as a README or modalities."""
+    """Copy what a user keeps beside a checkpoint, such as a README."""
     for entry in old.iterdir():
-        if entry.name not in (FUSION, LINKS, TOWERS):
+        if entry.name not in (FUSION, LINKS, TOWERS, MODALITIES):
             if entry.is_dir():
                 shutil.copytree(entry, new / entry.name, symlinks=True)
             else:

@@ -12,6 +12,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+FUSION = "fusion.json"
+"""What a checkpoint says of itself."""
+
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be written or read."""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
     from .generate import Decoded, Entry, Policy
+    from .modality import Modality
 
 
 class FusedModel(nn.Module):
@@ -178,7 +179,8 @@ class FusedModel(nn.Module):
             examples: What is given, each a list of segments (none of them a target).
             output: The towers to decode, in this order; each reads all that came before. Or a function that
                 is called with an example so far and gives the next tower, a tuple of towers, or None.
-            options: Options of transformers' ``generate``: ``max_new_tokens``, ``do_sample``, ...
+            options: Options of transformers' ``generate``: ``max_new_tokens``, ``do_sample``, ... What is
+                not the same for all towers is given by tower: ``max_new_tokens={"text": 40, "speech": 400}``.
 
         Returns:
             For each example (each returned sequence of it) what can be appended to it: the decoded segments,
@@ -304,11 +306,17 @@ class FusedModel(nn.Module):
 
         return merge_and_unload(self, name)
 
-    def save_pretrained(self, folder: str | os.PathLike[str], *, embed_towers: bool = False) -> None:
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        embed_towers: bool = False,
+        modalities: Mapping[str, Modality] | None = None,
+    ) -> None:
         """Write a checkpoint; see ``checkpoint.save_pretrained``."""
         from .checkpoint import save_pretrained
 
-        save_pretrained(self, folder, embed_towers=embed_towers)
+        save_pretrained(self, folder, embed_towers=embed_towers, modalities=modalities or {})
 
     @classmethod
     def from_pretrained(
@@ -329,21 +337,11 @@ class FusedModel(nn.Module):
         seen = {
             link.name: visibility(
                 streams[link.target]["times"],
-                *_keys(streams[link.source], streams[link.target]),
+                streams[link.source]["times"],
+                streams[link.source]["mask"],
                 link.window,
             )
             for link in self._graph.links.values()
             if link.source in streams and link.target in streams
         }
-        return {name: each for name, each in seen.items() if not _is_blind(each)}
-
-
-def _is_blind(seen: Visibility) -> bool:
-    """Whether no query sees anything; asked only on the CPU, for elsewhere one would wait for the answer."""
-    asked = seen.sees.device.type == "cpu" and not torch.compiler.is_compiling()
-    return asked and not bool(seen.sees.any())
-
-
-def _keys(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    device = target["times"].device
-    return source["times"].to(device), source["mask"].to(device)
+        return {name: each for name, each in seen.items() if not each.is_blind()}

@@ -14,7 +14,17 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from .cache import TapCache, TapReader
-from .options import begin_token, check_options, filled, given, groups, setting
+from .options import (
+    as_ids,
+    begin_token,
+    check_named,
+    check_options,
+    filled,
+    given,
+    groups,
+    options_of,
+    setting,
+)
 from .stream import Example, Segment, make_streams, place_in_time
 from .together import check_stepwise, decode_together
 from .tower import Tower
@@ -50,6 +60,7 @@ def generate(
             a target, or an option cannot be passed on.
     """
     _check_examples(model, examples)
+    check_named(options, model.graph.towers)
     rows = [list(example) for example in examples]
     training = model.training
     model.eval()
@@ -125,7 +136,8 @@ def _decode_side_by_side(
     """Decode several towers at the same time, rows together where no padding gets in the way."""
     check_stepwise(options)
     towers = {name: model.tower(name) for name in names}
-    prompts = [{name: _prompt(row, name, _begin(towers[name], options)) for name in names} for row in rows]
+    own = {name: options_of(name, options) for name in names}
+    prompts = [{name: _prompt(row, name, _begin(towers[name], own[name])) for name in names} for row in rows]
     lengths = [tuple(len(tokens) for tokens, _ in prompt.values()) for prompt in prompts]
     apart = not all(tower.pads_left for tower in towers.values())
     decoded: dict[int, tuple[Segment, ...]] = {}
@@ -139,12 +151,12 @@ def _decode_side_by_side(
             for name in names
         }
         limit = min(
-            setting(tower, options, "max_new_tokens")
-            or length_limit(tower.native, options, padded[name][0].shape[1], tower.max_length)
+            setting(tower, own[name], "max_new_tokens")
+            or length_limit(tower.native, own[name], padded[name][0].shape[1], tower.max_length)
             or MAX_NEW_TOKENS
             for name, tower in towers.items()
         )
-        segments = decode_together(model, cache.of_rows(chosen), padded, options, limit)
+        segments = decode_together(model, cache.of_rows(chosen), padded, own, limit)
         decoded |= zip(chosen, segments, strict=True)
     return [decoded[row] for row in range(len(rows))]
 
@@ -153,7 +165,7 @@ def _decode_segments(
     model: FusedModel, cache: TapCache, rows: Sequence[Example], name: str, options: Mapping[str, Any]
 ) -> list[Segment]:
     """Decode rows, together where that does not change what each becomes."""
-    tower = model.tower(name)
+    tower, options = model.tower(name), options_of(name, options)
     begin = _begin(tower, options)
     prompts = [_prompt(row, name, begin) for row in rows]
     decoded: dict[int, list[Segment]] = {}
@@ -206,7 +218,7 @@ def decode_rows(
     )
     device = execution_device(decoder)
     sequences = decoder.generate(tokens.to(device), attention_mask=mask.to(device), **settings)
-    ends = _as_ids(given(settings, "eos_token_id"))
+    ends = as_ids(given(settings, "eos_token_id"))
     return [_until_end(sequence[length - 1 :].cpu(), ends) for sequence in sequences]
 
 
@@ -269,12 +281,6 @@ def _until_end(tokens: Tensor, end: Sequence[int]) -> Tensor:
     """Cut a segment after its first end token; the begin token at its front may be the same id."""
     is_end = torch.isin(tokens[1:], torch.tensor(end, dtype=tokens.dtype))
     return tokens[: int(is_end.int().argmax()) + 2] if bool(is_end.any()) else tokens
-
-
-def _as_ids(value: Any) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    return (value,) if isinstance(value, int) else tuple(value)
 
 
 def length_limit(model: Any, options: Mapping[str, Any], prompt: int, most: int | None) -> int | None:

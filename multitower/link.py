@@ -29,6 +29,11 @@ class Visibility(NamedTuple):
     mask: Tensor
     sees: Tensor
 
+    def is_blind(self) -> bool:
+        """Whether no query sees anything; asked only on the CPU: elsewhere one would wait for the answer."""
+        asked = self.sees.device.type == "cpu" and not torch.compiler.is_compiling()
+        return asked and not bool(self.sees.any())
+
 
 def visibility(
     query_times: Tensor, key_times: Tensor, key_mask: Tensor, window: int | None = None
@@ -47,8 +52,8 @@ def visibility(
         key_mask: bool, shape (batch, source length): False at padding.
         window: How many ticks back a query sees; None for all.
     """
-    age = query_times[:, :, None] - key_times[:, None, :]
-    mask = (age > 0) & key_mask[:, None, :]
+    age = query_times[:, :, None] - key_times.to(query_times.device)[:, None, :]
+    mask = (age > 0) & key_mask.to(query_times.device)[:, None, :]
     if window is not None:
         mask = mask & (age <= window)
     sees = mask.any(-1, keepdim=True)

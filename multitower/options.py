@@ -1,9 +1,12 @@
-"""The options of transformers' ``generate``: who sets them, and which of them a fused model refuses."""
+"""The options of transformers' ``generate``: who sets them, and which of them a fused model refuses.
+
+An option may also be a mapping: from the names of towers to what each of them takes.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from .tower import Tower
@@ -59,6 +62,9 @@ OF_ONE_VOCABULARY = (
 )
 """Options that mean the tokens of one tower."""
 
+MAPPINGS = ("cache_config", "sequence_bias", "watermarking_config")
+"""Options that are mappings by themselves."""
+
 OF_THE_BATCH = ("logits_processor", "prefix_allowed_tokens_fn")
 """Functions that may tell the rows of a batch by their place in it."""
 
@@ -88,6 +94,32 @@ def check_options(options: Options, towers: Mapping[str, Tower], examples: int) 
     Raises:
         ValueError: An option cannot work, or cannot work with these towers or examples.
     """
+    for key in OF_ONE_VOCABULARY:
+        value = given(options, key)
+        if len(towers) > 1 and value is not None and not is_by_tower(key, value):
+            raise ValueError(
+                f"{key} means tokens of one tower; decode {' and '.join(towers)} by a call for each, or give "
+                f"each its own: {key}={{{next(iter(towers))!r}: ...}}"
+            )
+    for name, tower in towers.items():
+        own = options_of(name, options)
+        _check_supported(own)
+        if own.get("streamer") is not None and examples > 1:
+            raise ValueError("a streamer follows one row; call generate for one example at a time")
+        _check_begin(name, tower, begin_token(tower, own))
+        if (setting(tower, own, "num_return_sequences") or 1) > 1:
+            if len(towers) > 1:
+                raise ValueError(
+                    "num_return_sequences > 1 needs a single output tower; decode the next from these"
+                )
+            if any(setting(tower, own, key) for key in STOPS):
+                raise ValueError(
+                    f"num_return_sequences > 1 with {' or '.join(STOPS)}: nothing says where each of them "
+                    "stopped; call generate once for each"
+                )
+
+
+def _check_supported(options: Options) -> None:
     for key in RESERVED:
         if key in options:
             raise ValueError(f"{key} comes from the examples; put tokens into multitower.Segment instead")
@@ -99,25 +131,41 @@ def check_options(options: Options, towers: Mapping[str, Tower], examples: int) 
             "cache_implementation='paged' is not supported: it puts all rows into one, and the links could "
             "not tell them apart; take 'dynamic' or 'static'"
         )
-    for key in OF_ONE_VOCABULARY:
-        if len(towers) > 1 and given(options, key) is not None:
-            raise ValueError(
-                f"{key} means tokens of one tower; decode {' and '.join(towers)} by a call for each"
-            )
-    if options.get("streamer") is not None and examples > 1:
-        raise ValueError("a streamer follows one row; call generate for one example at a time")
-    for name, tower in towers.items():
-        _check_begin(name, tower, begin_token(tower, options))
-        if (setting(tower, options, "num_return_sequences") or 1) > 1:
-            if len(towers) > 1:
+
+
+def check_named(options: Options, towers: Collection[str]) -> None:
+    """Check that options by tower name towers.
+
+    Raises:
+        ValueError: There is no tower of a name.
+    """
+    for key, value in options.items():
+        for name in value if is_by_tower(key, value) else ():
+            if name not in towers:
                 raise ValueError(
-                    "num_return_sequences > 1 needs a single output tower; decode the next from these"
+                    f"{key}={{{name!r}: ...}}: there is no such tower; they are {', '.join(towers)}"
                 )
-            if any(setting(tower, options, key) for key in STOPS):
-                raise ValueError(
-                    f"num_return_sequences > 1 with {' or '.join(STOPS)}: nothing says where each of them "
-                    "stopped; call generate once for each"
-                )
+
+
+def is_by_tower(key: str, value: Any) -> bool:
+    """Whether a value is a mapping that gives each tower its own.
+
+    >>> is_by_tower("max_new_tokens", {"text": 40, "speech": 400})
+    True
+    """
+    return isinstance(value, Mapping) and key not in MAPPINGS
+
+
+def options_of(name: str, options: Options) -> dict[str, Any]:
+    """Give the options for one tower.
+
+    >>> options_of("text", {"do_sample": True, "max_new_tokens": {"text": 40}, "top_k": {"speech": 9}})
+    {'do_sample': True, 'max_new_tokens': 40}
+    """
+    own = {key: value for key, value in options.items() if not is_by_tower(key, value)}
+    return own | {
+        key: value[name] for key, value in options.items() if is_by_tower(key, value) and name in value
+    }
 
 
 def _check_begin(name: str, tower: Tower, begin: int | None) -> None:
@@ -152,6 +200,17 @@ def begin_token(tower: Tower, options: Options) -> int | None:
     """Give the token that opens a segment: the caller's, or else the tower's."""
     begin: int | None = given(options, "bos_token_id")
     return tower.begin if begin is None else begin
+
+
+def as_ids(value: int | Sequence[int] | None) -> tuple[int, ...]:
+    """Give the ids that an option names.
+
+    >>> as_ids(None), as_ids(3), as_ids([3, 4])
+    ((), (3,), (3, 4))
+    """
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, int) else tuple(value)
 
 
 def filled(options: Options, defaults: Options) -> dict[str, Any]:

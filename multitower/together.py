@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .cache import TapCache, TapReader
-from .options import given
+from .options import as_ids, given, is_by_tower
 from .schedule import Tap
 from .stream import Segment
 
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from .fused import FusedModel
 
 STEPWISE = (
+    "bos_token_id",
     "do_sample",
+    "eos_token_id",
     "epsilon_cutoff",
     "eta_cutoff",
     "max_new_tokens",
@@ -45,6 +47,10 @@ def check_stepwise(options: Mapping[str, Any]) -> None:
             f"{', '.join(others)}: towers that are decoded at the same time advance token by token, for "
             f"which only {', '.join(STEPWISE)} have a meaning; decode one tower at a time, or leave it out"
         )
+    if is_by_tower("max_new_tokens", options.get("max_new_tokens")):
+        raise ValueError(
+            "max_new_tokens: towers that are decoded at the same time share one limit; give a number"
+        )
 
 
 class Lane:
@@ -56,11 +62,21 @@ class Lane:
         cache: What its taps and those of the others read.
         tokens: The prompts, int64, shape (batch, length), padded on the left, the begin token last.
         times: When they stand, -1 at padding.
+        options: Options of ``generate`` for this tower, those in ``STEPWISE``.
     """
 
-    def __init__(self, model: FusedModel, name: str, cache: TapCache, tokens: Tensor, times: Tensor) -> None:
+    def __init__(
+        self,
+        model: FusedModel,
+        name: str,
+        cache: TapCache,
+        tokens: Tensor,
+        times: Tensor,
+        options: Mapping[str, Any],
+    ) -> None:
         tower = model.tower(name)
-        self.name, self.ends = name, tower.end
+        self.name, self.options = name, options
+        self.ends = as_ids(options["eos_token_id"]) if "eos_token_id" in options else tower.end
         self.tokens, self.prompt = tokens.to(tower.device), tokens.shape[1]
         self.mask = (times >= 0).long().to(tower.device)
         self.ended = torch.zeros(len(tokens), dtype=torch.bool, device=tower.device)
@@ -69,7 +85,7 @@ class Lane:
         self.past: Any = None
         self.finished = False
 
-    def step(self, options: Mapping[str, Any]) -> None:
+    def step(self) -> None:
         """Decode one more token of each row; rows that have ended get padding.
 
         One step more is made after the last row has ended, so that others can read how it did.
@@ -81,7 +97,7 @@ class Lane:
             self.tokens,
             attention_mask=self.mask,
             **{
-                **options,
+                **self.options,
                 "max_new_tokens": 1,
                 "min_new_tokens": None,
                 "min_length": 0,
@@ -134,7 +150,7 @@ def decode_together(
     model: FusedModel,
     cache: TapCache,
     prompts: Mapping[str, tuple[Tensor, Tensor]],
-    options: Mapping[str, Any],
+    options: Mapping[str, Mapping[str, Any]],
     limit: int,
 ) -> list[tuple[Segment, ...]]:
     """Decode several towers, all of which begin at the same time.
@@ -146,21 +162,27 @@ def decode_together(
         model: The model.
         cache: What was given before; it grows.
         prompts: For each tower its tokens so far and their times, as ``Lane`` takes them.
-        options: Options of ``generate``, those in ``STEPWISE``.
+        options: For each tower the options of ``generate``, those in ``STEPWISE``.
         limit: How many tokens each may get.
 
     Returns:
         For each row a tuple of segments, in the order of ``prompts``.
     """
-    lanes = [Lane(model, name, cache, tokens, times) for name, (tokens, times) in prompts.items()]
-    given_options = {key: value for key, value in options.items() if given(options, key) is not None}
+    lanes = [
+        Lane(model, name, cache, tokens, times, _those_given(options[name]))
+        for name, (tokens, times) in prompts.items()
+    ]
     for _ in range(limit):
         for lane in lanes:
             if not lane.finished:
-                lane.step(given_options)
+                lane.step()
         if all(bool(lane.ended.all()) for lane in lanes):
             break
     return list(zip(*(lane.segments(limit) for lane in lanes), strict=True))
+
+
+def _those_given(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if given(options, key) is not None}
 
 
 def _reusable(decoded: Any, length: int) -> Any:

@@ -1,0 +1,143 @@
+"""The modalities of a fused model: checked against its towers, stored beside them, and loaded again.
+
+folder/  fusion.json         "modalities": for each tower the name of its modality, its package and version
+modalities/<name>/  what the modality of a tower wrote
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .files import FUSION, CheckpointError, read_json
+from .modality import Modality
+from .plugins import PluginError, describe, modality_class
+
+if TYPE_CHECKING:
+    from .fused import FusedModel
+
+MODALITIES = "modalities"
+
+Records = dict[str, dict[str, str | None]]
+"""By tower: "modality", "package" and "version", the latter two None where no package offers the class."""
+
+
+def check_modalities(model: FusedModel, modalities: Mapping[str, Modality]) -> None:
+    """Check that modalities are those of a model's towers.
+
+    >>> from multitower.testing import tiny_model
+    >>> check_modalities(tiny_model(), {"smell": None})
+    Traceback (most recent call last):
+    ValueError: modalities: there is no tower 'smell'; the towers are speech, text
+
+    A tower may have more ids than its modality, for embeddings are often padded.
+
+    Raises:
+        ValueError: A tower is unknown, or has fewer ids than its modality.
+        TypeError: A modality is none.
+    """
+    for name, modality in modalities.items():
+        if name not in model.towers:
+            raise ValueError(
+                f"modalities: there is no tower {name!r}; the towers are {', '.join(model.towers)}"
+            )
+        if not isinstance(modality, Modality):
+            raise TypeError(
+                f"tower {name!r}: expected a multitower.Modality, not {type(modality).__name__}; make it a "
+                "subclass"
+            )
+        vocabulary = model.tower(name).vocab_size
+        if modality.vocab_size > vocabulary:
+            raise ValueError(
+                f"tower {name!r} has a vocabulary of {vocabulary}, but its modality {modality.name!r} one of "
+                f"{modality.vocab_size}: give the modality that the tower was trained with"
+            )
+
+
+def write_modalities(modalities: Mapping[str, Modality], folder: Path) -> Records:
+    """Write each modality into a checkpoint; give what ``fusion.json`` is to say of them."""
+    for name, modality in modalities.items():
+        modality.save_pretrained(folder / MODALITIES / name)
+    return {name: describe(modality) for name, modality in modalities.items()}
+
+
+def keep_modalities(old: Path, new: Path, towers: Collection[str]) -> Records:
+    """Copy the modalities of an old checkpoint into a new one, where that has none; give their records.
+
+    Those of towers that are gone are left out. What the old one's record does not name is kept, too.
+
+    Args:
+        old: The old checkpoint.
+        new: The new one, with the modalities that it has been given.
+        towers: The names of its towers.
+
+    Raises:
+        CheckpointError: The record of the old one is damaged.
+    """
+    if not (old / MODALITIES).is_dir():
+        return {}
+    records = read_records(old)
+    gone = set(records) - set(towers)
+    for entry in (old / MODALITIES).iterdir():
+        place = new / MODALITIES / entry.name
+        if entry.name in gone or place.exists():
+            continue
+        if entry.is_dir():
+            shutil.copytree(entry, place, symlinks=True)
+        else:
+            place.parent.mkdir(exist_ok=True)
+            shutil.copy2(entry, place, follow_symlinks=False)
+    return {name: record for name, record in records.items() if name in towers}
+
+
+def read_records(folder: Path) -> Records:
+    """Read which modalities a checkpoint has.
+
+    Raises:
+        CheckpointError: ``fusion.json`` is missing or damaged.
+    """
+    data = read_json(folder / FUSION)
+    found, towers = data.get("modalities", {}), data.get("towers")
+    if not isinstance(found, dict) or not isinstance(towers, dict):
+        raise CheckpointError(f"{folder / FUSION} is damaged: it does not say which towers have modalities")
+    for name, record in found.items():
+        if name not in towers or not _is_record(record):
+            raise CheckpointError(f"{folder / FUSION} is damaged: modality of tower {name!r}: {record!r}")
+    return found
+
+
+def load_modalities(folder: Path, but: Collection[str] = ()) -> dict[str, Modality]:
+    """Load the modalities that a checkpoint has, through the plugins that are installed.
+
+    Args:
+        folder: The checkpoint.
+        but: Towers whose modalities are not wanted.
+
+    Raises:
+        PluginError: The plugin of a modality is not installed, or broken.
+        CheckpointError: A file is missing or damaged.
+    """
+    loaded: dict[str, Modality] = {}
+    for name, record in read_records(folder).items():
+        if name in but:
+            continue
+        try:
+            kind = modality_class(str(record["modality"]), record["package"])
+        except PluginError as error:
+            raise PluginError(
+                f"{folder}, tower {name!r}: {error}; or give a modality yourself, with "
+                f"modalities={{{name!r}: ...}}"
+            ) from error
+        loaded[name] = kind.from_pretrained(folder / MODALITIES / name)
+    return loaded
+
+
+def _is_record(found: Any) -> bool:
+    return (
+        isinstance(found, dict)
+        and set(found) >= {"modality", "package", "version"}
+        and isinstance(found["modality"], str)
+        and all(isinstance(found[key], str | None) for key in ("package", "version"))
+    )
