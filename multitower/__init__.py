@@ -20,6 +20,7 @@ from .fused import FusedModel
 from .graph import FusionGraph
 from .modality import Modality
 from .output import FusedOutput
+from .pipeline import Pipeline
 from .plugins import PluginError
 from .spec import GraphError
 from .stream import Segment, collate
@@ -34,6 +35,7 @@ __all__ = [
     "FusionGraph",
     "GraphError",
     "Modality",
+    "Pipeline",
     "PluginError",
     "Segment",
     "Tower",

@@ -161,11 +161,18 @@ def options_of(name: str, options: Options) -> dict[str, Any]:
 
     >>> options_of("text", {"do_sample": True, "max_new_tokens": {"text": 40}, "top_k": {"speech": 9}})
     {'do_sample': True, 'max_new_tokens': 40}
+
+    The tower's own stand in a copy of a ``generation_config``, for transformers does not want them beside it.
     """
-    own = {key: value for key, value in options.items() if not is_by_tower(key, value)}
-    return own | {
-        key: value[name] for key, value in options.items() if is_by_tower(key, value) and name in value
-    }
+    shared = {key: value for key, value in options.items() if not is_by_tower(key, value)}
+    own = {key: value[name] for key, value in options.items() if is_by_tower(key, value) and name in value}
+    config = (shared | own).get("generation_config")
+    if config is None or not own:
+        return shared | own
+    config = copy.deepcopy(config)
+    for key in [key for key in own if hasattr(config, key)]:
+        setattr(config, key, own.pop(key))
+    return shared | own | {"generation_config": config}
 
 
 def _check_begin(name: str, tower: Tower, begin: int | None) -> None:

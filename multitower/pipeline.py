@@ -1,0 +1,224 @@
+"""Raw data in, raw data out: a fused model with the modalities of its towers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .codecs import check_modalities, load_modalities
+from .fused import FusedModel
+from .modality import Modality
+from .options import given, options_of
+from .raw import Raw, by_tower, leaves, read_example, replaced
+from .stream import Segment
+from .streaming import stream_text
+
+if TYPE_CHECKING:
+    from .generate import Entry, Policy
+
+
+class Pipeline:
+    """A fused model that takes and gives raw data: texts, sound files, images, what its modalities know.
+
+    >>> import multitower as mt
+    >>> from multitower.testing import tiny_model
+    >>> class Letters(mt.Modality):
+    ...     name, accepts, vocab_size, begin, end = "letters", (str,), 16, 0, 1
+    ...     def encode(self, raw):
+    ...         return torch.tensor([0, *(ord(letter) - 95 for letter in raw), 1])
+    ...     def decode(self, tokens):
+    ...         return "".join(chr(token + 95) for token in tokens.tolist() if token > 1)
+    >>> pipe = mt.Pipeline(tiny_model(), {"text": Letters(), "speech": Letters()})
+    >>> len(pipe([("speech", "ab")], output="text", do_sample=True, max_new_tokens=8, eos_token_id=None))
+    8
+
+    Args:
+        model: The fused model.
+        modalities: What makes tokens of raw data and raw data of tokens, by tower; towers without one take
+            segments of tokens only, and are not decoded.
+
+    Attributes:
+        model: The fused model.
+        modalities: The modalities by tower.
+
+    Raises:
+        ValueError: A modality is given for no tower, or has more ids than its tower.
+        TypeError: What is given as modality is none.
+    """
+
+    def __init__(self, model: FusedModel, modalities: Mapping[str, Modality]) -> None:
+        check_modalities(model, modalities)
+        self.model = model
+        self.modalities = dict(modalities)
+
+    def __repr__(self) -> str:
+        known = {name: self.modalities.get(name, "tokens only") for name in self.model.towers}
+        return f"Pipeline({', '.join(f'{name}: {modality}' for name, modality in known.items())})"
+
+    def __call__(
+        self,
+        inputs: list[Any],
+        output: str | tuple[str, ...] | list[Entry] | Policy,
+        **options: Any,
+    ) -> Any:
+        """Encode what is given, decode what is asked for, and give it as raw data.
+
+        A begin or end token that a modality has and its tower has not takes the place of the tower's, unless
+        the options say otherwise.
+
+        Args:
+            inputs: An example, or a list of examples. An example is a list of what is given, in order:
+                pairs ``(tower, raw)``, ``Segment`` of tokens, or tuples of these that begin at the same
+                time, as in ``[("text", "sing"), (("music", "a.wav"), ("dance", steps))]``.
+            output: The tower to decode; or a tuple of towers, decoded at the same time; or a list of both,
+                decoded one after the other; or a function that chooses, as ``FusedModel.generate`` takes it.
+            options: Options of ``FusedModel.generate``.
+
+        Returns:
+            For an example its result, for a list of examples the list of their results. A result has the
+            form of ``output``: the raw data of a tower, a tuple of such, or a list of both. Of a function
+            it is a list of what can be appended to the example: pairs ``(tower, raw)``, or tuples of pairs.
+            With ``num_return_sequences`` above one each result is a list of that many.
+
+        Raises:
+            ValueError: A tower is unknown or has no modality; or see ``FusedModel.generate``, and what
+                modalities raise of data that are unfit, with a note that says which.
+            TypeError: Something is no example, or raw data are of a type that the modality does not take.
+        """
+        if isinstance(inputs, list) and not inputs:
+            raise ValueError("there is nothing to decode from: give an example; [[]] is one that is empty")
+        several = isinstance(inputs, list) and isinstance(inputs[0], list)
+        wanted = output if callable(output) or isinstance(output, list) else [output]
+        if not callable(wanted):
+            for name in leaves([wanted]):
+                self._modality(name, "output")
+        examples = self._encode(inputs if several else [inputs])
+        rows = self.model.generate(examples, wanted, **self._with_edges(options))
+        decoded = self._decode(rows, pairs=callable(output))
+        results = decoded if wanted is output else [row[0] for row in decoded]
+        copies = len(results) // len(examples)
+        if copies > 1:
+            results = [results[start : start + copies] for start in range(0, len(results), copies)]
+        return results if several else results[0]
+
+    def stream(self, example: list[Any], output: str, **options: Any) -> Iterator[str]:
+        """Give a text piece by piece while it is decoded; together they are what the call gives.
+
+        >>> for piece in pipe.stream([("speech", "clip.wav")], output="text"):     # doctest: +SKIP
+        ...     print(piece, end="", flush=True)
+
+        Decoding runs in a thread; it ends when the text does, or when the iterator is closed. Until then
+        the model is not to be used elsewhere.
+
+        Args:
+            example: As for a call; a single one.
+            output: The tower to decode, one whose raw data are text.
+            options: Options of ``FusedModel.generate``, but no streamer.
+
+        Raises:
+            ValueError: See a call; or the tower's raw data are not text, or the options hold a streamer.
+            TypeError: See a call; or the output is not a single tower.
+        """
+        if not isinstance(output, str):
+            raise TypeError(f"a stream is of one tower: give its name as output, not {output!r}")
+        if given(options, "streamer") is not None:
+            raise ValueError("stream has a streamer of its own; give yours to a call, or to model.generate")
+        modality = self._modality(output, "output")
+        nothing = modality.decode(torch.tensor([modality.begin, modality.end]))
+        if not isinstance(nothing, str):
+            raise ValueError(
+                f"tower {output!r} gives {type(nothing).__name__}, not text, and only text can be had in "
+                "pieces; call the pipeline instead"
+            )
+        generate = partial(self.model.generate, self._encode([example]), [output])
+        return stream_text(generate, modality, options_of(output, self._with_edges(options)))
+
+    def save_pretrained(self, folder: str | os.PathLike[str], *, embed_towers: bool = False) -> None:
+        """Write a checkpoint of the model and its modalities; see ``checkpoint.save_pretrained``."""
+        self.model.save_pretrained(folder, embed_towers=embed_towers, modalities=self.modalities)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        towers: Mapping[str, str | nn.Module] | None = None,
+        modalities: Mapping[str, Modality] | None = None,
+    ) -> Pipeline:
+        """Load a checkpoint with its modalities.
+
+        Args:
+            folder: The checkpoint.
+            towers: Where to take towers from instead, as for ``FusedModel.from_pretrained``.
+            modalities: Modalities by tower, in place of those of the checkpoint or in addition.
+
+        Raises:
+            PluginError: A modality's plugin is not installed, which names the package, or broken.
+            CheckpointError: A file is missing or damaged; or see ``FusedModel.from_pretrained``.
+            ValueError: See ``Pipeline``.
+        """
+        instead = modalities or {}
+        stored = load_modalities(Path(folder), but=instead)
+        return cls(FusedModel.from_pretrained(folder, towers=towers), {**stored, **instead})
+
+    def _modality(self, name: str, where: str) -> Modality:
+        if not isinstance(name, str) or name not in self.model.towers:
+            raise ValueError(
+                f"{where}: there is no tower {name!r}; the towers are {', '.join(self.model.towers)}"
+            )
+        if name not in self.modalities:
+            raise ValueError(
+                f"{where}: tower {name!r} has no modality; there are ones for "
+                f"{', '.join(self.modalities) or 'none'}: Pipeline(model, {{{name!r}: ...}})"
+            )
+        return self.modalities[name]
+
+    def _encode(self, examples: Sequence[Any]) -> list[list[Any]]:
+        """Give examples of segments."""
+        rows = [read_example(example, number) for number, example in enumerate(examples)]
+        table: dict[Raw, Segment] = {}
+        for name, raws in by_tower(leaf for leaf in leaves(rows) if isinstance(leaf, Raw)).items():
+            for raw in raws:
+                accepts = self._modality(name, raw.where).accepts
+                if not isinstance(raw.data, accepts):
+                    kinds = " or ".join(kind.__name__ for kind in accepts)
+                    raise TypeError(
+                        f"{raw.where}: tower {name!r} takes {kinds}, not {type(raw.data).__name__}"
+                    )
+            try:
+                encoded = self.modalities[name].encode_batch([raw.data for raw in raws])
+            except Exception as error:
+                error.add_note(f"raised for tower {name!r} in {'; '.join(raw.where for raw in raws)}")
+                raise
+            segments = (Segment(name, tokens) for tokens in encoded)
+            table |= zip(raws, segments, strict=True)
+        return replaced(rows, lambda leaf: table.get(leaf, leaf))
+
+    def _decode(self, rows: Sequence[Any], *, pairs: bool) -> list[list[Any]]:
+        """Give raw data in place of segments, or the pairs of a tower and its raw data."""
+        table: dict[Segment, Any] = {}
+        for name, segments in by_tower(leaves(rows)).items():
+            raws = self._modality(name, "output").decode_batch([segment.tokens for segment in segments])
+            table |= zip(segments, raws, strict=True)
+        return replaced(rows, lambda leaf: (leaf.tower, table[leaf]) if pairs else table[leaf])
+
+    def _with_edges(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Have towers begin and end with their modalities' tokens, where theirs are others."""
+        edges: dict[str, dict[str, int]] = {}
+        for name, modality in self.modalities.items():
+            tower, own = self.model.tower(name), options_of(name, options)
+            wanted = {}
+            if modality.begin != tower.begin:
+                wanted["bos_token_id"] = modality.begin
+            if modality.end not in tower.end:
+                wanted["eos_token_id"] = modality.end
+            for key, token in wanted.items():
+                if key not in own and given(own, key) is None:
+                    edges.setdefault(key, {})[name] = token
+        return {**options, **{key: {**options.get(key, {}), **tokens} for key, tokens in edges.items()}}

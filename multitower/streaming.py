@@ -1,0 +1,84 @@
+"""Text as it is decoded, by transformers' own streamer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .extras import require
+from .modality import Modality
+
+
+def stream_text(
+    generate: Callable[..., object], modality: Modality, options: Mapping[str, Any]
+) -> Iterator[str]:
+    """Give the text of a segment piece by piece, while ``generate`` decodes it in a thread.
+
+    When the iterator is closed, decoding ends after the token that is being computed.
+
+    Args:
+        generate: Called with options of transformers' ``generate``.
+        modality: What makes text of the tokens.
+        options: The options; what stops and follows the decoding is added.
+
+    Raises:
+        Exception: Whatever ``generate`` raises.
+    """
+    transformers = require("transformers", "transformers")
+    streamer = transformers.TextIteratorStreamer(TokenizerOf(modality), skip_prompt=True)
+    closed = Event()
+
+    def is_closed(tokens: Tensor, scores: Any, **_: Any) -> Tensor:
+        return torch.full((len(tokens),), closed.is_set(), device=tokens.device)
+
+    criteria = transformers.StoppingCriteriaList([*(options.get("stopping_criteria") or ()), is_closed])
+
+    def run() -> None:
+        try:
+            generate(**{**options, "streamer": streamer, "stopping_criteria": criteria})
+        finally:
+            streamer.text_queue.put(streamer.stop_signal)
+
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(run)
+        try:
+            yield from filter(None, streamer)
+        finally:
+            closed.set()
+        running.result()
+
+
+class TokenizerOf:
+    r"""A modality, as a streamer sees a tokenizer.
+
+    A streamer begins anew after each line. What a token says may depend on those before it, so they are
+    kept here, and the text of all without that of the earlier lines is given.
+
+    >>> from multitower import Modality
+    >>> class Words(Modality):
+    ...     encode = None
+    ...     def decode(self, tokens):
+    ...         return " ".join(["one", "\n", "two"][token] for token in tokens.tolist())
+    >>> tokenizer = TokenizerOf(Words())
+    >>> tokenizer.decode([0, 1]), tokenizer.decode([2])
+    ('one \n', ' two')
+    """
+
+    def __init__(self, modality: Modality) -> None:
+        self._modality = modality
+        self._lines: list[int] = []
+        self._length_of_lines = 0
+
+    def decode(self, tokens: list[int]) -> str:
+        """Give the text of the tokens of this line."""
+        text = str(self._modality.decode(torch.tensor([*self._lines, *tokens])))
+        new = text[self._length_of_lines :]
+        if new.endswith("\n"):
+            self._lines += tokens
+            self._length_of_lines = len(text)
+        return new
