@@ -88,12 +88,7 @@ def check_options(options: Options, towers: Mapping[str, Tower], examples: int) 
     Raises:
         ValueError: An option cannot work, or cannot work with these towers or examples.
     """
-    for key in RESERVED:
-        if key in options:
-            raise ValueError(f"{key} comes from the examples; put tokens into multitower.Segment instead")
-    for key, reason in UNSUPPORTED.items():
-        if given(options, key):
-            raise ValueError(f"{key} is not supported: {reason}")
+    check_supported(options)
     if given(options, "cache_implementation") == "paged":
         raise ValueError(
             "cache_implementation='paged' is not supported: it puts all rows into one, and the links could "
@@ -118,6 +113,20 @@ def check_options(options: Options, towers: Mapping[str, Tower], examples: int) 
                     f"num_return_sequences > 1 with {' or '.join(STOPS)}: nothing says where each of them "
                     "stopped; call generate once for each"
                 )
+
+
+def check_supported(options: Options) -> None:
+    """Check that options neither repeat what examples say nor ask for what cannot be given.
+
+    Raises:
+        ValueError: One does.
+    """
+    for key in RESERVED:
+        if key in options:
+            raise ValueError(f"{key} comes from the examples; put tokens into multitower.Segment instead")
+    for key, reason in UNSUPPORTED.items():
+        if given(options, key):
+            raise ValueError(f"{key} is not supported: {reason}")
 
 
 def _check_begin(name: str, tower: Tower, begin: int | None) -> None:
