@@ -1,6 +1,7 @@
 """Tiny random towers and models, and checks for authors of towers, modalities and models.
 
-None of it needs a download. ``multitower.testing.strategies`` draws towers, graphs and examples for hypothesis, which it needs.
+None of it needs a download. ``multitower.testing.strategies`` draws towers, graphs and examples
+for hypothesis, which it needs.
 """
 
 from .batches import check_order, check_padding, check_rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import random
 import reprlib
@@ -28,9 +29,14 @@ class Case(NamedTuple):
     bound: float | None
     edges_inside: bool
 
+    def raw(self, place: int) -> Any:
+        """Give a copy of a sample, which a modality may spoil."""
+        return copy.deepcopy(self.samples[place])
+
     def encode(self, place: int) -> Tensor:
         """Give the tokens of a sample."""
-        return call(f"encode of sample {place}", self.modality.encode, self.samples[place])
+        tokens: Tensor = call(f"encode of sample {place}", self.modality.encode, self.raw(place))
+        return tokens
 
     def rows(self) -> list[Tensor]:
         """Give the tokens of each sample."""
@@ -38,7 +44,7 @@ class Case(NamedTuple):
 
     def decode(self, tokens: Tensor, what: str) -> Any:
         """Give the raw data of tokens, or say of which it could not."""
-        return call(f"decode of {what}", self.modality.decode, tokens)
+        return call(f"decode of {what}", self.modality.decode, tokens.clone())
 
 
 def call(what: str, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -60,7 +66,8 @@ def same(first: Any, second: Any) -> bool:
     if isinstance(first, Tensor | np.ndarray):
         if type(first) is not type(second) or (first.shape, first.dtype) != (second.shape, second.dtype):
             return False
-        return bool(((first == second) | ((first != first) & (second != second))).all())
+        alike: Any = (first == second) | ((first != first) & (second != second))
+        return bool(alike.all())
     if isinstance(first, Mapping):
         alike = isinstance(second, Mapping) and first.keys() == second.keys()
         return alike and all(same(value, second[key]) for key, value in first.items())

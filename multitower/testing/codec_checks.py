@@ -52,7 +52,7 @@ def check_tokens(case: Case) -> None:
         ids = tokens.tolist()
         assert len(ids) > 1, f"{what} gives {ids}, expected begin, any number of tokens, and end"
         wrong = [token for token in ids if not 0 <= token < modality.vocab_size]
-        assert not wrong, f"{what} gives token {wrong[:1]}, beyond the vocabulary of {modality.vocab_size}"
+        assert not wrong, f"{what} gives token {wrong[0]}, beyond the vocabulary of {modality.vocab_size}"
         assert ids[0] == modality.begin, f"{what} opens with token {ids[0]}, not with begin, {modality.begin}"
         assert ids[-1] == modality.end, f"{what} closes with token {ids[-1]}, not with end, {modality.end}"
         for key in ("begin", "end"):
@@ -133,11 +133,12 @@ def check_repetition(case: Case) -> None:
 def check_batches(case: Case) -> None:
     """Check that several at once are the same as one by one."""
     modality, rows = case.modality, case.rows()
-    batch = call("encode_batch", modality.encode_batch, list(case.samples))
+    batch = call("encode_batch", modality.encode_batch, copy.deepcopy(list(case.samples)))
     _check_list("encode_batch", batch, rows)
     rows += [tokens[1:-1] for tokens in reversed(rows)]
     data = [case.decode(tokens, f"row {place} of a batch") for place, tokens in enumerate(rows)]
-    _check_list("decode_batch", call("decode_batch", modality.decode_batch, rows), data)
+    batch = call("decode_batch", modality.decode_batch, [tokens.clone() for tokens in rows])
+    _check_list("decode_batch", batch, data)
     for function in (modality.encode_batch, modality.decode_batch):
         _check_list(function.__name__, call(f"{function.__name__} of nothing", function, []), [])
 
@@ -146,15 +147,18 @@ def check_inputs(case: Case) -> None:
     """Check that nothing is changed in place, and that what is given away is not kept."""
     modality = case.modality
     for place in range(len(case.samples)):
-        raw = copy.deepcopy(case.samples[place])
+        raw = case.raw(place)
         expected = call(f"encode of sample {place}", modality.encode, raw).clone()
         assert same(raw, case.samples[place]), f"encode changes sample {place} in place; work on a copy of it"
         tokens = expected.clone()
-        case.decode(tokens, f"the tokens of sample {place}")
+        call(f"decode of the tokens of sample {place}", modality.decode, tokens)
         assert same(tokens, expected), "decode changes the tokens in place; work on a copy of them"
-        modality.encode(raw).zero_()
-        assert same(raw, case.samples[place]), f"the tokens of sample {place} share its memory; give a copy"
-        assert same(modality.encode(raw), expected), (
+        given = modality.encode(raw)
+        given.zero_()
+        shared, again = not same(raw, case.samples[place]), modality.encode(raw).clone()
+        given.copy_(expected)
+        assert not shared, f"the tokens of sample {place} share its memory; give a copy"
+        assert same(again, expected), (
             f"encode gives other tokens for sample {place} when those it gave before are changed; give a copy"
         )
     raws = copy.deepcopy(list(case.samples))
@@ -169,7 +173,7 @@ def check_raw_data(case: Case) -> None:
     """Check that encode refuses what it does not accept with a TypeError, and copes with what is empty."""
     modality = case.modality
     strangers: list[Any] = [None, 3, 2.5, "text", b"bytes", [1, 2], (1, 2), {"a": 1}, {1}, object()]
-    strangers += [torch.zeros(2), np.zeros(2), [case.samples[0]], type(case.samples[0])]
+    strangers += [torch.zeros(2), np.zeros(2), [case.raw(0)], type(case.samples[0])]
     for raw in strangers:
         if not isinstance(raw, modality.accepts):
             _check_refused(modality, raw)

@@ -95,9 +95,9 @@ def _behaviour(case: Case, modality: Modality) -> dict[str, Any]:
     """Give all that one can see of a modality."""
     keys = ("name", "accepts", "vocab_size", "begin", "end", "pad", "default_tower")
     seen: dict[str, Any] = {key: getattr(modality, key) for key in keys}
-    for place, raw in enumerate(case.samples):
-        tokens = seen[f"the tokens of sample {place}"] = modality.encode(raw)
-        seen[f"what sample {place} is decoded to"] = modality.decode(tokens)
+    for place in range(len(case.samples)):
+        tokens = seen[f"the tokens of sample {place}"] = modality.encode(case.raw(place))
+        seen[f"what sample {place} is decoded to"] = modality.decode(tokens.clone())
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(modality.vocab_size, (20,), generator=generator)
     try:

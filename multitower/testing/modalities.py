@@ -68,8 +68,8 @@ def check_modality(
     Args:
         modality: The modality.
         samples: Some pieces of raw data, of each type that it accepts, of unlike length, the shortest that
-            there is among them. Arrays, tensors, containers and dataclasses of them can be compared;
-            other objects by ``==``.
+            there is among them. They are copied before they are encoded; arrays, tensors, and containers
+            and dataclasses of them are compared part by part, other objects by ``==``.
         round_trip: What survives encoding and decoding. ``"data"``: ``decode(encode(raw))`` is ``raw``.
             ``"tokens"``: ``encode(decode(tokens))`` are the tokens of each sample. A function of ``raw`` and
             of what came back: how much was lost, a number that is at most ``bound``.
