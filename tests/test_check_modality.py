@@ -226,11 +226,6 @@ class Tokens(Cipher):
         return tokens
 
 
-def test_tokens_that_are_the_data_are_named() -> None:
-    report = modality_report(built(Tokens), [torch.tensor([256, 3, 257])])
-    assert report["inputs"] == "the tokens of sample 0 share its memory; give a copy"
-
-
 class TakesAnything(Cipher):
     def encode(self, raw: Any) -> Tensor:
         return super().encode(raw if isinstance(raw, self.accepts) else str(raw).encode())
@@ -446,12 +441,9 @@ def test_samples_are_left_as_they_were() -> None:
     assert samples[1] == b"towers"
 
 
-@pytest.mark.parametrize(
-    ("kind", "promise", "message"), BROKEN, ids=lambda value: getattr(value, "__name__", "")
-)
+@pytest.mark.parametrize(("kind", "promise", "message"), BROKEN, ids=[kind.__name__ for kind, *_ in BROKEN])
 def test_what_is_broken_is_named(kind: type[Cipher], promise: str, message: str) -> None:
-    assert re.search(message, modality_report(built(kind), SAMPLES)[promise])
-    with pytest.raises(AssertionError, match=rf"{kind.__name__} breaks (?s:.*)\n  {promise}: "):
+    with pytest.raises(AssertionError, match=rf"{kind.__name__} breaks (?s:.*)\n  {promise}: .*{message}"):
         check_modality(built(kind), SAMPLES)
 
 
@@ -463,8 +455,8 @@ def test_every_promise_can_be_broken() -> None:
     "kind",
     [
         SaysInt32, EndsTwice, Shouts, ReadsPadding, Seeds, SortsItsBatches, ChangesTheData, ChangesTheTokens,
-        ChangesTheBatch, KeepsItsTokens, TakesAnything, WritesHere, WritesAPickle, TakesAnyFolder, ReadsByItself,
-        HasAFileOfItsOwn, ForgetsLater,
+        ChangesTheBatch, KeepsItsTokens, TakesAnything, WritesHere, WritesAPickle, TakesAnyFolder,
+        ReadsByItself, HasAFileOfItsOwn, ForgetsLater,
     ],
 )  # fmt: skip
 def test_what_is_whole_is_not_blamed(kind: type[Cipher]) -> None:
@@ -506,6 +498,11 @@ def test_a_pad_beyond_the_vocabulary_is_named() -> None:
 
 def test_what_is_no_modality_is_named() -> None:
     assert "str is no subclass of multitower.Modality" in modality_report("text", SAMPLES)["attributes"]
+
+
+def test_tokens_that_are_the_data_are_named() -> None:
+    report = modality_report(built(Tokens), [torch.tensor([256, 3, 257])])
+    assert report["inputs"] == "the tokens of sample 0 share its memory; give a copy"
 
 
 def test_edges_inside_can_be_declared() -> None:
