@@ -63,6 +63,8 @@ def same(first: Any, second: Any) -> bool:
     >>> same(np.zeros(2, np.float32), np.zeros(2))
     False
     """
+    if first is second or isinstance(first, type):
+        return first is second
     if isinstance(first, Tensor | np.ndarray):
         if type(first) is not type(second) or (first.shape, first.dtype) != (second.shape, second.dtype):
             return False
@@ -82,6 +84,17 @@ def same(first: Any, second: Any) -> bool:
     if not compares and hasattr(first, "__dict__"):
         return type(first) is type(second) and same(vars(first), vars(second))
     return bool(first == second)
+
+
+def strange_rows(modality: Modality) -> list[Tensor]:
+    """Give rows of tokens of the vocabulary, as a tower may write them and no encoder would."""
+    size, begin, end = modality.vocab_size, modality.begin, modality.end
+    generator = torch.Generator().manual_seed(0)
+    edges: list[list[int]] = [[], [begin], [end], [begin, end], [end, begin], [begin, 0, end, size - 1, end]]
+    rows = [torch.tensor(ids, dtype=torch.int64) for ids in edges]
+    rows += [torch.full((5,), token) for token in (modality.pad, 0, size - 1)]
+    rows += [torch.randint(size, (length,), generator=generator) for length in (1, 2, 3, 9, 20, 20, 20, 64)]
+    return rows
 
 
 def short(value: Any) -> str:

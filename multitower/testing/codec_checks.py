@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import random
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..modality import Modality
-from .codec import Case, call, random_states, same, short
+from .codec import Case, call, random_states, same, short, strange_rows
 
 
 def check_attributes(case: Case) -> None:
@@ -135,8 +136,11 @@ def check_batches(case: Case) -> None:
     modality, rows = case.modality, case.rows()
     batch = call("encode_batch", modality.encode_batch, copy.deepcopy(list(case.samples)))
     _check_list("encode_batch", batch, rows)
-    rows += [tokens[1:-1] for tokens in reversed(rows)]
-    data = [case.decode(tokens, f"row {place} of a batch") for place, tokens in enumerate(rows)]
+    data = [case.decode(tokens, f"the tokens of sample {place}") for place, tokens in enumerate(rows)]
+    for tokens in strange_rows(modality):
+        with contextlib.suppress(ValueError):
+            data.append(modality.decode(tokens.clone()))
+            rows.append(tokens)
     batch = call("decode_batch", modality.decode_batch, [tokens.clone() for tokens in rows])
     _check_list("decode_batch", batch, data)
     for function in (modality.encode_batch, modality.decode_batch):
@@ -196,15 +200,11 @@ def check_raw_data(case: Case) -> None:
 
 def check_any_tokens(case: Case) -> None:
     """Check that decode gives a result or raises a ValueError, whatever a tower writes."""
-    size, begin, end, pad = (getattr(case.modality, key) for key in ("vocab_size", "begin", "end", "pad"))
-    generator = torch.Generator().manual_seed(0)
-    rows = [torch.tensor(ids, dtype=torch.int64) for ids in ([], [begin], [end], [begin, end], [end, begin])]
-    rows += [torch.full((5,), token) for token in (pad, 0, size - 1)]
-    rows += [torch.randint(size, (length,), generator=generator) for length in (1, 2, 3, 9, 20, 20, 20, 64)]
+    size, begin, end = case.modality.vocab_size, case.modality.begin, case.modality.end
+    rows, tokens = strange_rows(case.modality), case.encode(0)
     rows += [torch.tensor([begin, 0, token, end]) for token in (size, size + 1000, 2**40, -1, -100)]
-    tokens = case.encode(0)
-    rows += [torch.cat([tokens[:-1], rows[-6], tokens[1:]]), tokens.flip(0), tokens.int(), tokens.float()]
-    rows += [tokens[None], tokens[None].repeat(2, 1), torch.tensor(begin), torch.zeros(2, 3), tokens.bool()]
+    rows += [torch.cat([tokens, tokens]), tokens.flip(0), tokens.int(), tokens.float(), tokens.bool()]
+    rows += [tokens[None], tokens[None].repeat(2, 1), torch.tensor(begin), torch.zeros(2, 3)]
     for row in rows:
         try:
             with warnings.catch_warnings(action="ignore"):
