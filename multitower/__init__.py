@@ -20,6 +20,7 @@ from .fused import FusedModel
 from .graph import FusionGraph
 from .modality import Modality
 from .output import FusedOutput
+from .plugins import PluginError
 from .spec import GraphError
 from .stream import Segment, collate
 from .tower import Tower, TowerError, TransformersTower
@@ -33,6 +34,7 @@ __all__ = [
     "FusionGraph",
     "GraphError",
     "Modality",
+    "PluginError",
     "Segment",
     "Tower",
     "TowerError",

@@ -69,10 +69,11 @@ class FusionGraph:
 
         Args:
             name: How links, segments and outputs refer to the tower.
-            source: A folder or Hub id of a transformers causal LM, such a model itself, or a ``Tower``.
-                A module is used as it is, not copied: compiling sets ``requires_grad`` on its parameters.
-                A checkpoint refers to a path or Hub id, and embeds a module. The same module may be given
-                for several towers, which then share its weights, adapters of peft included, and are trained
+            source: A folder or Hub id of a transformers causal LM, such a model itself, or a ``Tower``; or
+                "loader://...", for which the plugin of that name is asked (``multitower.plugins``). A module
+                is used as it is, not copied: compiling sets ``requires_grad`` on its parameters. A checkpoint
+                refers to a path, Hub id or loader, and embeds a module. The same module may be given for
+                several towers, which then share its weights, adapters of peft included, and are trained
                 alike. The same path or Hub id is loaded once for all towers with ``train="none"``, and anew
                 for each tower that learns.
             train: "none" keeps the tower frozen, "all" trains it, "lora" trains peft adapters on it: LoRA on

@@ -4,6 +4,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from plugin import offer  # noqa: F401  # a fixture
+
 MODELS_TAKE_TIME = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("ci", max_examples=25, derandomize=True, **MODELS_TAKE_TIME)
 settings.register_profile("deep", max_examples=500, print_blob=True, **MODELS_TAKE_TIME)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -9,15 +10,19 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ..extras import require
+from ..plugins import PluginError, tower_loader
 from .base import Tower, TowerError
 from .lora import PeftTower, base_model, check_mergeable, check_whole, is_peft_model
 from .transformers import TransformersTower
+
+LOADER = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*://")
+"""How a source begins that a plugin loads."""
 
 
 def as_tower(
     name: str, source: str | nn.Module | None, prepare: Callable[[nn.Module], nn.Module] | None = None
 ) -> Tower:
-    """Give the tower for a folder, a Hub id, a transformers causal LM or a ``Tower``.
+    """Give the tower for a folder, a Hub id, what a plugin loads, a transformers causal LM or a ``Tower``.
 
     >>> as_tower("text", None)
     Traceback (most recent call last):
@@ -30,6 +35,7 @@ def as_tower(
 
     Raises:
         TowerError: There is nothing to load, or it is not a decoder that can be run layer by layer.
+        PluginError: The source is ``loader://...``, and there is no such plugin, or it is broken.
     """
     if source is None:
         raise TowerError(
@@ -37,19 +43,7 @@ def as_tower(
             f"as in from_pretrained(folder, towers={{{name!r}: module}})"
         )
     if isinstance(source, str):
-        transformers = require("transformers", "transformers")
-        try:
-            source = transformers.AutoModelForCausalLM.from_pretrained(
-                source, dtype="auto", trust_remote_code=False
-            )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            if "trust_remote_code" in str(error):
-                raise TowerError(
-                    f"tower {name!r}: {source!r} brings code of its own, which is never run unasked; read "
-                    "it, load the model yourself with trust_remote_code=True, and give that module instead"
-                ) from error
-            raise TowerError(f"tower {name!r}: cannot load {source!r} as a causal LM: {error}") from error
-    assert isinstance(source, nn.Module)
+        source = _from_plugin(name, source) if LOADER.match(source) else _from_transformers(name, source)
     model = source.native if isinstance(source, TransformersTower | PeftTower) else source
     layers = source.path if isinstance(source, TransformersTower) else None
     try:
@@ -68,6 +62,40 @@ def as_tower(
         return TransformersTower(model, layers=layers)
     except ValueError as error:
         raise TowerError(f"tower {name!r}: {error}") from error
+
+
+def _from_plugin(name: str, source: str) -> nn.Module:
+    loader, _, rest = source.partition("://")
+    try:
+        load = tower_loader(loader)
+    except PluginError as error:
+        raise PluginError(f"tower {name!r}: cannot load {source!r}: {error}") from error
+    where = f"tower {name!r}: the tower loader {loader!r}"
+    try:
+        model = load(rest)
+    except Exception as error:  # whatever a loader raises is its author's to read
+        raise TowerError(f"{where} cannot load {rest!r}: {type(error).__name__}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise TowerError(
+            f"{where} gave a {type(model).__name__} for {rest!r}; it must give a multitower.Tower or a model"
+        )
+    return model
+
+
+def _from_transformers(name: str, source: str) -> nn.Module:
+    transformers = require("transformers", "transformers")
+    try:
+        model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(
+            source, dtype="auto", trust_remote_code=False
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if "trust_remote_code" in str(error):
+            raise TowerError(
+                f"tower {name!r}: {source!r} brings code of its own, which is never run unasked; read "
+                "it, load the model yourself with trust_remote_code=True, and give that module instead"
+            ) from error
+        raise TowerError(f"tower {name!r}: cannot load {source!r} as a causal LM: {error}") from error
+    return model
 
 
 def merged(tower: Tower) -> Tower:
