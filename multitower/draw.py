@@ -62,8 +62,16 @@ def draw_graph(model: FusedModel) -> Any:
             start = (centre[tap.source] + 0.8 * side, tap.source_layer * LAYER_HEIGHT)
             stop = (centre[tap.target] - 0.8 * side, tap.target_layer * LAYER_HEIGHT + 0.36)
             bend = "arc3,rad=-0.12" if side > 0 else "arc3,rad=0.12"
+            neighbours = abs(centre[tap.target] - centre[tap.source]) == COLUMN_WIDTH
             arrow = patches.FancyArrowPatch(
-                start, stop, arrowstyle="-|>", mutation_scale=10, color=colour, connectionstyle=bend, lw=1.3
+                start,
+                stop,
+                arrowstyle="-|>",
+                mutation_scale=10,
+                color=colour,
+                connectionstyle=bend,
+                lw=1.3,
+                zorder=2 if neighbours else 0,  # others pass behind the towers between
             )
             axes.add_patch(arrow)
         handles.append(patches.Patch(color=colour, label=f"{link}: {len(taps)} taps"))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .generate import decode_rows
 from .modality import Modality
+from .options import OF_ONE_VOCABULARY, check_named, check_supported, given, options_of
 from .output import FusedOutput, token_loss
 from .stream import IGNORE, Example, Segment, check_streams, place_in_time
 
@@ -75,8 +76,13 @@ class VocabularyExpansion(nn.Module):
     ) -> list[list[Segment]]:
         """Decode one segment for each name in ``output``, only from that modality's tokens.
 
-        Takes and returns what ``FusedModel.generate`` does.
+        Takes and returns what ``FusedModel.generate`` does, with a list of names only, and one segment for
+        each example and name.
+
+        Raises:
+            ValueError: A modality is unknown, or an option cannot be passed on.
         """
+        self._check(output, options)
         rows = [list(example) for example in examples]
         decoded: list[list[Segment]] = [[] for _ in rows]
         training = self.training
@@ -91,13 +97,28 @@ class VocabularyExpansion(nn.Module):
                 prompts,
                 begin=offset + modality.begin,
                 end=(offset + modality.end,),
-                options={"suppress_tokens": [i for i in range(vocabulary) if i not in own], **options},
+                options={
+                    "suppress_tokens": [i for i in range(vocabulary) if i not in own],
+                    **options_of(name, options),
+                },
             )
             segments = [Segment(name, sequence - offset) for sequence in sequences]
             decoded = [[*before, segment] for before, segment in zip(decoded, segments, strict=True)]
             rows = [[*row, segment] for row, segment in zip(rows, segments, strict=True)]
         self.train(training)
         return decoded
+
+    def _check(self, output: Sequence[str], options: Mapping[str, Any]) -> None:
+        check_supported(options)
+        check_named(options, self.modalities)
+        for name in output:
+            if name not in self.modalities:
+                raise ValueError(f"there is no modality {name!r}; they are {', '.join(self.modalities)}")
+        for key in OF_ONE_VOCABULARY:
+            if given(options, key) is not None:
+                raise ValueError(f"{key} means tokens of one modality, but here all share one vocabulary")
+        if (given(options, "num_return_sequences") or 1) > 1:
+            raise ValueError("num_return_sequences > 1 is not supported; give the examples several times")
 
     def _interleave(
         self, streams: Mapping[str, Mapping[str, Tensor]], key: str, length: int, fill: int

@@ -103,7 +103,12 @@ def check_options(options: Options, towers: Mapping[str, Tower], examples: int) 
             )
     for name, tower in towers.items():
         own = options_of(name, options)
-        _check_supported(own)
+        check_supported(own)
+        if given(own, "cache_implementation") == "paged":
+            raise ValueError(
+                "cache_implementation='paged' is not supported: it puts all rows into one, and the links "
+                "could not tell them apart; take 'dynamic' or 'static'"
+            )
         if own.get("streamer") is not None and examples > 1:
             raise ValueError("a streamer follows one row; call generate for one example at a time")
         _check_begin(name, tower, begin_token(tower, own))
@@ -119,18 +124,18 @@ def check_options(options: Options, towers: Mapping[str, Tower], examples: int) 
                 )
 
 
-def _check_supported(options: Options) -> None:
+def check_supported(options: Options) -> None:
+    """Check that options neither repeat what examples say nor ask for what cannot be given.
+
+    Raises:
+        ValueError: One does.
+    """
     for key in RESERVED:
         if key in options:
             raise ValueError(f"{key} comes from the examples; put tokens into multitower.Segment instead")
     for key, reason in UNSUPPORTED.items():
         if given(options, key):
             raise ValueError(f"{key} is not supported: {reason}")
-    if given(options, "cache_implementation") == "paged":
-        raise ValueError(
-            "cache_implementation='paged' is not supported: it puts all rows into one, and the links could "
-            "not tell them apart; take 'dynamic' or 'static'"
-        )
 
 
 def check_named(options: Options, towers: Collection[str]) -> None:

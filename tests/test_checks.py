@@ -20,6 +20,7 @@ from multitower.spec import LinkSpec
 from multitower.testing import (
     PROMISES,
     TinyTower,
+    check_gradients,
     check_model,
     check_schedule,
     model_report,
@@ -153,6 +154,27 @@ def test_a_good_model_keeps_every_promise() -> None:
     assert model.training
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("seed", [7, 10, 69])
+def test_rounding_in_half_precision_breaks_no_promise(seed: int) -> None:
+    graph = mt.FusionGraph()
+    graph.add_tower("speech", tiny_tower(0))
+    graph.add_tower("text", tiny_tower(1, depth=4, width=11).to(torch.bfloat16))
+    graph.add_tower("music", tiny_tower(2))
+    graph.add_link("speech", "text", interleave=1)
+    graph.add_link("text", "music", interleave=1)
+    torch.manual_seed(seed)
+    rows = [
+        [mt.Segment("speech", [5, 6]), mt.Segment("text", [9, 3]), mt.Segment("speech", [4])],
+        [
+            mt.Segment("text", [4]),
+            (mt.Segment("speech", [9, 3, 2]), mt.Segment("text", [2])),
+            mt.Segment("music", [7]),
+        ],
+        [mt.Segment("text", [11]), mt.Segment("text", [6])],
+    ]
+    check_gradients(graph.compile(), rows)
 
 
 def test_models_with_peft_adapters_keep_every_promise() -> None:

@@ -71,3 +71,22 @@ def test_bad_streams_are_refused(model: mt.VocabularyExpansion) -> None:
         model(**mt.collate([[mt.Segment("music", [1])]]))
     with pytest.raises(ValueError, match="vocabulary of 14"):
         model(**mt.collate([[mt.Segment("speech", [0, 14])]]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"suppress_tokens": [3]}, "suppress_tokens means tokens of one modality"),
+        ({"eos_token_id": 1}, "eos_token_id means tokens"),
+        ({"num_return_sequences": 2, "num_beams": 2}, "give the examples several times"),
+        ({"output_scores": True}, "score them with"),
+        ({"input_ids": torch.tensor([[1]])}, "comes from the examples"),
+    ],
+)
+def test_options_that_cannot_be_passed_on_are_refused(
+    model: mt.VocabularyExpansion, options: dict, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        model.generate([[]], output=["text"], **options)
+    with pytest.raises(ValueError, match="no modality 'music'; they are"):
+        model.generate([[]], output=["music"])

@@ -3,102 +3,31 @@
 from __future__ import annotations
 
 import copy
-import functools
 import itertools
 import math
 from collections.abc import Callable
 
 import pytest
-import tokenizers
 import torch
 import transformers
-from torch import Tensor, nn
-from transformers.generation.streamers import BaseStreamer
+from torch import Tensor
 
 import multitower as mt
-from families import tiny
+from decoding import (
+    EVEN,
+    FAMILIES,
+    GIVEN,
+    STEPS,
+    cut,
+    decode,
+    decode_alone,
+    fused,
+    greedy,
+    prompt,
+    text_model,
+)
 from models import causal_lm, pair, segment
 from multitower.testing import open_gates, tiny_tower
-
-STEPS = 7
-FAMILIES = {
-    "llama": {},
-    "gpt2": {},
-    "bloom": {},
-    "mistral": {"sliding_window": 4},
-    "gemma3_text": {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
-    "mamba": {},
-}
-GIVEN = [
-    [segment("speech", 5, 6, 7, 8)],
-    [segment("text", 16, 18), segment("speech", 9, 3)],
-    [segment("text", 4)],
-    [segment("text", 4, 5, 6, 7, 8, 9, 10)],
-]
-EVEN = [
-    [segment("text", 4, 5, 6)],
-    [segment("speech", 5, 6), segment("text", 7, 8, 9)],
-    [segment("text", 9, 9, 9), segment("speech", 3)],
-]
-
-
-@functools.cache
-def text_model(family: str) -> nn.Module:
-    """A decoder whose weights are large enough for it to say something else at every step."""
-    model = causal_lm(family, seed=5, config={**FAMILIES[family], "tie_word_embeddings": False})
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(2 if family == "gemma3_text" and "embed" in name else 20)
-    return model
-
-
-def fused(family: str, *, gates: bool) -> mt.FusedModel:
-    model = pair(text_model(family), causal_lm("llama", depth=4, vocab_size=14, seed=1))
-    if not model.tower("text").decodes_cached:
-        pytest.skip(f"transformers {transformers.__version__} decodes {family} otherwise than its forward")
-    return open_gates(model, seed=7, scale=3.0) if gates else model
-
-
-def prompt(example: list[mt.Segment]) -> list[int]:
-    return [token for each in example if each.tower == "text" for token in each.tokens] + [0]
-
-
-def decode(model: mt.FusedModel, examples: list[list[mt.Segment]], **options: object) -> list[list[int]]:
-    torch.manual_seed(11)
-    return [row[0].tokens.tolist() for row in model.generate(examples, output=["text"], **options)]
-
-
-def decode_alone(
-    model: nn.Module, examples: list[list[mt.Segment]], *, ends: tuple[int, ...] = (1,), **options: object
-) -> list[list[int]]:
-    """Decode prompts of one length by the tower itself, each from its begin to its end token."""
-    torch.manual_seed(11)
-    prompts = torch.tensor([prompt(example) for example in examples])
-    mask = torch.ones_like(prompts)
-    sequences = model.generate(prompts, attention_mask=mask, **{"pad_token_id": 1, **options})
-    return [cut(sequence[prompts.shape[1] - 1 :].tolist(), ends) for sequence in sequences]
-
-
-def cut(tokens: list[int], ends: tuple[int, ...]) -> list[int]:
-    place = next((place for place, token in enumerate(tokens) if place and token in ends), len(tokens))
-    return tokens[: place + 1]
-
-
-def greedy(
-    model: mt.FusedModel,
-    example: list[mt.Segment],
-    change: Callable[[Tensor, Tensor], Tensor] = lambda tokens, scores: scores,
-    ends: tuple[int, ...] = (1,),
-) -> list[int]:
-    """Decode without a cache, padding or generate."""
-    before, tokens = prompt(example)[:-1], [0]
-    for _ in range(STEPS):
-        logits = model(**mt.collate([[*example, mt.Segment("text", tokens)]])).logits["text"][:, -1]
-        tokens.append(int(change(torch.tensor([before + tokens]), logits.detach().clone()).argmax()))
-        if tokens[-1] in ends:
-            break
-    return tokens
 
 
 def skip_unless_offered(family: str, options: dict) -> None:
@@ -117,25 +46,6 @@ def skip_unless_offered(family: str, options: dict) -> None:
 class Halve(transformers.LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         return torch.where(torch.arange(scores.shape[-1]) % 2 == input_ids[:, -1:] % 2, scores / 2, scores)
-
-
-class Stop(transformers.StoppingCriteria):
-    """Stops a row that has an even token in the second place or later after its prompt."""
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **unused: object) -> Tensor:
-        return (input_ids[:, -1] % 2 == 0) & (input_ids[:, -2] != 0)
-
-
-class Kept(BaseStreamer):
-    def __init__(self) -> None:
-        self.tokens: list[int] = []
-        self.ended = 0
-
-    def put(self, value: Tensor) -> None:
-        self.tokens += value.flatten().tolist()
-
-    def end(self) -> None:
-        self.ended += 1
 
 
 GREEDY = {
@@ -372,233 +282,3 @@ def test_rows_keep_their_order_when_beams_and_lengths_differ() -> None:
     options = {"num_beams": 4, "num_return_sequences": 2, "max_new_tokens": STEPS, "no_repeat_ngram_size": 2}
     alone = [decode(model, [example], **options) for example in GIVEN]
     assert decode(model, GIVEN, **options) == [tokens for row in alone for tokens in row]
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("ends", [(1,), (), (0, 1)])
-def test_stopping_criteria_end_each_row_where_it_would_end_alone(family: str, ends: tuple[int, ...]) -> None:
-    model = fused(family, gates=True)
-    options = {
-        "stopping_criteria": [Stop()],
-        "max_new_tokens": STEPS,
-        "eos_token_id": list(ends) or None,
-    }
-    expected = []
-    for example in GIVEN:
-        tokens = greedy(model, example, ends=ends)
-        stops = (k for k, token in enumerate(tokens) if k > 1 and token % 2 == 0 and tokens[k - 1])
-        expected.append(tokens[: next(stops, STEPS) + 1])
-    assert len({len(tokens) for tokens in expected}) > 1
-    assert decode(model, GIVEN, **options) == expected
-
-
-LETTERS = "abcdefghijklmnopqrst"
-
-
-def letter_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    letters = {letter: number for number, letter in enumerate(LETTERS)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(letters, merges=[]))
-    tokenizer.decoder = tokenizers.decoders.Fuse()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-
-
-def test_stop_strings_end_each_row() -> None:
-    model = fused("llama", gates=True)
-    by_hand = ["".join(LETTERS[token] for token in greedy(model, example)) for example in GIVEN]
-    stop = by_hand[0][3:5]
-    options = {"stop_strings": [stop], "tokenizer": letter_tokenizer(), "max_new_tokens": STEPS}
-    found = ["".join(LETTERS[token] for token in tokens) for tokens in decode(model, GIVEN, **options)]
-    assert found == [text[: text.index(stop) + 2] if stop in text else text for text in by_hand]
-    assert len(found[0]) == 5 < max(map(len, found))
-
-
-@pytest.mark.parametrize("kind", ["plain", "llama"])
-@pytest.mark.parametrize("options", [{}, {"do_sample": True, "temperature": 9.0}])
-def test_a_streamer_gets_the_prompt_and_each_new_token(kind: str, options: dict) -> None:
-    model = fused("llama", gates=True) if kind == "llama" else pair(gates=True)
-    streamer = Kept()
-    (found,) = decode(model, [GIVEN[1]], streamer=streamer, max_new_tokens=STEPS, **options)
-    assert streamer.tokens == prompt(GIVEN[1]) + found[1:]
-    assert streamer.ended == 1
-
-
-def test_a_streamer_of_texts_needs_nothing_else() -> None:
-    streamer = transformers.TextIteratorStreamer(letter_tokenizer(), skip_prompt=True)
-    model = fused("llama", gates=True)
-    (found,) = decode(model, [GIVEN[1]], streamer=streamer, max_new_tokens=STEPS)
-    assert "".join(streamer) == "".join(LETTERS[token] for token in found[1:])
-
-
-@pytest.mark.parametrize("family", ["llama", "mamba"])
-def test_what_the_tower_has_set_for_itself_holds(family: str) -> None:
-    fused(family, gates=False)
-    text = copy.deepcopy(text_model(family))
-    text.generation_config.update(repetition_penalty=1.8, max_new_tokens=4, return_dict_in_generate=True)
-    native = [decode_alone(text_model(family), [e], repetition_penalty=1.8, max_new_tokens=4) for e in GIVEN]
-    assert decode(pair(text), GIVEN) == [tokens for row in native for tokens in row]
-    text.generation_config.update(max_new_tokens=None, max_length=12, return_dict_in_generate=False)
-    native = [decode_alone(text, [example]) for example in GIVEN]
-    assert decode(pair(text), GIVEN) == [tokens for row in native for tokens in row]
-    text.generation_config.update(num_return_sequences=2, num_beams=2)
-    native = [decode_alone(text, [example]) for example in GIVEN]
-    assert decode(pair(text), GIVEN) == [tokens for row in native for tokens in row]
-
-
-def test_a_tower_that_decodes_without_a_cache_keeps_its_settings() -> None:
-    text = copy.deepcopy(text_model("llama"))
-    text.generation_config.update(repetition_penalty=1.8, max_new_tokens=4)
-    model = pair(text)
-    expected = decode(model, GIVEN)
-    model.tower("text").__dict__["_unfaithful"] = "for a test"
-    with pytest.warns(UserWarning, match="for a test"):
-        assert decode(model, GIVEN) == expected
-
-
-def test_a_generation_config_is_not_changed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("multitower.generate.MAX_NEW_TOKENS", 30)
-    config = transformers.GenerationConfig(num_beams=2)
-    before = config.to_dict()
-    model = fused("llama", gates=True)
-    given = decode(model, GIVEN, generation_config=config)
-    assert config.to_dict() == before
-    assert given == decode(model, GIVEN, num_beams=2)
-    assert max(map(len, given)) == 31  # where transformers' own limit is 20 with the prompt
-
-
-def test_a_begin_token_in_a_generation_config_opens_the_segment() -> None:
-    model = fused("llama", gates=True)
-    config = transformers.GenerationConfig(bos_token_id=7, max_new_tokens=3)
-    found = decode(model, GIVEN, generation_config=config)
-    assert found == decode(model, GIVEN, bos_token_id=7, max_new_tokens=3)
-    assert {tokens[0] for tokens in found} == {7}
-
-
-def test_rows_that_grow_to_the_last_position_stop_there() -> None:
-    class Short(type(tiny_tower())):
-        max_length = 6
-
-        def embed(self, tokens: Tensor) -> tuple[Tensor, None]:
-            assert tokens.shape[1] <= 6
-            return super().embed(tokens)
-
-    torch.manual_seed(0)
-    model = pair(Short(2, 8, 20), gates=True)
-    found = decode(model, [[segment("text", 4)], []], eos_token_id=None)
-    assert [len(tokens) for tokens in found] == [3, 3]
-    assert len(decode(model, [[]], eos_token_id=None)[0]) == 6
-
-
-@pytest.mark.filterwarnings("ignore:XLNetLMHeadModel decodes without its cache")
-def test_a_family_that_says_it_has_no_last_position_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("multitower.generate.MAX_NEW_TOKENS", 5)
-    xlnet = tiny("xlnet")
-    assert xlnet.config.max_position_embeddings == -1
-    model = pair(xlnet)
-    assert model.tower("text").max_length is None
-    assert len(decode(model, GIVEN[:1], eos_token_id=None)[0]) == 6
-
-
-@pytest.mark.parametrize(
-    ("rows", "prepared", "message"),
-    [
-        (3, 3, ""),
-        (3, 1, "prepare_inputs_for_generation before each forward"),
-        (1, 3, "1 rows are decoded where 3 were prepared"),
-    ],
-)
-def test_a_decoding_loop_of_the_caller(rows: int, prepared: int, message: str) -> None:
-    def loop(model: nn.Module, input_ids: Tensor, **unused: object) -> Tensor:
-        tokens = input_ids[:rows]
-        for step in range(3):
-            inputs = {"input_ids": tokens}
-            if step < prepared:
-                inputs = model.prepare_inputs_for_generation(tokens, use_cache=False)
-            tokens = torch.cat([tokens, model(**inputs).logits[:, -1:].argmax(-1)], dim=1)
-        return tokens
-
-    model = fused("llama", gates=True)
-    if message:
-        with pytest.raises(ValueError, match=message):
-            decode(model, EVEN, custom_generate=loop, eos_token_id=None)
-    else:
-        found = decode(model, EVEN, custom_generate=loop, eos_token_id=None)
-        assert found == [greedy(model, example, ends=())[:4] for example in EVEN]
-
-
-SCORES = r"score them with model\(\*\*multitower.collate"
-REFUSED = [
-    ({"return_dict_in_generate": True}, SCORES),
-    ({"output_scores": True}, SCORES),
-    ({"output_logits": True}, SCORES),
-    ({"generation_config": transformers.GenerationConfig(return_dict_in_generate=True)}, SCORES),
-    ({"output_attentions": True}, "attention of the links"),
-    ({"output_hidden_states": True}, "model.run gives the states"),
-    ({"guidance_scale": 1.5}, "a prompt of its own"),
-    ({"negative_prompt_ids": torch.tensor([[2]])}, "a prompt of its own"),
-    ({"token_healing": True, "tokenizer": letter_tokenizer()}, "heal the tokens before"),
-    ({"assistant_early_exit": 1}, "take prompt_lookup_num_tokens or assistant_model"),
-    ({"cache_implementation": "paged"}, "take 'dynamic' or 'static'"),
-    ({"position_ids": torch.tensor([[0]])}, "comes from the examples"),
-    ({"streamer": Kept()}, "one example at a time"),
-    ({"bos_token_id": 20}, "begin token 20 is outside the vocabulary of 20"),
-    (
-        {"num_return_sequences": 2, "do_sample": True, "stopping_criteria": [Stop()]},
-        "nothing says where each of them stopped",
-    ),
-    ({"prefix_allowed_tokens_fn": len, "no_repeat_ngram_size": 2}, "call generate once for each"),
-]
-REFUSED_OF_TWO = [
-    ({"eos_token_id": 5}, "eos_token_id means tokens of one tower; decode text and speech"),
-    ({"bad_words_ids": [[5]]}, "bad_words_ids means tokens of one tower"),
-    ({"generation_config": transformers.GenerationConfig(suppress_tokens=[5])}, "suppress_tokens means"),
-    ({"num_return_sequences": 2, "num_beams": 2}, "single output tower"),
-    (
-        {"generation_config": transformers.GenerationConfig(num_return_sequences=2, num_beams=2)},
-        "single output tower",
-    ),
-]
-REFUSED_BY_TRANSFORMERS = [
-    ({"num_beamz": 2}, r"not used by the model: \['num_beamz'\]"),
-    ({"num_return_sequences": 2, "do_sample": False}, "Greedy methods"),
-    ({"prompt_lookup_num_tokens": 2}, "batch_size = 1"),
-    ({"num_beams": 2, "low_memory": True}, "low_memory"),
-    ({"num_beams": 2, "num_beam_groups": 2, "diversity_penalty": 0.5}, "trust_remote_code"),
-    ({"penalty_alpha": 0.5, "top_k": 4}, "trust_remote_code"),
-    ({"dola_layers": "low"}, "trust_remote_code"),
-    ({"num_beams": 2, "force_words_ids": [[5]]}, "trust_remote_code"),
-    ({"stop_strings": ["f"]}, "pass the model's tokenizer"),
-    ({"use_mtp": True}, "batch_size = 1|mtp"),
-]
-
-
-@pytest.mark.parametrize(("options", "message"), REFUSED)
-def test_what_cannot_work_is_refused(options: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        decode(fused("llama", gates=True), GIVEN, **options)
-
-
-@pytest.mark.parametrize(("options", "message"), REFUSED_OF_TWO)
-def test_what_means_one_tower_is_refused_for_two(options: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        fused("llama", gates=True).generate(GIVEN, output=["text", "speech"], **options)
-
-
-@pytest.mark.parametrize(("options", "message"), REFUSED_BY_TRANSFORMERS)
-def test_what_transformers_refuses_it_says_itself(options: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        decode(fused("llama", gates=True), GIVEN, **options)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"use_cache": True}, "decodes without a cache"),
-        ({"generation_config": transformers.GenerationConfig(use_cache=True)}, "decodes without a cache"),
-        ({"prefill_chunk_size": 2}, "without a cache"),
-        ({"prompt_lookup_num_tokens": 2}, "requires `use_cache=True`"),
-        ({"num_beamz": 2}, "not used by the model"),
-    ],
-)
-def test_what_needs_a_cache_is_refused_where_there_is_none(options: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        decode(pair(gates=True), GIVEN[:1], **options)

@@ -1,35 +1,18 @@
 """The text modality: bytes, and tokenizers of transformers made on the spot."""
 
 import builtins
-import json
+from itertools import pairwise
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from multitower.modality import Modality
+import multitower as mt
 from multitower_text import TextModality
+from text_tokenizers import byte_level_bpe as make_tokenizer
 
 TEXTS = ["", " ", "two towers", "hé wörld, it 's\n\ttwo  spaces ", "日本語 🗼", "\x00"]
-
-
-def make_tokenizer(**special):
-    tokenizers = pytest.importorskip("tokenizers")
-    transformers = pytest.importorskip("transformers")
-    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=280,
-        special_tokens=["<s>", "</s>", "<pad>"],
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    inner.train_from_iterator(["two towers, two words"], trainer)
-    # A template that adds its own special tokens, to show that encode does not use it.
-    inner.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
-    )
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **special)
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +27,9 @@ def text(request):
     return TextModality(request.getfixturevalue("tokenizer"))
 
 
-def test_satisfies_the_protocol(text):
-    assert isinstance(text, Modality)
+def test_is_a_modality(text):
+    assert isinstance(text, mt.Modality)
+    assert text.name == "text"
 
 
 @pytest.mark.parametrize("raw", TEXTS)
@@ -98,6 +82,17 @@ def test_decode_refuses(text, tokens, message):
 def test_encode_refuses_what_is_no_str(text):
     with pytest.raises(TypeError, match="list"):
         text.encode(["two", "towers"])
+    with pytest.raises(TypeError, match=r"not bytes: decode them first"):
+        text.encode(b"two")
+    with pytest.raises(TypeError, match="not int"):
+        text.encode_batch(["two", 2])
+
+
+@pytest.mark.parametrize("raw", ["two \ud800", "\udc00", "\ud83d\ude00"])
+def test_encode_refuses_halves_of_surrogate_pairs(text, raw):
+    with pytest.raises(ValueError, match=r"U\+D|U\+d") as caught:
+        text.encode(raw)
+    assert "surrogatepass" in str(caught.value)
 
 
 def test_begin_may_equal_end():
@@ -134,38 +129,24 @@ def test_begin_outside_the_vocabulary(tokenizer, begin):
 
 
 def test_begin_and_end_are_fixed_for_bytes():
-    with pytest.raises(ValueError, match="256 and 257"):
-        TextModality(begin=0)
+    for option in ({"begin": 0}, {"end": "x"}, {"split_special_tokens": False}):
+        with pytest.raises(ValueError, match="256 and end with 257"):
+            TextModality(**option)
 
 
-def test_save_and_load(text, tmp_path):
-    text.save_pretrained(tmp_path / "deep" / "text")
-    loaded = TextModality.from_pretrained(tmp_path / "deep" / "text")
-    assert (loaded.begin, loaded.end, loaded.vocab_size) == (text.begin, text.end, text.vocab_size)
-    for raw in TEXTS:
-        assert torch.equal(loaded.encode(raw), text.encode(raw))
+def test_pad_is_the_tokenizers_or_else_the_end(tokenizer):
+    assert TextModality(tokenizer).pad == 2
+    assert TextModality(make_tokenizer(bos_token="<s>", eos_token="</s>")).pad == 1
+    assert TextModality().pad == 257
 
 
-def test_save_and_load_keeps_begin_and_end(tmp_path):
-    TextModality(make_tokenizer(eos_token="</s>"), begin="<pad>").save_pretrained(tmp_path)
-    assert TextModality.from_pretrained(tmp_path).begin == 2
-    assert TextModality(tmp_path, begin=0).begin == 0
+def test_accepts_chats_only_with_a_template(tokenizer):
+    assert TextModality().accepts == TextModality(tokenizer).accepts == (str,)
 
 
-def test_load_names_the_missing_file(tokenizer, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"modality\.json"):
-        TextModality.from_pretrained(tmp_path)
-    TextModality(tokenizer).save_pretrained(tmp_path)
-    (tmp_path / "tokenizer_config.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"tokenizer_config\.json"):
-        TextModality.from_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", json.dumps({"format": 2, "type": "text"})])
-def test_load_names_the_damaged_file(tmp_path, content):
-    (tmp_path / "modality.json").write_text(content)
-    with pytest.raises(ValueError, match=r"modality\.json"):
-        TextModality.from_pretrained(tmp_path)
+def test_refuses_what_is_no_tokenizer(tokenizer):
+    with pytest.raises(TypeError, match=r"is a Tokenizer: give one of transformers.*tokenizer_object="):
+        TextModality(tokenizer.backend_tokenizer)
 
 
 def test_missing_transformers(monkeypatch):
@@ -180,3 +161,69 @@ def test_missing_transformers(monkeypatch):
     assert TextModality().decode(TextModality().encode("two")) == "two"
     with pytest.raises(ImportError, match=r"pip install multitower\[text\]"):
         TextModality("gpt2")
+
+
+ANY_TEXT = st.text() | st.lists(
+    st.sampled_from(["</s>", "<s>", "<pad>", "<", "two", " ", "\u0301", "\u05e9", "\U0001f5fc"])
+).map("".join)
+
+
+@pytest.fixture(scope="module")
+def both(tokenizer):
+    return [TextModality(), TextModality(tokenizer)]
+
+
+@given(ANY_TEXT)
+def test_every_text_comes_back(both, raw):
+    for text in both:
+        tokens = text.encode(raw)
+        assert text.decode(tokens) == raw
+        assert {text.begin, text.end, text.pad}.isdisjoint(tokens[1:-1].tolist())
+
+
+@given(st.lists(ANY_TEXT, max_size=4))
+def test_a_batch_is_its_texts_one_by_one(both, raws):
+    for text in both:
+        rows = text.encode_batch(raws)
+        assert [row.tolist() for row in rows] == [text.encode(raw).tolist() for raw in raws]
+        assert text.decode_batch(rows) == raws
+
+
+@given(ANY_TEXT)
+def test_the_text_of_growing_prefixes_only_grows(both, raw):
+    for text in both:
+        tokens = text.encode(raw)
+        shown = [text.decode(tokens[:n]).rstrip("\ufffd") for n in range(len(tokens) + 1)]
+        assert all(after.startswith(before) for before, after in pairwise(shown))
+        assert shown[-1] == raw.rstrip("\ufffd")
+
+
+@given(st.lists(st.integers(0, 300)))
+def test_decode_takes_whatever_a_tower_emits(both, ids):
+    for text in both:
+        assert not {"<s>", "</s>", "<pad>"} & {text.decode([token]) for token in ids}
+        assert text.decode(text.encode(text.decode(ids))) == text.decode(ids)
+
+
+def test_what_stands_between_is_dropped(tokenizer):
+    text = TextModality(tokenizer)
+    two = text.encode("two")[1:-1].tolist()
+    assert text.decode([2, 2, 0, *two, 1, 2, 0, *two, 1, 2, 2]) == "twotwo"
+
+
+def test_transformers_can_stream_from_a_modality(text, capsys):
+    streamers = pytest.importorskip("transformers").generation.streamers
+    streamer = streamers.TextStreamer(text)
+    for token in text.encode("two h\xe9 \U0001f5fc towers"):
+        streamer.put(token[None])
+    streamer.end()
+    assert capsys.readouterr().out == "two h\xe9 \U0001f5fc towers\n"
+
+
+def test_long_texts_are_neither_cut_nor_complained_about(caplog):
+    tokenizer = make_tokenizer(bos_token="<s>", eos_token="</s>", model_max_length=8)
+    tokenizer.backend_tokenizer.enable_truncation(4)
+    text = TextModality(tokenizer)
+    raw = "two towers " * 1000
+    assert text.decode(text.encode(raw)) == raw
+    assert not caplog.records

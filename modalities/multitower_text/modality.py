@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
-CONFIG = "modality.json"
-TOKENIZER_CONFIG = "tokenizer_config.json"
+from multitower import CheckpointError, Modality
+from multitower.modality import check_tokens
+
+from .chat import encode_chat
+from .special import known_ids, resolve, tokenizer_name, unreachable
+
+TOKENIZER = "tokenizer"
 
 
-class TextModality:
+class TextModality(Modality):
     r"""Text to the tokens of a text tower, and back.
 
     >>> text = TextModality()                      # bytes: needs no files
@@ -27,22 +34,45 @@ class TextModality:
     Without a tokenizer, ids 0..255 are the bytes of UTF-8, 256 begins and 257 ends.
     With one, its bos token begins and its eos token ends; they may be the same token.
 
+    **What comes back.** Bytes and byte-level BPE give every text back as it was. Other tokenizers lose what
+    their own normaliser loses, lower case or runs of spaces for instance, put a space in front, and have no
+    token for some characters.
+
+    **Special tokens** are no text: "</s>" in a text is encoded as four ordinary characters, whoever typed it,
+    and ``decode`` drops special tokens. ``split_special_tokens=False`` is for texts that were marked up on
+    purpose: "</s>" then is the special token, both ways. Added tokens that are not special are text, except
+    that tokenizers in Python spell them out as well.
+
+    **Streaming.** Tokens may end inside of a character, which then shows as U+FFFD at the end. The text
+    without these, ``text.decode(tokens[:n]).rstrip("\ufffd")``, only grows; transformers' own
+    ``TextStreamer(text)`` waits for the whole character in the same way.
+
     Args:
-        tokenizer: None for bytes, a transformers tokenizer, or the folder or Hub id of one.
-        begin: The token that begins a segment, by id or by name, where it is not the tokenizer's bos.
+        tokenizer: None for bytes, a transformers tokenizer, or the folder or Hub id of one. Code that a
+            tokenizer brings is never run: load such a tokenizer yourself.
+        begin: The token that begins a segment, by id or by name, where it is not the tokenizer's bos. It
+            should be none that ordinary text is made of: ``decode`` drops it at the edges.
         end: The token that ends a segment, by id or by name, where it is not the tokenizer's eos.
+        split_special_tokens: Whether special tokens that a text spells out are ordinary text.
 
     Attributes:
-        vocab_size: Number of ids, begin and end included.
+        accepts: str, and list (chats) where the tokenizer has a chat template.
+        vocab_size: Number of ids, begin and end included: one more than the highest.
         begin: Id of the token that opens every encoded segment.
         end: Id of the token that closes every encoded segment.
+        pad: Id of the tokenizer's pad token; ``end`` where it has none.
         tokenizer: The transformers tokenizer, or None for bytes.
+        split_special_tokens: As given.
 
     Raises:
         ImportError: A folder or Hub id was given, and transformers is not installed.
+        TypeError: The tokenizer is not one of transformers.
         ValueError: The tokenizer has no bos or eos and none was given, or the one given is not in
             its vocabulary.
     """
+
+    name = "text"
+    accepts: tuple[type, ...] = (str,)
 
     def __init__(
         self,
@@ -50,52 +80,129 @@ class TextModality:
         *,
         begin: int | str | None = None,
         end: int | str | None = None,
+        split_special_tokens: bool = True,
     ) -> None:
-        if tokenizer is None and (begin is not None or end is not None):
-            raise ValueError("begin= and end= go with a tokenizer: for bytes they are always 256 and 257")
+        self.tokenizer = None
+        self.split_special_tokens = split_special_tokens
+        if tokenizer is None:
+            if begin is not None or end is not None or not split_special_tokens:
+                raise ValueError(
+                    "begin=, end= and split_special_tokens= go with a tokenizer: bytes always begin with 256 "
+                    "and end with 257, which no text can spell out"
+                )
+            self.vocab_size, self.begin, self.end = 258, 256, 257
+            return
         if isinstance(tokenizer, str | os.PathLike):
             tokenizer = _load(os.fspath(tokenizer))
+        self._known = known_ids(tokenizer)
         self.tokenizer = tokenizer
-        self.vocab_size: int = 258 if tokenizer is None else len(tokenizer)
-        self.begin = 256 if tokenizer is None else _edge(tokenizer, "begin", "bos", begin)
-        self.end = 257 if tokenizer is None else _edge(tokenizer, "end", "eos", end)
+        self.vocab_size = max(len(tokenizer), max(self._known) + 1)
+        self.begin = resolve(tokenizer, self._known, "begin", "bos", begin)
+        self.end = resolve(tokenizer, self._known, "end", "eos", end)
+        self._unreachable = unreachable(tokenizer, {self.begin, self.end}) if split_special_tokens else set()
+        if tokenizer.chat_template:
+            self.accepts = (str, list)
+
+    @property
+    def pad(self) -> int:
+        """Id of the token that fills rows up."""
+        own = None if self.tokenizer is None else self.tokenizer.pad_token_id
+        return self.end if own is None else int(own)
 
     def __repr__(self) -> str:
-        name = "bytes" if self.tokenizer is None else _name(self.tokenizer)
+        name = "bytes" if self.tokenizer is None else tokenizer_name(self.tokenizer)
         return f"TextModality({name}, vocab_size={self.vocab_size}, begin={self.begin}, end={self.end})"
 
-    def encode(self, raw: str) -> torch.Tensor:
-        """Give the tokens of a text.
+    def encode(self, raw: str | list[Mapping[str, Any]]) -> torch.Tensor:
+        """Give the tokens of a text or a chat.
 
         >>> TextModality().encode("")
         tensor([256, 257])
 
         Args:
-            raw: Any text, also an empty one. The tokenizer adds no special tokens of its own, but
-                reads those spelled out in the text, as it always does.
+            raw: A text of any length, also an empty one; nothing is cut off. Or a chat: a list of messages,
+                ``{"role": "user", "content": "Hello"}``, that the tokenizer's chat template writes down.
+                Begin and end are not repeated where the template writes them itself; white space that it
+                writes after the last end is dropped. It is not asked to open a turn for the answer.
 
         Returns:
             int64, shape (length,), begin and end included.
 
         Raises:
-            TypeError: It is not a str.
+            TypeError: It is neither a str nor a chat, or there is no chat template.
+            ValueError: It is no valid Unicode (it holds half of a surrogate pair), the template refuses the
+                chat, or the tokenizer knows no other tokens for a special token that is spelled out.
         """
-        if not isinstance(raw, str):
-            raise TypeError(f"text must be a str, not {type(raw).__name__}: encode one text at a time")
-        if self.tokenizer is None:
-            ids = list(raw.encode("utf-8"))
-        else:
-            ids = self.tokenizer(raw, add_special_tokens=False)["input_ids"]
-        return torch.tensor([self.begin, *ids, self.end], dtype=torch.int64)
+        return self.encode_batch([raw])[0]
 
-    def decode(self, tokens: torch.Tensor) -> str:
+    def encode_batch(self, raws: Sequence[Any]) -> list[torch.Tensor]:
+        """Give the tokens of several texts or chats; texts go to the tokenizer in one call.
+
+        >>> TextModality().encode_batch(["a", ""])
+        [tensor([256,  97, 257]), tensor([256, 257])]
+        """
+        texts = iter(self._encode_texts([raw for raw in raws if isinstance(raw, str)]))
+        rows = [next(texts) if isinstance(raw, str) else self._encode_chat(raw) for raw in raws]
+        return [torch.tensor([self.begin, *row, self.end], dtype=torch.int64) for row in rows]
+
+    def _encode_texts(self, texts: list[str]) -> list[list[int]]:
+        encoded = [_utf8(text) for text in texts]
+        if self.tokenizer is None:
+            return [list(text) for text in encoded]
+        if not texts:
+            return []
+        rows: list[list[int]] = self.tokenizer(
+            texts,
+            add_special_tokens=False,
+            split_special_tokens=self.split_special_tokens,
+            padding=False,
+            truncation=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )["input_ids"]
+        for row in rows:
+            if not self._unreachable.isdisjoint(row):
+                spelled = self.tokenizer.convert_ids_to_tokens(sorted(self._unreachable.intersection(row)))
+                raise ValueError(
+                    f"a text holds what tokenizer {tokenizer_name(self.tokenizer)!r} can only read as "
+                    f"special tokens, {spelled}: take it out, or pass split_special_tokens=False if that "
+                    "is what it means"
+                )
+        return rows
+
+    def _encode_chat(self, raw: Any) -> list[int]:
+        if isinstance(raw, bytes | bytearray):
+            raise TypeError('text must be a str, not bytes: decode them first, raw.decode("utf-8")')
+        if not isinstance(raw, list) or not all(isinstance(message, Mapping) for message in raw):
+            raise TypeError(
+                f"text must be a str or a chat, a list of messages, not {type(raw).__name__}: "
+                "encode one text at a time"
+            )
+        if self.tokenizer is None or not self.tokenizer.chat_template:
+            which = "bytes" if self.tokenizer is None else f"tokenizer {tokenizer_name(self.tokenizer)!r}"
+            raise TypeError(
+                f"text must be a str, not list, for {which} without a chat template: write the chat down "
+                "as one str, or give a tokenizer whose chat_template is set"
+            )
+        ids = encode_chat(self.tokenizer, raw, sanitize=self.split_special_tokens)
+        if self.end in ids:
+            last = len(ids) - 1 - ids[::-1].index(self.end)
+            after = self.tokenizer.decode(ids[last + 1 :], clean_up_tokenization_spaces=False)
+            if not after.strip():
+                ids = ids[:last]
+        return ids[1:] if ids[:1] == [self.begin] else ids
+
+    def decode(self, tokens: torch.Tensor | Sequence[int]) -> str:
         """Give the text of tokens, as a language model may emit them.
 
         >>> TextModality().decode(torch.tensor([104, 105, 257]))
         'hi'
 
-        Begin, end and padding are dropped at the edges. Ids past the vocabulary, which a tower with a
-        padded embedding may emit, are dropped. Bytes that are no UTF-8 become U+FFFD.
+        Special tokens are dropped wherever they stand, also ``<unk>`` and those of a chat template; with
+        ``split_special_tokens=False`` only begin, end and padding, and only at the edges. Ids that the
+        tokenizer does not know, which a tower with a padded embedding may emit, are dropped. Bytes that are
+        no UTF-8 become U+FFFD.
 
         Args:
             tokens: Integers, shape (length,), with or without begin and end.
@@ -103,21 +210,31 @@ class TextModality:
         Raises:
             ValueError: They are of another shape or dtype, or negative.
         """
-        ids = _ids(tokens)
-        edges = {self.begin, self.end}
+        ids = check_tokens(torch.as_tensor(tokens))
         if self.tokenizer is None:
             return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
-        edges.add(self.tokenizer.pad_token_id)
+        edges = {self.begin, self.end, self.pad}
         start, stop = 0, len(ids)
         while start < stop and ids[start] in edges:
             start += 1
         while start < stop and ids[stop - 1] in edges:
             stop -= 1
-        kept = [i for i in ids[start:stop] if i < self.vocab_size]
-        return str(self.tokenizer.decode(kept, clean_up_tokenization_spaces=False))
+        kept = [i for i in ids[start:stop] if i in self._known]
+        return str(
+            self.tokenizer.decode(
+                kept, skip_special_tokens=self.split_special_tokens, clean_up_tokenization_spaces=False
+            )
+        )
+
+    def config(self) -> dict[str, Any]:
+        """Give what belongs to this modality beside the tokenizer's own files."""
+        if self.tokenizer is None:
+            return {"tokenizer": False}
+        edges = {"begin": self.begin, "end": self.end}
+        return {"tokenizer": True, **edges, "split_special_tokens": self.split_special_tokens}
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write ``modality.json`` and, where there is one, the tokenizer's own files into a folder.
+        """Write ``modality.json`` and, where there is one, the tokenizer's own files, in ``tokenizer/``.
 
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -127,27 +244,42 @@ class TextModality:
         """
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
-        config: dict[str, Any] = {"format": 1, "type": "text", "tokenizer": self.tokenizer is not None}
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(path)
-            config |= {"begin": self.begin, "end": self.end}
-        (path / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        with tempfile.TemporaryDirectory(dir=path) as fresh:
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(Path(fresh) / TOKENIZER)
+            if (path / TOKENIZER).exists():
+                shutil.rmtree(path / TOKENIZER)
+            if self.tokenizer is not None:
+                (Path(fresh) / TOKENIZER).rename(path / TOKENIZER)
+        super().save_pretrained(path)
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str]) -> TextModality:
+    def from_pretrained(cls, folder: str | os.PathLike[str]) -> Self:
         """Load what ``save_pretrained`` wrote.
 
         Raises:
-            FileNotFoundError: A file is missing; the message names it.
-            ValueError: ``modality.json`` is not that of a text modality.
+            CheckpointError: A file is missing, damaged, or that of another modality; the message names it.
         """
         path = Path(folder)
-        config = _read(path / CONFIG)
-        if not config["tokenizer"]:
-            return cls()
-        if not (path / TOKENIZER_CONFIG).is_file():
-            raise FileNotFoundError(f"{path / TOKENIZER_CONFIG} is missing: save the modality again")
-        return cls(path, begin=config["begin"], end=config["end"])
+        config = cls.read_config(path)
+        try:
+            if config.pop("tokenizer"):
+                config["tokenizer"] = _load_saved(path / TOKENIZER)
+            return cls.restore(config, {})
+        except CheckpointError:
+            raise
+        except (TypeError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{path} is damaged: {error!r}") from error
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"text holds half of a surrogate pair, U+{ord(text[error.start]):04X}, at {error.start}: "
+            'raw.encode("utf-16", "surrogatepass").decode("utf-16", "replace") mends it'
+        ) from error
 
 
 def _load(source: str) -> Any:
@@ -155,53 +287,18 @@ def _load(source: str) -> Any:
         from transformers import AutoTokenizer
     except ImportError as error:
         raise ImportError(f"tokenizer {source!r} needs transformers: pip install multitower[text]") from error
-    return AutoTokenizer.from_pretrained(source)
+    return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
 
 
-def _name(tokenizer: Any) -> str:
-    return getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
-
-
-def _edge(tokenizer: Any, edge: str, special: str, given: int | str | None) -> int:
-    """Give the id of the begin or end token: the one given, or else the tokenizer's own."""
-    if given is None:
-        own = getattr(tokenizer, f"{special}_token_id")
-        if own is None:
-            raise ValueError(
-                f"tokenizer {_name(tokenizer)!r} has no {special} token: pass {edge}=, the id or the name of "
-                f"a token in its vocabulary. Its special tokens are {tokenizer.all_special_tokens}"
-            )
-        return int(own)
-    token = tokenizer.get_vocab().get(given) if isinstance(given, str) else given
-    if token is None or not 0 <= token < len(tokenizer):
-        raise ValueError(
-            f"{edge}={given!r} is not in the vocabulary of tokenizer {_name(tokenizer)!r} "
-            f"({len(tokenizer)} tokens): add the token to the tokenizer and the tower first, or pass another"
-        )
-    return int(token)
-
-
-def _ids(tokens: torch.Tensor) -> list[int]:
-    tensor = torch.as_tensor(tokens)
-    if tensor.ndim != 1 or (len(tensor) and tensor.is_floating_point()):
-        raise ValueError(
-            f"tokens have shape {tuple(tensor.shape)} and dtype {tensor.dtype}: "
-            "give integers of shape (length,), one example at a time"
-        )
-    if tensor.numel() and int(tensor.min()) < 0:
-        raise ValueError(f"tokens hold {int(tensor.min())}: drop labels that are ignored before decoding")
-    return [int(i) for i in tensor.tolist()]
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: the folder holds no whole text modality")
+def _load_saved(folder: Path) -> Any:
+    if not (folder / "tokenizer_config.json").is_file():
+        raise CheckpointError(f"{folder / 'tokenizer_config.json'} is missing; was the folder wholly copied?")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        if config["format"] != 1 or config["type"] != "text" or not isinstance(config["tokenizer"], bool):
-            raise ValueError(f"it says {config}")
-        if config["tokenizer"]:
-            config["begin"], config["end"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not that of a text modality in format 1: {error!r}") from error
-    return dict(config)
+        return _load(str(folder))
+    except ImportError:
+        raise
+    except Exception as error:  # tokenizers raises plain ones for damaged files
+        raise CheckpointError(
+            f"{folder} holds no tokenizer that transformers can load by itself: {error}. If it brings code "
+            "of its own, load it yourself, and give it to TextModality"
+        ) from error

@@ -1,6 +1,7 @@
-"""Tiny random towers and models, and checks for authors of towers and models; none needs a download.
+"""Tiny random towers and models, and checks for authors of towers, modalities and models.
 
-``multitower.testing.strategies`` draws towers, graphs and examples for hypothesis, which it needs.
+None of it needs a download. ``multitower.testing.strategies`` draws towers, graphs and examples
+for hypothesis, which it needs.
 """
 
 from .batches import check_order, check_padding, check_rows
@@ -8,6 +9,7 @@ from .checkpoints import check_saved
 from .decoding import check_decoding, check_prefill
 from .definition import check_definition
 from .forward import check_causality, check_identity, check_sight, check_unimodal
+from .modalities import MODALITY_PROMISES, check_modality, modality_report
 from .models import PROMISES, check_model, model_report
 from .schedules import check_schedule
 from .tiny import TinyTower, open_gates, tiny_model, tiny_tower
@@ -15,6 +17,7 @@ from .towers import check_tower, tower_report
 from .training import check_frozen, check_gradients
 
 __all__ = [
+    "MODALITY_PROMISES",
     "PROMISES",
     "TinyTower",
     "check_causality",
@@ -23,6 +26,7 @@ __all__ = [
     "check_frozen",
     "check_gradients",
     "check_identity",
+    "check_modality",
     "check_model",
     "check_order",
     "check_padding",
@@ -33,6 +37,7 @@ __all__ = [
     "check_sight",
     "check_tower",
     "check_unimodal",
+    "modality_report",
     "model_report",
     "open_gates",
     "tiny_model",

@@ -1,0 +1,32 @@
+"""Chats, written down by the chat template of a tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .special import tokenizer_name
+
+
+def encode_chat(tokenizer: Any, chat: list[Mapping[str, Any]], *, sanitize: bool) -> list[int]:
+    """Give the token ids of a chat as the template writes it, with whatever begins and ends it there.
+
+    Args:
+        tokenizer: A transformers tokenizer with a chat template.
+        chat: Messages.
+        sanitize: Whether special tokens that a message spells out are ordinary text.
+
+    Raises:
+        ValueError: The template refuses the chat.
+    """
+    import jinja2
+
+    try:
+        ids = tokenizer.apply_chat_template(
+            chat, sanitize_control_tokens=sanitize, return_dict=False, tokenizer_kwargs={"verbose": False}
+        )
+    except (jinja2.TemplateError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"the chat template of tokenizer {tokenizer_name(tokenizer)!r} does not take this chat: {error}"
+        ) from error
+    return [int(i) for i in ids]

@@ -1,0 +1,276 @@
+"""What check_modality says to the authors of modalities that break a promise."""
+
+from __future__ import annotations
+
+import random
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from broken_modalities import (
+    SAMPLES,
+    CannotEncodeMuch,
+    ChangesTheBatch,
+    ChangesTheData,
+    ChangesTheSamples,
+    ChangesTheTokens,
+    Cipher,
+    CountsItsCalls,
+    DecodesByChance,
+    DrawsANumber,
+    DropsEmptyRows,
+    EndsTwice,
+    HasNoBegin,
+    HasNoEnd,
+    IsBeyondItself,
+    KeepsItsTokens,
+    LooksUp,
+    NeedsABatch,
+    NeedsBegin,
+    NeedsTokens,
+    PadsItsBatches,
+    ReadsPadding,
+    SaysAList,
+    SaysARow,
+    SaysInt32,
+    SaysNothing,
+    SaysValueError,
+    Seeds,
+    Shouts,
+    Shuffles,
+    SortsItsBatches,
+    StacksItsBatches,
+    StopsItsBatches,
+    TakesAnything,
+    Tokens,
+    TripsOverNothing,
+    TripsOverStrangers,
+    built,
+)
+from multitower.testing import MODALITY_PROMISES, check_modality, modality_report
+from multitower.testing.codec import same
+from test_check_modality_files import BROKEN as BROKEN_ON_DISK
+
+BROKEN = [
+    (SaysInt32, "tokens", "encode of sample 0 gives torch.int32, expected torch.int64"),
+    (SaysAList, "tokens", "encode of sample 0 gives a list, expected a torch.Tensor"),
+    (SaysARow, "tokens", r"gives tokens of shape \(1, 2\), expected \(length,\)"),
+    (HasNoBegin, "tokens", "opens with token 5, not with begin, 256"),
+    (HasNoEnd, "tokens", "closes with token 5, not with end, 257"),
+    (SaysNothing, "tokens", r"gives \[\], expected begin, any number of tokens, and end"),
+    (EndsTwice, "tokens", "gives end inside, at 1; a tower that writes it stops there"),
+    (IsBeyondItself, "tokens", "gives token 258, beyond the vocabulary of 258"),
+    (CannotEncodeMuch, "tokens", "encode of sample 1 fails with KeyError: 'too much'"),
+    (Shouts, "round trip", "sample 1 comes back as b'TWO TOWERS', not as b'two towers'; where a loss"),
+    (NeedsBegin, "edges", "something else for the tokens of sample 1 without begin: b'wo towers', not b'two"),
+    (ReadsPadding, "edges", "something else for the tokens of sample 0 with padding behind"),
+    (DrawsANumber, "repetition", "encode gives other tokens for sample 1 the second time"),
+    (
+        DecodesByChance,
+        "repetition",
+        "decode gives something else .* second time: does it use a random number",
+    ),
+    (CountsItsCalls, "repetition", "decode gives something else .* or what it kept from the call before"),
+    (Seeds, "repetition", "change the global random state of torch; use a generator of your own"),
+    (Shuffles, "repetition", "change the global random state of random"),
+    (
+        SortsItsBatches,
+        "batches",
+        "encode_batch gives Tensor of shape .* at place 1, where one by one there is",
+    ),
+    (DropsEmptyRows, "batches", "decode_batch gives 19 for 20"),
+    (StopsItsBatches, "batches", "decode_batch gives b.* at place .*, where one by one there is b"),
+    (PadsItsBatches, "batches", r"encode_batch gives Tensor of shape \(12,\) .* at place 0"),
+    (StacksItsBatches, "batches", "encode_batch gives a tuple, expected a list"),
+    (NeedsABatch, "batches", "decode_batch of nothing fails with IndexError"),
+    (ChangesTheData, "inputs", "encode changes sample 2 in place; work on a copy of it"),
+    (ChangesTheTokens, "inputs", "decode changes the tokens in place; work on a copy of them"),
+    (ChangesTheBatch, "inputs", "decode_batch changes the tokens in place"),
+    (ChangesTheSamples, "inputs", "encode_batch changes the samples in place"),
+    (
+        KeepsItsTokens,
+        "inputs",
+        "other tokens for sample 0 when those it gave before are changed; give a copy",
+    ),
+    (TakesAnything, "raw data", "encode of None, a NoneType, gives Tensor.*; expected a TypeError"),
+    (TripsOverStrangers, "raw data", "encode of None, a NoneType, fails with AttributeError"),
+    (SaysValueError, "raw data", "fails with ValueError: what is this.; expected a TypeError"),
+    (TripsOverNothing, "raw data", "encode of b'' fails with IndexError.*expected tokens or a ValueError"),
+    (LooksUp, "any tokens", "fails with IndexError: .*; towers write any tokens: drop what means nothing"),
+    (NeedsTokens, "any tokens", r"decode of \[\], shape \(0,\) and torch.int64, fails with IndexError"),
+]
+
+
+def test_a_good_modality_keeps_every_promise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    check_modality(built(), SAMPLES)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (np.random.get_state()[1].tolist(), random.getstate()) == before[1:]
+    assert not list(tmp_path.iterdir())
+    assert Path.cwd() == tmp_path
+
+
+def test_samples_are_left_as_they_were() -> None:
+    samples = [b"two", bytearray(b"towers")]
+    assert modality_report(built(ChangesTheData), samples)["inputs"]
+    assert samples[1] == b"towers"
+
+
+@pytest.mark.parametrize(("kind", "promise", "message"), BROKEN, ids=[kind.__name__ for kind, *_ in BROKEN])
+def test_what_is_broken_is_named(kind: type[Cipher], promise: str, message: str) -> None:
+    with pytest.raises(AssertionError, match=rf"{kind.__name__} breaks (?s:.*)\n  {promise}: .*{message}"):
+        check_modality(built(kind), SAMPLES)
+
+
+def test_every_promise_can_be_broken() -> None:
+    promises = {promise for _, promise, _ in [*BROKEN, *BROKEN_ON_DISK]}
+    assert promises | {"attributes"} == set(MODALITY_PROMISES)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        SaysInt32, EndsTwice, Shouts, ReadsPadding, Seeds, SortsItsBatches, ChangesTheData, ChangesTheTokens,
+        ChangesTheBatch, KeepsItsTokens, TakesAnything,
+    ],
+)  # fmt: skip
+def test_what_is_whole_is_not_blamed(kind: type[Cipher]) -> None:
+    (cause,) = [promise for each, promise, _ in BROKEN if each is kind]
+    broken = {name for name, reason in modality_report(built(kind), SAMPLES).items() if reason}
+    assert broken == {cause}
+
+
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [
+        ({"name": "Cipher"}, "name must be an identifier in lower case, as 'text', not 'Cipher'"),
+        ({"name": "two words"}, "name must be an identifier"),
+        ({"name": None}, "name must be an identifier"),
+        ({"accepts": bytes}, r"accepts must be a tuple of types, as \(str,\)"),
+        ({"accepts": ("bytes",)}, "accepts must be a tuple of types"),
+        ({"accepts": ()}, "accepts must be a tuple of types"),
+        ({"accepts": (bytes,)}, "sample 2 is of type bytearray, which is not among accepts"),
+        ({"vocab_size": 0}, "vocab_size must be a positive whole number, not 0"),
+        ({"vocab_size": 258.0}, "vocab_size must be a positive whole number, not 258.0"),
+        ({"begin": 258}, "begin: token 258 is beyond the vocabulary of 258"),
+        ({"end": -1}, "end: token -1 is beyond the vocabulary"),
+        ({"end": "</s>"}, "end must be a token id, not '</s>'"),
+        ({"begin": True}, "begin must be a token id, not True"),
+        ({"default_tower": 5}, "default_tower must be a str or None, not 5"),
+    ],
+)
+def test_wrong_attributes_are_named(attributes: dict[str, Any], message: str) -> None:
+    modality = built(type("Odd", (Cipher,), attributes))
+    assert re.search(message, modality_report(modality, SAMPLES)["attributes"])
+
+
+def test_a_pad_beyond_the_vocabulary_is_named() -> None:
+    modality = built(type("Odd", (Cipher,), {"pad": 300}))
+    assert (
+        modality_report(modality, SAMPLES)["attributes"] == "pad: token 300 is beyond the vocabulary of 258"
+    )
+
+
+def test_what_is_no_modality_is_named() -> None:
+    assert "str is no subclass of multitower.Modality" in modality_report("text", SAMPLES)["attributes"]
+
+
+def test_tokens_that_are_the_data_are_named() -> None:
+    report = modality_report(built(Tokens), [torch.tensor([256, 3, 257])])
+    assert report["inputs"] == "the tokens of sample 0 share its memory; give a copy"
+
+
+def test_edges_inside_can_be_declared() -> None:
+    check_modality(built(EndsTwice), SAMPLES, edges_inside=True)
+
+
+class ForgetsASixteenth(Cipher):
+    """Keeps no more of a byte than its upper half: a quantiser."""
+
+    def encode(self, raw: Any) -> Tensor:
+        tokens = super().encode(raw)
+        return super().encode(bytes(byte & 0xF0 for byte in raw)) if len(raw) else tokens
+
+
+class Drifts(Cipher):
+    """What comes back is each time another byte."""
+
+    def decode(self, tokens: Tensor) -> bytes:
+        return bytes((byte + 1) % 256 for byte in super().decode(tokens))
+
+
+def farthest(raw: bytes, again: bytes) -> int:
+    return max((abs(a - b) for a, b in zip(raw, again, strict=True)), default=0)
+
+
+def test_a_loss_can_be_declared() -> None:
+    check_modality(built(ForgetsASixteenth), SAMPLES, round_trip=farthest, bound=15)
+    report = modality_report(built(ForgetsASixteenth), SAMPLES, round_trip=farthest, bound=14)
+    assert report["round trip"] == "sample 1 comes back with a loss of 15, more than 14"
+    nan = modality_report(built(), SAMPLES, round_trip=lambda raw, again: float("nan"), bound=1.0)
+    assert "a loss of nan, more than 1" in nan["round trip"]
+
+
+def test_tokens_alone_can_make_the_round_trip() -> None:
+    assert "comes back as" in modality_report(built(ForgetsASixteenth), SAMPLES)["round trip"]
+    check_modality(built(ForgetsASixteenth), SAMPLES, round_trip="tokens")
+    report = modality_report(built(Drifts), SAMPLES, round_trip="tokens")
+    assert "sample 1 has other tokens after decode and encode" in report["round trip"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"samples": []}, "there are no samples"),
+        ({"round_trip": "bytes"}, "round_trip='bytes': give 'data', 'tokens' or a function"),
+        ({"round_trip": farthest}, "go together"),
+        ({"bound": 0.5}, "go together"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_modality(built(), **{"samples": SAMPLES, **arguments})
+
+
+@dataclass
+class Note:
+    pitch: np.ndarray
+
+
+class Plain:
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "alike"),
+    [
+        (np.array([1.0, np.nan]), np.array([1.0, np.nan]), True),
+        (np.zeros(2), np.zeros(2, np.float32), False),
+        (np.zeros((1, 2)), np.zeros(2), False),
+        (np.zeros(2), [0, 0], False),
+        (torch.zeros(2), torch.zeros(2), True),
+        (torch.zeros(2), torch.ones(2), False),
+        ((np.zeros(2), 16_000), (np.zeros(2), 16_000), True),
+        ((np.zeros(2), 16_000), (np.zeros(2), 8_000), False),
+        ([1, 2], [1, 2, 3], False),
+        ({"a": np.zeros(2)}, {"a": np.zeros(2)}, True),
+        ({"a": 1}, {"b": 1}, False),
+        (Note(np.zeros(2)), Note(np.zeros(2)), True),
+        (Note(np.zeros(2)), Note(np.ones(2)), False),
+        (Plain(np.zeros(2)), Plain(np.zeros(2)), True),
+        (Plain(1), Plain(2), False),
+        ("a", "a", True),
+        ((bytes, str), (bytes, str), True),
+        (bytes, str, False),
+    ],
+)
+def test_what_counts_as_the_same(first: Any, second: Any, alike: bool) -> None:
+    assert same(first, second) is alike

@@ -1,0 +1,183 @@
+"""Modalities that save or load otherwise than they promise, and what check_modality says of them."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any, Self
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import multitower as mt
+from broken_modalities import SAMPLES, Cipher, built
+from multitower.testing import check_modality, modality_report
+
+
+class ForgetsItsShift(Cipher):
+    def config(self) -> dict[str, Any]:
+        return {}
+
+
+class ForgetsLater(Cipher):
+    """Loads well, and what is loaded cannot be saved: its file stood in the folder."""
+
+    source: Path | None = None
+
+    @classmethod
+    def from_pretrained(cls, folder: Any) -> Self:
+        loaded = super().from_pretrained(folder)
+        loaded.source = Path(folder)
+        return loaded
+
+    def save_pretrained(self, folder: Any) -> None:
+        if self.source is not None:
+            (self.source / "modality.json").read_text()
+        super().save_pretrained(folder)
+
+
+class WritesBeside(Cipher):
+    def save_pretrained(self, folder: Any) -> None:
+        super().save_pretrained(folder)
+        Path(f"{folder}.log").write_text("saved")
+
+
+class WritesHere(Cipher):
+    def save_pretrained(self, folder: Any) -> None:
+        super().save_pretrained(folder)
+        Path("cipher.log").write_text("saved")
+
+
+class WritesAPickle(Cipher):
+    def save_pretrained(self, folder: Any) -> None:
+        super().save_pretrained(folder)
+        Path(folder, "table").write_bytes(pickle.dumps([1]))
+
+
+class WritesForTorch(Cipher):
+    def save_pretrained(self, folder: Any) -> None:
+        super().save_pretrained(folder)
+        torch.save(self.table, Path(folder, "table.data"))
+
+
+class WritesAModel(Cipher):
+    def save_pretrained(self, folder: Any) -> None:
+        super().save_pretrained(folder)
+        Path(folder, "model.bin").write_bytes(b"")
+
+
+class RemembersWhere(Cipher):
+    def save_pretrained(self, folder: Any) -> None:
+        super().save_pretrained(folder)
+        Path(folder, "place.json").write_text(json.dumps(str(folder)))
+
+    @classmethod
+    def from_pretrained(cls, folder: Any) -> Self:
+        file = Path(folder, "place.json")
+        return super().from_pretrained(json.loads(file.read_text()) if file.exists() else folder)
+
+
+class TakesAnyFolder(Cipher):
+    @classmethod
+    def from_pretrained(cls, folder: Any) -> Self:
+        try:
+            return super().from_pretrained(folder)
+        except mt.CheckpointError:
+            return cls(torch.arange(256))
+
+
+class ReadsByItself(Cipher):
+    @classmethod
+    def from_pretrained(cls, folder: Any) -> Self:
+        json.loads(Path(folder, "modality.json").read_text())
+        return super().from_pretrained(folder)
+
+
+class HasAFileOfItsOwn(Cipher):
+    """Reads a file beside the others, and does without where it is missing or damaged."""
+
+    harmless: tuple[type[Exception], ...] = (OSError, ValueError)
+
+    def save_pretrained(self, folder: Any) -> None:
+        super().save_pretrained(folder)
+        Path(folder, "extra.json").write_text(json.dumps({"shift": self.shift}))
+
+    @classmethod
+    def from_pretrained(cls, folder: Any) -> Self:
+        loaded = super().from_pretrained(folder)
+        try:
+            loaded.shift = json.loads(Path(folder, "extra.json").read_text())["shift"]
+        except cls.harmless:
+            warnings.warn("a modality without its shift", stacklevel=2)
+            loaded.shift = 0
+        except OSError as error:
+            raise mt.CheckpointError(str(error)) from error
+        return loaded
+
+
+class TakesHalves(HasAFileOfItsOwn):
+    harmless = (ValueError,)
+
+
+class ReadsTensorsByItself(Cipher):
+    @classmethod
+    def from_pretrained(cls, folder: Any) -> Self:
+        config, file = cls.read_config(Path(folder)), Path(folder, "modality.safetensors")
+        if not file.exists():
+            raise mt.CheckpointError(f"{file} is missing")
+        return cls.restore(config, load_file(file))
+
+
+class IsAnyones(Cipher):
+    @classmethod
+    def read_config(cls, folder: Path) -> dict[str, Any]:
+        try:
+            return super().read_config(folder)
+        except mt.CheckpointError as error:
+            if "is that of modality" in str(error):
+                return {}
+            raise
+
+    @classmethod
+    def restore(cls, config: Any, tensors: Any) -> Self:
+        return cls(tensors.get("table", torch.arange(256)), config.get("shift", 0))
+
+
+BROKEN = [
+    (ForgetsItsShift, "saved", "that is loaded differs in the tokens of sample 1, the tokens of sample 2"),
+    (ForgetsLater, "saved", "save_pretrained of what was loaded fails with FileNotFoundError"),
+    (WritesBeside, "saved", "writes outside its folder: saved.log"),
+    (WritesHere, "saved", "writes outside its folder: elsewhere.cipher.log"),
+    (WritesAPickle, "saved", "writes table, a pickle, which runs code when it is loaded"),
+    (WritesForTorch, "saved", "writes table.data, a pickle"),
+    (WritesAModel, "saved", "writes model.bin, a pickle"),
+    (RemembersWhere, "saved", "from_pretrained fails with CheckpointError: .*modality.json is missing"),
+    (
+        TakesAnyFolder,
+        "damage",
+        "from_pretrained of a folder that is nowhere gives .*; expected a multitower.Ch",
+    ),
+    (ReadsByItself, "damage", "from_pretrained of a folder that is nowhere fails with FileNotFoundError"),
+    (HasAFileOfItsOwn, "damage", "from_pretrained of a folder without extra.json gives .*; expected a mult"),
+    (TakesHalves, "damage", "from_pretrained of a folder with half of extra.json gives "),
+    (ReadsTensorsByItself, "damage", "a folder with half of modality.safetensors fails with SafetensorError"),
+    (IsAnyones, "damage", "from_pretrained of a folder that is another's gives "),
+]
+
+
+@pytest.mark.parametrize(("kind", "promise", "message"), BROKEN, ids=[kind.__name__ for kind, *_ in BROKEN])
+def test_what_is_broken_is_named(kind: type[Cipher], promise: str, message: str) -> None:
+    with pytest.raises(AssertionError, match=rf"{kind.__name__} breaks (?s:.*)\n  {promise}: .*{message}"):
+        check_modality(built(kind), SAMPLES)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [ForgetsLater, WritesHere, WritesAPickle, TakesAnyFolder, ReadsByItself, HasAFileOfItsOwn, IsAnyones],
+)
+def test_what_is_whole_is_not_blamed(kind: type[Cipher]) -> None:
+    (cause,) = [promise for each, promise, _ in BROKEN if each is kind]
+    assert {name for name, reason in modality_report(built(kind), SAMPLES).items() if reason} == {cause}

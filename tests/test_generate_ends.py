@@ -1,0 +1,170 @@
+"""Where decoding ends, who watches it, and what the tower or a generation config says of it."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+from decoding import (
+    EVEN,
+    GIVEN,
+    LETTERS,
+    STEPS,
+    Kept,
+    Stop,
+    decode,
+    decode_alone,
+    fused,
+    greedy,
+    letter_tokenizer,
+    prompt,
+    text_model,
+)
+from families import tiny
+from models import pair, segment
+from multitower.testing import tiny_tower
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("ends", [(1,), (), (0, 1)])
+def test_stopping_criteria_end_each_row_where_it_would_end_alone(family: str, ends: tuple[int, ...]) -> None:
+    model = fused(family, gates=True)
+    options = {
+        "stopping_criteria": [Stop()],
+        "max_new_tokens": STEPS,
+        "eos_token_id": list(ends) or None,
+    }
+    expected = []
+    for example in GIVEN:
+        tokens = greedy(model, example, ends=ends)
+        stops = (k for k, token in enumerate(tokens) if k > 1 and token % 2 == 0 and tokens[k - 1])
+        expected.append(tokens[: next(stops, STEPS) + 1])
+    assert len({len(tokens) for tokens in expected}) > 1
+    assert decode(model, GIVEN, **options) == expected
+
+
+def test_stop_strings_end_each_row() -> None:
+    model = fused("llama", gates=True)
+    by_hand = ["".join(LETTERS[token] for token in greedy(model, example)) for example in GIVEN]
+    stop = by_hand[0][3:5]
+    options = {"stop_strings": [stop], "tokenizer": letter_tokenizer(), "max_new_tokens": STEPS}
+    found = ["".join(LETTERS[token] for token in tokens) for tokens in decode(model, GIVEN, **options)]
+    assert found == [text[: text.index(stop) + 2] if stop in text else text for text in by_hand]
+    assert len(found[0]) == 5 < max(map(len, found))
+
+
+@pytest.mark.parametrize("kind", ["plain", "llama"])
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "temperature": 9.0}])
+def test_a_streamer_gets_the_prompt_and_each_new_token(kind: str, options: dict) -> None:
+    model = fused("llama", gates=True) if kind == "llama" else pair(gates=True)
+    streamer = Kept()
+    (found,) = decode(model, [GIVEN[1]], streamer=streamer, max_new_tokens=STEPS, **options)
+    assert streamer.tokens == prompt(GIVEN[1]) + found[1:]
+    assert streamer.ended == 1
+
+
+def test_a_streamer_of_texts_needs_nothing_else() -> None:
+    streamer = transformers.TextIteratorStreamer(letter_tokenizer(), skip_prompt=True)
+    model = fused("llama", gates=True)
+    (found,) = decode(model, [GIVEN[1]], streamer=streamer, max_new_tokens=STEPS)
+    assert "".join(streamer) == "".join(LETTERS[token] for token in found[1:])
+
+
+@pytest.mark.parametrize("family", ["llama", "mamba"])
+def test_what_the_tower_has_set_for_itself_holds(family: str) -> None:
+    fused(family, gates=False)
+    text = copy.deepcopy(text_model(family))
+    text.generation_config.update(repetition_penalty=1.8, max_new_tokens=4, return_dict_in_generate=True)
+    native = [decode_alone(text_model(family), [e], repetition_penalty=1.8, max_new_tokens=4) for e in GIVEN]
+    assert decode(pair(text), GIVEN) == [tokens for row in native for tokens in row]
+    text.generation_config.update(max_new_tokens=None, max_length=12, return_dict_in_generate=False)
+    native = [decode_alone(text, [example]) for example in GIVEN]
+    assert decode(pair(text), GIVEN) == [tokens for row in native for tokens in row]
+    text.generation_config.update(num_return_sequences=2, num_beams=2)
+    native = [decode_alone(text, [example]) for example in GIVEN]
+    assert decode(pair(text), GIVEN) == [tokens for row in native for tokens in row]
+
+
+def test_a_tower_that_decodes_without_a_cache_keeps_its_settings() -> None:
+    text = copy.deepcopy(text_model("llama"))
+    text.generation_config.update(repetition_penalty=1.8, max_new_tokens=4)
+    model = pair(text)
+    expected = decode(model, GIVEN)
+    model.tower("text").__dict__["_unfaithful"] = "for a test"
+    with pytest.warns(UserWarning, match="for a test"):
+        assert decode(model, GIVEN) == expected
+
+
+def test_a_generation_config_is_not_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("multitower.generate.MAX_NEW_TOKENS", 30)
+    config = transformers.GenerationConfig(num_beams=2)
+    before = config.to_dict()
+    model = fused("llama", gates=True)
+    given = decode(model, GIVEN, generation_config=config)
+    assert config.to_dict() == before
+    assert given == decode(model, GIVEN, num_beams=2)
+    assert max(map(len, given)) == 31  # where transformers' own limit is 20 with the prompt
+
+
+def test_a_begin_token_in_a_generation_config_opens_the_segment() -> None:
+    model = fused("llama", gates=True)
+    config = transformers.GenerationConfig(bos_token_id=7, max_new_tokens=3)
+    found = decode(model, GIVEN, generation_config=config)
+    assert found == decode(model, GIVEN, bos_token_id=7, max_new_tokens=3)
+    assert {tokens[0] for tokens in found} == {7}
+
+
+def test_rows_that_grow_to_the_last_position_stop_there() -> None:
+    class Short(type(tiny_tower())):
+        max_length = 6
+
+        def embed(self, tokens: Tensor) -> tuple[Tensor, None]:
+            assert tokens.shape[1] <= 6
+            return super().embed(tokens)
+
+    torch.manual_seed(0)
+    model = pair(Short(2, 8, 20), gates=True)
+    found = decode(model, [[segment("text", 4)], []], eos_token_id=None)
+    assert [len(tokens) for tokens in found] == [3, 3]
+    assert len(decode(model, [[]], eos_token_id=None)[0]) == 6
+
+
+@pytest.mark.filterwarnings("ignore:XLNetLMHeadModel decodes without its cache")
+def test_a_family_that_says_it_has_no_last_position_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("multitower.generate.MAX_NEW_TOKENS", 5)
+    xlnet = tiny("xlnet")
+    assert xlnet.config.max_position_embeddings == -1
+    model = pair(xlnet)
+    assert model.tower("text").max_length is None
+    assert len(decode(model, GIVEN[:1], eos_token_id=None)[0]) == 6
+
+
+@pytest.mark.parametrize(
+    ("rows", "prepared", "message"),
+    [
+        (3, 3, ""),
+        (3, 1, "prepare_inputs_for_generation before each forward"),
+        (1, 3, "1 rows are decoded where 3 were prepared"),
+    ],
+)
+def test_a_decoding_loop_of_the_caller(rows: int, prepared: int, message: str) -> None:
+    def loop(model: nn.Module, input_ids: Tensor, **unused: object) -> Tensor:
+        tokens = input_ids[:rows]
+        for step in range(3):
+            inputs = {"input_ids": tokens}
+            if step < prepared:
+                inputs = model.prepare_inputs_for_generation(tokens, use_cache=False)
+            tokens = torch.cat([tokens, model(**inputs).logits[:, -1:].argmax(-1)], dim=1)
+        return tokens
+
+    model = fused("llama", gates=True)
+    if message:
+        with pytest.raises(ValueError, match=message):
+            decode(model, EVEN, custom_generate=loop, eos_token_id=None)
+    else:
+        found = decode(model, EVEN, custom_generate=loop, eos_token_id=None)
+        assert found == [greedy(model, example, ends=())[:4] for example in EVEN]

@@ -1,0 +1,71 @@
+"""A model learns by its end tokens which modality comes next, and a policy follows what it has learned."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import multitower as mt
+from multitower.testing import tiny_tower
+
+DONE, SAY = 1, 2
+WRITE_IT, SAY_IT = 3, 4
+WORDS = range(5, 64)
+PAIRS = [(task, word) for task in (WRITE_IT, SAY_IT) for word in WORDS]
+HELD_OUT = [(task, word) for task, word in PAIRS if (word + task) % 5 == 0]
+
+
+def heard(task: int, word: int) -> mt.Segment:
+    return mt.Segment("ears", [0, task, word, 1])
+
+
+def answer(task: int, word: int) -> list[mt.Segment]:
+    """The word is written down and, if asked for, said: the end of what is written announces it."""
+    written = mt.Segment("text", [0, word, SAY if task == SAY_IT else DONE], target=True)
+    return [written, mt.Segment("voice", [0, word, word, 1], target=True)][: 1 + (task == SAY_IT)]
+
+
+def follow_the_end(row: list[mt.Segment]) -> str | None:
+    if row[-1].tower == "ears":
+        return "text"
+    return "voice" if row[-1].tower == "text" and row[-1].tokens[-1] == SAY else None
+
+
+@pytest.fixture(scope="module")
+def trained() -> mt.FusedModel:
+    graph = mt.FusionGraph()
+    graph.add_tower("ears", tiny_tower(0, width=32, vocab_size=64))
+    for seed, name in enumerate(("text", "voice"), 1):
+        tower = tiny_tower(seed, width=32, vocab_size=64)
+        tower.end = (DONE, SAY) if name == "text" else (DONE,)
+        graph.add_tower(name, tower, train="all")
+        graph.add_link("ears", name, interleave=1)
+    torch.manual_seed(0)
+    model = graph.compile()
+    batch = mt.collate([[heard(*pair), *answer(*pair)] for pair in PAIRS if pair not in HELD_OUT])
+    optimizer = torch.optim.AdamW(model.parameter_groups(lr=3e-3), weight_decay=0.01)
+    for _ in range(200):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+def test_what_the_model_chooses_follows_from_what_it_was_given(trained: mt.FusedModel) -> None:
+    rows = trained.generate([[heard(*pair)] for pair in HELD_OUT], follow_the_end, max_new_tokens=5)
+    chosen = [[segment.tower for segment in row] for row in rows]
+    assert {len(row) for row in chosen} == {1, 2}
+    assert chosen == [[segment.tower for segment in answer(*pair)] for pair in HELD_OUT]
+
+
+def test_rows_that_go_different_ways_become_what_each_becomes_alone(trained: mt.FusedModel) -> None:
+    given = [[heard(task, word)] for task in (SAY_IT, WRITE_IT) for word in (5, 8)]
+    together = trained.generate(given, follow_the_end, max_new_tokens=5)
+    alone = [trained.generate([row], follow_the_end, max_new_tokens=5)[0] for row in given]
+    as_lists = [
+        [[(segment.tower, torch.as_tensor(segment.tokens).tolist()) for segment in row] for row in rows]
+        for rows in (together, alone)
+    ]
+    assert as_lists[0] == as_lists[1]
+    assert [len(row) for row in together] == [2, 2, 1, 1]
+    assert as_lists[0][0] == [("text", [0, 5, SAY]), ("voice", [0, 5, 5, 1])]
