@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
 from einops import rearrange
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
 
-CONFIG = "modality.json"
-WEIGHTS = "modality.safetensors"
+import multitower as mt
+from multitower.modality import check_tokens
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class ImageModality:
+class ImageModality(mt.Modality):
     """Images read from left to right, a token for each strip of a few columns of pixels.
 
     >>> image = np.random.default_rng(0).random((8, 24), dtype=np.float32)
@@ -45,6 +41,9 @@ class ImageModality:
     Raises:
         ValueError: The centres have another shape or dtype.
     """
+
+    name: ClassVar[str] = "image-strips"
+    accepts: ClassVar[tuple[type, ...]] = (np.ndarray,)
 
     centres: torch.Tensor
 
@@ -120,8 +119,11 @@ class ImageModality:
             int64, shape (ceil(raw width / width) + 2,), begin and end included.
 
         Raises:
+            TypeError: It is no array.
             ValueError: The image has another height, or other than two dimensions.
         """
+        if not isinstance(raw, np.ndarray):
+            raise TypeError(f"the image is a {type(raw).__name__}: give an array of floats")
         if np.ndim(raw) != 2 or np.shape(raw)[0] != self.height:
             raise ValueError(f"the image has shape {np.shape(raw)}: give shape ({self.height}, any width)")
         pixels = torch.from_numpy(_cut(raw, self.width))
@@ -133,34 +135,12 @@ class ImageModality:
 
         Begin, end and ids past the vocabulary are dropped; without any strip the image has no pixels.
         """
-        ids = torch.as_tensor(tokens, dtype=torch.int64)
+        ids = torch.tensor(check_tokens(tokens), dtype=torch.int64)
         return rearrange(self.centres[ids[ids < self.begin]], "n h w -> h (n w)").numpy()
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write ``modality.safetensors`` and ``modality.json`` into a folder."""
-        path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
-        save_file({"centres": self.centres.contiguous()}, path / WEIGHTS)
-        (path / CONFIG).write_text(json.dumps({"format": 1, "type": "image strips"}, indent=2) + "\n")
-
-    @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str]) -> ImageModality:
-        """Load what ``save_pretrained`` wrote.
-
-        Raises:
-            FileNotFoundError: A file is missing; the message names it.
-            ValueError: A file is damaged or not that of an image modality; the message names it.
-        """
-        path = Path(folder)
-        for file in (path / CONFIG, path / WEIGHTS):
-            if not file.is_file():
-                raise FileNotFoundError(f"{file} is missing: the folder holds no whole image modality")
-        if json.loads((path / CONFIG).read_text()) != {"format": 1, "type": "image strips"}:
-            raise ValueError(f"{path / CONFIG} is not that of an image modality in format 1")
-        try:
-            return cls(load_file(path / WEIGHTS)["centres"])
-        except (SafetensorError, KeyError) as error:
-            raise ValueError(f"{path / WEIGHTS} is damaged or half-written: {error}") from error
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Give the strips, to save them."""
+        return {"centres": self.centres}
 
 
 def _cut(image: np.ndarray, width: int) -> np.ndarray:

@@ -108,13 +108,14 @@ def main() -> None:
     untouched = perplexity(model.unimodal("text"), corpus.held_out_text, options.device)
     left = 60 * options.minutes - (time.monotonic() - started)
     run = fit(model, corpus, options, size, size.zipping_budget(left), title="zipping")
-    save(model, corpus, out / "fused")
+    pipe = mt.Pipeline(model, {"speech": corpus.speech, "text": corpus.text})
+    pipe.save_pretrained(out / "fused")
     zipped = perplexity(model.unimodal("text"), corpus.held_out_text, options.device)
     systems = [evaluate("zipper", model, corpus, perplexity=zipped)]
     if options.compare:
         systems.append(train_rival(folders["text"], corpus, options, size, run, out))
     rows = write_report(out, model, run, systems, corpus, untouched=untouched)
-    check_in_a_new_process(model, corpus, out)
+    check_in_a_new_process(pipe, corpus, out)
     seconds = round(time.monotonic() - started)
     settings = {**vars(options), **asdict(size), "steps": run.steps, "seconds": seconds}
     write_results(out, settings, table=rows)
@@ -261,17 +262,10 @@ def train_rival(
     return evaluate("vocabulary expansion", model, corpus, perplexity=expanded)
 
 
-def save(model: mt.FusedModel, corpus: Corpus, folder: Path) -> None:
-    model.save_pretrained(folder)
-    corpus.text.save_pretrained(folder / "modalities/text")
-    corpus.speech.save_pretrained(folder / "modalities/speech")
-
-
-def check_in_a_new_process(model: mt.FusedModel, corpus: Corpus, out: Path) -> None:
+def check_in_a_new_process(pipe: mt.Pipeline, corpus: Corpus, out: Path) -> None:
     """Load the checkpoint elsewhere, and see that it hears the same."""
     given, limit = [mt.Segment("speech", corpus.held_out[0].speech)], corpus.longest("text")
-    ((written,),) = model.generate([given], output=["text"], max_new_tokens=limit, do_sample=False)
-    here = corpus.text.decode(written.tokens).strip()
+    here = pipe(given, output="text", max_new_tokens=limit, do_sample=False).strip()
     script, clip = Path(__file__).with_name("transcribe.py"), out / "audio/00-original.wav"
     command = [sys.executable, script, out / "fused", clip, "--max-new-tokens", str(limit)]
     there = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()

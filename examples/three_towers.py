@@ -142,9 +142,7 @@ def main() -> None:
         "tensors that changed": changed(model, before),
         "widest gate": widest_gates(model),
     }
-    model.save_pretrained(out / "fused")
-    for name, modality in corpus.modalities.items():
-        modality.save_pretrained(out / "fused/modalities" / name)
+    model.save_pretrained(out / "fused", modalities=corpus.modalities)
     table = report(model, corpus, Readers(image_judge, Judge()), out)
     print_reuse(reuse)
     mt.draw_graph(model).savefig(out / "pictures/graph.png", dpi=150)

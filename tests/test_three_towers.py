@@ -118,11 +118,11 @@ def test_an_image_modality_is_loaded_as_it_was_saved(image, hands, tmp_path: Pat
     with pytest.raises(ValueError, match="damaged"):
         ImageModality.from_pretrained(tmp_path)
     (tmp_path / "modality.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"modality\.safetensors"):
+    with pytest.raises(mt.CheckpointError, match="damaged"):
         ImageModality.from_pretrained(tmp_path)
     (tmp_path / "modality.safetensors").touch()
-    (tmp_path / "modality.json").write_text('{"format": 1, "type": "speech"}')
-    with pytest.raises(ValueError, match="not that of an image modality"):
+    (tmp_path / "modality.json").write_text('{"format": 1, "modality": "speech", "config": {}}')
+    with pytest.raises(mt.CheckpointError, match="that of modality 'speech', not of 'image-strips'"):
         ImageModality.from_pretrained(tmp_path)
 
 
