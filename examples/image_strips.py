@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
 from einops import rearrange
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
 
-CONFIG = "modality.json"
-WEIGHTS = "modality.safetensors"
+import multitower as mt
+from multitower.modality import check_tokens
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class ImageModality:
+class ImageModality(mt.Modality):
     """Images read from left to right, a token for each strip of a few columns of pixels.
 
     >>> image = np.random.default_rng(0).random((8, 24), dtype=np.float32)
@@ -36,9 +30,6 @@ class ImageModality:
         centres: The strips that tokens stand for, found by k-means; float32, shape (strips, height, width).
 
     Attributes:
-        vocab_size: Number of ids: the strips, begin and end.
-        begin: Id of the token that opens every encoded segment.
-        end: Id of the token that closes every encoded segment.
         height: Pixels from top to bottom.
         width: Pixels from left to right that a token stands for.
 
@@ -46,48 +37,26 @@ class ImageModality:
         ValueError: The centres have another shape or dtype.
     """
 
-    centres: torch.Tensor
+    name = "image_strips"
+    accepts = (np.ndarray,)
 
-    def __post_init__(self) -> None:
-        shape, dtype = tuple(self.centres.shape), self.centres.dtype
+    def __init__(self, centres: torch.Tensor) -> None:
+        shape, dtype = tuple(centres.shape), centres.dtype
         if len(shape) != 3 or 0 in shape or dtype != torch.float32:
             raise ValueError(
                 f"centres have shape {shape} and dtype {dtype}: give float32 of shape (strips, height, "
                 "width), as ImageModality.fit does"
             )
+        self.centres = centres
+        self.begin, self.height, self.width = shape
+        self.end = self.begin + 1
+        self.vocab_size = self.end + 1
 
     def __repr__(self) -> str:
-        return f"ImageModality(strips={len(self.centres)}, height={self.height}, width={self.width})"
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of ids, begin and end included."""
-        return self.end + 1
-
-    @property
-    def begin(self) -> int:
-        """Id of the token that opens every encoded segment."""
-        return len(self.centres)
-
-    @property
-    def end(self) -> int:
-        """Id of the token that closes every encoded segment."""
-        return self.begin + 1
-
-    @property
-    def height(self) -> int:
-        """Pixels from top to bottom."""
-        return self.centres.shape[1]
-
-    @property
-    def width(self) -> int:
-        """Pixels from left to right that a token stands for."""
-        return self.centres.shape[2]
+        return f"ImageModality(strips={self.begin}, height={self.height}, width={self.width})"
 
     @classmethod
-    def fit(
-        cls, images: Iterable[np.ndarray], *, strips: int = 256, width: int = 2, seed: int = 0
-    ) -> ImageModality:
+    def fit(cls, images: Iterable[np.ndarray], *, strips: int = 256, width: int = 2, seed: int = 0) -> Self:
         """Find the strips that tokens stand for.
 
         Args:
@@ -120,10 +89,14 @@ class ImageModality:
             int64, shape (ceil(raw width / width) + 2,), begin and end included.
 
         Raises:
+            TypeError: It is no array of floats.
             ValueError: The image has another height, or other than two dimensions.
         """
-        if np.ndim(raw) != 2 or np.shape(raw)[0] != self.height:
-            raise ValueError(f"the image has shape {np.shape(raw)}: give shape ({self.height}, any width)")
+        if not isinstance(raw, np.ndarray) or raw.dtype.kind != "f":
+            kind = f"an array of {raw.dtype}" if isinstance(raw, np.ndarray) else type(raw).__name__
+            raise TypeError(f"the image is {kind}: give a numpy array of floats in 0..1")
+        if raw.ndim != 2 or len(raw) != self.height:
+            raise ValueError(f"the image has shape {raw.shape}: give shape ({self.height}, any width)")
         pixels = torch.from_numpy(_cut(raw, self.width))
         ids = torch.cdist(pixels.flatten(1), self.centres.flatten(1)).argmin(1)
         return torch.cat([ids.new_tensor([self.begin]), ids, ids.new_tensor([self.end])])
@@ -133,34 +106,12 @@ class ImageModality:
 
         Begin, end and ids past the vocabulary are dropped; without any strip the image has no pixels.
         """
-        ids = torch.as_tensor(tokens, dtype=torch.int64)
-        return rearrange(self.centres[ids[ids < self.begin]], "n h w -> h (n w)").numpy()
+        ids = [token for token in check_tokens(tokens) if token < self.begin]
+        return rearrange(self.centres[ids], "n h w -> h (n w)").numpy()
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write ``modality.safetensors`` and ``modality.json`` into a folder."""
-        path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
-        save_file({"centres": self.centres.contiguous()}, path / WEIGHTS)
-        (path / CONFIG).write_text(json.dumps({"format": 1, "type": "image strips"}, indent=2) + "\n")
-
-    @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str]) -> ImageModality:
-        """Load what ``save_pretrained`` wrote.
-
-        Raises:
-            FileNotFoundError: A file is missing; the message names it.
-            ValueError: A file is damaged or not that of an image modality; the message names it.
-        """
-        path = Path(folder)
-        for file in (path / CONFIG, path / WEIGHTS):
-            if not file.is_file():
-                raise FileNotFoundError(f"{file} is missing: the folder holds no whole image modality")
-        if json.loads((path / CONFIG).read_text()) != {"format": 1, "type": "image strips"}:
-            raise ValueError(f"{path / CONFIG} is not that of an image modality in format 1")
-        try:
-            return cls(load_file(path / WEIGHTS)["centres"])
-        except (SafetensorError, KeyError) as error:
-            raise ValueError(f"{path / WEIGHTS} is damaged or half-written: {error}") from error
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Give the strips."""
+        return {"centres": self.centres}
 
 
 def _cut(image: np.ndarray, width: int) -> np.ndarray:
