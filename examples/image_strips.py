@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import Self
 
 import numpy as np
 import torch
@@ -16,7 +15,6 @@ import multitower as mt
 from multitower.modality import check_tokens
 
 
-@dataclass(frozen=True, eq=False, repr=False)
 class ImageModality(mt.Modality):
     """Images read from left to right, a token for each strip of a few columns of pixels.
 
@@ -32,9 +30,6 @@ class ImageModality(mt.Modality):
         centres: The strips that tokens stand for, found by k-means; float32, shape (strips, height, width).
 
     Attributes:
-        vocab_size: Number of ids: the strips, begin and end.
-        begin: Id of the token that opens every encoded segment.
-        end: Id of the token that closes every encoded segment.
         height: Pixels from top to bottom.
         width: Pixels from left to right that a token stands for.
 
@@ -42,51 +37,26 @@ class ImageModality(mt.Modality):
         ValueError: The centres have another shape or dtype.
     """
 
-    name: ClassVar[str] = "image-strips"
-    accepts: ClassVar[tuple[type, ...]] = (np.ndarray,)
+    name = "image_strips"
+    accepts = (np.ndarray,)
 
-    centres: torch.Tensor
-
-    def __post_init__(self) -> None:
-        shape, dtype = tuple(self.centres.shape), self.centres.dtype
+    def __init__(self, centres: torch.Tensor) -> None:
+        shape, dtype = tuple(centres.shape), centres.dtype
         if len(shape) != 3 or 0 in shape or dtype != torch.float32:
             raise ValueError(
                 f"centres have shape {shape} and dtype {dtype}: give float32 of shape (strips, height, "
                 "width), as ImageModality.fit does"
             )
+        self.centres = centres
+        self.begin, self.height, self.width = shape
+        self.end = self.begin + 1
+        self.vocab_size = self.end + 1
 
     def __repr__(self) -> str:
-        return f"ImageModality(strips={len(self.centres)}, height={self.height}, width={self.width})"
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of ids, begin and end included."""
-        return self.end + 1
-
-    @property
-    def begin(self) -> int:
-        """Id of the token that opens every encoded segment."""
-        return len(self.centres)
-
-    @property
-    def end(self) -> int:
-        """Id of the token that closes every encoded segment."""
-        return self.begin + 1
-
-    @property
-    def height(self) -> int:
-        """Pixels from top to bottom."""
-        return self.centres.shape[1]
-
-    @property
-    def width(self) -> int:
-        """Pixels from left to right that a token stands for."""
-        return self.centres.shape[2]
+        return f"ImageModality(strips={self.begin}, height={self.height}, width={self.width})"
 
     @classmethod
-    def fit(
-        cls, images: Iterable[np.ndarray], *, strips: int = 256, width: int = 2, seed: int = 0
-    ) -> ImageModality:
+    def fit(cls, images: Iterable[np.ndarray], *, strips: int = 256, width: int = 2, seed: int = 0) -> Self:
         """Find the strips that tokens stand for.
 
         Args:
@@ -119,13 +89,14 @@ class ImageModality(mt.Modality):
             int64, shape (ceil(raw width / width) + 2,), begin and end included.
 
         Raises:
-            TypeError: It is no array.
+            TypeError: It is no array of floats.
             ValueError: The image has another height, or other than two dimensions.
         """
-        if not isinstance(raw, np.ndarray):
-            raise TypeError(f"the image is a {type(raw).__name__}: give an array of floats")
-        if np.ndim(raw) != 2 or np.shape(raw)[0] != self.height:
-            raise ValueError(f"the image has shape {np.shape(raw)}: give shape ({self.height}, any width)")
+        if not isinstance(raw, np.ndarray) or raw.dtype.kind != "f":
+            kind = f"an array of {raw.dtype}" if isinstance(raw, np.ndarray) else type(raw).__name__
+            raise TypeError(f"the image is {kind}: give a numpy array of floats in 0..1")
+        if raw.ndim != 2 or len(raw) != self.height:
+            raise ValueError(f"the image has shape {raw.shape}: give shape ({self.height}, any width)")
         pixels = torch.from_numpy(_cut(raw, self.width))
         ids = torch.cdist(pixels.flatten(1), self.centres.flatten(1)).argmin(1)
         return torch.cat([ids.new_tensor([self.begin]), ids, ids.new_tensor([self.end])])
@@ -135,11 +106,11 @@ class ImageModality(mt.Modality):
 
         Begin, end and ids past the vocabulary are dropped; without any strip the image has no pixels.
         """
-        ids = torch.tensor(check_tokens(tokens), dtype=torch.int64)
-        return rearrange(self.centres[ids[ids < self.begin]], "n h w -> h (n w)").numpy()
+        ids = [token for token in check_tokens(tokens) if token < self.begin]
+        return rearrange(self.centres[ids], "n h w -> h (n w)").numpy()
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Give the strips, to save them."""
+        """Give the strips."""
         return {"centres": self.centres}
 
 

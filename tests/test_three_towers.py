@@ -19,6 +19,7 @@ import multitower as mt
 from digit_images import SIDE, ImageJudge, handwriting, write
 from image_strips import ImageModality
 from models import causal_lm
+from multitower.testing import check_modality
 from phrases import DIGITS
 from three_report import ROUTES, Answer, Phrase, Readers, Route, as_markdown, draw_answers, follow
 from three_towers import PAIRED, Corpus, Size, changed, fit, widest_gates
@@ -93,7 +94,6 @@ def corpus(image, hands) -> Corpus:
 
 
 def test_images_survive_their_tokens_as_far_as_the_strips_allow(image, hands):
-    assert isinstance(image, mt.Modality)
     tokens = image.encode(hands[0].pixels[0])
     assert tokens[0] == image.begin
     assert tokens[-1] == image.end
@@ -109,26 +109,16 @@ def test_images_of_whatever_a_tower_emits_can_be_decoded(image):
     assert image.decode(torch.tensor([3, 99, image.end, 4])).shape == (SIDE, 4)
 
 
-def test_an_image_modality_is_loaded_as_it_was_saved(image, hands, tmp_path: Path):
-    image.save_pretrained(tmp_path)
-    loaded = ImageModality.from_pretrained(tmp_path)
-    assert torch.equal(loaded.centres, image.centres)
-    assert repr(loaded) == "ImageModality(strips=18, height=8, width=2)"
-    (tmp_path / "modality.safetensors").write_bytes(b"")
-    with pytest.raises(ValueError, match="damaged"):
-        ImageModality.from_pretrained(tmp_path)
-    (tmp_path / "modality.safetensors").unlink()
-    with pytest.raises(mt.CheckpointError, match="damaged"):
-        ImageModality.from_pretrained(tmp_path)
-    (tmp_path / "modality.safetensors").touch()
-    (tmp_path / "modality.json").write_text('{"format": 1, "modality": "speech", "config": {}}')
-    with pytest.raises(mt.CheckpointError, match="that of modality 'speech', not of 'image-strips'"):
-        ImageModality.from_pretrained(tmp_path)
+def test_images_keep_what_a_modality_promises(image, hands):
+    check_modality(image, [image.decode(torch.tensor([])), *hands[0].pixels[:2]], round_trip="tokens")
+    assert repr(image) == "ImageModality(strips=18, height=8, width=2)"
 
 
 def test_unfit_images_are_refused(image):
     with pytest.raises(ValueError, match=r"give shape \(8, any width\)"):
         image.encode(np.zeros((9, 4)))
+    with pytest.raises(TypeError, match="an array of int64: give a numpy array of floats"):
+        image.encode(np.zeros((8, 4), int))
     with pytest.raises(ValueError, match="1 different strips"):
         ImageModality.fit([np.zeros((8, 4))], strips=2)
     with pytest.raises(ValueError, match="give float32"):

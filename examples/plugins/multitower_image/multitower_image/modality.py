@@ -1,0 +1,143 @@
+"""Small grey images to a token for each patch, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Self
+
+import numpy as np
+import torch
+from einops import rearrange
+from sklearn.cluster import KMeans
+from threadpoolctl import threadpool_limits
+from torch import Tensor
+
+from multitower import Modality
+from multitower.modality import check_tokens
+
+Image = np.ndarray[Any, np.dtype[Any]]
+
+
+class ImageModality(Modality):
+    """Grey images of one size to the tokens of an image tower, and back with some loss.
+
+    >>> images = np.random.default_rng(0).random((9, 8, 12), dtype=np.float32)
+    >>> modality = ImageModality.fit(images, patches=16, side=4)
+    >>> modality
+    ImageModality(patches=16, side=4, height=8, width=12)
+    >>> modality.encode(images[0]).shape                # 2 x 3 patches, begin and end
+    torch.Size([8])
+    >>> modality.decode(modality.encode(images[0])).shape
+    (8, 12)
+
+    An image is cut into square patches, row by row as one reads, and a token stands for the nearest of those
+    that k-means found.
+
+    Args:
+        patches: What tokens stand for; float32 in 0..1, shape (patches, side, side).
+        height: Pixels from top to bottom, a multiple of side.
+        width: Pixels from left to right, a multiple of side.
+
+    Attributes:
+        vocab_size: Number of ids: the patches, begin and end.
+
+    Raises:
+        ValueError: The patches have another shape or dtype, or do not fill the image.
+    """
+
+    name = "image"
+    accepts = (np.ndarray,)
+
+    def __init__(self, patches: Tensor, height: int, width: int) -> None:
+        size, dtype = tuple(patches.shape), patches.dtype
+        if len(size) != 3 or 0 in size or size[1] != size[2] or dtype != torch.float32:
+            raise ValueError(f"patches are {dtype} of shape {size}: give float32 (patches, side, side)")
+        self.patches, self.side, self.height, self.width = patches, size[1], height, width
+        if min(height, width) < 1 or height % self.side or width % self.side:
+            raise ValueError(f"patches of side {self.side} do not fill an image of {height} x {width} pixels")
+        self.begin = len(patches)
+        self.end = self.begin + 1
+        self.vocab_size = self.end + 1
+
+    def __repr__(self) -> str:
+        size = f"side={self.side}, height={self.height}, width={self.width}"
+        return f"ImageModality(patches={len(self.patches)}, {size})"
+
+    @classmethod
+    def fit(cls, images: Iterable[Image], *, patches: int = 256, side: int = 4, seed: int = 0) -> Self:
+        """Find the patches that tokens stand for; on the same machine, the same for the same seed.
+
+        Args:
+            images: As ``encode`` takes them, all of one size.
+            patches: How many.
+            side: Pixels of a patch from top to bottom, and from left to right.
+            seed: Where k-means begins.
+
+        Raises:
+            ValueError: The images are of several sizes or none, or hold fewer different patches.
+        """
+        grey = [as_grey(image) for image in images]
+        sizes = {image.shape for image in grey}
+        if len(sizes) != 1 or any(pixels % side for size in sizes for pixels in size):
+            raise ValueError(f"images of sizes {sorted(sizes)}: give some of one size, a multiple of {side=}")
+        seen = np.concatenate([cut(image, side) for image in grey])
+        if (distinct := len(np.unique(seen, axis=0))) < patches:
+            raise ValueError(f"the images hold {distinct} different patches, too few to find {patches=}")
+        with threadpool_limits(1):
+            centres = KMeans(patches, n_init=1, random_state=seed).fit(seen).cluster_centers_
+        return cls(torch.from_numpy(centres.reshape(-1, side, side)).float(), *sizes.pop())
+
+    def encode(self, raw: Image) -> Tensor:
+        """Give the tokens of an image: int64, shape (height * width / side ** 2 + 2,).
+
+        Args:
+            raw: Floats in 0..1, or uint8, shape (height, width).
+
+        Raises:
+            TypeError: It is no array of floats or uint8.
+            ValueError: It has another size, or values out of range.
+        """
+        grey = as_grey(raw)
+        if grey.shape != (self.height, self.width):
+            raise ValueError(f"the image has shape {grey.shape}, not {(self.height, self.width)}: resize it")
+        seen = torch.from_numpy(cut(grey, self.side))
+        ids = torch.cdist(seen, self.patches.flatten(1)).argmin(1)
+        return torch.cat([ids.new_tensor([self.begin]), ids, ids.new_tensor([self.end])])
+
+    def decode(self, tokens: Tensor) -> Image:
+        """Give the image of tokens, as a tower may emit them: float32 in 0..1, shape (height, width).
+
+        Begin, end and ids past the vocabulary are dropped. What no patch fills is black; patches that find
+        no room are dropped.
+        """
+        rows, columns = self.height // self.side, self.width // self.side
+        ids = [token for token in check_tokens(tokens) if token < self.begin][: rows * columns]
+        filled = torch.zeros(rows * columns, self.side, self.side)
+        filled[: len(ids)] = self.patches[ids]
+        return np.asarray(rearrange(filled, "(r c) h w -> (r h) (c w)", r=rows))
+
+    def config(self) -> dict[str, Any]:
+        """Give the size of the images."""
+        return {"height": self.height, "width": self.width}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Give the patches."""
+        return {"patches": self.patches}
+
+
+def as_grey(image: Image) -> Image:
+    """Give an image as float32 in 0..1, shape (height, width)."""
+    if not isinstance(image, np.ndarray) or not (image.dtype == np.uint8 or image.dtype.kind == "f"):
+        kind = f"an array of {image.dtype}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise TypeError(f"the image is {kind}: give a numpy array, of floats in 0..1 or of uint8 in 0..255")
+    if image.ndim != 2 or not image.size:
+        raise ValueError(f"the image has shape {image.shape}: give (height, width), one grey image at a time")
+    grey = (image / np.float32(255) if image.dtype == np.uint8 else image).astype(np.float32)
+    if not (grey.min() >= 0 and grey.max() <= 1):
+        raise ValueError(f"the image has values from {grey.min():g} to {grey.max():g}: give floats in 0..1")
+    return grey
+
+
+def cut(grey: Image, side: int) -> Image:
+    """Cut an image into patches, row by row; shape (count, side * side)."""
+    return np.asarray(rearrange(grey, "(r h) (c w) -> (r c) (h w)", h=side, w=side))
