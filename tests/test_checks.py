@@ -98,6 +98,15 @@ def forgets_a_tap(original: Callable, self: object, *args: object) -> None:
         self.taps[min(self.taps)].pop()
 
 
+def forgets_to_refresh_a_tap(original: Callable, self: cache.TapCache, name: str, stream: dict) -> None:
+    before = dict(self.entries)
+    original(self, name, stream)
+    forgotten = min(tap for tap in self.entries if tap.source == name)
+    self.entries = {
+        tap: before.get(tap, entry) if tap == forgotten else entry for tap, entry in self.entries.items()
+    }
+
+
 def wakes_frozen_towers(original: Callable, self: mt.FusedModel, mode: bool = True) -> mt.FusedModel:
     return torch.nn.Module.train(self, mode)
 
@@ -138,6 +147,10 @@ BREAKAGES = {
     "no window in decoding": ((cache, "visibility", without_a_window), {"decoding"}),
     "links in sequence": ((mt.FusedModel, "_update", one_after_the_other), {"order", "definition"}),
     "a tap forgotten in decoding": ((cache.TapReader, "__init__", forgets_a_tap), {"decoding"}),
+    "a tap not refreshed between outputs": (
+        (cache.TapCache, "refresh", forgets_to_refresh_a_tap),
+        {"decoding"},
+    ),
     "frozen towers train": ((mt.FusedModel, "train", wakes_frozen_towers), {"frozen"}),
     "everything is trained": ((mt.FusedModel, "__init__", trains_all), {"frozen"}),
     "unimodal adapts": ((mt.FusedModel, "unimodal", adapts), {"unimodal"}),

@@ -26,7 +26,8 @@ def check_decoding(model: FusedModel, examples: Sequence[Example]) -> None:
     >>> from multitower.testing import tiny_model
     >>> check_decoding(tiny_model(), [[mt.Segment("speech", [0, 5, 1]), mt.Segment("text", [0, 7])]])
 
-    Every tower with a begin token is decoded after all examples together, then compared row by row.
+    Every tower with a begin token is decoded after all examples together, then compared row by row: each by
+    itself, and each after those before it.
 
     Raises:
         AssertionError: Some step has other logits, or a segment ends too early or too late.
@@ -34,10 +35,11 @@ def check_decoding(model: FusedModel, examples: Sequence[Example]) -> None:
     """
     model = opened(model)
     given = [_without_targets(example) for example in examples]
-    for name in model.towers:
-        if model.tower(name).begin is not None:
-            for rows in [given] if model.tower(name).pads_left else [[row] for row in given]:
-                _check_steps(model, rows, name, STEPS)
+    names = [name for name in model.towers if model.tower(name).begin is not None]
+    for output in [*([name] for name in names), *([names] if len(names) > 1 else [])]:
+        together = all(model.tower(name).pads_left for name in output)
+        for rows in [given] if together else [[row] for row in given]:
+            _check_steps(model, rows, output, STEPS)
 
 
 @torch.no_grad()
@@ -64,35 +66,47 @@ def check_prefill(model: FusedModel, examples: Sequence[Example]) -> None:
         for rows in [given] if tower.pads_left else [[row] for row in given]:
             longest = max(_own_tokens(row, name) for row in rows)
             for size in range(1, longest + 1):
-                _check_steps(model, rows, name, 2, f" in chunks of {size}", prefill_chunk_size=size)
+                _check_steps(model, rows, [name], 2, f" in chunks of {size}", prefill_chunk_size=size)
 
 
 def _check_steps(
-    model: FusedModel, rows: Sequence[Any], name: str, steps: int, how: str = "", **options: object
+    model: FusedModel,
+    rows: Sequence[Any],
+    output: Sequence[str],
+    steps: int,
+    how: str = "",
+    **options: object,
 ) -> None:
     """Decode; compare the logits of every step with those of one forward over what was decoded."""
     scores = _Scores()
     decoded = model.generate(
-        rows, output=[name], do_sample=False, max_new_tokens=steps, logits_processor=[scores], **options
+        rows, output=output, do_sample=False, max_new_tokens=steps, logits_processor=[scores], **options
     )
-    for number, (row, (segment,)) in enumerate(zip(rows, decoded, strict=True)):
-        assert isinstance(segment, Segment)
-        tokens = torch.as_tensor(segment.tokens)
-        where = f"tower {name!r}, row {number}{how}"
-        ended = int(tokens[-1]) in model.tower(name).end and len(tokens) > 1
-        assert ended or len(tokens) == steps + 1, (
-            f"{where}: the segment {tokens.tolist()} ends without an end"
-        )
-        whole = model(streams_of(model, [[*row, segment]])).logits[name][0]
-        expected = whole[-len(tokens) : -1].cpu()
-        stepwise = torch.stack([each[number] for each in scores.seen[: len(tokens) - 1]])
-        assert_close(
-            stepwise,
-            expected.float(),
-            f"{where}: decoding gives other logits than a forward over what was decoded",
-            max(rounding(model), 1e-6),
-        )
-        assert torch.equal(stepwise.argmax(-1), tokens[1:]), f"{where}: not the best token was taken"
+    for place, name in enumerate(output):
+        segments = [new[place] for new in decoded]
+        longest = max(len(segment.tokens) for segment in segments if isinstance(segment, Segment))
+        seen = [scores.seen.pop(0) for _ in range(longest - 1)]
+        how_now = f"{how} after {', '.join(output[:place])}" if place else how
+        for number, (row, new) in enumerate(zip(rows, decoded, strict=True)):
+            stepwise = [each[number] for each in seen]
+            where = f"tower {name!r}, row {number}{how_now}"
+            _check_row(model, [*row, *new[: place + 1]], stepwise, steps, where)
+
+
+def _check_row(model: FusedModel, row: Sequence[Any], seen: Sequence[Tensor], steps: int, where: str) -> None:
+    """Compare the logits from which the last segment of a row was decoded with those of a forward."""
+    name, tokens = row[-1].tower, torch.as_tensor(row[-1].tokens)
+    ended = int(tokens[-1]) in model.tower(name).end and len(tokens) > 1
+    assert ended or len(tokens) == steps + 1, f"{where}: the segment {tokens.tolist()} ends without an end"
+    expected = model(streams_of(model, [row])).logits[name][0, -len(tokens) : -1].cpu()
+    stepwise = torch.stack(list(seen[: len(tokens) - 1]))
+    assert_close(
+        stepwise,
+        expected.float(),
+        f"{where}: decoding gives other logits than a forward over what was decoded",
+        max(rounding(model), 1e-6),
+    )
+    assert torch.equal(stepwise.argmax(-1), tokens[1:]), f"{where}: not the best token was taken"
 
 
 class _Scores:
