@@ -17,6 +17,7 @@ from .cache import TapCache, TapReader
 from .options import (
     as_ids,
     begin_token,
+    check_batches,
     check_named,
     check_options,
     filled,
@@ -141,7 +142,9 @@ def _decode_side_by_side(
     lengths = [tuple(len(tokens) for tokens, _ in prompt.values()) for prompt in prompts]
     apart = not all(tower.pads_left for tower in towers.values())
     decoded: dict[int, tuple[Segment, ...]] = {}
-    for key in sorted(set(lengths)) if apart else [None]:
+    batches = sorted(set(lengths)) if apart else [None]
+    check_batches(len(batches), options)
+    for key in batches:
         chosen = [row for row, length in enumerate(lengths) if key in (None, length)]
         padded = {
             name: (

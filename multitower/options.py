@@ -261,13 +261,22 @@ def groups(tower: Tower, lengths: Sequence[int], options: Options) -> list[list[
         together = [[row] for row in rows]
     elif len(set(lengths)) > 1 and (_sees_padding(tower, options) or not tower.pads_left):
         together = [[row for row in rows if lengths[row] == length] for length in sorted(set(lengths))]
+    check_batches(len(together), options)
+    return together
+
+
+def check_batches(count: int, options: Options) -> None:
+    """Check that no function among the options has to see together what is decoded in several batches.
+
+    Raises:
+        ValueError: One has.
+    """
     for key in OF_THE_BATCH:
-        if len(together) > 1 and options.get(key):
+        if count > 1 and options.get(key):
             raise ValueError(
-                f"{key} would see these examples in {len(together)} batches, since together they are not "
+                f"{key} would see these examples in {count} batches, since together they are not "
                 "decoded as each is alone; call generate once for each"
             )
-    return together
 
 
 def _sees_padding(tower: Tower, options: Options) -> bool:

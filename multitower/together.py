@@ -22,6 +22,7 @@ STEPWISE = (
     "eos_token_id",
     "epsilon_cutoff",
     "eta_cutoff",
+    "logits_processor",
     "max_new_tokens",
     "min_p",
     "repetition_penalty",
@@ -79,6 +80,7 @@ class Lane:
         self.ends = as_ids(options["eos_token_id"]) if "eos_token_id" in options else tower.end
         self.tokens, self.prompt = tokens.to(tower.device), tokens.shape[1]
         self.mask = (times >= 0).long().to(tower.device)
+        self.attended = self.mask
         self.ended = torch.zeros(len(tokens), dtype=torch.bool, device=tower.device)
         self.reader = GrowingReader(model, name, cache, times.to(tower.device), self)
         self.decoder = tower.decoder(self.reader)
@@ -88,14 +90,15 @@ class Lane:
     def step(self) -> None:
         """Decode one more token of each row; rows that have ended get padding.
 
-        One step more is made after the last row has ended, so that others can read how it did.
+        The row itself may attend to that, for it comes last; no other reads it, as ``mask`` says. One step
+        more is made after the last row has ended, so that others can read how it did.
         """
         self.finished = bool(self.ended.all())
         past = {} if self.past is None else {"past_key_values": self.past}
         padding = self.ends[0] if self.ends else 0
         decoded = self.decoder.generate(
             self.tokens,
-            attention_mask=self.mask,
+            attention_mask=self.attended,
             **{
                 **self.options,
                 "max_new_tokens": 1,
@@ -113,6 +116,7 @@ class Lane:
         new = torch.where(alive, decoded.sequences[:, -1], padding)
         self.tokens = torch.cat([self.tokens, new[:, None]], 1)
         self.mask = torch.cat([self.mask, alive[:, None].long()], 1)
+        self.attended = torch.cat([self.attended, torch.ones_like(new[:, None])], 1)
         self.ended = self.ended | torch.isin(new, torch.tensor(self.ends, device=new.device))
 
     def segments(self, limit: int) -> list[Segment]:

@@ -10,12 +10,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
 import multitower as mt
 from models import causal_lm, segment
 from multitower import cache, fused
 from multitower.link import GatedCrossAttention, Visibility
-from multitower.schedule import Schedule, Step
+from multitower.schedule import Schedule, Step, Tap
 from multitower.spec import LinkSpec
 from multitower.testing import (
     PROMISES,
@@ -107,6 +108,11 @@ def forgets_to_refresh_a_tap(original: Callable, self: cache.TapCache, name: str
     }
 
 
+def grows_once(original: Callable, self: cache.TapCache, tap: Tap, states: Tensor, *args: object) -> None:
+    if args[-1] + states.shape[1] < 3:
+        original(self, tap, states, *args)
+
+
 def wakes_frozen_towers(original: Callable, self: mt.FusedModel, mode: bool = True) -> mt.FusedModel:
     return torch.nn.Module.train(self, mode)
 
@@ -151,6 +157,7 @@ BREAKAGES = {
         (cache.TapCache, "refresh", forgets_to_refresh_a_tap),
         {"decoding"},
     ),
+    "a tap that stops growing": ((cache.TapCache, "grow", grows_once), {"decoding"}),
     "frozen towers train": ((mt.FusedModel, "train", wakes_frozen_towers), {"frozen"}),
     "everything is trained": ((mt.FusedModel, "__init__", trains_all), {"frozen"}),
     "unimodal adapts": ((mt.FusedModel, "unimodal", adapts), {"unimodal"}),

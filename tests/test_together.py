@@ -7,7 +7,7 @@ import torch
 
 import multitower as mt
 from models import causal_lm, pair, segment
-from multitower.testing import open_gates, tiny_tower
+from multitower.testing import check_decoding, open_gates, tiny_tower
 
 GIVEN = [
     [segment("speech", 5, 6, 7, 8)],
@@ -144,3 +144,18 @@ def test_a_policy_chooses_by_the_end_token() -> None:
 def test_bad_calls_teach(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         pair().generate(GIVEN, **{"max_new_tokens": 2, **arguments})
+
+
+@pytest.mark.parametrize("seed", [6, 10, 57])
+def test_a_row_that_has_ended_keeps_its_place_for_towers_without_a_cache(seed: int) -> None:
+    graph = mt.FusionGraph()
+    graph.add_tower("speech", tiny_tower(seed, width=6).double(), adapter=None)
+    graph.add_tower("text", tiny_tower(seed + 1).double(), adapter=None)
+    graph.add_link("speech", "text", interleave=1)
+    graph.add_link("text", "speech", interleave=1)
+    torch.manual_seed(seed)
+    rows = [
+        [mt.Segment("text", [3]), mt.Segment("speech", [9, 12, 8]), mt.Segment("speech", [8, 4])],
+        [mt.Segment("text", [2, 0, 4, 3])],
+    ]
+    check_decoding(graph.compile(), rows)

@@ -27,7 +27,7 @@ def check_decoding(model: FusedModel, examples: Sequence[Example]) -> None:
     >>> check_decoding(tiny_model(), [[mt.Segment("speech", [0, 5, 1]), mt.Segment("text", [0, 7])]])
 
     Every tower with a begin token is decoded after all examples together, then compared row by row: each by
-    itself, and each after those before it.
+    itself, each after those before it, and all at the same time.
 
     Raises:
         AssertionError: Some step has other logits, or a segment ends too early or too late.
@@ -40,6 +40,10 @@ def check_decoding(model: FusedModel, examples: Sequence[Example]) -> None:
         together = all(model.tower(name).pads_left for name in output)
         for rows in [given] if together else [[row] for row in given]:
             _check_steps(model, rows, output, STEPS)
+    if len(names) > 1:
+        together = all(model.tower(name).pads_left for name in names)
+        for rows in [given] if together else [[row] for row in given]:
+            _check_together(model, rows, tuple(names), STEPS)
 
 
 @torch.no_grad()
@@ -88,14 +92,22 @@ def _check_steps(
         seen = [scores.seen.pop(0) for _ in range(longest - 1)]
         how_now = f"{how} after {', '.join(output[:place])}" if place else how
         for number, (row, new) in enumerate(zip(rows, decoded, strict=True)):
-            stepwise = [each[number] for each in seen]
+            segment, stepwise = new[place], [each[number] for each in seen]
+            assert isinstance(segment, Segment)
             where = f"tower {name!r}, row {number}{how_now}"
-            _check_row(model, [*row, *new[: place + 1]], stepwise, steps, where)
+            _check_row(model, [*row, *new[: place + 1]], segment, stepwise, steps, where)
 
 
-def _check_row(model: FusedModel, row: Sequence[Any], seen: Sequence[Tensor], steps: int, where: str) -> None:
-    """Compare the logits from which the last segment of a row was decoded with those of a forward."""
-    name, tokens = row[-1].tower, torch.as_tensor(row[-1].tokens)
+def _check_row(
+    model: FusedModel,
+    row: Sequence[Any],
+    segment: Segment,
+    seen: Sequence[Tensor],
+    steps: int,
+    where: str,
+) -> None:
+    """Compare the logits from which a segment at a row's end was decoded with those of a forward."""
+    name, tokens = segment.tower, torch.as_tensor(segment.tokens)
     ended = int(tokens[-1]) in model.tower(name).end and len(tokens) > 1
     assert ended or len(tokens) == steps + 1, f"{where}: the segment {tokens.tolist()} ends without an end"
     expected = model(streams_of(model, [row])).logits[name][0, -len(tokens) : -1].cpu()
@@ -107,6 +119,22 @@ def _check_row(model: FusedModel, row: Sequence[Any], seen: Sequence[Tensor], st
         max(rounding(model), 1e-6),
     )
     assert torch.equal(stepwise.argmax(-1), tokens[1:]), f"{where}: not the best token was taken"
+
+
+def _check_together(model: FusedModel, rows: Sequence[Any], names: tuple[str, ...], steps: int) -> None:
+    """As ``_check_steps``, of towers that are decoded at the same time."""
+    scores = {name: _Scores() for name in names}
+    processors = {name: [each] for name, each in scores.items()}
+    decoded = model.generate(
+        rows, output=[names], do_sample=False, max_new_tokens=steps, logits_processor=processors
+    )
+    for number, (row, (new,)) in enumerate(zip(rows, decoded, strict=True)):
+        assert isinstance(new, tuple)
+        for segment in new:
+            others = ", ".join(name for name in names if name != segment.tower)
+            where = f"tower {segment.tower!r}, row {number} at the time of {others}"
+            stepwise = [each[number] for each in scores[segment.tower].seen]
+            _check_row(model, [*row, new], segment, stepwise, steps, where)
 
 
 class _Scores:
