@@ -116,9 +116,7 @@ class SpeechModality(DiscreteSpeech):
         if refine_steps:
             original = torch.from_numpy(np.concatenate([stacked(mel, stack) for mel in mels]))
             restored = dequantize(quantize(original, books), books)
-            refiner = fit_refiner(
-                restored.reshape(-1, N_MELS), original.reshape(-1, N_MELS), steps=refine_steps, seed=seed
-            )
+            refiner = fit_refiner(restored, original, steps=refine_steps, seed=seed, residual=True)
         return cls(books, refiner, pattern=pattern)
 
     def codes(self, parts: Iterable[Floats]) -> Iterator[torch.Tensor]:
@@ -130,11 +128,11 @@ class SpeechModality(DiscreteSpeech):
 
     def sound(self, codes: torch.Tensor) -> Floats:
         """Give the samples of units."""
-        frames = dequantize(codes, self.codebooks).reshape(-1, N_MELS)
-        if self.refiner is not None:
-            with torch.inference_mode():
-                frames = self.refiner(frames)
-        return griffin_lim(frames.numpy())
+        vectors = dequantize(codes, self.codebooks)
+        if self.refiner is None:
+            return griffin_lim(vectors.reshape(-1, N_MELS).numpy())
+        with torch.no_grad():
+            return griffin_lim(self.refiner(vectors).numpy())
 
     def config(self) -> dict[str, Any]:
         """Give what is not a tensor."""
@@ -148,17 +146,11 @@ class SpeechModality(DiscreteSpeech):
     @classmethod
     def restore(cls, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Self:
         """Make the modality of its config and tensors."""
-        return cls(tensors["codebooks"], restore_refiner(tensors), pattern=config["pattern"])
-
-
-def restore_refiner(tensors: Mapping[str, torch.Tensor]) -> Refiner | None:
-    """Give the refiner whose weights are among tensors, or None."""
-    state = {key.removeprefix("refiner."): tensor for key, tensor in tensors.items() if key != "codebooks"}
-    if not state:
-        return None
-    refiner = Refiner().eval().requires_grad_(False)
-    refiner.load_state_dict(state)
-    return refiner
+        state = {
+            key.removeprefix("refiner."): value for key, value in tensors.items() if key != "codebooks"
+        }
+        refiner = Refiner.restore(state, residual=True) if state else None
+        return cls(tensors["codebooks"], refiner, pattern=config["pattern"])
 
 
 def _frames_per_unit(rate: float) -> int:
