@@ -13,8 +13,8 @@ from .audio import SAMPLE_RATE, Audio, Floats, blocks
 from .frontend import HOP, N_MELS, griffin_lim, log_mel, stacked
 from .layout import Layout
 from .pretrained import PretrainedSpeech, hub_id, load_model, windows
-from .refiner import Refiner, fit_refiner
-from .units import dequantize, fit_codebooks, quantize
+from .refiner import Refiner, fit_refiner, weights
+from .units import codebooks_of, dequantize, fit_codebooks, quantize
 
 
 class HubertModality(PretrainedSpeech):
@@ -164,11 +164,8 @@ class HubertModality(PretrainedSpeech):
     @classmethod
     def restore(cls, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Self:
         """Make the modality of its config and tensors."""
-        state = {
-            key.removeprefix("regressor."): value for key, value in tensors.items() if key != "codebooks"
-        }
-        regressor = Refiner.restore(state, residual=False)
-        return cls(codebooks=tensors["codebooks"], regressor=regressor, **config)
+        regressor = Refiner.restore(weights(tensors, "regressor."), residual=False)
+        return cls(codebooks=codebooks_of(tensors), regressor=regressor, **config)
 
 
 def _check_model(model: Any, layer: int) -> int:

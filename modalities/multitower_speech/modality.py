@@ -12,8 +12,8 @@ from .audio import SAMPLE_RATE, Audio, Floats
 from .base import DiscreteSpeech
 from .frontend import FRAME_RATE, N_MELS, griffin_lim, log_mels, mel_slots, stacked
 from .layout import Layout
-from .refiner import Refiner, fit_refiner
-from .units import dequantize, fit_codebooks, quantize
+from .refiner import Refiner, fit_refiner, weights
+from .units import codebooks_of, dequantize, fit_codebooks, quantize
 
 SLOT_UNITS = 32
 
@@ -146,11 +146,9 @@ class SpeechModality(DiscreteSpeech):
     @classmethod
     def restore(cls, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Self:
         """Make the modality of its config and tensors."""
-        state = {
-            key.removeprefix("refiner."): value for key, value in tensors.items() if key != "codebooks"
-        }
+        state = weights(tensors, "refiner.")
         refiner = Refiner.restore(state, residual=True) if state else None
-        return cls(tensors["codebooks"], refiner, pattern=config["pattern"])
+        return cls(codebooks_of(tensors), refiner, pattern=config["pattern"])
 
 
 def _frames_per_unit(rate: float) -> int:

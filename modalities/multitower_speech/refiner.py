@@ -38,10 +38,12 @@ class Refiner(nn.Module):
     centre: Tensor
     spread: Tensor
 
-    def __init__(self, inputs: int, outputs: int, *, residual: bool, width: int = 192) -> None:
+    def __init__(self, inputs: int, outputs: int, *, residual: bool, width: int = 128) -> None:
         super().__init__()
         self.residual = residual
         self.first, self.last = _conv(inputs, width, 3), _conv(width, outputs, 3)
+        for part in self.last.parameters():
+            nn.init.zeros_(part)  # before training, it adds nothing
         self.blocks = nn.ModuleList(
             nn.Sequential(nn.GELU(), _conv(width, width, 3, dilation), nn.GELU(), _conv(width, width, 1))
             for dilation in (1, 2, 4)
@@ -68,6 +70,11 @@ class Refiner(nn.Module):
         refiner = cls(inputs, len(tensors["last.weight"]), residual=residual, width=width)
         refiner.load_state_dict(dict(tensors))
         return refiner.eval().requires_grad_(False)
+
+
+def weights(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Give the tensors whose names begin with a prefix, without it."""
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
 def fit_refiner(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 
+import multitower as mt
 from multitower.extras import require
 
 from .audio import Floats
@@ -51,6 +54,17 @@ def fit_codebooks(vectors: Floats, *, units: int, codebooks: int, seed: int) -> 
         books.append(torch.from_numpy(fitted.cluster_centers_.astype(np.float32)))
         rest = rest - books[-1][_nearest(rest, books[-1])]
     return torch.stack(books)
+
+
+def codebooks_of(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Give the codebooks of a saved modality.
+
+    Raises:
+        CheckpointError: They are missing.
+    """
+    if "codebooks" not in tensors:
+        raise mt.CheckpointError("modality.safetensors is missing or holds no codebooks: save again")
+    return tensors["codebooks"]
 
 
 def _nearest(vectors: torch.Tensor, book: torch.Tensor) -> torch.Tensor:
