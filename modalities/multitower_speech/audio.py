@@ -151,11 +151,11 @@ def _mono(samples: Samples, name: str) -> Floats:
         raise TypeError(f"{name} has a part that is a {type(samples).__name__}: give arrays or tensors")
     _check_shape(samples, name, most_channels=64)  # a part may be short
     if np.issubdtype(samples.dtype, np.floating):
-        floats = samples.astype(np.float32, copy=False)
+        floats: Floats = samples.astype(np.float32, copy=False)
     elif samples.dtype in (np.int16, np.int32):
-        floats = samples.astype(np.float32) / -float(np.iinfo(samples.dtype).min)
+        floats = samples.astype(np.float32) / np.float32(-float(np.iinfo(samples.dtype).min))
     elif samples.dtype == np.uint8:
-        floats = samples.astype(np.float32) / 128 - 1
+        floats = samples.astype(np.float32) / np.float32(128) - np.float32(1)
     else:
         raise ValueError(
             f"{name} has dtype {samples.dtype}: give floats in -1..1, or PCM of dtype int16, int32 or uint8"

@@ -18,8 +18,9 @@ class CodecModality(PretrainedSpeech):
 
     >>> speech = CodecModality("kyutai/mimi", codebooks=8, pattern="delayed")      # doctest: +SKIP
     >>> speech.decode(speech.encode("clip.wav"))                                   # doctest: +SKIP
-    >>> from transformers import DacConfig, DacModel                               # random weights, no download
-    >>> tiny = DacConfig(encoder_hidden_size=4, decoder_hidden_size=64, downsampling_ratios=[8, 8], n_codebooks=3)
+    >>> from transformers import DacConfig, DacModel                   # random weights, no download
+    >>> sizes = {"encoder_hidden_size": 4, "decoder_hidden_size": 64, "downsampling_ratios": [8, 8]}
+    >>> tiny = DacConfig(n_codebooks=3, **sizes)
     >>> speech = CodecModality(DacModel(tiny), codebooks=2)
     >>> speech.encode(np.zeros(16_000)).shape, speech.rate, speech.vocab_size
     (torch.Size([502]), 250.0, 2050)
@@ -86,7 +87,7 @@ class CodecModality(PretrainedSpeech):
         sound = torch.from_numpy(samples).to(self.model.device, self.model.dtype).reshape(1, 1, -1)
         if self.model.config.model_type == "encodec":
             bandwidth = self.model.config.target_bandwidths[-1]
-            codes = self.model.encode(sound, bandwidth=bandwidth).audio_codes[0, 0]
+            codes: torch.Tensor = self.model.encode(sound, bandwidth=bandwidth).audio_codes[0, 0]
         else:
             codes = self.model.encode(sound).audio_codes[0]
         frames, count = len(samples) // self.hop, self.layout.codebooks
@@ -95,7 +96,7 @@ class CodecModality(PretrainedSpeech):
     def sound(self, codes: torch.Tensor) -> Floats:
         """Give the samples of units; where one is missing, unit 0 stands in."""
         with torch.no_grad():
-            return np.concatenate([self._window_sound(part) for part in codes.split(self._frames)])
+            return np.concatenate([self._window_sound(part) for part in torch.split(codes, self._frames)])
 
     def _window_sound(self, codes: torch.Tensor) -> Floats:
         batch = codes.clamp(min=0).T.unsqueeze(0).to(self.model.device)

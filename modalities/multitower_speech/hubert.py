@@ -12,7 +12,7 @@ import torch
 from .audio import SAMPLE_RATE, Audio, Floats, blocks
 from .frontend import HOP, N_MELS, griffin_lim, log_mel, stacked
 from .layout import Layout
-from .pretrained import PretrainedSpeech, hub_id, load_model, windows
+from .pretrained import PretrainedSpeech, hub_id, load_model, window_frames, windows
 from .refiner import Refiner, fit_refiner, weights
 from .units import codebooks_of, dequantize, fit_codebooks, quantize
 
@@ -22,7 +22,7 @@ class HubertModality(PretrainedSpeech):
 
     >>> speech = HubertModality.fit("facebook/hubert-base-ls960", clips, layer=9)  # doctest: +SKIP
     >>> speech.decode(speech.encode("clip.wav"))                                   # doctest: +SKIP
-    >>> from transformers import HubertConfig, HubertModel                         # random weights, no download
+    >>> from transformers import HubertConfig, HubertModel             # random weights, no download
     >>> tiny = HubertConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
     ...     conv_dim=[8] * 7, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2)
     >>> clip = np.random.default_rng(0).normal(scale=0.1, size=16_000)
@@ -49,7 +49,7 @@ class HubertModality(PretrainedSpeech):
 
     Raises:
         CheckpointError: The model cannot be loaded.
-        ValueError: It is of another kind or has no such layer, or the codebooks are of another shape or dtype.
+        ValueError: It is of another kind or has no such layer, or the codebooks have another shape or dtype.
         ImportError: transformers is not installed.
     """
 
@@ -127,7 +127,7 @@ class HubertModality(PretrainedSpeech):
         clips = list(waveforms)
         if not clips:
             raise ValueError("there are no waveforms: give at least one")
-        size = round(window * SAMPLE_RATE / hop) * hop
+        size = window_frames(window, SAMPLE_RATE / hop) * hop
         states, mels = [], []
         for clip in clips:
             for samples in windows(blocks(clip), size):
@@ -164,8 +164,9 @@ class HubertModality(PretrainedSpeech):
     @classmethod
     def restore(cls, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Self:
         """Make the modality of its config and tensors."""
+        books = codebooks_of(tensors)
         regressor = Refiner.restore(weights(tensors, "regressor."), residual=False)
-        return cls(codebooks=codebooks_of(tensors), regressor=regressor, **config)
+        return cls(codebooks=books, regressor=regressor, **config)
 
 
 def _check_model(model: Any, layer: int) -> int:
@@ -196,4 +197,5 @@ def _hidden(model: Any, samples: Floats, layer: int, normalize: bool) -> torch.T
     with torch.no_grad():
         batch = padded.to(model.device, model.dtype).unsqueeze(0)
         output = model(batch, output_hidden_states=True)
-    return output.hidden_states[layer][0].float().cpu()
+    hidden: torch.Tensor = output.hidden_states[layer][0]
+    return hidden.float().cpu()

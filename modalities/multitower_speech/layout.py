@@ -128,7 +128,9 @@ class Layout:
                 steps[-1][level] = unit
                 due += 1
         longest = max(self._delays)
-        padded = torch.tensor(steps + [[-1] * self.codebooks] * longest, dtype=torch.int64).reshape(-1, self.codebooks)
+        padded = torch.tensor(steps + [[-1] * self.codebooks] * longest, dtype=torch.int64).reshape(
+            -1, self.codebooks
+        )
         columns = [padded[d : d + len(steps), c] for c, d in enumerate(self._delays)]
         codes = torch.stack(columns, dim=1)
         known = (codes >= 0).long().cumprod(1).bool()

@@ -136,7 +136,7 @@ class SpeechModality(DiscreteSpeech):
 
     def config(self) -> dict[str, Any]:
         """Give what is not a tensor."""
-        return {"pattern": self.layout.pattern, "sample_rate": self.sample_rate, "rate": self.rate}
+        return {"pattern": self.layout.pattern}
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Give the codebooks, and the weights of the refiner."""

@@ -52,9 +52,7 @@ class PretrainedSpeech(DiscreteSpeech):
         self.model = model.eval().requires_grad_(False)
         self.source = hub_id(source)
         self.hop, self.window = hop, window
-        self._frames = round(window * sample_rate / hop) if 0 < window < 1e6 else 0
-        if self._frames < 1:
-            raise ValueError(f"window={window}: give at least {hop / sample_rate:g} seconds, a frame")
+        self._frames = window_frames(window, sample_rate / hop)
         super().__init__(layout, rate=sample_rate / hop, sample_rate=sample_rate)
 
     @abstractmethod
@@ -91,6 +89,18 @@ class PretrainedSpeech(DiscreteSpeech):
         """Read the config, and say where a stored model lies."""
         config = super().read_config(folder)
         return config if config.get("model") else {**config, "model": str(folder / MODEL)}
+
+
+def window_frames(window: float, rate: float) -> int:
+    """Give the number of frames in a window of so many seconds.
+
+    Raises:
+        ValueError: There is none.
+    """
+    frames = round(window * rate) if 0 < window < 1e6 else 0
+    if frames < 1:
+        raise ValueError(f"window={window}: give at least {1 / rate:g} seconds, a frame")
+    return frames
 
 
 def hub_id(source: Any) -> str | None:

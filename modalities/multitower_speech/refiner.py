@@ -77,9 +77,7 @@ def weights(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
-def fit_refiner(
-    vectors: Tensor, frames: Tensor, *, steps: int, seed: int, residual: bool = False
-) -> Refiner:
+def fit_refiner(vectors: Tensor, frames: Tensor, *, steps: int, seed: int, residual: bool = False) -> Refiner:
     """Train a refiner, for a minute or so, on the mean absolute error.
 
     >>> frames = torch.randn(100, 80)
