@@ -125,9 +125,12 @@ def load_model(source: Any, revision: str | None = None) -> Any:
         return source
     transformers = require("transformers", "transformers")
     try:
-        return transformers.AutoModel.from_pretrained(source, revision=revision, use_safetensors=True)
+        model = transformers.AutoModel.from_pretrained(source, revision=revision, use_safetensors=True)
     except (OSError, ValueError, SafetensorError) as error:
         raise mt.CheckpointError(f"{source} cannot be loaded by transformers: {error}") from error
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()  # a mapped file is aligned unlike memory, and so rounds unlike it
+    return model
 
 
 def windows(parts: Iterable[Floats], size: int) -> Iterator[Floats]:
