@@ -247,15 +247,16 @@ def write(options: argparse.Namespace, results: list[dict[str, Any]]) -> None:
     """Write figures and a plot of them."""
     from matplotlib.figure import Figure
 
-    settings = {key: value if isinstance(value, int) else str(value) for key, value in vars(options).items()}
     machine = {"machine": platform.machine(), "processor": cpu(), "python": platform.python_version()}
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    document = {"settings": settings, **machine, "versions": versions, "results": results}
-    (options.out / "results.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    document = {"settings": vars(options), **machine, "versions": versions, "results": results}
+    written = json.dumps(document, indent=2, default=str) + "\n"
+    (options.out / "results.json").write_text(written, encoding="utf-8")
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for number, corpus in enumerate(dict.fromkeys(row["corpus"] for row in results)):
-        original, *rows = (row for row in results if row["corpus"] == corpus)
+        original, *rest = (row for row in results if row["corpus"] == corpus)
+        rows = sorted(rest, key=lambda row: row["tokens_per_second"])
         axes.axhline(original["wer"], color=f"C{number}", linestyle=":", label=f"{corpus}, original")
         axes.plot(
             [row["tokens_per_second"] for row in rows],

@@ -290,6 +290,15 @@ def test_hubert_refuses(make, options, message):
         fit_hubert(make(), **options)
 
 
+def test_hubert_says_which_waveform():
+    with pytest.raises(ValueError, match="waveform 1: audio is empty"):
+        HubertModality.fit(hubert(), [melody(0), np.zeros(0)], layer=1)
+    with pytest.raises(ValueError, match="give a list"):
+        HubertModality.fit(hubert(), melody(0), layer=1)
+    with pytest.raises(ValueError, match="no waveforms"):
+        HubertModality.fit(hubert(), [], layer=1)
+
+
 def test_hubert_codebooks_of_a_wrong_shape(hubert_speech):
     with pytest.raises(ValueError, match=r"\(1, 8, 17\)"):
         HubertModality(hubert_speech.model, torch.zeros(1, 8, 17), hubert_speech.regressor, layer=1)

@@ -7,6 +7,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from numbers import Real
 from typing import Any, TypeAlias
 
@@ -141,6 +142,37 @@ def resampled(parts: Iterable[Samples], given: float, rate: int, name: str) -> I
     if stream is not None:
         block = stream.resample_chunk(np.zeros(0, dtype=np.float32), last=True)
         yield block if written + len(block) else np.zeros(1, dtype=np.float32)
+
+
+def pieces(waveforms: Iterable[Audio]) -> Iterator[tuple[Audio, AbstractContextManager[None]]]:
+    """Give each of several pieces of audio, and a context in which errors say which it is.
+
+    >>> for audio, named in pieces([np.zeros(3), np.zeros(0)]):
+    ...     with named:
+    ...         waveform(audio)
+    Traceback (most recent call last):
+    ValueError: waveform 1: audio is empty: give at least one sample
+
+    Raises:
+        ValueError: There are none, or it is a single piece of audio instead of several.
+    """
+    if isinstance(waveforms, str | bytes | os.PathLike | np.ndarray | torch.Tensor):
+        raise ValueError(f"waveforms is a single {type(waveforms).__name__}: give a list of waveforms")
+    index = -1
+    for index, audio in enumerate(waveforms):
+        yield audio, _named(f"waveform {index}")
+    if index < 0:
+        raise ValueError("there are no waveforms: give at least one")
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    try:
+        yield
+    except TypeError as error:
+        raise TypeError(f"{name}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def _mono(samples: Samples, name: str) -> Floats:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 
 import numpy as np
-import torch
 
 from multitower.extras import require
 
-from .audio import SAMPLE_RATE, Audio, Floats, blocks
+from .audio import SAMPLE_RATE, Audio, Floats, blocks, pieces
 
 FRAME_RATE = 50
 HOP = SAMPLE_RATE // FRAME_RATE
@@ -99,16 +97,10 @@ def log_mels(waveforms: Iterable[Audio]) -> list[Floats]:
         ValueError: One of them is unfit (the message gives its index), there are none, or it is a
             single piece of audio instead of several.
     """
-    if isinstance(waveforms, str | bytes | os.PathLike | np.ndarray | torch.Tensor):
-        raise ValueError(f"waveforms is a single {type(waveforms).__name__}: give a list of waveforms")
     mels = []
-    for index, audio in enumerate(waveforms):
-        try:
+    for audio, named in pieces(waveforms):
+        with named:
             mels.append(log_mel(blocks(audio)))
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"waveform {index}: {error}") from error
-    if not mels:
-        raise ValueError("there are no waveforms: give at least one")
     return mels
 
 

@@ -9,7 +9,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from .audio import SAMPLE_RATE, Audio, Floats, blocks
+from .audio import SAMPLE_RATE, Audio, Floats, blocks, pieces
 from .frontend import HOP, N_MELS, griffin_lim, log_mel, stacked
 from .layout import Layout
 from .pretrained import PretrainedSpeech, hub_id, load_model, window_frames, windows
@@ -124,16 +124,14 @@ class HubertModality(PretrainedSpeech):
             raise ValueError(f"refine_steps={refine_steps}: give at least 1, for the way back to sound")
         loaded = load_model(model, revision).eval()
         hop = _check_model(loaded, layer)
-        clips = list(waveforms)
-        if not clips:
-            raise ValueError("there are no waveforms: give at least one")
         size = window_frames(window, SAMPLE_RATE / hop) * hop
         states, mels = [], []
-        for clip in clips:
-            for samples in windows(blocks(clip), size):
-                whole = np.pad(samples, (0, -len(samples) % hop))
-                states.append(_hidden(loaded, whole, layer, normalize))
-                mels.append(stacked(log_mel([whole]), hop // HOP))
+        for audio, named in pieces(waveforms):
+            with named:
+                for samples in windows(blocks(audio), size):
+                    whole = np.pad(samples, (0, -len(samples) % hop))
+                    states.append(_hidden(loaded, whole, layer, normalize))
+                    mels.append(stacked(log_mel([whole]), hop // HOP))
         vectors, frames = torch.cat(states), torch.from_numpy(np.concatenate(mels))
         books = fit_codebooks(vectors.numpy(), units=units, codebooks=codebooks, seed=seed)
         restored = dequantize(quantize(vectors, books), books)
