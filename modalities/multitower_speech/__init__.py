@@ -1,5 +1,12 @@
-"""Speech for `multitower`: 16 kHz waveforms to discrete units fitted on your own audio, and back."""
+"""Speech for `multitower`: waveforms to discrete units, and back.
 
+`SpeechModality` fits its units on your own audio, `CodecModality` takes a neural codec of transformers, and
+`HubertModality` clusters the hidden states of a self-supervised model.
+"""
+
+from .codec import CodecModality
+from .hubert import HubertModality
+from .layout import Layout
 from .modality import SpeechModality
 
-__all__ = ["SpeechModality"]
+__all__ = ["CodecModality", "HubertModality", "Layout", "SpeechModality"]

@@ -1,9 +1,12 @@
-"""A small convolutional network that smooths what quantising did to log-mel frames."""
+"""A small convolutional network from the vectors of units to log-mel frames."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Self
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .frontend import N_MELS
 
@@ -11,53 +14,96 @@ CENTRE, SPREAD = -5.0, 3.0
 CROP, BATCH, PEAK_RATE = 64, 16, 2e-3
 
 
-class Refiner(nn.Module):
-    """Log-mel frames restored from units, to frames nearer to the original ones.
+def _conv(inputs: int, outputs: int, kernel: int, dilation: int = 1) -> nn.Conv1d:
+    return nn.Conv1d(
+        inputs, outputs, kernel, padding="same", dilation=dilation, device="cpu", dtype=torch.float32
+    )
 
-    >>> Refiner()(torch.zeros(50, 80)).shape
+
+class Refiner(nn.Module):
+    """Vectors of units to the log-mel frames that they stand for.
+
+    >>> Refiner(160, 160, residual=True)(torch.zeros(25, 160)).shape       # one second, two frames a unit
     torch.Size([50, 80])
 
-    Each frame sees six on either side: 260 ms in all.
+    Each frame sees nine units on either side.
+
+    Args:
+        inputs: Width of a unit's vector.
+        outputs: 80 * frames per unit.
+        residual: The vectors are log-mel frames themselves; what is learned is added to them.
+        width: Channels in between.
     """
 
-    def __init__(self, width: int = 128, kernel: int = 5) -> None:
+    centre: Tensor
+    spread: Tensor
+
+    def __init__(self, inputs: int, outputs: int, *, residual: bool, width: int = 128) -> None:
         super().__init__()
-        sizes = (N_MELS, width), (width, width), (width, N_MELS)
-        first, middle, last = (
-            nn.Conv1d(*size, kernel, padding="same", device="cpu", dtype=torch.float32) for size in sizes
+        self.residual = residual
+        self.first, self.last = _conv(inputs, width, 3), _conv(width, outputs, 3)
+        for part in self.last.parameters():
+            nn.init.zeros_(part)  # before training, it adds nothing
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.GELU(), _conv(width, width, 3, dilation), nn.GELU(), _conv(width, width, 1))
+            for dilation in (1, 2, 4)
         )
-        self.layers = nn.Sequential(first, nn.GELU(), middle, nn.GELU(), last)
+        self.register_buffer("centre", torch.tensor(CENTRE, dtype=torch.float32, device="cpu"))
+        self.register_buffer("spread", torch.tensor(SPREAD, dtype=torch.float32, device="cpu"))
 
-    def forward(self, frames: torch.Tensor) -> torch.Tensor:
-        """Refine log-mel frames, float32, shape (..., n, 80)."""
-        x = ((frames - CENTRE) / SPREAD).mT
-        y: torch.Tensor = self.layers(x)
-        return frames + SPREAD * y.mT
+    def forward(self, vectors: Tensor) -> Tensor:
+        """Give log-mel frames, shape (..., n * frames per unit, 80), of vectors of shape (..., n, inputs)."""
+        hidden = self.first(((vectors - self.centre) / self.spread).mT)
+        for block in self.blocks:
+            hidden = hidden + block(hidden)
+        frames: Tensor = SPREAD * self.last(hidden).mT + (vectors if self.residual else CENTRE)
+        return frames.reshape(*frames.shape[:-2], -1, N_MELS)
+
+    @classmethod
+    def restore(cls, tensors: Mapping[str, Tensor], *, residual: bool) -> Self:
+        """Make a refiner of its weights, ready for use.
+
+        Raises:
+            KeyError, RuntimeError: They are not those of a refiner.
+        """
+        width, inputs, _ = tensors["first.weight"].shape
+        refiner = cls(inputs, len(tensors["last.weight"]), residual=residual, width=width)
+        refiner.load_state_dict(dict(tensors))
+        return refiner.eval().requires_grad_(False)
 
 
-def fit_refiner(restored: torch.Tensor, original: torch.Tensor, *, steps: int, seed: int) -> Refiner:
-    """Train a refiner for a few seconds on the mean absolute error.
+def weights(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Give the tensors whose names begin with a prefix, without it."""
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def fit_refiner(vectors: Tensor, frames: Tensor, *, steps: int, seed: int, residual: bool = False) -> Refiner:
+    """Train a refiner, for a minute or so, on the mean absolute error.
 
     >>> frames = torch.randn(100, 80)
-    >>> fit_refiner(frames, frames, steps=2, seed=0).training
+    >>> fit_refiner(frames, frames, steps=2, seed=0, residual=True).training
     False
 
     Args:
-        restored: Log-mel frames restored from units, float32, shape (n, 80).
-        original: The same frames before quantising, float32, shape (n, 80).
-        steps: Number of batches, each of 16 crops of 64 frames.
+        vectors: Those of units, float32, shape (n, inputs).
+        frames: The log-mel frames before quantising, float32, shape (n * frames per unit, 80).
+        steps: Number of batches, each of 16 crops of 64 units.
         seed: Of the weights and of the crops. The global random state is left as it was.
+        residual: The vectors are log-mel frames themselves.
     """
+    targets = frames.reshape(len(vectors), -1)
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
-        model = Refiner()
+        model = Refiner(vectors.shape[1], targets.shape[1], residual=residual)
+        if not residual:
+            model.centre.fill_(vectors.mean())
+            model.spread.fill_(vectors.std().clamp(min=1e-6))
         optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_RATE, total_steps=steps + 1)
-        window = torch.arange(min(CROP, len(restored)))
+        window = torch.arange(min(CROP, len(vectors)))
         for _ in range(steps):
-            starts = torch.randint(len(restored) - len(window) + 1, (BATCH, 1))
-            at = starts + window
-            loss = (model(restored[at]) - original[at]).abs().mean()
+            at = torch.randint(len(vectors) - len(window) + 1, (BATCH, 1)) + window
+            loss = (model(vectors[at]) - targets[at].reshape(BATCH, -1, N_MELS)).abs().mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

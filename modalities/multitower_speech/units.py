@@ -1,12 +1,16 @@
-"""Vectors to residual k-means units and back, flattened in time."""
+"""Vectors to residual k-means units and back."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 
-from ._need import need
-from .frontend import Floats
+import multitower as mt
+from multitower.extras import require
+
+from .audio import Floats
 
 FIT_LIMIT = 100_000
 
@@ -26,8 +30,19 @@ def fit_codebooks(vectors: Floats, *, units: int, codebooks: int, seed: int) -> 
 
     Returns:
         The centres, float32, shape (codebooks, units, width).
+
+    Raises:
+        ValueError: There are fewer vectors than units, or `units` or `codebooks` is below 1.
     """
-    kmeans, limits = need("sklearn.cluster").KMeans, need("threadpoolctl").threadpool_limits
+    for name, value in (("units", units), ("codebooks", codebooks)):
+        if value < 1:
+            raise ValueError(f"{name}={value}: give at least 1")
+    if len(vectors) < units:
+        raise ValueError(
+            f"{len(vectors)} vectors are too few to fit units={units}: give more audio or ask for fewer units"
+        )
+    kmeans = require("sklearn.cluster", "speech").KMeans
+    limits = require("threadpoolctl", "speech").threadpool_limits
     if len(vectors) > FIT_LIMIT:
         vectors = np.random.default_rng(seed).choice(vectors, FIT_LIMIT, replace=False)
     rest = torch.from_numpy(vectors)
@@ -41,76 +56,58 @@ def fit_codebooks(vectors: Floats, *, units: int, codebooks: int, seed: int) -> 
     return torch.stack(books)
 
 
+def codebooks_of(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Give the codebooks of a saved modality.
+
+    Raises:
+        CheckpointError: They are missing.
+    """
+    if "codebooks" not in tensors:
+        raise mt.CheckpointError("modality.safetensors is missing or holds no codebooks: save again")
+    return tensors["codebooks"]
+
+
 def _nearest(vectors: torch.Tensor, book: torch.Tensor) -> torch.Tensor:
     return torch.addmm((book**2).sum(1), vectors, book.T, alpha=-2).argmin(1)
 
 
 def quantize(vectors: torch.Tensor, codebooks: torch.Tensor) -> torch.Tensor:
-    """Give the units of vectors, one group of a unit from each codebook after another.
+    """Give the units of vectors: in each codebook, the one nearest to what those before left over.
 
     >>> codebooks = torch.tensor([[[0.0], [10.0]], [[-1.0], [1.0]]])
     >>> quantize(torch.tensor([[9.0], [1.0]]), codebooks)
-    tensor([1, 2, 0, 3])
+    tensor([[1, 0],
+            [0, 1]])
 
     Args:
         vectors: float32, shape (n, width).
         codebooks: float32, shape (codebooks, units, width).
 
     Returns:
-        int64, shape (n * codebooks,). Unit u of codebook c is c * units + u.
+        int64, shape (n, codebooks).
     """
     columns, rest = [], vectors
-    for level, book in enumerate(codebooks):
-        index = _nearest(rest, book)
-        rest = rest - book[index]
-        columns.append(index + level * len(book))
-    return torch.stack(columns, dim=1).flatten()
+    for book in codebooks:
+        columns.append(_nearest(rest, book))
+        rest = rest - book[columns[-1]]
+    return torch.stack(columns, dim=1)
 
 
-def dequantize(tokens: torch.Tensor, codebooks: torch.Tensor) -> torch.Tensor:
-    """Give the vectors of units, also of sequences that no encoder would give.
+def dequantize(codes: torch.Tensor, codebooks: torch.Tensor) -> torch.Tensor:
+    """Give the vectors of units.
 
     >>> codebooks = torch.tensor([[[0.0], [10.0]], [[-1.0], [1.0]]])
-    >>> dequantize(torch.tensor([1, 2, 0, 3]), codebooks).flatten()
-    tensor([9., 1.])
-    >>> dequantize(torch.tensor([3, 1, 0, 2, 2, 99]), codebooks).flatten()
-    tensor([10., -1.])
-
-    A unit of the first codebook begins a vector; the units of the others refine it, in order.
-    Where they are missing, the vector stays coarse; where they are out of order, they are dropped.
-    So are ids past the last unit.
+    >>> dequantize(torch.tensor([[1, 0], [0, -1]]), codebooks).flatten()
+    tensor([9., 0.])
 
     Args:
-        tokens: Integers, shape (length,).
+        codes: int64, shape (n, codebooks); -1 adds nothing.
         codebooks: float32, shape (codebooks, units, width).
 
     Returns:
-        float32, shape (n, width), n the number of units of the first codebook.
-
-    Raises:
-        ValueError: The tokens are of another shape or dtype, or negative.
+        float32, shape (n, width).
     """
-    count, units, width = codebooks.shape
-    vectors: list[torch.Tensor] = []
-    due = count
-    for i in _ids(tokens):
-        level, unit = divmod(i, units)
-        if level == 0:
-            vectors.append(codebooks[0, unit])
-            due = 1
-        elif level == due < count:
-            vectors[-1] = vectors[-1] + codebooks[level, unit]
-            due += 1
-    return torch.stack(vectors) if vectors else codebooks.new_zeros(0, width)
-
-
-def _ids(tokens: torch.Tensor) -> list[int]:
-    tensor = torch.as_tensor(tokens)
-    if tensor.ndim != 1 or (len(tensor) and tensor.is_floating_point()):
-        raise ValueError(
-            f"tokens have shape {tuple(tensor.shape)} and dtype {tensor.dtype}: "
-            "give integers of shape (length,), one example at a time"
-        )
-    if len(tensor) and int(tensor.min()) < 0:
-        raise ValueError(f"tokens hold {int(tensor.min())}: drop labels that are ignored before decoding")
-    return [int(i) for i in tensor.tolist()]
+    vectors = codebooks.new_zeros(len(codes), codebooks.shape[2])
+    for book, column in zip(codebooks, codes.T, strict=True):
+        vectors += book[column.clamp(min=0)] * (column >= 0).unsqueeze(1)
+    return vectors

@@ -1,0 +1,199 @@
+"""Units of self-supervised speech models: hidden states of HuBERT and its kin, clustered."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, Self
+
+import numpy as np
+import torch
+
+from .audio import SAMPLE_RATE, Audio, Floats, blocks, pieces
+from .frontend import HOP, N_MELS, griffin_lim, log_mel, stacked
+from .layout import Layout
+from .pretrained import PretrainedSpeech, hub_id, load_model, window_frames, windows
+from .refiner import Refiner, fit_refiner, weights
+from .units import codebooks_of, dequantize, fit_codebooks, quantize
+
+
+class HubertModality(PretrainedSpeech):
+    """Speech to the units of a self-supervised model, and back by a regression to log-mel frames.
+
+    >>> speech = HubertModality.fit("facebook/hubert-base-ls960", clips, layer=9)  # doctest: +SKIP
+    >>> speech.decode(speech.encode("clip.wav"))                                   # doctest: +SKIP
+    >>> from transformers import HubertConfig, HubertModel             # random weights, no download
+    >>> tiny = HubertConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
+    ...     conv_dim=[8] * 7, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2)
+    >>> clip = np.random.default_rng(0).normal(scale=0.1, size=16_000)
+    >>> speech = HubertModality.fit(HubertModel(tiny), [clip], layer=1, units=8, refine_steps=2)
+    >>> tokens = speech.encode(clip)
+    >>> tokens.shape, speech.decode(tokens).shape
+    (torch.Size([52]), (16000,))
+
+    The hidden states of one layer are clustered by k-means. Such units say what is spoken rather than who
+    speaks, and there is no way back to sound in the model, so `fit` also learns one: from the units' centres
+    to log-mel frames, and by Griffin-Lim to a waveform, in the voice of the audio that it was fitted on.
+
+    Args:
+        model: A ``HubertModel``, ``Wav2Vec2Model``, ``WavLMModel`` or other of their make, or the folder or
+            Hub id of one.
+        codebooks: Centres, float32, shape (codebooks, units, hidden size).
+        regressor: From centres to log-mel frames.
+        layer: Which hidden states: 0 before the first layer, n after the n-th.
+        normalize: Whether windows are brought to zero mean and unit variance, ``do_normalize`` in the
+            model's ``preprocessor_config.json``.
+        pattern: How units of several codebooks take turns, "flattened" or "delayed": see `Layout`.
+        window: Seconds that are encoded at a time.
+        revision: Branch, tag or commit of a Hub id.
+
+    Raises:
+        CheckpointError: The model cannot be loaded.
+        ValueError: It is of another kind or has no such layer, or the codebooks have another shape or dtype.
+        ImportError: transformers is not installed.
+    """
+
+    name = "speech_hubert"
+
+    def __init__(
+        self,
+        model: Any,
+        codebooks: torch.Tensor,
+        regressor: Refiner,
+        *,
+        layer: int,
+        normalize: bool = True,
+        pattern: str = "flattened",
+        window: float = 30.0,
+        revision: str | None = None,
+    ) -> None:
+        source, model = model, load_model(model, revision)
+        hop = _check_model(model, layer)
+        shape, dtype = tuple(codebooks.shape), codebooks.dtype
+        if len(shape) != 3 or 0 in shape or shape[2] != model.config.hidden_size or dtype != torch.float32:
+            raise ValueError(
+                f"codebooks have shape {shape} and dtype {dtype}: give float32 of shape "
+                f"(codebooks, units, {model.config.hidden_size}), as HubertModality.fit does"
+            )
+        self.codebooks, self.regressor, self.layer, self.normalize = codebooks, regressor, layer, normalize
+        layout = Layout(shape[0], shape[1], pattern)
+        super().__init__(model, source, layout, hop=hop, sample_rate=SAMPLE_RATE, window=window)
+
+    def __repr__(self) -> str:
+        count, units, _ = self.codebooks.shape
+        kind = self.model.config.model_type
+        return f"HubertModality({kind}, layer={self.layer}, units={units}, codebooks={count})"
+
+    @classmethod
+    def fit(
+        cls,
+        model: Any,
+        waveforms: Iterable[Audio],
+        *,
+        layer: int,
+        units: int = 500,
+        codebooks: int = 1,
+        normalize: bool = True,
+        pattern: str = "flattened",
+        window: float = 30.0,
+        refine_steps: int = 1000,
+        seed: int = 0,
+        revision: str | None = None,
+    ) -> Self:
+        """Fit units, and their way back to sound, on some audio; some ten minutes of it go a long way.
+
+        Args:
+            model: See above.
+            waveforms: Pieces of audio, each in any form that `encode` takes.
+            layer: Which hidden states: 0 before the first layer, n after the n-th.
+            units: Number of units in a codebook.
+            codebooks: Number of codebooks, each clustering what the one before left over.
+            normalize: See above.
+            pattern: See above.
+            window: See above.
+            refine_steps: Training steps of the regression, at least 1.
+            seed: The same seed, model and audio give the same units on the same machine.
+            revision: Branch, tag or commit of a Hub id.
+
+        Raises:
+            ValueError: An argument is out of range, there is too little audio for so many units, or a
+                waveform is unfit.
+            ImportError: transformers, or the ``speech`` extra, is not installed.
+        """
+        if refine_steps < 1:
+            raise ValueError(f"refine_steps={refine_steps}: give at least 1, for the way back to sound")
+        loaded = load_model(model, revision).eval()
+        hop = _check_model(loaded, layer)
+        size = window_frames(window, SAMPLE_RATE / hop) * hop
+        states, mels = [], []
+        for audio, named in pieces(waveforms):
+            with named:
+                for samples in windows(blocks(audio), size):
+                    whole = np.pad(samples, (0, -len(samples) % hop))
+                    states.append(_hidden(loaded, whole, layer, normalize))
+                    mels.append(stacked(log_mel([whole]), hop // HOP))
+        vectors, frames = torch.cat(states), torch.from_numpy(np.concatenate(mels))
+        books = fit_codebooks(vectors.numpy(), units=units, codebooks=codebooks, seed=seed)
+        restored = dequantize(quantize(vectors, books), books)
+        regressor = fit_refiner(restored, frames.reshape(-1, N_MELS), steps=refine_steps, seed=seed)
+        fitted = cls(
+            loaded, books, regressor, layer=layer, normalize=normalize, pattern=pattern, window=window
+        )
+        fitted.source = hub_id(model)
+        return fitted
+
+    def window_codes(self, samples: Floats) -> torch.Tensor:
+        """Give the units of one window."""
+        return quantize(_hidden(self.model, samples, self.layer, self.normalize), self.codebooks)
+
+    def sound(self, codes: torch.Tensor) -> Floats:
+        """Give the samples of units."""
+        with torch.no_grad():
+            return griffin_lim(self.regressor(dequantize(codes, self.codebooks)).numpy())
+
+    def config(self) -> dict[str, Any]:
+        """Give where the model is, and the settings."""
+        return {**super().config(), "layer": self.layer, "normalize": self.normalize}
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Give the codebooks, and the weights of the regressor."""
+        return {"codebooks": self.codebooks, **self.regressor.state_dict(prefix="regressor.")}
+
+    @classmethod
+    def restore(cls, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Self:
+        """Make the modality of its config and tensors."""
+        books = codebooks_of(tensors)
+        regressor = Refiner.restore(weights(tensors, "regressor."), residual=False)
+        return cls(codebooks=books, regressor=regressor, **config)
+
+
+def _check_model(model: Any, layer: int) -> int:
+    """Give the samples per frame of a model that this is for."""
+    config = model.config
+    strides = getattr(config, "conv_stride", None)
+    hop = math.prod(strides) if strides else 0
+    if not hop or hop % HOP:
+        raise ValueError(
+            f"the model is of type {config.model_type}: HubertModality takes hubert, wav2vec2, wavlm and "
+            f"others that make frames of a multiple of {HOP} samples"
+        )
+    if not 0 <= layer <= config.num_hidden_layers:
+        raise ValueError(f"layer={layer}: this {config.model_type} has 0 to {config.num_hidden_layers}")
+    return hop
+
+
+def _hidden(model: Any, samples: Floats, layer: int, normalize: bool) -> torch.Tensor:
+    """Give the hidden states, float32, shape (frames, width), of whole frames of samples."""
+    config = model.config
+    hop, seen = 1, 1
+    for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
+        seen, hop = seen + (kernel - 1) * hop, hop * stride
+    if normalize:
+        samples = (samples - samples.mean()) / np.sqrt(samples.var() + 1e-7)
+    margin = seen - hop
+    padded = torch.from_numpy(np.pad(samples, (margin // 2, margin - margin // 2)))
+    with torch.no_grad():
+        batch = padded.to(model.device, model.dtype).unsqueeze(0)
+        output = model(batch, output_hidden_states=True)
+    hidden: torch.Tensor = output.hidden_states[layer][0]
+    return hidden.float().cpu()

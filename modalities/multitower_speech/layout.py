@@ -1,0 +1,137 @@
+"""The units of several codebooks, frame by frame, to one stream of tokens and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from multitower.modality import check_tokens
+
+PATTERNS = ("flattened", "delayed")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the units of several codebooks take turns in one stream.
+
+    >>> codes = torch.tensor([[0, 1, 2], [3, 4, 5]])        # two frames, three codebooks of ten units
+    >>> Layout(3, 10).weave(codes).tolist()
+    [30, 0, 11, 22, 3, 14, 25, 31]
+    >>> Layout(3, 10, "delayed").weave(codes).tolist()      # four steps; 32 is the blank
+    [30, 0, 32, 32, 3, 11, 32, 32, 14, 22, 32, 32, 25, 31]
+
+    Unit u of codebook c is token c * units + u. Flattened, each frame gives a token from every codebook in
+    order. Delayed, each step does, codebook c that of the frame c steps back (the delay pattern of MusicGen,
+    arXiv 2306.05284, read row by row): the coarse units of later frames are known before the fine ones of
+    earlier frames. Where there is no such frame, at both ends, stands the blank.
+
+    Args:
+        codebooks: How many there are.
+        units: Number of units in each.
+        pattern: "flattened" or "delayed".
+
+    Raises:
+        ValueError: There is no such pattern, or nothing to lay out.
+    """
+
+    codebooks: int
+    units: int
+    pattern: str = "flattened"
+
+    def __post_init__(self) -> None:
+        if self.pattern not in PATTERNS:
+            raise ValueError(f"pattern={self.pattern!r}: give one of {', '.join(PATTERNS)}")
+        if min(self.codebooks, self.units) < 1:
+            raise ValueError(f"{self.codebooks} codebooks of {self.units} units: give at least one of each")
+
+    @property
+    def begin(self) -> int:
+        """Id of the token before the first unit."""
+        return self.codebooks * self.units
+
+    @property
+    def end(self) -> int:
+        """Id of the token after the last unit."""
+        return self.begin + 1
+
+    @property
+    def blank(self) -> int | None:
+        """Id of the token that stands for no unit, in the delayed pattern."""
+        return self.end + 1 if self.pattern == "delayed" else None
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+        return self.end + 1 + (self.pattern == "delayed")
+
+    @property
+    def _delays(self) -> list[int]:
+        return list(range(self.codebooks)) if self.pattern == "delayed" else [0] * self.codebooks
+
+    def weave(self, codes: Tensor) -> Tensor:
+        """Give the tokens of units of shape (frames, codebooks), begin and end included."""
+        return torch.cat(list(self.weave_stream([codes])))
+
+    def weave_stream(self, parts: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Give the tokens of units that come in parts, each of shape (frames, codebooks)."""
+        longest = max(self._delays)
+        held = torch.full((longest, self.codebooks), -1)
+        opening = torch.tensor([self.begin])
+        for codes in parts:
+            held = torch.cat([held, codes])
+            yield torch.cat([opening, self._steps(held)])
+            held, opening = held[len(held) - longest :], opening[:0]
+        rest = self._steps(torch.cat([held, torch.full((longest, self.codebooks), -1)]))
+        yield torch.cat([opening, rest, torch.tensor([self.end])])
+
+    def _steps(self, held: Tensor) -> Tensor:
+        longest, numbers = max(self._delays), torch.arange(self.codebooks)
+        columns = [held[longest - d : len(held) - d, c] for c, d in enumerate(self._delays)]
+        steps = torch.stack(columns, dim=1)
+        blank = -1 if self.blank is None else self.blank
+        return torch.where(steps < 0, blank, steps + numbers * self.units).flatten()
+
+    def unweave(self, tokens: Tensor) -> Tensor:
+        """Give the units of tokens, also of sequences that no encoder would give.
+
+        >>> Layout(2, 10).unweave(torch.tensor([14, 1, 12, 2, 3, 15, 15, 20, 99]))
+        tensor([[ 1,  2],
+                [ 2, -1],
+                [ 3,  5]])
+
+        A unit of the first codebook begins a frame (a step, where units are delayed), those of the others
+        follow in order. Any other token is dropped: begin, end, ids past the vocabulary, units out of
+        order. So is a frame without a unit of the first codebook.
+
+        Args:
+            tokens: Integers, shape (length,).
+
+        Returns:
+            int64, shape (frames, codebooks): -1 where a unit is missing, and in the codebooks after it.
+
+        Raises:
+            ValueError: The tokens are of another shape or dtype, or negative.
+        """
+        steps: list[list[int]] = []
+        due = self.codebooks
+        for token in check_tokens(tokens):
+            level, unit = divmod(token, self.units)
+            if token == self.blank:
+                level, unit = due % self.codebooks, -1
+            if level == 0:
+                steps.append([unit] + [-1] * (self.codebooks - 1))
+                due = 1
+            elif level == due < self.codebooks:
+                steps[-1][level] = unit
+                due += 1
+        longest = max(self._delays)
+        padded = torch.tensor(steps + [[-1] * self.codebooks] * longest, dtype=torch.int64).reshape(
+            -1, self.codebooks
+        )
+        columns = [padded[d : d + len(steps), c] for c, d in enumerate(self._delays)]
+        codes = torch.stack(columns, dim=1)
+        known = (codes >= 0).long().cumprod(1).bool()
+        return codes.masked_fill(~known, -1)[known[:, 0]]

@@ -1,0 +1,153 @@
+"""Models of transformers that turn windows of sound into units, kept by Hub id or stored beside."""
+
+from __future__ import annotations
+
+import os
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+
+import multitower as mt
+from multitower.extras import require
+
+from .audio import Floats
+from .base import DiscreteSpeech
+from .layout import Layout
+
+MODEL = "model"
+
+
+class PretrainedSpeech(DiscreteSpeech):
+    """Speech whose units a model of transformers finds, window by window.
+
+    Windows are independent of each other, so memory is bounded and streamed tokens come a window at a time.
+
+    Args:
+        model: The model.
+        source: What it was loaded by: a Hub id is saved instead of the weights.
+        layout: How the units of several codebooks take turns.
+        hop: Samples per frame.
+        sample_rate: Samples per second that the model takes.
+        window: Length of a window in seconds, rounded to whole frames.
+
+    Raises:
+        ValueError: A window is shorter than a frame.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        source: Any,
+        layout: Layout,
+        *,
+        hop: int,
+        sample_rate: int,
+        window: float,
+    ) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.source = hub_id(source)
+        self.hop, self.window = hop, window
+        self._frames = window_frames(window, sample_rate / hop)
+        super().__init__(layout, rate=sample_rate / hop, sample_rate=sample_rate)
+
+    @abstractmethod
+    def window_codes(self, samples: Floats) -> torch.Tensor:
+        """Give the units of one window.
+
+        Args:
+            samples: float32, shape (frames * hop,).
+
+        Returns:
+            int64, shape (frames, codebooks).
+        """
+
+    def codes(self, parts: Iterable[Floats]) -> Iterator[torch.Tensor]:
+        """Give the units of samples, a window at a time."""
+        for samples in windows(parts, self._frames * self.hop):
+            with torch.no_grad():
+                yield self.window_codes(np.pad(samples, (0, -len(samples) % self.hop)))
+
+    def config(self) -> dict[str, Any]:
+        """Give where the model is, and the settings common to all."""
+        revision = getattr(self.model.config, "_commit_hash", None) if self.source else None
+        pattern = self.layout.pattern
+        return {"model": self.source, "revision": revision, "pattern": pattern, "window": self.window}
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write the files of a modality and, unless the model has a Hub id, the model into ``model/``."""
+        super().save_pretrained(folder)
+        if self.source is None:
+            self.model.save_pretrained(Path(folder) / MODEL)
+
+    @classmethod
+    def read_config(cls, folder: Path) -> dict[str, Any]:
+        """Read the config, and say where a stored model lies."""
+        config = super().read_config(folder)
+        return config if config.get("model") else {**config, "model": str(folder / MODEL)}
+
+
+def window_frames(window: float, rate: float) -> int:
+    """Give the number of frames in a window of so many seconds.
+
+    Raises:
+        ValueError: There is none.
+    """
+    frames = round(window * rate) if 0 < window < 1e6 else 0
+    if frames < 1:
+        raise ValueError(f"window={window}: give at least {1 / rate:g} seconds, a frame")
+    return frames
+
+
+def hub_id(source: Any) -> str | None:
+    """Give what a model was loaded by where that is a Hub id, and None where it is a folder or a model.
+
+    >>> hub_id("facebook/hubert-base-ls960"), hub_id("/tmp")
+    ('facebook/hubert-base-ls960', None)
+    """
+    return source if isinstance(source, str) and not os.path.isdir(source) else None
+
+
+def load_model(source: Any, revision: str | None = None) -> Any:
+    """Load a model of transformers from a folder or by Hub id; a model is given back as it is.
+
+    Only safetensors files are read.
+
+    Raises:
+        CheckpointError: It cannot be loaded.
+        ImportError: transformers is not installed.
+    """
+    if not isinstance(source, str | os.PathLike):
+        return source
+    transformers = require("transformers", "transformers")
+    try:
+        model = transformers.AutoModel.from_pretrained(source, revision=revision, use_safetensors=True)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise mt.CheckpointError(f"{source} cannot be loaded by transformers: {error}") from error
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()  # a mapped file is aligned unlike memory, and so rounds unlike it
+    return model
+
+
+def windows(parts: Iterable[Floats], size: int) -> Iterator[Floats]:
+    """Cut samples anew, into windows of `size` and a last one that may be shorter.
+
+    >>> [len(one) for one in windows([np.zeros(3), np.zeros(7), np.zeros(1)], 4)]
+    [4, 4, 3]
+    """
+    held: list[Floats] = []
+    count = 0
+    for part in parts:
+        held.append(part)
+        count += len(part)
+        if count >= size:
+            joined = np.concatenate(held)
+            whole = count - count % size
+            yield from (joined[start : start + size] for start in range(0, whole, size))
+            held, count = [joined[whole:]], count - whole
+    if count:
+        yield np.concatenate(held)

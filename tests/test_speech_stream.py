@@ -1,0 +1,95 @@
+"""Tokens of streams are those of the whole, however it is cut, and come when they are certain."""
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("librosa")
+pytest.importorskip("soundfile")
+pytest.importorskip("sklearn")
+strategies = pytest.importorskip("hypothesis.strategies")
+
+from hypothesis import given, settings  # noqa: E402
+
+from melodies import fit, melody, one_thread  # noqa: E402, F401
+from multitower_speech import SpeechModality  # noqa: E402
+
+CLIP = melody(7, 8)
+
+
+def levels(codebooks=1, stack=1):
+    """Units that say how loud it is."""
+    books = torch.linspace(-9, 3, 16)[:, None].expand(codebooks, 16, 80 * stack)
+    return SpeechModality(books / 10 ** torch.arange(codebooks)[:, None, None])
+
+
+@pytest.fixture(scope="module", params=["flattened", "delayed"])
+def speech(request):
+    return fit(rate=50 / 3, codebooks=2, pattern=request.param, refine_steps=0)
+
+
+def joined(stream):
+    return torch.cat(list(stream))
+
+
+@pytest.mark.parametrize("size", [1, 100, 320, 1000, 16_000, 10**6])
+@pytest.mark.parametrize("length", [1, 959, 960, 31_000, 61_441, 128_000])
+def test_a_stream_is_the_whole(speech, size, length):
+    if length / size > 5_000:
+        length %= 5_000
+    clip = CLIP[:length]
+    chunks = (clip[start : start + size] for start in range(0, length, size))
+    assert torch.equal(joined(speech.encode_stream(chunks)), speech.encode(clip))
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    cuts=strategies.lists(strategies.integers(0, 70_000), max_size=12),
+    rate=strategies.sampled_from([8_000, 16_000, 44_100]),
+    channels=strategies.sampled_from([1, 2]),
+)
+def test_any_cuts_and_rates(cuts, rate, channels):
+    speech = levels(codebooks=2, stack=2)
+    whole = np.stack([CLIP[:70_000]] * channels, axis=1)
+    chunks = np.split(whole, sorted(cuts))
+    assert torch.equal(joined(speech.encode_stream(chunks, rate)), speech.encode((whole, rate)))
+
+
+def test_tokens_come_as_soon_as_they_are_certain():
+    speech = levels()
+    units = -1
+
+    def microphone():
+        for start in range(0, 64_000, 800):
+            if start:
+                assert units == (start - 352) // 320  # all that have heard 22 ms past their end
+            yield CLIP[start : start + 800]
+
+    for tokens in speech.encode_stream(microphone()):
+        units += len(tokens)
+    assert units - 1 == 200
+
+
+def test_a_change_to_what_comes_later_changes_no_token_that_is_out():
+    speech = levels()
+    first, second = (
+        joined(speech.encode_stream([CLIP[:20_000], rest])) for rest in (3 * CLIP[20_000:], 0 * CLIP)
+    )
+    certain = 1 + (20_000 - 352) // 320
+    assert torch.equal(first[:certain], second[:certain])
+    assert first[certain] != second[certain]
+
+
+def test_streams_that_are_refused(speech):
+    with pytest.raises(TypeError, match="single ndarray"):
+        speech.encode_stream(CLIP)
+    with pytest.raises(TypeError, match="a part that is a float"):
+        joined(speech.encode_stream([0.5]))
+    with pytest.raises(ValueError, match="the stream is empty"):
+        joined(speech.encode_stream([]))
+    with pytest.raises(ValueError, match="the stream is empty"):
+        joined(speech.encode_stream([CLIP[:0]]))
+    with pytest.raises(ValueError, match="NaN"):
+        joined(speech.encode_stream([CLIP, np.array([np.nan])]))
+    with pytest.raises(ValueError, match="sample rate"):
+        joined(speech.encode_stream([CLIP], 0))
