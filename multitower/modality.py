@@ -102,7 +102,12 @@ class Modality(ABC):
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         tensors = {key: tensor.contiguous() for key, tensor in self.tensors().items()}
-        document = {"format": FORMAT, "modality": self.name, "config": self.config()}
+        document = {
+            "format": FORMAT,
+            "modality": self.name,
+            "config": self.config(),
+            "tensors": sorted(tensors),
+        }
         written = json.dumps(document, indent=2, allow_nan=False) + "\n"
         if tensors:
             save_file(tensors, path / TENSORS)
@@ -119,7 +124,13 @@ class Modality(ABC):
         """
         path = Path(folder)
         config = cls.read_config(path)
-        tensors = read_tensors(path / TENSORS) if (path / TENSORS).exists() else {}
+        expected = read_json(path / CONFIG).get("tensors")
+        tensors = read_tensors(path / TENSORS) if expected else {}
+        if sorted(tensors) != expected:
+            raise CheckpointError(
+                f"{path / TENSORS} holds {sorted(tensors)} where {CONFIG} speaks of {expected}; was the "
+                "folder wholly copied?"
+            )
         try:
             return cls.restore(config, tensors)
         except (TypeError, ValueError, KeyError, RuntimeError) as error:
