@@ -257,3 +257,17 @@ def test_code_that_a_tokenizer_brings_is_not_run(tmp_path):
     (tmp_path / "tokenizer/mine.py").write_text("raise SystemExit('it ran')")
     with pytest.raises(mt.CheckpointError, match=r"trust_remote_code.*load it yourself, and give it"):
         TextModality.from_pretrained(tmp_path)
+
+
+def test_the_tower_that_goes_with_a_tokenizer(tmp_path, monkeypatch):
+    folder, saved = str(tmp_path / "vocabulary"), tmp_path / "saved"
+    byte_level_bpe(**NAMED).save_pretrained(folder)
+    text = TextModality(folder)
+    assert text.default_tower == folder
+    text.save_pretrained(saved)
+    assert folder not in (saved / "modality.json").read_text()
+    assert TextModality.from_pretrained(saved).default_tower is None
+    monkeypatch.setattr("multitower_text.modality._load", lambda source: byte_level_bpe(**NAMED))
+    TextModality("org/name").save_pretrained(saved)
+    assert TextModality.from_pretrained(saved).default_tower == "org/name"
+    assert TextModality().default_tower is None

@@ -63,6 +63,8 @@ class TextModality(Modality):
         pad: Id of the tokenizer's pad token; ``end`` where it has none.
         tokenizer: The transformers tokenizer, or None for bytes.
         split_special_tokens: As given.
+        default_tower: The folder or Hub id of the tokenizer, where one was given. Of a modality that was
+            loaded, the Hub id.
 
     Raises:
         ImportError: A folder or Hub id was given, and transformers is not installed.
@@ -93,7 +95,8 @@ class TextModality(Modality):
             self.vocab_size, self.begin, self.end = 258, 256, 257
             return
         if isinstance(tokenizer, str | os.PathLike):
-            tokenizer = _load(os.fspath(tokenizer))
+            self.default_tower = os.fspath(tokenizer)
+            tokenizer = _load(self.default_tower)
         self._known = known_ids(tokenizer)
         self.tokenizer = tokenizer
         self.vocab_size = max(len(tokenizer), max(self._known) + 1)
@@ -230,8 +233,14 @@ class TextModality(Modality):
         """Give what belongs to this modality beside the tokenizer's own files."""
         if self.tokenizer is None:
             return {"tokenizer": False}
-        edges = {"begin": self.begin, "end": self.end}
-        return {"tokenizer": True, **edges, "split_special_tokens": self.split_special_tokens}
+        on_the_hub = self.default_tower is not None and not os.path.exists(self.default_tower)
+        return {
+            "tokenizer": True,
+            "begin": self.begin,
+            "end": self.end,
+            "split_special_tokens": self.split_special_tokens,
+            "default_tower": self.default_tower if on_the_hub else None,
+        }
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write ``modality.json`` and, where there is one, the tokenizer's own files, in ``tokenizer/``.
@@ -263,9 +272,12 @@ class TextModality(Modality):
         path = Path(folder)
         config = cls.read_config(path)
         try:
+            default_tower = config.pop("default_tower", None)
             if config.pop("tokenizer"):
                 config["tokenizer"] = _load_saved(path / TOKENIZER)
-            return cls.restore(config, {})
+            loaded = cls.restore(config, {})
+            loaded.default_tower = default_tower
+            return loaded
         except CheckpointError:
             raise
         except (TypeError, ValueError, KeyError) as error:
