@@ -11,10 +11,10 @@ pytest.importorskip("librosa")
 soundfile = pytest.importorskip("soundfile")
 pytest.importorskip("sklearn")
 pytest.importorskip("transformers")
-checks = pytest.importorskip("multitower.testing.modalities")
 
 import test_speech_pretrained as tiny  # noqa: E402
 from melodies import fit, melody, one_thread  # noqa: E402, F401
+from multitower.testing import check_modality  # noqa: E402
 from multitower_speech import CodecModality  # noqa: E402
 from multitower_speech.audio import waveform  # noqa: E402
 
@@ -44,4 +44,4 @@ def test_every_promise_is_kept(kind, tmp_path):
     def seconds_lost(raw, again):
         return abs(len(again) / speech.sample_rate - len(waveform(raw)) / 16_000)
 
-    checks.check_modality(speech, samples, round_trip=seconds_lost, bound=1 / speech.rate)
+    check_modality(speech, samples, round_trip=seconds_lost, bound=1 / speech.rate)

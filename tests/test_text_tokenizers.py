@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 import multitower as mt
 import text_tokenizers
+from multitower.testing import check_modality
 from multitower_text import TextModality
 from text_tokenizers import CHATML, NAMED, byte_level_bpe, unigram
 
@@ -29,6 +30,15 @@ def kind(request, tmp_path):
     if request.param == "python_bytes":
         return TextModality(make(), begin="<pad>")
     return TextModality(make(**NAMED) if request.param == "byte_level_bpe" else make())
+
+
+def test_every_kind_keeps_what_a_modality_promises(kind):
+    check_modality(kind, ["", "two", "two towers"])
+
+
+def test_bytes_and_chats_keep_what_a_modality_promises():
+    check_modality(TextModality(), ["", "two towers", "naïve \u05d0\U0001f600\0"])
+    check_modality(TextModality(byte_level_bpe(**NAMED)), ["", "two towers", "naïve \u05d0\U0001f600"])
 
 
 RAW = ["", "two towers", "two", "two, two", "towers " * 300]

@@ -236,6 +236,7 @@ class TextModality(Modality):
         on_the_hub = self.default_tower is not None and not os.path.exists(self.default_tower)
         return {
             "tokenizer": True,
+            "vocab_size": self.vocab_size,
             "begin": self.begin,
             "end": self.end,
             "split_special_tokens": self.split_special_tokens,
@@ -272,10 +273,15 @@ class TextModality(Modality):
         path = Path(folder)
         config = cls.read_config(path)
         try:
-            default_tower = config.pop("default_tower", None)
+            default_tower, expected = config.pop("default_tower", None), config.pop("vocab_size", None)
             if config.pop("tokenizer"):
                 config["tokenizer"] = _load_saved(path / TOKENIZER)
             loaded = cls.restore(config, {})
+            if expected not in (None, loaded.vocab_size):
+                raise CheckpointError(
+                    f"{path / TOKENIZER} has {loaded.vocab_size} ids where {expected} were saved; was the "
+                    "folder wholly copied?"
+                )
             loaded.default_tower = default_tower
             return loaded
         except CheckpointError:
