@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -32,15 +32,15 @@ def replacing(target: Path) -> Iterator[Path]:
     ...     (target / "line").read_text(), os.listdir(place)
     ('Violets are blue', ['poem'])
 
-    The folder is ``.<name>.saving-<random>/new`` beside the target, so on the same disk. When it is filled, every
-    file and folder in it is flushed to the disk; then the two folders exchange their names in one step, where the
-    system can do that (Linux, on local disks). Elsewhere the old one is moved away to ``old`` beside ``new``, and
-    ``new`` moved in. A process that is killed between the two leaves nothing at the target, but ``old`` and
-    ``new`` side by side, and then ``new`` is whole: ``current`` finds it there, and the next save begins by
-    moving it in.
+    The folder is ``.<name>.saving-<random>/new`` beside the target, so on the same disk. When it is filled,
+    every file and folder in it is flushed to the disk; then the two folders exchange their names in one step,
+    where the system can do that (Linux, on local disks). Elsewhere the old one is moved away, to ``old``
+    beside ``new``, and ``new`` moved in. A process that is killed between the two leaves nothing at the target, but
+    ``old`` and ``new`` side by side, and then ``new`` is whole: ``current`` finds it there, and the next save
+    begins by moving it in.
 
-    Of several processes that replace one folder at the same time the last one wins, whole. Each holds a lock in
-    its folder while it lives; what others have left behind when they were killed is removed.
+    Of several processes that replace one folder at the same time the last one wins, whole. Each holds a lock
+    in its folder while it lives; what others have left behind when they were killed is removed.
 
     Args:
         target: A path whose parent exists. Where it is a link to a folder, that folder is replaced.
@@ -103,10 +103,8 @@ def _swap(fresh: Path, target: Path) -> None:
         if _exchange(fresh, target):
             return
         aside = fresh.with_name(f"{OLD}{attempt}")
-        try:
+        with suppress(FileNotFoundError):
             target.rename(aside)
-        except FileNotFoundError:
-            pass
         try:
             fresh.rename(target)
         except OSError as error:
@@ -134,7 +132,7 @@ def _renameat2() -> Callable[..., int] | None:
     except (AttributeError, OSError, TypeError):  # another system, or an old one
         return None
     function.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
-    return function  # type: ignore[no-any-return]  # ctypes
+    return function
 
 
 def _flush(folder: Path) -> None:

@@ -16,6 +16,7 @@ from .fused import FusedModel
 from .modality import Modality
 from .options import given, options_of
 from .raw import Raw, by_tower, leaves, read_example, replaced
+from .seal import steadily
 from .stream import Segment
 from .streaming import stream_text
 
@@ -163,9 +164,13 @@ class Pipeline:
             CheckpointError: A file is missing or damaged; or see ``FusedModel.from_pretrained``.
             ValueError: See ``Pipeline``.
         """
-        instead = modalities or {}
-        stored = load_modalities(Path(folder), but=instead)
-        return cls(FusedModel.from_pretrained(folder, towers=towers), {**stored, **instead})
+        instead, given = modalities or {}, towers or {}
+
+        def load(root: Path) -> Pipeline:
+            stored = load_modalities(root, but=instead)
+            return cls(FusedModel.from_pretrained(root, towers=given), {**stored, **instead})
+
+        return steadily(Path(folder), load, again=all(isinstance(tower, str) for tower in given.values()))
 
     def _modality(self, name: str, where: str) -> Modality:
         if not isinstance(name, str) or name not in self.model.towers:
