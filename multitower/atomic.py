@@ -35,9 +35,9 @@ def replacing(target: Path) -> Iterator[Path]:
     The folder is ``.<name>.saving-<random>/new`` beside the target, so on the same disk. When it is filled,
     every file and folder in it is flushed to the disk; then the two folders exchange their names in one step,
     where the system can do that (Linux, on local disks). Elsewhere the old one is moved away, to ``old``
-    beside ``new``, and ``new`` moved in. A process that is killed between the two leaves nothing at the target, but
-    ``old`` and ``new`` side by side, and then ``new`` is whole: ``current`` finds it there, and the next save
-    begins by moving it in.
+    beside ``new``, and ``new`` moved in. A process that is killed between the two leaves nothing at the
+    target, but ``old`` and ``new`` side by side, and then ``new`` is whole: ``current`` finds it there, and
+    the next save begins by moving it in.
 
     Of several processes that replace one folder at the same time the last one wins, whole. Each holds a lock
     in its folder while it lives; what others have left behind when they were killed is removed.
