@@ -137,7 +137,14 @@ def load_modalities(folder: Path, but: Collection[str] = ()) -> dict[str, Modali
                 f"{folder}, tower {name!r}: {error}; or give a modality yourself, with "
                 f"modalities={{{name!r}: ...}}"
             ) from error
-        loaded[name] = kind.from_pretrained(folder / MODALITIES / name)
+        try:
+            loaded[name] = kind.from_pretrained(folder / MODALITIES / name)
+        except (CheckpointError, ImportError):
+            raise
+        except Exception as error:  # what a plugin makes of damaged files is its author's to say
+            raise CheckpointError(
+                f"{folder / MODALITIES / name} is damaged: {type(error).__name__}: {error}"
+            ) from error
     return loaded
 
 

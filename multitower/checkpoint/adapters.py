@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from ..extras import require
 from ..files import FUSION, CheckpointError, check_fit, read_json, read_tensors
 from ..fingerprint import fingerprint
+from ..spec import is_name
 from ..tower.lora import add_adapter, is_peft_model, make_config
 from .layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from .promises import check_adapter
 
 
 def save_adapters(name: str, model: Any, folder: Path) -> dict[str, Any]:
@@ -38,9 +40,13 @@ def load_adapters(folder: Path, record: Mapping[str, Any], model: nn.Module) -> 
         raise CheckpointError("it has peft adapters, but the checkpoint brings its own; give it without")
     adapted: Any = model
     for adapter, expected in adapters.items():
+        if not is_name(adapter):
+            raise CheckpointError(f"{FUSION} is damaged: {adapter!r} is no name of an adapter")
         place = folder if adapter == "default" else folder / adapter
         file, tensors = place / ADAPTER_WEIGHTS, read_tensors(place / ADAPTER_WEIGHTS)
-        config = make_config(read_json(place / ADAPTER_CONFIG))
+        settings = read_json(place / ADAPTER_CONFIG)
+        check_adapter(place / ADAPTER_CONFIG, settings, file)
+        config = make_config(settings)
         if hasattr(config, "init_lora_weights"):
             config.init_lora_weights = True  # others may change the model; the values come from the file
         in_single = any(tensor.dtype == torch.float32 for tensor in tensors.values())

@@ -19,8 +19,9 @@ from ..spec import GraphError, TowerSpec
 from ..tower import Tower, TowerError, TransformersTower, as_tower
 from ..tower.lora import base_state
 from .adapters import load_adapters
-from .layout import ADAPTER, ADAPTER_CONFIG, LINKS, TOWERS, WEIGHTS
+from .layout import ADAPTER, LINKS, TOWERS, WEIGHTS
 from .parts import fusion_state, whole
+from .promises import check_links, check_model
 from .records import for_all_that_share, read_records, with_sources
 
 
@@ -56,8 +57,13 @@ def _load(root: Path, towers: Mapping[str, str | nn.Module]) -> FusedModel:
         first = records[name].get("shared_with")
         check_files(root, data, f"{TOWERS}/{name}")
         loaded[name] = loaded[first] if first else _load_tower(root, records[name], towers.get(name), spec)
-    model = FusedModel(graph, loaded)
     check_files(root, data, LINKS)
+    links = root / LINKS
+    check_links(graph.links, loaded, links.stat().st_size if links.exists() else 0)
+    try:
+        model = FusedModel(graph, loaded)
+    except GraphError as error:
+        raise CheckpointError(f"{root / FUSION} does not fit the towers: {error}") from error
     load_strictly(fusion_state(model), read_tensors(root / LINKS), root / LINKS)
     return model.eval()
 
@@ -68,7 +74,8 @@ def _load_tower(
     name, source, place = spec.name, spec.source, root / TOWERS / spec.name
     stored = place if record.get("embedded") else None
     if stored is not None and (stored / "config.json").exists():
-        _check_stored(stored)
+        if given is None:
+            check_model(stored)
         source = str(stored)
     origin = source if given is None else given
     prepare = None
@@ -78,6 +85,10 @@ def _load_tower(
         tower = as_tower(name, origin, prepare)
     except TowerError as error:
         raise CheckpointError(f"{root}: {error}") from error
+    except (ImportError, CheckpointError):
+        raise
+    except Exception as error:  # a config that can be read may still be of a model that cannot run
+        raise CheckpointError(f"{root}: tower {name!r}: {type(error).__name__}: {error}") from error
     state = base_state(whole(tower))
     if stored is not None and not isinstance(tower, TransformersTower):
         load_strictly(state, read_tensors(stored / WEIGHTS), stored / WEIGHTS)
@@ -89,11 +100,3 @@ def _load_tower(
             f"or their dtype have changed. Give the original with towers={{{name!r}: ...}}"
         )
     return tower
-
-
-def _check_stored(folder: Path) -> None:
-    """Check that transformers will read nothing but safetensors, and no adapters of its own accord."""
-    if not any((folder / file).exists() for file in (WEIGHTS, f"{WEIGHTS}.index.json")):
-        raise CheckpointError(f"{folder / WEIGHTS} is missing; was the checkpoint wholly copied?")
-    if (folder / ADAPTER_CONFIG).exists():
-        raise CheckpointError(f"{folder / ADAPTER_CONFIG} has no place there; adapters stand in {ADAPTER}/")

@@ -86,7 +86,7 @@ def _from_transformers(name: str, source: str) -> nn.Module:
     transformers = require("transformers", "transformers")
     try:
         model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(
-            source, dtype="auto", trust_remote_code=False
+            source, dtype="auto", trust_remote_code=False, use_safetensors=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if "trust_remote_code" in str(error):
