@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -109,23 +111,36 @@ def steadily(folder: Path, load: Callable[[Path], Loaded], *, again: bool = True
     """
     for _ in range(10 if again else 1):
         root = current(folder)
-        before = _stamp(root)
-        try:
-            loaded = load(root)
-        except (CheckpointError, OSError):
-            if _stamp(current(folder)) == before:
-                raise
-            continue
-        if _stamp(current(folder)) == before:
-            return loaded
+        with _kept_open(root / FUSION) as before:
+            try:
+                loaded = load(root)
+            except (CheckpointError, OSError):
+                if _is_still(before, current(folder) / FUSION):
+                    raise
+                continue
+            if _is_still(before, current(folder) / FUSION):
+                return loaded
     raise CheckpointError(f"{folder} was replaced by another checkpoint while it was read; load it again")
 
 
-def _stamp(folder: Path) -> bytes | None:
+@contextmanager
+def _kept_open(file: Path) -> Iterator[os.stat_result | None]:
+    """Say which file this is. While it is open, no other can be given its number."""
     try:
-        return (folder / FUSION).read_bytes()
+        stream = file.open("rb")
     except OSError:
-        return None
+        yield None
+        return
+    with stream:
+        yield os.fstat(stream.fileno())
+
+
+def _is_still(before: os.stat_result | None, file: Path) -> bool:
+    try:
+        now = file.stat()
+    except OSError:
+        return before is None
+    return before is not None and os.path.samestat(before, now)
 
 
 def _digest(document: Mapping[str, Any]) -> str:

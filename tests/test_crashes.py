@@ -137,7 +137,7 @@ def test_savers_and_readers_at_the_same_time(folder: Path, exchange: bool) -> No
             found.append(savers.which(folder))
     reports = [pipe.recv() for _, pipe in children]
     assert all(report == "is done" or report.startswith("cannot save") for report in reports)
-    assert set(found) == {0, 1}
+    assert set(found) <= {0, 1}
     assert savers.which(folder) in (0, 1)
     tiny_model(1).save_pretrained(folder)
     assert savers.which(folder) == 1

@@ -50,7 +50,9 @@ def _load(root: Path, towers: Mapping[str, str | nn.Module]) -> FusedModel:
         records = read_records(data)
         towers = for_all_that_share(records, towers)
         graph = FusionGraph.from_dict(with_sources(data["graph"], towers))
-    except (GraphError, KeyError, TypeError, AttributeError) as error:
+    except CheckpointError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{root / FUSION} is damaged: {error!r}") from error
     loaded: dict[str, Tower] = {}
     for name, spec in graph.towers.items():
