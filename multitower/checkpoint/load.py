@@ -1,98 +1,189 @@
-"""From a folder to a fused model."""
+"""From a folder to a fused model, or to one of its towers."""
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from ..files import FUSION, CheckpointError, load_strictly, read_json, read_tensors
-from ..fingerprint import fingerprint
+from ..files import FUSION, CheckpointError, check_fit
 from ..fused import FusedModel
 from ..graph import FusionGraph
-from ..spec import GraphError, TowerSpec
-from ..tower import Tower, TowerError, TransformersTower, as_tower
-from ..tower.lora import base_state
-from .adapters import load_adapters
-from .layout import ADAPTER, ADAPTER_CONFIG, FORMAT_VERSION, LINKS, TOWERS, WEIGHTS
-from .parts import fusion_state, whole
-from .records import for_all_that_share, read_records, with_sources
+from ..spec import GraphError
+from ..tower import TowerError
+from .fill import assign
+from .layout import LINKS
+from .parts import fusion_state, tower_of
+from .placement import DeviceMap, as_devices, as_dtype, check_movable, move
+from .records import Checkpoint, for_all_that_share, read_checkpoint, with_sources
+from .tensors import mapped_tensors
+from .towers import Loaded, load_one
+from .unchanged import unchanged_on_error
 
 
-def from_pretrained(folder: str | os.PathLike[str], *, towers: Mapping[str, str | nn.Module]) -> FusedModel:
+def from_pretrained(
+    folder: str | os.PathLike[str],
+    *,
+    towers: Mapping[str, str | nn.Module] | None = None,
+    allow_changed_towers: bool | Collection[str] = False,
+    dtype: torch.dtype | str | None = None,
+    device_map: DeviceMap | None = None,
+) -> FusedModel:
     """Load what ``save_pretrained`` wrote.
+
+    >>> import multitower as mt, tempfile
+    >>> from multitower.testing import tiny_model, tiny_tower
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     tiny_model().save_pretrained(folder + "/fused")
+    ...     towers = {"speech": tiny_tower(depth=3, width=12), "text": tiny_tower(depth=2, width=8)}
+    ...     model = from_pretrained(folder + "/fused", towers=towers, dtype="bfloat16")
+    >>> {parameter.dtype for parameter in model.parameters()}
+    {torch.bfloat16}
+
+    All files are checked before anything is loaded, and where loading fails, modules that were given are as
+    they were. Weights are mapped from the files, not copied.
 
     Args:
         folder: The checkpoint.
         towers: Where to take towers from instead: a path, a Hub id or a module. Needed for towers that
-            are not from transformers; where the checkpoint holds their weights, these are loaded. Where it
-            holds peft adapters, give the model without them; they are put on it in place.
+            are not from transformers; where the checkpoint holds their weights, these are loaded, also into
+            a module on the meta device. Where it holds peft adapters, give the model without them; they are
+            put on it in place.
+        allow_changed_towers: Whether to take towers from elsewhere whose fingerprint is not that of the
+            tower that was saved: True, or the names of those that may differ. A warning names each.
+        dtype: What to convert weights to, given modules included, as torch.float16 or "float16"; by default
+            each tensor keeps its own.
+        device_map: Where to put the model: a device, or one for each tower. Links and input adapters go where
+            the tower is that they feed. By default towers that are loaded go to the CPU, others stay.
 
     Raises:
         CheckpointError: A file is missing, damaged or of a newer format; tensors are missing, unexpected
             or of another shape or dtype; or a tower or its adapters are not those that the links were
-            trained with.
+            trained with. What is wrong is listed as a whole.
+        ValueError: A dtype or device is unknown.
         ImportError: A tower has peft adapters, and the extra "lora" is not installed.
     """
-    root = Path(folder)
-    data = read_json(root / FUSION)
-    version = data.get("format_version")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise CheckpointError(
-            f"{root / FUSION} has format version {version!r}; this release reads up to {FORMAT_VERSION}: "
-            "upgrade multitower"
-        )
-    try:
-        records = read_records(data)
-        towers = for_all_that_share(records, towers)
-        graph = FusionGraph.from_dict(with_sources(data["graph"], towers))
-    except (GraphError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{root / FUSION} is damaged: {error!r}") from error
-    loaded: dict[str, Tower] = {}
-    for name, spec in graph.towers.items():
-        first = records[name].get("shared_with")
-        loaded[name] = loaded[first] if first else _load_tower(root, records[name], towers.get(name), spec)
-    model = FusedModel(graph, loaded)
-    load_strictly(fusion_state(model), read_tensors(root / LINKS), root / LINKS)
+    checkpoint = read_checkpoint(Path(folder))
+    names = list(checkpoint.records)
+    wanted, devices = as_dtype(dtype), as_devices(device_map, names)
+    _check_names(allow_changed_towers, names)
+    given = for_all_that_share(checkpoint.records, towers or {})
+    checkpoint.check_tensors([LINKS, *checkpoint.parts(names)])
+    graph = with_sources(checkpoint.graph, given)
+    with unchanged_on_error(each for each in given.values() if isinstance(each, nn.Module)):
+        loaded = _load_towers(checkpoint, graph, given, allow_changed_towers)
+        model = _fuse(checkpoint, graph, loaded)
+        for name, each in loaded.items():
+            check_movable(name, each.tower, wanted, devices.get(name))
+    for name, each in loaded.items():
+        if "shared_with" not in checkpoint.records[name]:
+            each.fill()
+            move(each.tower.native, wanted, devices.get(name))
+
+    def placed(key: str, tensor: Tensor) -> Tensor:
+        target = model.tower(tower_of(graph, key))
+        return tensor.to(device=target.device, dtype=wanted if tensor.is_floating_point() else None)
+
+    assign(model, checkpoint.root / LINKS, placed)
     return model.eval()
 
 
-def _load_tower(
-    root: Path, record: Mapping[str, Any], given: str | nn.Module | None, spec: TowerSpec
-) -> Tower:
-    name, source, place = spec.name, spec.source, root / TOWERS / spec.name
-    stored = place if record.get("embedded") else None
-    if stored is not None and (stored / "config.json").exists():
-        _check_stored(stored)
-        source = str(stored)
-    origin = source if given is None else given
-    prepare = None
-    if spec.train == "lora" or "adapters" in record:
-        prepare = functools.partial(load_adapters, place / ADAPTER, record)
-    try:
-        tower = as_tower(name, origin, prepare)
-    except TowerError as error:
-        raise CheckpointError(f"{root}: {error}") from error
-    state = base_state(whole(tower))
-    if stored is not None and not isinstance(tower, TransformersTower):
-        load_strictly(state, read_tensors(stored / WEIGHTS), stored / WEIGHTS)
-    found, expected = fingerprint(state), record.get("fingerprint")
-    if found != expected:
+def load_tower(
+    folder: str | os.PathLike[str],
+    name: str,
+    *,
+    tower: str | nn.Module | None = None,
+    dtype: torch.dtype | str | None = None,
+    device_map: str | int | torch.device | None = None,
+) -> nn.Module:
+    """Load one tower of a checkpoint alone, as the ordinary model that it is; nothing else is read.
+
+    >>> import multitower as mt, tempfile
+    >>> from multitower.testing import tiny_model, tiny_tower
+    >>> model = tiny_model()
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     model.save_pretrained(folder + "/fused")
+    ...     text = load_tower(folder + "/fused", "text", tower=tiny_tower(depth=2, width=8))
+    >>> all(map(torch.equal, model.unimodal("text").state_dict().values(), text.state_dict().values()))
+    True
+
+    Args:
+        folder: The checkpoint.
+        name: The tower.
+        tower: Where to take it from instead, as for ``from_pretrained``.
+        dtype: What to convert its weights to.
+        device_map: The device to put it on.
+
+    Returns:
+        The transformers model, the ``PeftModel`` or the ``Tower``, in eval mode.
+
+    Raises:
+        CheckpointError: There is no such tower; or see ``from_pretrained``.
+    """
+    checkpoint = read_checkpoint(Path(folder))
+    if name not in checkpoint.records:
         raise CheckpointError(
-            f"tower {name!r} from {origin if isinstance(origin, str) else type(origin).__name__} is not the "
-            f"one that this checkpoint was made with (fingerprint {found}, expected {expected}); its weights "
-            f"or their dtype have changed. Give the original with towers={{{name!r}: ...}}"
+            f"{folder} has no tower {name!r}; the towers are {', '.join(checkpoint.records)}"
         )
-    return tower
+    first = checkpoint.records[name].get("shared_with", name)
+    wanted, devices = as_dtype(dtype), as_devices(device_map, [first])
+    checkpoint.check_tensors(checkpoint.parts([first]))
+    spec = with_sources(checkpoint.graph, {} if tower is None else {first: tower}).towers[first]
+    with unchanged_on_error([tower] if isinstance(tower, nn.Module) else []):
+        loaded = load_one(checkpoint, spec, tower)
+        check_movable(name, loaded.tower, wanted, devices.get(first))
+    loaded.fill()
+    move(loaded.tower.native, wanted, devices.get(first))
+    return loaded.tower.native.eval()
 
 
-def _check_stored(folder: Path) -> None:
-    """Check that transformers will read nothing but safetensors, and no adapters of its own accord."""
-    if not any((folder / file).exists() for file in (WEIGHTS, f"{WEIGHTS}.index.json")):
-        raise CheckpointError(f"{folder / WEIGHTS} is missing; was the checkpoint wholly copied?")
-    if (folder / ADAPTER_CONFIG).exists():
-        raise CheckpointError(f"{folder / ADAPTER_CONFIG} has no place there; adapters stand in {ADAPTER}/")
+def _check_names(allowed: bool | Collection[str], names: list[str]) -> None:
+    unknown = set() if isinstance(allowed, bool) else set(allowed) - set(names)
+    if isinstance(allowed, str) or unknown:
+        raise ValueError(
+            f"allow_changed_towers={allowed!r}: give True, or a list of towers; there are {', '.join(names)}"
+        )
+
+
+def _load_towers(
+    checkpoint: Checkpoint,
+    graph: FusionGraph,
+    given: Mapping[str, str | nn.Module],
+    changed: bool | Collection[str],
+) -> dict[str, Loaded]:
+    loaded: dict[str, Loaded] = {}
+    errors: list[CheckpointError] = []
+    for name, spec in graph.towers.items():
+        first = checkpoint.records[name].get("shared_with")
+        if first is not None:
+            continue
+        try:
+            loaded[name] = load_one(checkpoint, spec, given.get(name), changed)
+        except CheckpointError as error:
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise CheckpointError("\n".join(map(str, errors))) from ExceptionGroup("towers", errors)
+    return {name: loaded[checkpoint.records[name].get("shared_with", name)] for name in graph.towers}
+
+
+def _fuse(checkpoint: Checkpoint, graph: FusionGraph, loaded: Mapping[str, Loaded]) -> FusedModel:
+    """Give the model, its links still empty, if all that is stored of them fits it."""
+    try:
+        model = FusedModel(graph, {name: each.tower for name, each in loaded.items()}, empty=True)
+    except (GraphError, TowerError) as error:
+        raise CheckpointError(f"{checkpoint.root / FUSION} does not fit its towers: {error}") from error
+    if checkpoint.schedule not in (None, model.schedule.fingerprint):
+        raise CheckpointError(
+            f"{checkpoint.root / FUSION} is damaged: the links were trained between other layers than it says"
+        )
+    file, state = checkpoint.root / LINKS, fusion_state(model)
+    tensors = mapped_tensors(file)
+    if checkpoint.tensors is not None:  # then dtypes have been checked, and may be others than the towers'
+        state = {key: each.to(tensors.get(key, each).dtype) for key, each in state.items()}
+    check_fit(state, tensors, file)
+    return model
