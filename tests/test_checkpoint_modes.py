@@ -174,6 +174,7 @@ def test_each_link_goes_where_its_target_is(model: mt.FusedModel, tmp_path: Path
         ({"dtype": "int8"}, "dtype='int8'"),
         ({"dtype": "float33"}, "dtype='float33'"),
         ({"device_map": "auto"}, "device_map='auto'"),
+        ({"device_map": "cuda:99"}, "device_map='cuda:99': give a device that is there"),
         ({"device_map": {"smell": "cpu"}}, r"the checkpoint has the towers speech, text"),
     ],
 )
@@ -337,3 +338,27 @@ def test_every_dtype_comes_back_bit_for_bit(tmp_path: Path, dtype: torch.dtype, 
     model.save_pretrained(tmp_path / "fused", embed_towers=embed)
     assert {each.dtype for each in model.parameters()} == {dtype}
     assert_same(model, mt.FusedModel.from_pretrained(tmp_path / "fused"))
+
+
+def test_tensors_of_several_dtypes_come_back_bit_for_bit(tmp_path: Path) -> None:
+    text = causal_lm("mamba").bfloat16()
+    for name, parameter in text.named_parameters():
+        if name.endswith("A_log"):
+            parameter.data = parameter.data.float() + 1e-4
+    model = pair(text, causal_lm("gpt2", depth=4, vocab_size=14), gates=True)
+    model.save_pretrained(tmp_path)
+    again = mt.FusedModel.from_pretrained(tmp_path)
+    assert_same(model, again)
+    assert {each.dtype for each in again.tower("text").parameters()} == {torch.bfloat16, torch.float32}
+
+
+def test_either_name_of_a_shared_model_may_be_allowed_to_change(origin: Path, tmp_path: Path) -> None:
+    graph = mt.FusionGraph()
+    graph.add_tower("ask", origin)
+    graph.add_tower("answer", origin)
+    graph.compile().save_pretrained(tmp_path / "fused")
+    causal_lm("llama", seed=4).save_pretrained(origin)
+    for name in ("ask", "answer"):
+        with pytest.warns(UserWarning, match="is not the one"):
+            again = mt.FusedModel.from_pretrained(tmp_path / "fused", allow_changed_towers=[name])
+        assert again.unimodal("ask") is again.unimodal("answer")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..files import CheckpointError, check_fit
+from ..fingerprint import is_packed
 from .tensors import each_tensor, mapped_tensors
 
 
@@ -77,6 +78,15 @@ def assign(
                 owner._parameters[leaf] = parameter
             else:
                 owner._buffers[leaf] = tensor
+
+
+def restore_dtypes(file: Path, module: nn.Module) -> nn.Module:
+    """Give tensors that were loaded in the one dtype of a config those that a file holds; give the module."""
+    stored = mapped_tensors(file)
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if name in stored and stored[name].dtype != tensor.dtype and not is_packed(tensor):
+            tensor.data = stored[name]
+    return module
 
 
 def check_real(name: str, module: nn.Module) -> None:

@@ -156,6 +156,8 @@ def _load_towers(
 ) -> dict[str, Loaded]:
     loaded: dict[str, Loaded] = {}
     errors: list[CheckpointError] = []
+    if not isinstance(changed, bool):
+        changed = {checkpoint.records[name].get("shared_with", name) for name in changed}
     for name, spec in graph.towers.items():
         first = checkpoint.records[name].get("shared_with")
         if first is not None:

@@ -41,7 +41,7 @@ def as_devices(device_map: DeviceMap | None, towers: list[str]) -> dict[str, tor
     {'text': device(type='cpu')}
 
     Raises:
-        ValueError: A tower is unknown, or a device.
+        ValueError: A tower is unknown, or a device, or it is not there.
     """
     if device_map is None:
         return {}
@@ -49,11 +49,11 @@ def as_devices(device_map: DeviceMap | None, towers: list[str]) -> dict[str, tor
     if unknown := set(places) - set(towers):
         raise ValueError(f"device_map={sorted(unknown)}: the checkpoint has the towers {', '.join(towers)}")
     try:
-        return {name: torch.device(place) for name, place in places.items()}
-    except (RuntimeError, TypeError) as error:
+        return {name: torch.empty(0, device=place).device for name, place in places.items()}
+    except (RuntimeError, TypeError, AssertionError) as error:
         raise ValueError(
-            f"device_map={device_map!r}: give a device, or one for each tower; a model that is spread over "
-            "several is given as a module, with towers={...}"
+            f"device_map={device_map!r}: give a device that is there, or one for each tower; a model that is "
+            f"spread over several is given as a module, with towers={{...}} ({error})"
         ) from error
 
 

@@ -16,7 +16,7 @@ from ..spec import TowerSpec
 from ..tower import Tower, TowerError, TransformersTower, as_tower
 from ..tower.lora import base_state
 from .adapters import load_adapters
-from .fill import as_stored, assign, check_real, check_stored, copy_into
+from .fill import as_stored, assign, check_real, check_stored, copy_into, restore_dtypes
 from .layout import ADAPTER, ADAPTER_CONFIG, TOWERS, WEIGHTS
 from .parts import whole
 from .records import Checkpoint
@@ -54,13 +54,20 @@ def load_one(
         _check_alone(stored)
         origin = str(stored)
     revision = record.get("revision") if given is None and origin == spec.source else None
-    prepare = None
-    if spec.train == "lora" or "adapters" in record:
-        prepare = functools.partial(load_adapters, place / ADAPTER, record)
     file = None if stored is None else stored / WEIGHTS
+
+    steps: list[Callable[[nn.Module], nn.Module]] = []
+    if file is not None and origin == str(stored):
+        steps.append(functools.partial(restore_dtypes, file))
+    if spec.train == "lora" or "adapters" in record:
+        steps.append(functools.partial(load_adapters, place / ADAPTER, record))
+
+    def prepare(model: nn.Module) -> nn.Module:
+        return functools.reduce(lambda made, step: step(made), steps, model)
+
     try:
         _fill_empty(name, origin, file)
-        tower = as_tower(name, origin, prepare, revision=revision)
+        tower = as_tower(name, origin, prepare if steps else None, revision=revision)
     except (TowerError, CheckpointError) as error:
         raise CheckpointError(f"{checkpoint.root}: {error}") from error
     _check_size(name, record, tower)
