@@ -129,7 +129,7 @@ def load_modalities(folder: Path, but: Collection[str] = ()) -> dict[str, Modali
     for name, record in _records_of(data, folder).items():
         if name in but:
             continue
-        check_files(folder, data, f"{MODALITIES}/{name}")
+        check_files(folder, data, [f"{MODALITIES}/{name}"])
         try:
             kind = modality_class(str(record["modality"]), record["package"])
         except PluginError as error:

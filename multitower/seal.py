@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,15 +14,13 @@ from .atomic import current
 from .files import FUSION, CheckpointError, check_inside, read_json
 
 DIGEST, FILES = "digest", "files"
-FORMAT_VERSION = 2
-"""Which version of the format is written."""
-SEALED_SINCE = 2
-"""The first version that has a seal."""
+SEALED = (2,)
+"""The versions of the format that have a seal as it is here; what reads one that is newer is to say so."""
 
 Loaded = TypeVar("Loaded")
 
 
-def write_sealed(folder: Path, document: Mapping[str, Any], parts: tuple[str, ...]) -> None:
+def write_sealed(folder: Path, document: Mapping[str, Any], parts: Iterable[str]) -> None:
     """Write ``fusion.json``, with the SHA-256 of each file of a checkpoint and of itself.
 
     >>> import tempfile
@@ -47,44 +45,42 @@ def read_sealed(folder: Path) -> dict[str, Any]:
     """Read ``fusion.json``, whose digest has to be right; no file of the checkpoint may lie outside of it.
 
     Raises:
-        CheckpointError: It is missing, damaged, changed or of a newer format; or a link leads out of the
-            checkpoint.
+        CheckpointError: It is missing, damaged or changed; or a link leads out of the checkpoint.
     """
     check_inside(folder)
     document, file = read_json(folder / FUSION), folder / FUSION
-    version = document.get("format_version")
-    if type(version) is not int or not 0 < version <= FORMAT_VERSION:
-        raise CheckpointError(
-            f"{file} has format version {version!r}; this release reads up to {FORMAT_VERSION}: "
-            "upgrade multitower"
-        )
-    must = version >= SEALED_SINCE
-    if (must or DIGEST in document) and document.get(DIGEST) != _digest(document):
+    if document.get("format_version") not in SEALED:
+        return document
+    if document.get(DIGEST) != _digest(document):
         raise CheckpointError(
             f"{file} is damaged: it is not as it was saved (its digest differs). To take a tower from "
             "elsewhere, give towers={...}; else copy the checkpoint anew"
         )
-    files = document.get(FILES, {})
-    if not (isinstance(files, dict) and (FILES in document or not must)):
+    if not isinstance(document.get(FILES), dict):
         raise CheckpointError(f"{file} is damaged: it does not say which files the checkpoint has")
     return document
 
 
-def check_files(folder: Path, document: Mapping[str, Any], part: str) -> None:
-    """Check that a file or folder of a checkpoint is as it was saved, and that nothing has been added to it.
+def check_files(folder: Path, document: Mapping[str, Any], parts: Iterable[str]) -> None:
+    """Check that files and folders of a checkpoint are as they were saved, and nothing has been added.
 
     Args:
         folder: The checkpoint.
         document: What ``read_sealed`` gave.
-        part: The file or folder, relative to the checkpoint.
+        parts: The files and folders, relative to the checkpoint.
 
     Raises:
         CheckpointError: A file is missing, changed or added; all are listed.
     """
     if FILES not in document:
         return  # of an older version
-    listed = {name: digest for name, digest in document[FILES].items() if _is_in(name, part)}
-    found = set(_files_of(folder, (part,)))
+    parts = list(parts)
+    listed = {
+        name: digest
+        for name, digest in document[FILES].items()
+        if any(name == part or name.startswith(f"{part}/") for part in parts)
+    }
+    found = set(_files_of(folder, parts))
     problems = [f"missing: {name}" for name in listed if name not in found]
     problems += [f"unexpected: {name}" for name in sorted(found - set(listed))]
     problems += [
@@ -127,8 +123,10 @@ def steadily(folder: Path, load: Callable[[Path], Loaded], *, again: bool = True
 def _kept_open(file: Path) -> Iterator[os.stat_result | None]:
     """Say which file this is. While it is open, no other can be given its number."""
     try:
-        stream = file.open("rb")
+        stream = file.open("rb") if file.is_file() else None  # a pipe would wait
     except OSError:
+        stream = None
+    if stream is None:
         yield None
         return
     with stream:
@@ -137,10 +135,10 @@ def _kept_open(file: Path) -> Iterator[os.stat_result | None]:
 
 def _is_still(before: os.stat_result | None, file: Path) -> bool:
     try:
-        now = file.stat()
+        now = file.stat() if file.is_file() else None
     except OSError:
-        return before is None
-    return before is not None and os.path.samestat(before, now)
+        now = None
+    return now is before if now is None or before is None else os.path.samestat(before, now)
 
 
 def _digest(document: Mapping[str, Any]) -> str:
@@ -149,17 +147,13 @@ def _digest(document: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _files_of(folder: Path, parts: tuple[str, ...]) -> list[str]:
+def _files_of(folder: Path, parts: Iterable[str]) -> list[str]:
     found = []
     for part in parts:
         place = folder / part
         files = [place] if place.is_file() else (path for path in place.rglob("*") if not path.is_dir())
         found += [path.relative_to(folder).as_posix() for path in files]
     return sorted(found)
-
-
-def _is_in(name: str, part: str) -> bool:
-    return name == part or name.startswith(f"{part}/")
 
 
 def _sha256(file: Path) -> str:

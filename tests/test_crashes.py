@@ -18,7 +18,8 @@ import torch
 import multitower as mt
 import savers
 from models import causal_lm
-from multitower import atomic, files
+from multitower import atomic
+from multitower.checkpoint import load
 from multitower.testing import tiny_model
 
 
@@ -198,7 +199,7 @@ def test_a_checkpoint_replaced_while_it_is_read_is_read_again(
         for number, model in enumerate(models):
             next(model.adapters.parameters()).fill_(number)
     models[0].save_pretrained(folder)
-    read, calls, later = files.load_file, [], 1
+    read, calls, later = load.mapped_tensors, [], 1
 
     def slowly(file: Path) -> dict[str, torch.Tensor]:
         calls.append(file)
@@ -206,7 +207,7 @@ def test_a_checkpoint_replaced_while_it_is_read_is_read_again(
             models[later].save_pretrained(folder)
         return read(file)
 
-    monkeypatch.setattr(files, "load_file", slowly)
+    monkeypatch.setattr(load, "mapped_tensors", slowly)
     found = mt.FusedModel.from_pretrained(folder)
     assert torch.equal(next(found.adapters.parameters()), next(models[1].adapters.parameters()))
     calls.clear()

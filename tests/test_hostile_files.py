@@ -103,8 +103,8 @@ def fuzz(base: Base, rounds: int, seed: int) -> Counter[str]:
         again = chance.random() < 0.5
         if again:
             try:
-                reseal(base.folder)
-            except (ValueError, RecursionError, AttributeError):
+                reseal(base.folder, tensors=file != fusion)
+            except (ValueError, RecursionError, AttributeError, LookupError, TypeError):
                 again = False  # no JSON any more
         try:
             with at_most(60):
@@ -252,10 +252,10 @@ def test_one_bit_of_a_link_is_noticed(tmp_path: Path) -> None:
         ("\xff", "utf-8"),
         ("[]", "expected a JSON object"),
         (" " * (1 << 24) + "{}", "more than 16777216 bytes"),
-        ('{"format_version": true}', "format version True"),
-        ('{"format_version": 0}', "format version 0"),
+        ('{"format_version": true}', "True is no version"),
+        ('{"format_version": 0}', "0 is no version"),
         ('{"format_version": 2}', "not as it was saved"),
-        ('{"format_version": 1}', "'graph'"),
+        ('{"format_version": 1}', "is damaged: KeyError"),
     ],
 )
 def test_what_is_no_plain_json_is_refused(tmp_path: Path, text: str, message: str) -> None:
@@ -285,7 +285,7 @@ def test_configs_that_ask_for_too_much_are_refused(
     folder = tmp_path / "fused"
     small(folder)
     change(folder / "towers/text/config.json", **{key: value})
-    reseal(folder)
+    reseal(folder, tensors=True)
     refused(folder, rf"config\.json .*(?s:{message})")
 
 
@@ -298,8 +298,8 @@ def test_an_index_that_points_elsewhere_is_refused(tmp_path: Path, place: Any) -
     weights.rename(tmp_path / "secret.safetensors")
     index = {"metadata": {}, "weight_map": dict.fromkeys(keys, place)}
     weights.with_name("model.safetensors.index.json").write_text(json.dumps(index))
-    reseal(folder)
-    refused(folder, "names files that are not beside it")
+    reseal(folder, tensors=True)
+    refused(folder, r"index\.json is damaged: it does not say in which file each tensor is")
 
 
 @pytest.mark.parametrize(
@@ -320,7 +320,7 @@ def test_adapters_that_ask_for_too_much_are_refused(
     base: Base, changes: dict[str, Any], message: str
 ) -> None:
     change(base.folder / "towers/text/adapter/adapter_config.json", **changes)
-    reseal(base.folder)
+    reseal(base.folder, tensors=True)
     refused(base.folder, f"(?s:{message})")
 
 
@@ -373,18 +373,8 @@ def test_tensors_of_no_size_and_great_names_are_refused(tmp_path: Path) -> None:
     file = folder / "links.safetensors"
     whole = load_file(file)
     save_file({**whole, "links." + "x" * 10**6: torch.zeros(0, 2**40)}, file)
-    reseal(folder)
+    reseal(folder, tensors=True)
     refused(folder, "unexpected: links.xxx", towers=tiny_towers())
-
-
-def test_a_checkpoint_of_the_first_version_has_no_seal(tmp_path: Path) -> None:
-    folder = tmp_path / "fused"
-    model = small(folder)
-    document = json.loads((folder / "fusion.json").read_text())
-    del document["digest"], document["files"]
-    (folder / "fusion.json").write_text(json.dumps({**document, "format_version": 1}))
-    again = mt.FusedModel.from_pretrained(folder)
-    assert all(map(torch.equal, model.state_dict().values(), again.state_dict().values()))
 
 
 def tiny_towers() -> dict[str, torch.nn.Module]:

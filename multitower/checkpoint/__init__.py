@@ -12,7 +12,8 @@ stored of a model with adapters is the model without them, as if peft had never 
 share one model the first is written so, and the others name it (``shared_with``).
 """
 
-from .load import from_pretrained
+from .load import from_pretrained, load_tower
+from .placement import DeviceMap
 from .save import save_pretrained
 
-__all__ = ["from_pretrained", "save_pretrained"]
+__all__ = ["DeviceMap", "from_pretrained", "load_tower", "save_pretrained"]

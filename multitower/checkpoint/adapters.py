@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ..extras import require
-from ..files import FUSION, CheckpointError, check_fit, read_json, read_tensors
-from ..fingerprint import fingerprint
-from ..spec import is_name
+from ..files import FUSION, CheckpointError, check_fit, read_json
+from ..fingerprint import fingerprint, same_fingerprint
 from ..tower.lora import add_adapter, is_peft_model, make_config
-from .layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from .layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_folder
 from .promises import check_adapter
+from .tensors import mapped_tensors
 
 
 def save_adapters(name: str, model: Any, folder: Path) -> dict[str, Any]:
@@ -40,10 +40,8 @@ def load_adapters(folder: Path, record: Mapping[str, Any], model: nn.Module) -> 
         raise CheckpointError("it has peft adapters, but the checkpoint brings its own; give it without")
     adapted: Any = model
     for adapter, expected in adapters.items():
-        if not is_name(adapter):
-            raise CheckpointError(f"{FUSION} is damaged: {adapter!r} is no name of an adapter")
-        place = folder if adapter == "default" else folder / adapter
-        file, tensors = place / ADAPTER_WEIGHTS, read_tensors(place / ADAPTER_WEIGHTS)
+        place = folder.parent / adapter_folder(adapter)
+        file, tensors = place / ADAPTER_WEIGHTS, mapped_tensors(place / ADAPTER_WEIGHTS)
         settings = read_json(place / ADAPTER_CONFIG)
         check_adapter(place / ADAPTER_CONFIG, settings, file)
         config = make_config(settings)
@@ -53,7 +51,7 @@ def load_adapters(folder: Path, record: Mapping[str, Any], model: nn.Module) -> 
         adapted = add_adapter(adapted, config, adapter, autocast=in_single)
         check_fit(_adapter_state(adapted, adapter), tensors, file)
         peft.set_peft_model_state_dict(adapted, tensors, adapter)
-        if fingerprint(_adapter_state(adapted, adapter)) != expected:
+        if not same_fingerprint(_adapter_state(adapted, adapter), expected):
             raise CheckpointError(f"{file} holds other values than those that this checkpoint was made with")
     try:
         adapted.set_adapter(active[0])
