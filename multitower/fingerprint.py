@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -23,9 +24,13 @@ def fingerprint(tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) ->
 
     Tensors are read one after the other: what an iterator gives need never be in memory as a whole.
     """
-    entries = tensors.items() if isinstance(tensors, Mapping) else tensors
-    digests = sorted(f"{name} {_digest(part)}" for entry in entries for name, part in plain_parts(*entry))
-    return WHOLE + hashlib.sha256("\n".join(digests).encode()).hexdigest()
+    if isinstance(tensors, Mapping):
+        with ThreadPoolExecutor() as pool:
+            digests = list(pool.map(_digests, tensors.keys(), tensors.values()))
+    else:
+        digests = [_digests(*entry) for entry in tensors]
+    every = sorted(digest for each in digests for digest in each)
+    return WHOLE + hashlib.sha256("\n".join(every).encode()).hexdigest()
 
 
 def sampled_fingerprint(tensors: Mapping[str, Tensor]) -> str:
@@ -73,10 +78,13 @@ def is_packed(tensor: Tensor) -> bool:
     return foreign and hasattr(tensor, "__tensor_flatten__")
 
 
-def _digest(tensor: Tensor) -> str:
-    digest = hashlib.sha256(f"{tuple(tensor.shape)} {tensor.dtype} ".encode())
-    digest.update(_bytes(tensor))
-    return digest.hexdigest()
+def _digests(name: str, tensor: Tensor) -> list[str]:
+    digests = []
+    for key, part in plain_parts(name, tensor):
+        digest = hashlib.sha256(f"{tuple(part.shape)} {part.dtype} ".encode())
+        digest.update(_bytes(part))
+        digests.append(f"{key} {digest.hexdigest()}")
+    return digests
 
 
 def _bytes(tensor: Tensor) -> Any:

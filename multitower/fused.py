@@ -18,7 +18,7 @@ from .schedule import Schedule, Tap, make_schedule
 from .spec import GraphError
 from .stream import Example, check_streams
 from .tower import Tower
-from .training import set_trained
+from .training import parameter_groups, set_trained
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -259,16 +259,7 @@ class FusedModel(nn.Module):
         Gates start closed and pass no gradient on until they open, so they learn faster: ``gate_lr`` is
         ten times ``lr`` unless given, without weight decay.
         """
-        gates: list[nn.Parameter] = []
-        others: list[nn.Parameter] = []
-        for name, parameter in self.named_parameters():
-            if parameter.requires_grad:
-                is_gate = name.startswith(("links.", "adapters.")) and name.endswith("gate")
-                (gates if is_gate else others).append(parameter)
-        return [
-            {"params": others, "lr": lr},
-            {"params": gates, "lr": 10 * lr if gate_lr is None else gate_lr, "weight_decay": 0.0},
-        ]
+        return parameter_groups(self, lr, gate_lr)
 
     def train(self, mode: bool = True) -> FusedModel:
         """Set training mode; frozen towers stay in eval mode."""

@@ -79,6 +79,10 @@ def load_one(
         ) from error
     _check_size(name, record, tower)
     state = base_state(whole(tower))
+    if any(tensor.is_meta for tensor in state.values()):
+        raise CheckpointError(
+            f"tower {name!r} is on the meta device, and the checkpoint has no values for it"
+        )
     if file is not None and not isinstance(tower, TransformersTower):
         check_stored(state, file)
         if fingerprint(as_stored(state, file)) != record["fingerprint"] and not _is_old(record):
