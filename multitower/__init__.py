@@ -13,6 +13,7 @@
 ['speech', 'text']
 """
 
+from .checkpoint import load_tower
 from .draw import draw_graph
 from .expansion import VocabularyExpansion
 from .files import CheckpointError
@@ -44,4 +45,5 @@ __all__ = [
     "VocabularyExpansion",
     "collate",
     "draw_graph",
+    "load_tower",
 ]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,11 +18,12 @@ from .schedule import Schedule, Tap, make_schedule
 from .spec import GraphError
 from .stream import Example, check_streams
 from .tower import Tower
-from .training import set_trained
+from .training import parameter_groups, set_trained
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
+    from .checkpoint import DeviceMap
     from .generate import Decoded, Entry, Policy
     from .modality import Modality
 
@@ -50,6 +52,7 @@ class FusedModel(nn.Module):
         towers: A tower for each that the graph names.
         kept: A model that this one continues: towers, input adapters and taps of it that the graph has too
             are the same modules in both.
+        empty: Whether new input adapters and links are left on the meta device, without values.
 
     Raises:
         GraphError: A tower is missing, heads do not fit, the layers cannot be scheduled, or a tower shares
@@ -58,7 +61,12 @@ class FusedModel(nn.Module):
     """
 
     def __init__(
-        self, graph: FusionGraph, towers: Mapping[str, Tower], kept: FusedModel | None = None
+        self,
+        graph: FusionGraph,
+        towers: Mapping[str, Tower],
+        kept: FusedModel | None = None,
+        *,
+        empty: bool = False,
     ) -> None:
         super().__init__()
         if set(towers) != set(graph.towers):
@@ -67,8 +75,9 @@ class FusedModel(nn.Module):
         depths = {name: tower.depth for name, tower in towers.items()}
         self.schedule: Schedule = make_schedule(depths, graph.links.values())
         self.towers = nn.ModuleDict(dict(towers))
-        self.adapters = nn.ModuleDict(make_adapters(graph.towers, towers, kept))
-        links = make_links(graph.links, self.schedule, towers, kept)
+        with torch.device("meta") if empty else nullcontext():
+            self.adapters = nn.ModuleDict(make_adapters(graph.towers, towers, kept))
+            links = make_links(graph.links, self.schedule, towers, kept)
         self.links = nn.ModuleDict({name: nn.ModuleDict(taps) for name, taps in links.items()})
         set_trained(graph, towers, kept)
         self.train(kept is None or kept.training)
@@ -250,16 +259,7 @@ class FusedModel(nn.Module):
         Gates start closed and pass no gradient on until they open, so they learn faster: ``gate_lr`` is
         ten times ``lr`` unless given, without weight decay.
         """
-        gates: list[nn.Parameter] = []
-        others: list[nn.Parameter] = []
-        for name, parameter in self.named_parameters():
-            if parameter.requires_grad:
-                is_gate = name.startswith(("links.", "adapters.")) and name.endswith("gate")
-                (gates if is_gate else others).append(parameter)
-        return [
-            {"params": others, "lr": lr},
-            {"params": gates, "lr": 10 * lr if gate_lr is None else gate_lr, "weight_decay": 0.0},
-        ]
+        return parameter_groups(self, lr, gate_lr)
 
     def train(self, mode: bool = True) -> FusedModel:
         """Set training mode; frozen towers stay in eval mode."""
@@ -312,20 +312,33 @@ class FusedModel(nn.Module):
         *,
         embed_towers: bool = False,
         modalities: Mapping[str, Modality] | None = None,
+        max_shard_size: int | str = "5GB",
     ) -> None:
         """Write a checkpoint; see ``checkpoint.save_pretrained``."""
-        from .checkpoint import save_pretrained
+        from .checkpoint import save_pretrained as save
 
-        save_pretrained(self, folder, embed_towers=embed_towers, modalities=modalities or {})
+        save(self, folder, embed_towers=embed_towers, modalities=modalities, max_shard_size=max_shard_size)
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | os.PathLike[str], *, towers: Mapping[str, str | nn.Module] | None = None
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        towers: Mapping[str, str | nn.Module] | None = None,
+        allow_changed_towers: bool | Collection[str] = False,
+        dtype: torch.dtype | str | None = None,
+        device_map: DeviceMap | None = None,
     ) -> FusedModel:
         """Load a checkpoint; see ``checkpoint.from_pretrained``."""
-        from .checkpoint import from_pretrained
+        from .checkpoint import from_pretrained as load
 
-        return from_pretrained(folder, towers=towers or {})
+        return load(
+            folder,
+            towers=towers,
+            allow_changed_towers=allow_changed_towers,
+            dtype=dtype,
+            device_map=device_map,
+        )
 
     def _link(self, name: str) -> nn.ModuleDict:
         link = self.links[name]

@@ -133,7 +133,7 @@ class Modality(ABC):
             )
         try:
             return cls.restore(config, tensors)
-        except (TypeError, ValueError, KeyError, RuntimeError) as error:
+        except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RuntimeError) as error:
             raise CheckpointError(f"{path} is damaged: {error!r}") from error
 
     @classmethod

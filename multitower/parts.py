@@ -80,6 +80,11 @@ def _make_tap(tap: Tap, spec: LinkSpec, towers: Mapping[str, Tower]) -> GatedCro
 
 
 def _placement(tower: Tower) -> dict[str, Any]:
-    """Where a tower's own new modules belong: its device and the dtype in which it computes."""
+    """Where a tower's own new modules belong: its device and the dtype in which it computes.
+
+    On the meta device they stay there, to be filled.
+    """
     dtypes = (each.dtype for each in tower.parameters() if each.is_floating_point() and each.itemsize > 1)
-    return {"device": tower.device, "dtype": next(dtypes, torch.get_default_dtype())}
+    default = torch.get_default_device()
+    device = default if default.type == "meta" else tower.device
+    return {"device": device, "dtype": next(dtypes, torch.get_default_dtype())}

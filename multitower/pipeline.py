@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,10 +16,12 @@ from .fused import FusedModel
 from .modality import Modality
 from .options import given, options_of
 from .raw import Raw, by_tower, leaves, read_example, replaced
+from .seal import steadily
 from .stream import Segment
 from .streaming import stream_text
 
 if TYPE_CHECKING:
+    from .checkpoint import DeviceMap
     from .generate import Entry, Policy
 
 
@@ -139,9 +141,17 @@ class Pipeline:
         generate = partial(self.model.generate, self._encode([example]), [output])
         return stream_text(generate, modality, options_of(output, self._with_edges(options)))
 
-    def save_pretrained(self, folder: str | os.PathLike[str], *, embed_towers: bool = False) -> None:
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        embed_towers: bool = False,
+        max_shard_size: int | str = "5GB",
+    ) -> None:
         """Write a checkpoint of the model and its modalities; see ``checkpoint.save_pretrained``."""
-        self.model.save_pretrained(folder, embed_towers=embed_towers, modalities=self.modalities)
+        self.model.save_pretrained(
+            folder, embed_towers=embed_towers, modalities=self.modalities, max_shard_size=max_shard_size
+        )
 
     @classmethod
     def from_pretrained(
@@ -150,6 +160,9 @@ class Pipeline:
         *,
         towers: Mapping[str, str | nn.Module] | None = None,
         modalities: Mapping[str, Modality] | None = None,
+        allow_changed_towers: bool | Collection[str] = False,
+        dtype: torch.dtype | str | None = None,
+        device_map: DeviceMap | None = None,
     ) -> Pipeline:
         """Load a checkpoint with its modalities.
 
@@ -157,15 +170,29 @@ class Pipeline:
             folder: The checkpoint.
             towers: Where to take towers from instead, as for ``FusedModel.from_pretrained``.
             modalities: Modalities by tower, in place of those of the checkpoint or in addition.
+            allow_changed_towers: See ``checkpoint.from_pretrained``.
+            dtype: See there.
+            device_map: See there.
 
         Raises:
             PluginError: A modality's plugin is not installed, which names the package, or broken.
             CheckpointError: A file is missing or damaged; or see ``FusedModel.from_pretrained``.
             ValueError: See ``Pipeline``.
         """
-        instead = modalities or {}
-        stored = load_modalities(Path(folder), but=instead)
-        return cls(FusedModel.from_pretrained(folder, towers=towers), {**stored, **instead})
+        instead, origins = modalities or {}, towers or {}
+
+        def load(root: Path) -> Pipeline:
+            stored = load_modalities(root, but=instead)
+            model = FusedModel.from_pretrained(
+                root,
+                towers=origins,
+                allow_changed_towers=allow_changed_towers,
+                dtype=dtype,
+                device_map=device_map,
+            )
+            return cls(model, {**stored, **instead})
+
+        return steadily(Path(folder), load, again=all(isinstance(tower, str) for tower in origins.values()))
 
     def _modality(self, name: str, where: str) -> Modality:
         if not isinstance(name, str) or name not in self.model.towers:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -77,6 +80,12 @@ class Schedule:
     def read_layers(self) -> frozenset[Layer]:
         """The layers whose output some tap reads."""
         return frozenset((tap.source, tap.source_layer) for tap in self.taps)
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of depths and taps: of all that decides what a fused run computes, not in which order."""
+        said = [sorted(self.depths), [dataclasses.astuple(tap) for tap in sorted(self.taps)]]
+        return f"sha256:{hashlib.sha256(json.dumps(said).encode()).hexdigest()}"
 
     def __str__(self) -> str:
         lines = []

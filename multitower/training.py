@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 from .graph import FusionGraph
 from .sharing import check_trained_alike
@@ -53,6 +55,20 @@ def set_trained(graph: FusionGraph, towers: Mapping[str, Tower], kept: FusedMode
     for name in _fed(graph):
         if towers[name] not in warned:
             warn_of_lost_gradients(name, towers[name])
+
+
+def parameter_groups(model: nn.Module, lr: float, gate_lr: float | None) -> list[dict[str, Any]]:
+    """Give what an optimizer should train, gates in a group of their own; see ``FusedModel``."""
+    gates: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_gate = name.startswith(("links.", "adapters.")) and name.endswith("gate")
+            (gates if is_gate else others).append(parameter)
+    return [
+        {"params": others, "lr": lr},
+        {"params": gates, "lr": 10 * lr if gate_lr is None else gate_lr, "weight_decay": 0.0},
+    ]
 
 
 def _fed(graph: FusionGraph) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checkpoint import load_tower
 from ..fused import FusedModel
 from ..graph import FusionGraph
 from ..stream import Example
@@ -27,24 +28,23 @@ def check_saved(model: FusedModel, examples: Sequence[Example]) -> None:
     >>> check_saved(tiny_model(), [[mt.Segment("speech", [0, 5, 1]), mt.Segment("text", [0, 7])]])
 
     Towers in plain PyTorch are given again when it is loaded, with all weights set to zero before. Tensors
-    must be the same bit for bit, logits up to rounding, for loaded tensors lie otherwise in memory.
+    must be the same bit for bit, logits up to rounding, for loaded tensors lie otherwise in memory. Each
+    tower is then loaded alone, and what was loaded is saved again, in small files.
 
     Raises:
         AssertionError: Something is not what it was.
     """
     assert FusionGraph.from_json(model.graph.to_json()) == model.graph, "the graph is another one after JSON"
     model = opened(model)
-    blanks = {name: _blank(model.unimodal(name)) for name in model.towers if _is_plain(model.tower(name))}
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(f"{folder}/fused")
-        again = FusedModel.from_pretrained(f"{folder}/fused", towers=blanks)
-    assert again.graph == model.graph, f"the graph is another one when it is loaded:\n{again.graph}"
-    assert again.schedule == model.schedule, "the schedule is another one when the model is loaded"
-    before, after = model.state_dict(), again.state_dict()
-    assert set(before) == set(after), f"other tensors are loaded: {sorted(set(before) ^ set(after))}"
-    for key, value in before.items():
-        assert value.dtype == after[key].dtype, f"{key} is loaded as {after[key].dtype}, not {value.dtype}"
-        assert_equal(after[key].to(value.device), value, f"{key} is another one when it is loaded")
+        again = FusedModel.from_pretrained(f"{folder}/fused", towers=_blanks(model))
+        _check_same(model, again)
+        for name in model.towers:
+            alone = load_tower(f"{folder}/fused", name, tower=_blanks(model).get(name))
+            _check_tensors(model.unimodal(name), alone, f"tower {name!r} alone")
+        again.save_pretrained(f"{folder}/again", max_shard_size=1000)
+        _check_same(model, FusedModel.from_pretrained(f"{folder}/again", towers=_blanks(model)))
     trained = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
     found = {key for key, parameter in again.named_parameters() if parameter.requires_grad}
     assert trained == found, f"trained before or after, not both: {sorted(trained ^ found)}"
@@ -55,6 +55,31 @@ def check_saved(model: FusedModel, examples: Sequence[Example]) -> None:
     for name, logits in _placed_as(again, model)(streams).logits.items():
         what = f"tower {name!r} has other logits when it is loaded"
         assert_close(logits, expected[name], what, rounding(model))
+
+
+def _check_same(model: FusedModel, again: FusedModel) -> None:
+    assert again.graph == model.graph, f"the graph is another one when it is loaded:\n{again.graph}"
+    assert again.schedule == model.schedule, "the schedule is another one when the model is loaded"
+    _check_tensors(model, again, "the model")
+
+
+def _check_tensors(module: nn.Module, again: nn.Module, what: str) -> None:
+    before, after = module.state_dict(), again.state_dict()
+    assert set(before) == set(after), f"{what}: other tensors are loaded: {sorted(set(before) ^ set(after))}"
+    for key, value in before.items():
+        assert value.dtype == after[key].dtype, f"{key} is loaded as {after[key].dtype}, not {value.dtype}"
+        assert_equal(after[key].to(value.device), value, f"{key} is another one when it is loaded")
+
+
+def _blanks(model: FusedModel) -> dict[str, nn.Module]:
+    """Give each tower in plain PyTorch without its peft adapters and with weights of zero."""
+    natives = {
+        id(model.unimodal(name)): model.unimodal(name)
+        for name in model.towers
+        if _is_plain(model.tower(name))
+    }
+    blanks = {key: _blank(native) for key, native in natives.items()}
+    return {name: blanks[id(model.unimodal(name))] for name in model.towers if _is_plain(model.tower(name))}
 
 
 def _is_plain(tower: Tower) -> bool:

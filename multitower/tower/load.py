@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +21,11 @@ LOADER = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*://")
 
 
 def as_tower(
-    name: str, source: str | nn.Module | None, prepare: Callable[[nn.Module], nn.Module] | None = None
+    name: str,
+    source: str | nn.Module | None,
+    prepare: Callable[[nn.Module], nn.Module] | None = None,
+    *,
+    revision: str | None = None,
 ) -> Tower:
     """Give the tower for a folder, a Hub id, what a plugin loads, a transformers causal LM or a ``Tower``.
 
@@ -32,6 +37,7 @@ def as_tower(
         name: The tower's name, for errors.
         source: What was named.
         prepare: Changes the model before it becomes a tower, by adapters for instance, and gives the result.
+        revision: The commit of a Hub id; None for the newest.
 
     Raises:
         TowerError: There is nothing to load, or it is not a decoder that can be run layer by layer.
@@ -43,7 +49,8 @@ def as_tower(
             f"as in from_pretrained(folder, towers={{{name!r}: module}})"
         )
     if isinstance(source, str):
-        source = _from_plugin(name, source) if LOADER.match(source) else _from_transformers(name, source)
+        plugin = LOADER.match(source)
+        source = _from_plugin(name, source) if plugin else _from_transformers(name, source, revision)
     model = source.native if isinstance(source, TransformersTower | PeftTower) else source
     layers = source.path if isinstance(source, TransformersTower) else None
     try:
@@ -82,11 +89,25 @@ def _from_plugin(name: str, source: str) -> nn.Module:
     return model
 
 
-def _from_transformers(name: str, source: str) -> nn.Module:
+def revision_of(model: nn.Module) -> str | None:
+    """Give the commit of the Hub from which a model was loaded, where that is known.
+
+    >>> revision_of(nn.Linear(2, 2)) is None
+    True
+    """
+    commit = getattr(getattr(model, "config", None), "_commit_hash", None)
+    return commit if isinstance(commit, str) else None
+
+
+def _from_transformers(name: str, source: str, revision: str | None) -> nn.Module:
     transformers = require("transformers", "transformers")
     try:
         model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(
-            source, dtype="auto", trust_remote_code=False
+            source,
+            dtype="auto",
+            trust_remote_code=False,
+            use_safetensors=True,
+            revision=revision or "main",
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if "trust_remote_code" in str(error):
@@ -95,7 +116,19 @@ def _from_transformers(name: str, source: str) -> nn.Module:
                 "it, load the model yourself with trust_remote_code=True, and give that module instead"
             ) from error
         raise TowerError(f"tower {name!r}: cannot load {source!r} as a causal LM: {error}") from error
+    config: Any = model.config
+    config._commit_hash = _commit(source, revision)
     return model
+
+
+def _commit(source: str, revision: str | None) -> str | None:
+    """Give the commit that the cache of the Hub holds under a revision; None for a folder."""
+    if os.path.isdir(source):
+        return None
+    hub = require("huggingface_hub", "transformers")
+    cached = hub.try_to_load_from_cache(source, "config.json", revision=revision)
+    found = re.search(r"[/\\\\]snapshots[/\\\\]([0-9a-f]{40})[/\\\\]", str(cached))
+    return found[1] if found else revision
 
 
 def merged(tower: Tower) -> Tower:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..extras import require
-from ..fingerprint import fingerprint
+from ..fingerprint import sampled_fingerprint
 from .base import Inject, Tower, TowerError
 from .offload import whole_state
 
@@ -93,9 +93,9 @@ def with_adapters(model: nn.Module, declared: Mapping[str, Any] | None) -> nn.Mo
         if declared is not None:
             raise ValueError("it has peft adapters already, which train='lora' trains; give it no config")
         return model
-    before = fingerprint(model.state_dict())
+    before = sampled_fingerprint(model.state_dict())
     adapted = add_adapter(model, make_config(DEFAULT if declared is None else declared))
-    if fingerprint(base_state(adapted)) != before:
+    if sampled_fingerprint(base_state(adapted)) != before:
         raise ValueError(
             "this peft config changes the model's own tensors (init_lora_weights, for one, may do that), so "
             "that its origin could not be referred to; call peft.get_peft_model yourself and give the result"

@@ -1,0 +1,231 @@
+"""Checkpoints: time and peak memory of saving and loading, beside transformers' own for the same weights.
+
+    pip install -c constraints.txt -e '.[transformers]'
+    python benchmarks/checkpoint.py
+    python benchmarks/checkpoint.py --model path/to/SmolLM2-135M --dtype bfloat16
+
+A frozen text tower and a small trained one are linked in both directions, and saved with the towers embedded.
+Beside it, transformers saves and loads the text tower alone. Without ``--model`` the text tower is a random
+Llama of the size of SmolLM2-135M. Each figure comes from a process of its own: the memory is by how much its
+largest resident set grew, pages of files that it maps included. After loading, every tensor is read once, so
+that nothing has been put off; this is in the memory, not in the time. Files are read from the system's cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+MEGABYTE = 10**6
+TASKS = (
+    "transformers save",
+    "multitower save",
+    "multitower save links",
+    "transformers load",
+    "multitower load",
+    "multitower load links",
+    "multitower load tower",
+)
+PACKAGES = ("torch", "transformers", "safetensors")
+UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+
+
+def main() -> None:
+    """Run all tasks, each in processes of its own; print a table and write the figures."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", help="a folder or Hub id; default: a random Llama of 135 M parameters")
+    parser.add_argument("--dtype", help="to what loading converts; default: each tensor keeps its own")
+    parser.add_argument("--runs", type=int, default=3, help="the median of so many is given")
+    parser.add_argument("--out", default="runs/checkpoint.json", help="where the figures go")
+    parser.add_argument("--task", choices=("prepare", *TASKS), help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.task:
+        prepared = args.task == "prepare"
+        result = prepare(args.folder, args.model) if prepared else measure(args.task, args.folder, args.dtype)
+        print(json.dumps(result))
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        # The largest resident set of a process begins with that of its parent, which is to stay small.
+        weights = child("prepare", folder, ["--model", args.model] if args.model else [])
+        dtype = ["--dtype", args.dtype] if args.dtype else []
+        results = {task: median([child(task, folder, dtype) for _ in range(args.runs)]) for task in TASKS}
+    report = {
+        "model": args.model or "random Llama, 135 M parameters, float32",
+        "dtype": args.dtype or "as stored",
+        "runs": args.runs,
+        "megabytes": weights,
+        "results": results,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+    print(table(report))
+    out = Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def prepare(folder: Path, source: str | None) -> dict[str, float]:
+    """Write the text tower and the fused model; give their sizes in megabytes."""
+    import torch
+    import transformers
+
+    import multitower as mt
+
+    if source is None:
+        torch.manual_seed(0)
+        text: Any = transformers.LlamaForCausalLM(
+            llama(hidden_size=576, num_hidden_layers=30, vocab_size=49152)
+        )
+    else:
+        text = transformers.AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    text.save_pretrained(folder / "text")
+    speech = transformers.LlamaForCausalLM(llama(hidden_size=192, num_hidden_layers=6, vocab_size=1024))
+    graph = mt.FusionGraph()
+    graph.add_tower("speech", speech, train="all")
+    graph.add_tower("text", folder / "text")
+    graph.add_link("speech", "text", interleave=10)
+    graph.add_link("text", "speech", interleave=2)
+    model = graph.compile()
+    model.save_pretrained(folder / "fused", embed_towers=True)
+    model.save_pretrained(folder / "links")
+    return {name: size(folder / name) for name in ("text", "fused", "links")}
+
+
+def llama(**sizes: int) -> Any:
+    """Give the config of a Llama as SmolLM2 is one, of other sizes."""
+    import transformers
+
+    heads = sizes["hidden_size"] // 64
+    return transformers.LlamaConfig(
+        **sizes,
+        intermediate_size=sizes["hidden_size"] * 8 // 3,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 3,
+        tie_word_embeddings=True,
+    )
+
+
+def size(folder: Path) -> float:
+    """Give the megabytes of weights in a folder."""
+    return round(sum(path.stat().st_size for path in folder.rglob("*.safetensors")) / MEGABYTE, 1)
+
+
+def child(task: str, folder: Path, options: list[str]) -> dict[str, float]:
+    """Do a task in a new process; give its figures."""
+    command = [sys.executable, __file__, "--task", task, "--folder", str(folder), *options]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def measure(task: str, folder: Path, dtype: str | None) -> dict[str, float]:
+    """Do a task; give its seconds, and by how many megabytes the largest resident set grew."""
+    import transformers
+
+    transformers.logging.disable_progress_bar()
+    warm_up()
+    who, what = task.split(" ", 1)
+    if what.startswith("save"):
+        # What is to be saved is read into memory before, so that only what saving adds is counted.
+        model: Any = load(who, "load", folder, None)
+        touch(model)
+        before, start = resident(), time.perf_counter()
+        with tempfile.TemporaryDirectory(dir=folder) as place:
+            if who == "transformers":
+                model.save_pretrained(place)
+            else:
+                model.save_pretrained(place, embed_towers=what == "save")
+            return {"seconds": time.perf_counter() - start, "megabytes": resident() - before}
+    before, start = resident(), time.perf_counter()
+    model = load(who, what, folder, dtype)
+    seconds = time.perf_counter() - start
+    touch(model)
+    held = sum(each.nbytes for each in model.parameters())
+    return {
+        "seconds": seconds,
+        "megabytes": resident() - before,
+        "weights": held / MEGABYTE,
+    }
+
+
+def load(who: str, what: str, folder: Path, dtype: str | None) -> Any:
+    """Load a model: the whole of it, or links with a text tower from its origin, or the text tower alone."""
+    import transformers
+
+    import multitower as mt
+
+    if who == "transformers":
+        return transformers.AutoModelForCausalLM.from_pretrained(folder / "text", dtype=dtype or "auto")
+    if what == "load tower":
+        return mt.load_tower(folder / "fused", "text", dtype=dtype)
+    name = "links" if what == "load links" else "fused"
+    return mt.FusedModel.from_pretrained(folder / name, dtype=dtype)
+
+
+def warm_up() -> None:
+    """Import and run what loading needs, so that this is not measured."""
+    import torch
+    import transformers
+
+    import multitower as mt
+
+    graph = mt.FusionGraph()
+    tiny = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=8,
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+        )
+    )
+    graph.add_tower("text", tiny)
+    model = graph.compile()
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        touch(mt.FusedModel.from_pretrained(folder))
+    torch.ones(512, 512) @ torch.ones(512, 512)
+
+
+def touch(model: Any) -> float:
+    """Read every value of a model."""
+    return float(sum(each.detach().float().sum() for each in model.parameters()))
+
+
+def resident() -> float:
+    """Give the largest resident set that this process has had, in megabytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * UNIT / MEGABYTE
+
+
+def median(runs: list[dict[str, float]]) -> dict[str, float]:
+    """Give the median of each figure."""
+    return {key: round(statistics.median(run[key] for run in runs), 2) for key in runs[0]}
+
+
+def table(report: dict[str, Any]) -> str:
+    """Give the figures as Markdown."""
+    lines = ["| | seconds | peak memory, MB | weights, MB |", "|---|---:|---:|---:|"]
+    for task, result in report["results"].items():
+        weights = f"{result['weights']:.0f}" if "weights" in result else ""
+        lines.append(f"| {task} | {result['seconds']:.2f} | {result['megabytes']:.0f} | {weights} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,224 @@
+"""From a folder to a fused model, or to one of its towers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..files import FUSION, CheckpointError, check_fit
+from ..fused import FusedModel
+from ..graph import FusionGraph
+from ..seal import steadily
+from ..spec import GraphError
+from ..tower import TowerError
+from .fill import assign
+from .layout import LINKS, TOWERS
+from .parts import fusion_state, tower_of
+from .placement import DeviceMap, as_devices, as_dtype, check_movable, move
+from .promises import check_links
+from .records import Checkpoint, for_all_that_share, read_checkpoint, with_sources
+from .tensors import mapped_tensors
+from .towers import Loaded, load_one
+from .unchanged import unchanged_on_error
+
+
+def from_pretrained(
+    folder: str | os.PathLike[str],
+    *,
+    towers: Mapping[str, str | nn.Module] | None = None,
+    allow_changed_towers: bool | Collection[str] = False,
+    dtype: torch.dtype | str | None = None,
+    device_map: DeviceMap | None = None,
+) -> FusedModel:
+    """Load what ``save_pretrained`` wrote.
+
+    >>> import multitower as mt, tempfile
+    >>> from multitower.testing import tiny_model, tiny_tower
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     tiny_model().save_pretrained(folder + "/fused")
+    ...     towers = {"speech": tiny_tower(depth=3, width=12), "text": tiny_tower(depth=2, width=8)}
+    ...     model = from_pretrained(folder + "/fused", towers=towers, dtype="bfloat16")
+    >>> {parameter.dtype for parameter in model.parameters()}
+    {torch.bfloat16}
+
+    All files are checked before anything is loaded, and where loading fails, modules that were given are as
+    they were. Weights are mapped from the files, not copied.
+
+    Args:
+        folder: The checkpoint.
+        towers: Where to take towers from instead: a path, a Hub id or a module. Needed for towers that
+            are not from transformers; where the checkpoint holds their weights, these are loaded, also into
+            a module on the meta device. Where it holds peft adapters, give the model without them; they are
+            put on it in place.
+        allow_changed_towers: Whether to take towers from elsewhere whose fingerprint is not that of the
+            tower that was saved: True, or the names of those that may differ. A warning names each.
+        dtype: What to convert weights to, given modules included, as torch.float16 or "float16"; by default
+            each tensor keeps its own.
+        device_map: Where to put the model: a device, or one for each tower. Links and input adapters go where
+            the tower is that they feed. By default towers that are loaded go to the CPU, others stay.
+
+    Raises:
+        CheckpointError: A file is missing, damaged or of a newer format; tensors are missing, unexpected
+            or of another shape or dtype; or a tower or its adapters are not those that the links were
+            trained with. What is wrong is listed as a whole.
+        ValueError: A dtype or device is unknown.
+        ImportError: A tower has peft adapters, and the extra "lora" is not installed.
+    """
+    given = towers or {}
+
+    def load(root: Path) -> FusedModel:
+        return _load(root, given, allow_changed_towers, dtype, device_map)
+
+    return steadily(Path(folder), load, again=all(isinstance(tower, str) for tower in given.values()))
+
+
+def _load(
+    root: Path,
+    towers: Mapping[str, str | nn.Module],
+    allow_changed_towers: bool | Collection[str],
+    dtype: torch.dtype | str | None,
+    device_map: DeviceMap | None,
+) -> FusedModel:
+    checkpoint = read_checkpoint(root)
+    names = list(checkpoint.records)
+    wanted, devices = as_dtype(dtype), as_devices(device_map, names)
+    _check_names(allow_changed_towers, names)
+    given = for_all_that_share(checkpoint.records, towers)
+    checkpoint.check_tensors([LINKS, *checkpoint.parts(names)])
+    checkpoint.check_files([*checkpoint.links(), *(f"{TOWERS}/{name}" for name in names)])
+    graph = with_sources(checkpoint.graph, given)
+    with unchanged_on_error(each for each in given.values() if isinstance(each, nn.Module)):
+        loaded = _load_towers(checkpoint, graph, given, allow_changed_towers)
+        model = _fuse(checkpoint, graph, loaded)
+        for name, each in loaded.items():
+            check_movable(name, each.tower, wanted, devices.get(name))
+    for name, each in loaded.items():
+        if "shared_with" not in checkpoint.records[name]:
+            each.fill()
+            move(each.tower.native, wanted, devices.get(name))
+
+    def placed(key: str, tensor: Tensor) -> Tensor:
+        target = model.tower(tower_of(graph, key))
+        return tensor.to(device=target.device, dtype=wanted if tensor.is_floating_point() else None)
+
+    assign(model, checkpoint.root / LINKS, placed)
+    return model.eval()
+
+
+def load_tower(
+    folder: str | os.PathLike[str],
+    name: str,
+    *,
+    tower: str | nn.Module | None = None,
+    dtype: torch.dtype | str | None = None,
+    device_map: str | int | torch.device | None = None,
+) -> nn.Module:
+    """Load one tower of a checkpoint alone, as the ordinary model that it is; nothing else is read.
+
+    >>> import multitower as mt, tempfile
+    >>> from multitower.testing import tiny_model, tiny_tower
+    >>> model = tiny_model()
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     model.save_pretrained(folder + "/fused")
+    ...     text = load_tower(folder + "/fused", "text", tower=tiny_tower(depth=2, width=8))
+    >>> all(map(torch.equal, model.unimodal("text").state_dict().values(), text.state_dict().values()))
+    True
+
+    Args:
+        folder: The checkpoint.
+        name: The tower.
+        tower: Where to take it from instead, as for ``from_pretrained``.
+        dtype: What to convert its weights to.
+        device_map: The device to put it on.
+
+    Returns:
+        The transformers model, the ``PeftModel`` or the ``Tower``, in eval mode.
+
+    Raises:
+        CheckpointError: There is no such tower; or see ``from_pretrained``.
+    """
+
+    def load(root: Path) -> nn.Module:
+        return _load_tower(root, name, tower, dtype, device_map)
+
+    return steadily(Path(folder), load, again=not isinstance(tower, nn.Module))
+
+
+def _load_tower(
+    root: Path,
+    name: str,
+    tower: str | nn.Module | None,
+    dtype: torch.dtype | str | None,
+    device_map: str | int | torch.device | None,
+) -> nn.Module:
+    checkpoint = read_checkpoint(root)
+    if name not in checkpoint.records:
+        raise CheckpointError(f"{root} has no tower {name!r}; the towers are {', '.join(checkpoint.records)}")
+    first = checkpoint.records[name].get("shared_with", name)
+    wanted, devices = as_dtype(dtype), as_devices(device_map, [first])
+    checkpoint.check_tensors(checkpoint.parts([first]))
+    checkpoint.check_files([f"{TOWERS}/{first}"])
+    spec = with_sources(checkpoint.graph, {} if tower is None else {first: tower}).towers[first]
+    with unchanged_on_error([tower] if isinstance(tower, nn.Module) else []):
+        loaded = load_one(checkpoint, spec, tower)
+        check_movable(name, loaded.tower, wanted, devices.get(first))
+    loaded.fill()
+    move(loaded.tower.native, wanted, devices.get(first))
+    return loaded.tower.native.eval()
+
+
+def _check_names(allowed: bool | Collection[str], names: list[str]) -> None:
+    unknown = set() if isinstance(allowed, bool) else set(allowed) - set(names)
+    if isinstance(allowed, str) or unknown:
+        raise ValueError(
+            f"allow_changed_towers={allowed!r}: give True, or a list of towers; there are {', '.join(names)}"
+        )
+
+
+def _load_towers(
+    checkpoint: Checkpoint,
+    graph: FusionGraph,
+    given: Mapping[str, str | nn.Module],
+    changed: bool | Collection[str],
+) -> dict[str, Loaded]:
+    loaded: dict[str, Loaded] = {}
+    errors: list[CheckpointError] = []
+    if not isinstance(changed, bool):
+        changed = {checkpoint.records[name].get("shared_with", name) for name in changed}
+    for name, spec in graph.towers.items():
+        first = checkpoint.records[name].get("shared_with")
+        if first is not None:
+            continue
+        try:
+            loaded[name] = load_one(checkpoint, spec, given.get(name), changed)
+        except CheckpointError as error:
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise CheckpointError("\n".join(map(str, errors))) from ExceptionGroup("towers", errors)
+    return {name: loaded[checkpoint.records[name].get("shared_with", name)] for name in graph.towers}
+
+
+def _fuse(checkpoint: Checkpoint, graph: FusionGraph, loaded: Mapping[str, Loaded]) -> FusedModel:
+    """Give the model, its links still empty, if all that is stored of them fits it."""
+    stored = sum((checkpoint.root / name).stat().st_size for name in checkpoint.links())
+    check_links(graph.links, {name: each.tower for name, each in loaded.items()}, stored)
+    try:
+        model = FusedModel(graph, {name: each.tower for name, each in loaded.items()}, empty=True)
+    except (GraphError, TowerError) as error:
+        raise CheckpointError(f"{checkpoint.root / FUSION} does not fit its towers: {error}") from error
+    if checkpoint.schedule not in (None, model.schedule.fingerprint):
+        raise CheckpointError(
+            f"{checkpoint.root / FUSION} is damaged: the links were trained between other layers than it says"
+        )
+    file, state = checkpoint.root / LINKS, fusion_state(model)
+    tensors = mapped_tensors(file)
+    if checkpoint.tensors is not None:  # then dtypes have been checked, and may be others than the towers'
+        state = {key: each.to(tensors.get(key, each).dtype) for key, each in state.items()}
+    check_fit(state, tensors, file)
+    return model

@@ -1,0 +1,35 @@
+"""Which tensors of a fused model stand in which file."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..fused import FusedModel
+from ..graph import FusionGraph
+from ..tower import Tower, TransformersTower
+from ..tower.lora import is_peft_model
+
+
+def fusion_state(model: FusedModel) -> dict[str, Tensor]:
+    """Give what belongs to no tower: links and input adapters."""
+    return {key: value for key, value in model.state_dict().items() if not key.startswith("towers.")}
+
+
+def whole(tower: Tower) -> nn.Module:
+    """Give what a tower is made of: a PeftModel, a transformers model, or a ``Tower`` in plain PyTorch."""
+    native = tower.native
+    return native if is_peft_model(native) or isinstance(tower, TransformersTower) else tower
+
+
+def tower_of(graph: FusionGraph, key: str) -> str:
+    """Name the tower that a tensor of a link or an input adapter feeds.
+
+    >>> graph = FusionGraph()
+    >>> for name in ("speech", "text"):
+    ...     graph.add_tower(name, "path/to/decoder")
+    >>> graph.add_link("speech", "text", interleave=1)
+    >>> tower_of(graph, "links.speech->text.1-1.norm.weight"), tower_of(graph, "adapters.speech.gate")
+    ('text', 'speech')
+    """
+    kind, name, _ = key.split(".", 2)
+    return graph.links[name].target if kind == "links" else name

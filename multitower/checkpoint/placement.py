@@ -1,0 +1,102 @@
+"""Where a loaded model goes, and in which dtype."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..files import CheckpointError
+from ..tower import Tower
+from ..tower.offload import is_offloaded
+from ..tower.quantised import quantisation_of
+
+DeviceMap = str | int | torch.device | Mapping[str, str | int | torch.device]
+
+
+def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """Give the dtype that was named; None where each tensor is to keep its own.
+
+    >>> as_dtype("bfloat16"), as_dtype("auto")
+    (torch.bfloat16, None)
+
+    Raises:
+        ValueError: It is none for weights.
+    """
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is None or dtype == "auto":
+        return None
+    if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize == 1:
+        raise ValueError(f"dtype={dtype!r}: give a floating point dtype, as torch.bfloat16, or 'auto'")
+    return found
+
+
+def as_devices(device_map: DeviceMap | None, towers: list[str]) -> dict[str, torch.device]:
+    """Give the device of each tower that is to have one.
+
+    >>> as_devices({"text": "cpu"}, ["speech", "text"])
+    {'text': device(type='cpu')}
+
+    Raises:
+        ValueError: A tower is unknown, or a device, or it is not there.
+    """
+    if device_map is None:
+        return {}
+    places = device_map if isinstance(device_map, Mapping) else dict.fromkeys(towers, device_map)
+    if unknown := set(places) - set(towers):
+        raise ValueError(f"device_map={sorted(unknown)}: the checkpoint has the towers {', '.join(towers)}")
+    try:
+        return {name: torch.empty(0, device=place).device for name, place in places.items()}
+    except (RuntimeError, TypeError, AssertionError) as error:
+        raise ValueError(
+            f"device_map={device_map!r}: give a device that is there, or one for each tower; a model that is "
+            f"spread over several is given as a module, with towers={{...}} ({error})"
+        ) from error
+
+
+def check_movable(name: str, tower: Tower, dtype: torch.dtype | None, device: torch.device | None) -> None:
+    """Check that a tower can be given a device and a dtype.
+
+    Raises:
+        CheckpointError: It is offloaded, or quantised.
+    """
+    kind = quantisation_of(tower.native)
+    if kind and dtype is not None:
+        raise CheckpointError(
+            f"tower {name!r} is quantised ({kind}), so it cannot be converted; leave dtype out"
+        )
+    if is_offloaded(tower.native) and (dtype is not None or device is not None):
+        raise CheckpointError(f"tower {name!r} is offloaded; give dtype and device_map where you load it")
+
+
+@torch.no_grad()
+def move(module: nn.Module, dtype: torch.dtype | None, device: torch.device | None) -> None:
+    """Give a model a device and a dtype, one tensor after the other.
+
+    Tensors that are not saved, as tables of rotary positions, keep their dtype, and so does what a model of
+    transformers keeps in float32.
+    """
+    if dtype is not None:
+        saved, kept = module.state_dict(), _kept_in_float32(module, dtype)
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            if tensor.is_floating_point() and (name in saved or isinstance(tensor, nn.Parameter)):
+                wanted = torch.float32 if any(re.search(each, name) for each in kept) else dtype
+                tensor.data = tensor.data.to(device=device, dtype=wanted)
+    if device is not None:
+        module.to(device)
+    config: Any = getattr(module, "config", None)
+    if dtype is not None and hasattr(config, "dtype"):
+        config.dtype = dtype
+
+
+def _kept_in_float32(module: Any, dtype: torch.dtype) -> set[str]:
+    kept: set[str] = set()
+    for each in module.modules():
+        if dtype == torch.float16:
+            kept |= set(getattr(each, "_keep_in_fp32_modules", None) or ())
+        if dtype in (torch.float16, torch.bfloat16):
+            kept |= set(getattr(each, "_keep_in_fp32_modules_strict", None) or ())
+    return kept

@@ -1,0 +1,130 @@
+"""One tower of a checkpoint: from where it is to be had, and whether it is the one that was saved."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import nn
+
+from ..files import CheckpointError
+from ..fingerprint import fingerprint, same_fingerprint
+from ..spec import TowerSpec
+from ..tower import Tower, TowerError, TransformersTower, as_tower
+from ..tower.lora import base_state
+from .adapters import load_adapters
+from .fill import as_stored, assign, check_real, check_stored, copy_into, restore_dtypes
+from .layout import ADAPTER, TOWERS, WEIGHTS
+from .parts import whole
+from .promises import check_model
+from .records import Checkpoint
+
+
+class Loaded(NamedTuple):
+    """A tower, and what is still to be done to give it its values; that cannot fail."""
+
+    tower: Tower
+    fill: Callable[[], None] = lambda: None
+
+
+def load_one(
+    checkpoint: Checkpoint,
+    spec: TowerSpec,
+    given: str | nn.Module | None,
+    changed: bool | Collection[str] = False,
+) -> Loaded:
+    """Load a tower, from what is given, else from the checkpoint, else from where it came from.
+
+    Args:
+        checkpoint: The checkpoint.
+        spec: Its declaration.
+        given: A path, a Hub id or a module, or None.
+        changed: Whether another tower than the one that was saved will do, for all or for those named.
+
+    Raises:
+        CheckpointError: It cannot be had, does not fit, or is another one.
+    """
+    name, record = spec.name, checkpoint.records[spec.name]
+    place = checkpoint.root / TOWERS / name
+    stored = place if record.get("embedded") else None
+    origin = spec.source if given is None else given
+    if stored is not None and given is None and (stored / "config.json").exists():
+        check_model(stored)
+        origin = str(stored)
+    revision = record.get("revision") if given is None and origin == spec.source else None
+    file = None if stored is None else stored / WEIGHTS
+
+    steps: list[Callable[[nn.Module], nn.Module]] = []
+    if file is not None and origin == str(stored):
+        steps.append(functools.partial(restore_dtypes, file))
+    if spec.train == "lora" or "adapters" in record:
+        steps.append(functools.partial(load_adapters, place / ADAPTER, record))
+
+    def prepare(model: nn.Module) -> nn.Module:
+        return functools.reduce(lambda made, step: step(made), steps, model)
+
+    try:
+        _fill_empty(name, origin, file)
+        tower = as_tower(name, origin, prepare if steps else None, revision=revision)
+    except (TowerError, CheckpointError) as error:
+        raise CheckpointError(f"{checkpoint.root}: {error}") from error
+    except ImportError:
+        raise
+    except Exception as error:  # a config that can be read may still be of a model that cannot run
+        raise CheckpointError(
+            f"{checkpoint.root}: tower {name!r}: {type(error).__name__}: {error}"
+        ) from error
+    _check_size(name, record, tower)
+    state = base_state(whole(tower))
+    if any(tensor.is_meta for tensor in state.values()):
+        raise CheckpointError(
+            f"tower {name!r} is on the meta device, and the checkpoint has no values for it"
+        )
+    if file is not None and not isinstance(tower, TransformersTower):
+        check_stored(state, file)
+        if fingerprint(as_stored(state, file)) != record["fingerprint"] and not _is_old(record):
+            raise CheckpointError(f"{file} holds other values than those that were saved for tower {name!r}")
+        return Loaded(tower, functools.partial(copy_into, state, file))
+    if not same_fingerprint(state, record["fingerprint"]):
+        _refuse(name, origin, own=origin == str(stored), allowed=changed)
+    return Loaded(tower)
+
+
+def _fill_empty(name: str, origin: str | nn.Module | None, file: Path | None) -> None:
+    """Put stored values into a ``Tower`` that was made on the meta device."""
+    if isinstance(origin, Tower) and any(each.is_meta for each in origin.parameters()) and file is not None:
+        check_stored(origin.state_dict(), file)
+        assign(origin, file)
+        check_real(name, origin)
+
+
+def _check_size(name: str, record: dict[str, object], tower: Tower) -> None:
+    sizes = {key: getattr(tower, key) for key in ("depth", "width") if record.get(key) is not None}
+    wrong = [f"{key} {size}, not {record[key]}" for key, size in sizes.items() if size != record[key]]
+    if wrong:
+        raise CheckpointError(
+            f"tower {name!r} has {' and '.join(wrong)}, with which the links were trained; load it as it "
+            "was, and exchange the tower with swap"
+        )
+
+
+def _is_old(record: dict[str, object]) -> bool:
+    return not str(record["fingerprint"]).startswith("sha256:")
+
+
+def _refuse(name: str, origin: object, *, own: bool, allowed: bool | Collection[str]) -> None:
+    what = f"tower {name!r} from {origin if isinstance(origin, str) else type(origin).__name__}"
+    if not own and (allowed is True or (not isinstance(allowed, bool) and name in allowed)):
+        warnings.warn(
+            f"{what} is not the one that this checkpoint was made with; the links were trained with another",
+            stacklevel=6,
+        )
+        return
+    raise CheckpointError(
+        f"{what} is not the one that this checkpoint was made with: its weights or their dtype have changed. "
+        f"Give the original with towers={{{name!r}: ...}}"
+        + ("" if own else f", or take this one all the same with allow_changed_towers=[{name!r}]")
+    )

@@ -1,0 +1,35 @@
+"""Checkpoints as a stranger may write them: changed, and sealed again so that the change is not noticed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from multitower.checkpoint.layout import is_links
+from multitower.checkpoint.tensors import inventory
+from multitower.files import CheckpointError
+from multitower.seal import DIGEST, FILES, write_sealed
+
+
+def reseal(
+    folder: Path, change: Callable[[dict[str, Any]], object] = lambda document: None, *, tensors: bool = False
+) -> None:
+    """Make ``fusion.json`` agree with the files of a checkpoint; before that, change what it says.
+
+    Args:
+        folder: The checkpoint.
+        change: Changes what ``fusion.json`` says.
+        tensors: Whether it shall also agree with which tensors there are.
+    """
+    document = json.loads((folder / "fusion.json").read_text())
+    change(document)
+    for key in (DIGEST, FILES):
+        document.pop(key, None)
+    for part in list(document["tensors"]) if tensors else []:
+        with suppress(CheckpointError):
+            document["tensors"][part] = inventory(folder / part)
+    links = sorted(path.name for path in folder.iterdir() if is_links(path.name))
+    write_sealed(folder, document, [*links, "towers", "modalities"])

@@ -1,0 +1,382 @@
+"""Checkpoints from strangers: damaged at random, or made to do harm."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import multitower as mt
+from fuzzing import mutate
+from letters import Letters
+from models import causal_lm
+from multitower import plugins
+from multitower.testing import tiny_model, tiny_tower
+from plugin import LETTERS, Offer
+from tampering import reseal
+
+KINDS = ["plain", "transformers", "lora", "modality"]
+
+
+@dataclass
+class Base:
+    """A checkpoint to be changed, and how it is loaded."""
+
+    folder: Path
+    load: Callable[[], mt.FusedModel]
+
+
+@pytest.fixture
+def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
+def base(kind: str, tmp_path: Path, offer: Offer, _offline: None) -> Base:
+    folder = tmp_path / "fused"
+    if kind in ("plain", "modality"):
+        given: dict[str, Any] = {}
+        if kind == "modality":
+            offer("plugged-letters", "plugged_letters", LETTERS, letters="plugged_letters:Letters")
+            given = {name: plugins.modality_class("letters")() for name in ("speech", "text")}
+        tiny_model().save_pretrained(folder, modalities=given)
+
+        def load() -> mt.FusedModel:
+            towers = {"speech": tiny_tower(depth=3, width=12), "text": tiny_tower(depth=2, width=8)}
+            return mt.Pipeline.from_pretrained(folder, towers=towers).model
+
+        return Base(folder, load)
+    graph = mt.FusionGraph()
+    train: Any = "all"
+    if kind == "lora":
+        import peft
+
+        train = peft.LoraConfig(r=2, target_modules=["q_proj"])
+    graph.add_tower("text", causal_lm("llama", width=8, depth=2), train=train)
+    graph.add_tower("speech", causal_lm("llama", width=8, depth=1))
+    graph.add_link("speech", "text", interleave=1, window=9)
+    graph.compile().save_pretrained(folder)
+    return Base(folder, lambda: mt.FusedModel.from_pretrained(folder))
+
+
+@contextmanager
+def at_most(seconds: int) -> Iterator[None]:
+    def late(*_: object) -> None:
+        raise AssertionError(f"took more than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def fuzz(base: Base, rounds: int, seed: int) -> Counter[str]:
+    """Change a file in each round, half of the time with a new seal; count what comes of it."""
+    chance, outcomes = random.Random(seed), Counter[str]()
+    whole = base.load()
+    expected, graph = whole.state_dict(), whole.graph
+    fusion = base.folder / "fusion.json"
+    sealed = fusion.read_bytes()
+    files = sorted(path for path in base.folder.rglob("*") if path.suffix in (".json", ".safetensors"))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for number in range(rounds):
+        file = fusion if chance.random() < 0.3 else chance.choice(files)
+        kept = file.read_bytes()
+        said, changed = mutate(str(file.relative_to(base.folder)), kept, chance)
+        file.write_bytes(changed)
+        again = chance.random() < 0.5
+        if again:
+            try:
+                reseal(base.folder, tensors=file != fusion)
+            except (ValueError, RecursionError, AttributeError, LookupError, TypeError):
+                again = False  # no JSON any more
+        try:
+            with at_most(60):
+                found = base.load()
+        except mt.CheckpointError:
+            outcomes["sealed again, refused" if again else "refused"] += 1
+        except mt.PluginError:
+            assert "modalities" in json.loads(fusion.read_text()), said
+            outcomes["no such plugin"] += 1
+        except BaseException as error:
+            raise AssertionError(f"seed {seed}, round {number}: {said}: {error!r}") from error
+        else:
+            if again:
+                stored = load_file(base.folder / "links.safetensors")
+                state = found.state_dict()
+                assert all(torch.equal(state[key], stored[key]) for key in stored), said
+                assert {key for key in state if not key.startswith("towers.")} == set(stored), said
+                outcomes["sealed again, loaded as it is written"] += 1
+            else:
+                assert found.graph == graph, said
+                state = found.state_dict()
+                assert state.keys() == expected.keys(), said
+                assert all(torch.equal(state[key], value) for key, value in expected.items()), said
+                outcomes["loaded as it was"] += 1
+        file.write_bytes(kept)
+        fusion.write_bytes(sealed)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak
+    assert grown < 1_000_000, f"{grown} kB more memory were used"
+    return outcomes
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_changed_at_random_is_refused_or_loaded_right(kind: str, base: Base) -> None:
+    outcomes = fuzz(base, 100 if kind in ("plain", "modality") else 25, seed=1)
+    assert outcomes["refused"] > 5
+    assert outcomes["sealed again, refused"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore")
+def test_thousands_of_changes_are_refused_or_loaded_right(kind: str, base: Base) -> None:
+    rounds = 2000 if kind in ("plain", "modality") else 1000
+    begin = time.monotonic()
+    outcomes = fuzz(base, rounds, seed=2)
+    print(f"{kind}: {rounds} changes in {time.monotonic() - begin:.0f} s: {dict(outcomes)}")
+
+
+def small(folder: Path) -> mt.FusedModel:
+    """Save a model whose one tower is stored as a transformers checkpoint."""
+    graph = mt.FusionGraph()
+    graph.add_tower("text", causal_lm("llama", width=8), train="all")
+    graph.compile().save_pretrained(folder)
+    return mt.FusedModel.from_pretrained(folder)
+
+
+def refused(folder: Path, message: str, **options: Any) -> None:
+    with at_most(20), pytest.raises(mt.CheckpointError, match=message):
+        mt.FusedModel.from_pretrained(folder, **options)
+
+
+def change(file: Path, **changes: Any) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("place", ["links.safetensors", "towers", "towers/text/config.json", "fusion.json"])
+def test_links_out_of_the_checkpoint_are_not_followed(tmp_path: Path, place: str) -> None:
+    folder = tmp_path / "fused"
+    small(folder)
+    (folder / place).rename(tmp_path / "elsewhere")
+    (folder / place).symlink_to("../elsewhere" if "/" not in place else tmp_path / "elsewhere")
+    refused(folder, r"is a link to .*elsewhere, and none is followed")
+
+
+def test_links_to_nowhere_and_pipes_are_refused(tmp_path: Path) -> None:
+    small(tmp_path / "fused")
+    (tmp_path / "fused/towers/text/merges.txt").symlink_to("merges.txt")
+    refused(tmp_path / "fused", "is a link that leads nowhere")
+    (tmp_path / "fused/towers/text/merges.txt").unlink()
+    (tmp_path / "fused/fusion.json").unlink()
+    os.mkfifo(tmp_path / "fused/fusion.json")
+    refused(tmp_path / "fused", "is neither a file nor a folder")
+
+
+def test_the_links_of_the_hubs_cache_are_followed(tmp_path: Path) -> None:
+    small(tmp_path / "fused")
+    repository = tmp_path / "models--someone--fused"
+    folder, blobs = repository / "snapshots/0123", repository / "blobs"
+    blobs.mkdir(parents=True)
+    for number, file in enumerate(path for path in (tmp_path / "fused").rglob("*") if path.is_file()):
+        place = folder / file.relative_to(tmp_path / "fused")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        file.rename(blobs / str(number))
+        place.symlink_to(os.path.relpath(blobs / str(number), place.parent))
+    mt.FusedModel.from_pretrained(folder)
+    config = folder / "towers/text/config.json"
+    blob = config.resolve()
+    blob.rename(tmp_path / "secret")
+    blob.symlink_to(tmp_path / "secret")
+    refused(folder, r"config\.json is a link to .*secret, and none is followed")
+
+
+def test_other_files_beside_a_checkpoint_may_be_links(tmp_path: Path) -> None:
+    small(tmp_path / "fused")
+    (tmp_path / "fused/README.md").symlink_to("/nowhere")
+    mt.FusedModel.from_pretrained(tmp_path / "fused")
+
+
+def test_what_is_added_or_changed_is_listed(tmp_path: Path) -> None:
+    folder = tmp_path / "fused"
+    small(folder)
+    (folder / "towers/text/adapter_config.json").write_text("{}")
+    change(folder / "towers/text/config.json", rope_theta=3.0)
+    (folder / "towers/text/generation_config.json").unlink()
+    with pytest.raises(mt.CheckpointError) as caught:
+        mt.FusedModel.from_pretrained(folder)
+    for line in (
+        "missing: towers/text/generation_config.json",
+        "unexpected: towers/text/adapter_config.json",
+        "damaged: towers/text/config.json",
+    ):
+        assert line in str(caught.value)
+
+
+def test_one_bit_of_a_link_is_noticed(tmp_path: Path) -> None:
+    folder = tmp_path / "fused"
+    small(folder)
+    file = folder / "links.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    refused(folder, r"damaged: links\.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 100_000, "recursion"),
+        ('{"a": ' * 100_000, "recursion"),
+        ('{"format_version": ' + "9" * 100_000 + "}", "digits"),
+        ('{"format_version": 1, "format_version": 2}', "'format_version' stands there twice"),
+        ('{"format_version": NaN}', "NaN is no number"),
+        ('{"format_version": -Infinity}', "-Infinity is no number"),
+        ("\xff", "utf-8"),
+        ("[]", "expected a JSON object"),
+        (" " * (1 << 24) + "{}", "more than 16777216 bytes"),
+        ('{"format_version": true}', "True is no version"),
+        ('{"format_version": 0}', "0 is no version"),
+        ('{"format_version": 2}', "not as it was saved"),
+        ('{"format_version": 1}', "is damaged: KeyError"),
+    ],
+)
+def test_what_is_no_plain_json_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "fusion.json").write_bytes(text.encode("latin-1"))
+    refused(tmp_path, rf"fusion\.json .*{message}")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("num_hidden_layers", 10**9, "num_hidden_layers=1000000000, but there are only"),
+        ("num_labels", 10**9, "num_labels=1000000000"),
+        ("vocab_size", 10**9, "is of a model of .* parameters"),
+        ("hidden_size", 10**7, "is of a model of .* parameters"),
+        ("hidden_size", 10**30, "no model that transformers can build"),
+        ("head_dim", 10**8, "is of a model of .* parameters"),
+        ("num_attention_heads", 0, r"no model that transformers|ZeroDivision"),
+        ("model_type", "x", "no model that transformers can build"),
+        ("attn_implementation", "someone/kernels", "asks for the kernels 'someone/kernels'"),
+        ("attn_implementation", {"": "someone/kernels"}, "asks for the kernels"),
+        ("sub", {"experts_implementation": "someone/kernels"}, "asks for the kernels"),
+    ],
+)
+def test_configs_that_ask_for_too_much_are_refused(
+    tmp_path: Path, key: str, value: Any, message: str
+) -> None:
+    folder = tmp_path / "fused"
+    small(folder)
+    change(folder / "towers/text/config.json", **{key: value})
+    reseal(folder, tensors=True)
+    refused(folder, rf"config\.json .*(?s:{message})")
+
+
+@pytest.mark.parametrize("place", ["../../../secret.safetensors", "/etc/passwd", "", 3])
+def test_an_index_that_points_elsewhere_is_refused(tmp_path: Path, place: Any) -> None:
+    folder = tmp_path / "fused"
+    small(folder)
+    weights = folder / "towers/text/model.safetensors"
+    keys = list(load_file(weights))
+    weights.rename(tmp_path / "secret.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(keys, place)}
+    weights.with_name("model.safetensors.index.json").write_text(json.dumps(index))
+    reseal(folder, tensors=True)
+    refused(folder, r"index\.json is damaged: it does not say in which file each tensor is")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"r": 10**9}, "asks for rank 1000000000"),
+        ({"rank_pattern": {"q_proj": 10**9}}, "asks for rank"),
+        ({"target_modules": "((a|.)+)+!"}, "matching may take for ever"),
+        ({"target_modules": ".*.*.*.*.*.*.*!"}, "matching may take for ever"),
+        ({"rank_pattern": {"(.*)*!": 2}}, "matching may take for ever"),
+        ({"peft_type": "XLORA", "adapters": {"a": "someone/adapter"}}, "tower 'text'"),
+        ({"megatron_config": {"x": 1}, "megatron_core": "os"}, "runs code of another package"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["lora"])
+@pytest.mark.filterwarnings("ignore")
+def test_adapters_that_ask_for_too_much_are_refused(
+    base: Base, changes: dict[str, Any], message: str
+) -> None:
+    change(base.folder / "towers/text/adapter/adapter_config.json", **changes)
+    reseal(base.folder, tensors=True)
+    refused(base.folder, f"(?s:{message})")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"heads": 10**9}, "heads do not divide"),
+        ({"interleave": 10**9}, "leaves no tap"),
+        ({"interleave": None, "taps": [[1, 10**9]]}, "names layer 1000000000"),
+        ({"source": "../../x"}, "there is no tower"),
+        ({"name": "../../x"}, "use letters"),
+    ],
+)
+def test_links_that_cannot_be_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    folder = tmp_path / "fused"
+    tiny_model().save_pretrained(folder)
+    reseal(folder, lambda document: document["graph"]["links"][0].update(changes))
+    refused(folder, message, towers=tiny_towers())
+
+
+def test_more_links_than_are_stored_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "fused"
+    tiny_model().save_pretrained(folder)
+    links = [{"source": "speech", "target": "text", "name": f"l{n}", "interleave": 1} for n in range(10_000)]
+    reseal(folder, lambda document: document["graph"].update(links=links))
+    refused(folder, "what is stored of them has", towers=tiny_towers())
+
+
+@pytest.mark.parametrize("name", ["../../x", "/x", "", "a/b", "..", "\0", "x\n"])
+def test_names_that_lead_out_of_the_checkpoint_are_refused(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "fused"
+    tiny_model().save_pretrained(folder, modalities={"text": Letters()})
+
+    def renamed(document: dict[str, Any]) -> None:
+        document["graph"]["towers"][1]["name"] = name
+        document["towers"][name] = document["towers"]["text"]
+        document["modalities"][name] = document["modalities"].pop("text")
+        for link in document["graph"]["links"]:
+            link.update({side: name for side in ("source", "target") if link[side] == "text"})
+
+    reseal(folder, renamed)
+    refused(folder, "tower name .*use letters", towers={"speech": tiny_towers()["speech"]})
+    with pytest.raises(mt.CheckpointError, match="modality of tower"):
+        mt.Pipeline.from_pretrained(folder)
+
+
+def test_tensors_of_no_size_and_great_names_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "fused"
+    tiny_model().save_pretrained(folder)
+    file = folder / "links.safetensors"
+    whole = load_file(file)
+    save_file({**whole, "links." + "x" * 10**6: torch.zeros(0, 2**40)}, file)
+    reseal(folder, tensors=True)
+    refused(folder, "unexpected: links.xxx", towers=tiny_towers())
+
+
+def tiny_towers() -> dict[str, torch.nn.Module]:
+    """Towers as those of ``tiny_model``, with other values."""
+    return {"speech": tiny_tower(7, depth=3, width=12), "text": tiny_tower(7, depth=2, width=8)}
