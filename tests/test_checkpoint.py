@@ -199,7 +199,7 @@ def test_a_save_that_breaks_off_leaves_the_old_checkpoint(
     def full(*args: object, **kwargs: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("multitower.checkpoint.save_file", full)
+    monkeypatch.setattr("multitower.checkpoint.save.save_file", full)
     with pytest.raises(OSError, match="no space"):
         model.save_pretrained(tmp_path / "fused")
     again = mt.FusedModel.from_pretrained(tmp_path / "fused")

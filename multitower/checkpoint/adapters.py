@@ -1,0 +1,66 @@
+"""The peft adapters of a tower on disk, in peft's own format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..extras import require
+from ..files import FUSION, CheckpointError, check_fit, read_json, read_tensors
+from ..fingerprint import fingerprint
+from ..tower.lora import add_adapter, is_peft_model, make_config
+from .layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+
+
+def save_adapters(name: str, model: Any, folder: Path) -> dict[str, Any]:
+    """Write the adapters of a PeftModel; say which there are and which are active."""
+    if any(getattr(module, "merged", False) is True for module in model.modules()):
+        raise CheckpointError(
+            f"tower {name!r} has merged adapters, so that its model is not what it was; before saving, call "
+            f"unimodal({name!r}).unmerge_adapter(), or merge_and_unload({name!r}) of the fused model"
+        )
+    model.save_pretrained(folder, save_embedding_layers=False)
+    adapters = {adapter: fingerprint(_adapter_state(model, adapter)) for adapter in model.peft_config}
+    return {"adapters": adapters, "active_adapters": list(model.active_adapters)}
+
+
+def load_adapters(folder: Path, record: Mapping[str, Any], model: nn.Module) -> nn.Module:
+    """Put the stored adapters on a model; give the PeftModel."""
+    peft = require("peft", "lora")
+    adapters, active = record.get("adapters"), record.get("active_adapters")
+    if not (isinstance(adapters, dict) and isinstance(active, list) and active):
+        raise CheckpointError(f"{FUSION} is damaged: it does not say which peft adapters there are")
+    if is_peft_model(model):
+        raise CheckpointError("it has peft adapters, but the checkpoint brings its own; give it without")
+    adapted: Any = model
+    for adapter, expected in adapters.items():
+        place = folder if adapter == "default" else folder / adapter
+        file, tensors = place / ADAPTER_WEIGHTS, read_tensors(place / ADAPTER_WEIGHTS)
+        config = make_config(read_json(place / ADAPTER_CONFIG))
+        if hasattr(config, "init_lora_weights"):
+            config.init_lora_weights = True  # others may change the model; the values come from the file
+        in_single = any(tensor.dtype == torch.float32 for tensor in tensors.values())
+        adapted = add_adapter(adapted, config, adapter, autocast=in_single)
+        check_fit(_adapter_state(adapted, adapter), tensors, file)
+        peft.set_peft_model_state_dict(adapted, tensors, adapter)
+        if fingerprint(_adapter_state(adapted, adapter)) != expected:
+            raise CheckpointError(f"{file} holds other values than those that this checkpoint was made with")
+    try:
+        adapted.set_adapter(active[0])
+        adapted.base_model.set_adapter(active)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{FUSION} is damaged: no adapters {active} to activate") from error
+    assert isinstance(adapted, nn.Module)
+    return adapted
+
+
+def _adapter_state(model: nn.Module, adapter: str) -> dict[str, Tensor]:
+    peft = require("peft", "lora")
+    state: dict[str, Tensor] = peft.get_peft_model_state_dict(
+        model, adapter_name=adapter, save_embedding_layers=False
+    )
+    return state

@@ -1,0 +1,5 @@
+"""What the files of a checkpoint are called, and which version of the format is written."""
+
+FORMAT_VERSION = 1
+LINKS, TOWERS, WEIGHTS = "links.safetensors", "towers", "model.safetensors"
+ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter", "adapter_config.json", "adapter_model.safetensors"

@@ -1,0 +1,153 @@
+"""From a fused model to a folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..codecs import MODALITIES, Records, check_modalities, keep_modalities, write_modalities
+from ..files import FUSION, CheckpointError
+from ..fingerprint import fingerprint
+from ..fused import FusedModel
+from ..modality import Modality
+from ..sharing import shared_with
+from ..tower import Tower
+from ..tower.lora import base_model, base_state, is_peft_model
+from ..tower.offload import is_offloaded
+from ..tower.quantised import can_be_stored, quantisation_of
+from .adapters import save_adapters
+from .layout import ADAPTER, FORMAT_VERSION, LINKS, TOWERS, WEIGHTS
+from .parts import fusion_state, whole
+
+
+def save_pretrained(
+    model: FusedModel,
+    folder: str | os.PathLike[str],
+    *,
+    embed_towers: bool = False,
+    modalities: Mapping[str, Modality] | None = None,
+) -> None:
+    """Write a fused model to a folder.
+
+    >>> import multitower as mt, tempfile, torch
+    >>> from multitower.testing import tiny_model, tiny_tower
+    >>> model = tiny_model()
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     model.save_pretrained(folder + "/fused")
+    ...     towers = {"speech": tiny_tower(depth=3, width=12), "text": tiny_tower(depth=2, width=8)}
+    ...     again = mt.FusedModel.from_pretrained(folder + "/fused", towers=towers)
+    >>> all(map(torch.equal, model.state_dict().values(), again.state_dict().values()))
+    True
+
+    All files are written to a new folder beside it, which then takes its place: a save that is broken
+    off leaves an old checkpoint as it was.
+
+    Args:
+        model: The model.
+        folder: A new folder, an empty one, or an older checkpoint, which is replaced; files in it that
+            are not part of a checkpoint are kept, and so are modalities, where none is given instead.
+        embed_towers: Whether to store frozen models that were loaded from a path or Hub id, too.
+        modalities: What makes the tokens of some or all towers, by tower, for ``Pipeline.from_pretrained``.
+
+    Raises:
+        CheckpointError: The folder holds other things than a checkpoint, or adapters are merged.
+        ValueError: A modality is given for no tower, or has more ids than its tower.
+        TypeError: What is given as modality is none.
+    """
+    modalities = modalities or {}
+    check_modalities(model, modalities)
+    target = Path(folder).absolute()
+    if target.exists() and not target.is_dir():
+        raise CheckpointError(f"{target} is a file; give a folder to save to")
+    if target.is_dir() and any(target.iterdir()) and not (target / FUSION).exists():
+        raise CheckpointError(f"{target} is not empty and holds no {FUSION}; save to a folder of its own")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        fresh = scratch / "new"
+        fresh.mkdir()
+        records = write_modalities(modalities, fresh)
+        if target.exists():
+            _keep_others(target, fresh)
+            records = keep_modalities(target, fresh, model.graph.towers) | records
+        _write(model, fresh, embed_towers, records)
+        if target.exists():
+            target.rename(scratch / "old")
+        fresh.rename(target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _write(model: FusedModel, folder: Path, embed_towers: bool, modalities: Records) -> None:
+    records: dict[str, dict[str, Any]] = {}
+    shared = shared_with({name: model.tower(name) for name in model.graph.towers})
+    for name, spec in model.graph.towers.items():
+        if name in shared:
+            records[name] = {"shared_with": shared[name]}
+            continue
+        native, place = whole(model.tower(name)), folder / TOWERS / name
+        state = base_state(native)
+        embedded = embed_towers or spec.train == "all" or spec.source is None
+        if embedded and not can_be_stored(base_model(native)):
+            _leave_out(name, base_model(native), embed_towers)
+            embedded = False
+        records[name] = {
+            "class": type(base_model(native)).__name__,
+            "embedded": embedded,
+            "fingerprint": fingerprint(state),
+        }
+        if embedded:
+            _save_model(base_model(native), state, place)
+        if is_peft_model(native):
+            records[name] |= save_adapters(name, native, place / ADAPTER)
+    links = {key: value.contiguous() for key, value in fusion_state(model).items()}
+    save_file(links, folder / LINKS, metadata={"format": "pt"})
+    document = {
+        "format_version": FORMAT_VERSION,
+        "graph": model.graph.to_dict(),
+        "towers": records,
+        "modalities": modalities,
+    }
+    (folder / FUSION).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def _leave_out(name: str, model: nn.Module, embed_towers: bool) -> None:
+    why = (
+        f"tower {name!r} is quantised ({quantisation_of(model)}) in a way that cannot be written to a "
+        "checkpoint and read back"
+    )
+    if embed_towers:
+        raise CheckpointError(f"{why}; save without embed_towers, and keep the tower yourself")
+    warnings.warn(
+        f"{why}; it is left out, so load with from_pretrained(folder, towers={{{name!r}: module}})",
+        stacklevel=5,
+    )
+
+
+def _save_model(model: Any, state: dict[str, Tensor], folder: Path) -> None:
+    if isinstance(model, Tower):
+        folder.mkdir(parents=True)
+        state = {key: value.contiguous() for key, value in state.items()}
+        save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    else:
+        own = not is_offloaded(model) and state.keys() == model.state_dict().keys()
+        model.save_pretrained(folder, state_dict=None if own else state)
+
+
+def _keep_others(old: Path, new: Path) -> None:
+    """Copy what a user keeps beside a checkpoint, such as a README."""
+    for entry in old.iterdir():
+        if entry.name not in (FUSION, LINKS, TOWERS, MODALITIES):
+            if entry.is_dir():
+                shutil.copytree(entry, new / entry.name, symlinks=True)
+            else:
+                shutil.copy2(entry, new / entry.name, follow_symlinks=False)
