@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from . import publish
 from .graph import FusionGraph
+from .hub import find_checkpoint
 from .link import GatedCrossAttention, Visibility, visibility
 from .output import FusedOutput, States, token_loss
 from .parts import make_adapters, make_links
@@ -320,12 +322,21 @@ class FusedModel(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | os.PathLike[str], *, towers: Mapping[str, str | nn.Module] | None = None
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        towers: Mapping[str, str | nn.Module] | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
     ) -> FusedModel:
-        """Load a checkpoint; see ``checkpoint.from_pretrained``."""
+        """Load a folder or "owner/name"; see ``checkpoint.from_pretrained`` and ``hub.find_checkpoint``."""
         from .checkpoint import from_pretrained
 
-        return from_pretrained(folder, towers=towers or {})
+        root = find_checkpoint(folder, revision=revision, token=token, cache_dir=cache_dir)
+        return from_pretrained(root, towers=towers or {})
+
+    push_to_hub = publish.push_to_hub
 
     def _link(self, name: str) -> nn.ModuleDict:
         link = self.links[name]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,8 +12,10 @@ from torch import nn
 
 from .codecs import check_modalities, load_modalities
 from .fused import FusedModel
+from .hub import find_checkpoint
 from .modality import Modality
 from .options import given, options_of
+from .publish import push_to_hub
 from .raw import Raw, by_tower, leaves, read_example, replaced
 from .stream import Segment
 from .streaming import stream_text
@@ -150,13 +151,19 @@ class Pipeline:
         *,
         towers: Mapping[str, str | nn.Module] | None = None,
         modalities: Mapping[str, Modality] | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
     ) -> Pipeline:
         """Load a checkpoint with its modalities.
 
         Args:
-            folder: The checkpoint.
+            folder: The checkpoint, or its id on the Hub, "owner/name"; a folder that exists wins.
             towers: Where to take towers from instead, as for ``FusedModel.from_pretrained``.
             modalities: Modalities by tower, in place of those of the checkpoint or in addition.
+            revision: A branch, tag or commit on the Hub.
+            token: What opens a private repository on the Hub.
+            cache_dir: Where downloads are kept.
 
         Raises:
             PluginError: A modality's plugin is not installed, which names the package, or broken.
@@ -164,8 +171,35 @@ class Pipeline:
             ValueError: See ``Pipeline``.
         """
         instead = modalities or {}
-        stored = load_modalities(Path(folder), but=instead)
-        return cls(FusedModel.from_pretrained(folder, towers=towers), {**stored, **instead})
+        root = find_checkpoint(folder, revision=revision, token=token, cache_dir=cache_dir)
+        stored = load_modalities(root, but=instead)
+        return cls(FusedModel.from_pretrained(root, towers=towers), {**stored, **instead})
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        embed_towers: bool = False,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str = "Upload a fused model",
+        revision: str | None = None,
+        create_pr: bool = False,
+        license: str | None = None,  # noqa: A002  # what the Hub calls it
+    ) -> str:
+        """Put a checkpoint of the model and its modalities on the Hub; see ``publish.push_to_hub``."""
+        return push_to_hub(
+            self.model,
+            repo_id,
+            modalities=self.modalities,
+            embed_towers=embed_towers,
+            private=private,
+            token=token,
+            commit_message=commit_message,
+            revision=revision,
+            create_pr=create_pr,
+            license=license,
+        )
 
     def _modality(self, name: str, where: str) -> Modality:
         if not isinstance(name, str) or name not in self.model.towers:
