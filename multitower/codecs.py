@@ -11,9 +11,11 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .files import FUSION, CheckpointError, read_json
+from .files import FUSION, CheckpointError
 from .modality import Modality
 from .plugins import PluginError, describe, modality_class
+from .seal import check_files, read_sealed
+from .spec import is_name
 
 if TYPE_CHECKING:
     from .fused import FusedModel
@@ -98,12 +100,15 @@ def read_records(folder: Path) -> Records:
     Raises:
         CheckpointError: ``fusion.json`` is missing or damaged.
     """
-    data = read_json(folder / FUSION)
+    return _records_of(read_sealed(folder), folder)
+
+
+def _records_of(data: Mapping[str, Any], folder: Path) -> Records:
     found, towers = data.get("modalities", {}), data.get("towers")
     if not isinstance(found, dict) or not isinstance(towers, dict):
         raise CheckpointError(f"{folder / FUSION} is damaged: it does not say which towers have modalities")
     for name, record in found.items():
-        if name not in towers or not _is_record(record):
+        if name not in towers or not is_name(name) or not _is_record(record):
             raise CheckpointError(f"{folder / FUSION} is damaged: modality of tower {name!r}: {record!r}")
     return found
 
@@ -120,9 +125,11 @@ def load_modalities(folder: Path, but: Collection[str] = ()) -> dict[str, Modali
         CheckpointError: A file is missing or damaged.
     """
     loaded: dict[str, Modality] = {}
-    for name, record in read_records(folder).items():
+    data = read_sealed(folder)
+    for name, record in _records_of(data, folder).items():
         if name in but:
             continue
+        check_files(folder, data, f"{MODALITIES}/{name}")
         try:
             kind = modality_class(str(record["modality"]), record["package"])
         except PluginError as error:

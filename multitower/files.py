@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from torch import Tensor
 
 FUSION = "fusion.json"
 """What a checkpoint says of itself."""
+LARGEST_JSON = 1 << 24
+"""How many bytes a JSON file of a checkpoint may have."""
 
 
 class CheckpointError(ValueError):
@@ -51,18 +54,22 @@ def check_fit(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], file: 
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object.
+    """Read a JSON object that is no larger than ``LARGEST_JSON`` and means one thing only.
 
     Raises:
-        CheckpointError: The file is missing, or is none.
+        CheckpointError: The file is missing, or is none: it names a key twice, say, or holds NaN.
     """
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        if file.is_file() and file.stat().st_size > LARGEST_JSON:
+            raise CheckpointError(f"{file} is damaged: it has more than {LARGEST_JSON} bytes")
+        data = json.loads(
+            file.read_text(encoding="utf-8"), object_pairs_hook=_no_key_twice, parse_constant=_no_such_number
+        )
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{file} is missing; is {file.parent} a fused checkpoint, wholly copied?"
         ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is damaged: {error}") from error
     if not isinstance(data, dict):
         raise CheckpointError(f"{file} is damaged: expected a JSON object")
@@ -79,5 +86,50 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         return load_file(file)
     except FileNotFoundError as error:
         raise CheckpointError(f"{file} is missing; was the checkpoint wholly copied?") from error
-    except SafetensorError as error:
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{file} is damaged or half-written: {error}") from error
+
+
+def check_inside(folder: Path) -> None:
+    """Check that a checkpoint is plain files and folders, so that reading it reads nothing else.
+
+    The cache of the Hub keeps the files of a ``snapshots/<revision>`` as links to ``blobs``, which are let
+    pass. What stands beside a checkpoint in its folder is never read, and may be anything.
+
+    Raises:
+        CheckpointError: There is a link that leads elsewhere, or a device or pipe.
+    """
+    root = folder.resolve()
+    blobs = [place.parent / "blobs" for place in root.parents if place.name == "snapshots"]
+    for place, folders, files in os.walk(root):
+        if Path(place) == root:
+            folders[:], files = _own(folders), _own(files)
+        for entry in (Path(place, name) for name in (*folders, *files)):
+            try:
+                real = entry.resolve(strict=True)
+            except (OSError, RuntimeError) as error:
+                raise CheckpointError(f"{entry} is a link that leads nowhere: {error}") from error
+            if entry.is_symlink() and not (real.parent in blobs and real.is_file()):
+                raise CheckpointError(
+                    f"{entry} is a link to {real}, and none is followed; put a copy in its place"
+                )
+            if not (real.is_file() or real.is_dir()):
+                raise CheckpointError(f"{entry} is neither a file nor a folder")
+
+
+def _own(names: list[str]) -> list[str]:
+    return [
+        name for name in names if name in ("towers", "modalities") or name.endswith((".json", ".safetensors"))
+    ]
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data = dict(pairs)
+    if len(data) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} stands there twice")
+    return data
+
+
+def _no_such_number(name: str) -> float:
+    raise ValueError(f"{name} is no number")

@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 
+from .atomic import current
 from .extras import require
 from .files import FUSION, CheckpointError
 
@@ -51,7 +52,7 @@ def find_checkpoint(
         ImportError: The source is no folder, and huggingface_hub is not installed.
     """
     folder = Path(source)
-    if folder.exists() or not (isinstance(source, str) and re.fullmatch(f"{_PART}/{_PART}", source)):
+    if current(folder).exists() or not (isinstance(source, str) and re.fullmatch(f"{_PART}/{_PART}", source)):
         if revision is not None:
             raise ValueError(
                 f"revision={revision!r} is for the Hub, but {source} is a path here; leave it out"

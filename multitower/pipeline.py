@@ -17,6 +17,7 @@ from .modality import Modality
 from .options import given, options_of
 from .publish import push_to_hub
 from .raw import Raw, by_tower, leaves, read_example, replaced
+from .seal import steadily
 from .stream import Segment
 from .streaming import stream_text
 
@@ -170,10 +171,14 @@ class Pipeline:
             CheckpointError: A file is missing or damaged; or see ``FusedModel.from_pretrained``.
             ValueError: See ``Pipeline``.
         """
-        instead = modalities or {}
+        instead, given = modalities or {}, towers or {}
+
+        def load(root: Path) -> Pipeline:
+            stored = load_modalities(root, but=instead)
+            return cls(FusedModel.from_pretrained(root, towers=given), {**stored, **instead})
+
         root = find_checkpoint(folder, revision=revision, token=token, cache_dir=cache_dir)
-        stored = load_modalities(root, but=instead)
-        return cls(FusedModel.from_pretrained(root, towers=towers), {**stored, **instead})
+        return steadily(root, load, again=all(isinstance(tower, str) for tower in given.values()))
 
     def push_to_hub(
         self,

@@ -32,7 +32,7 @@ class TowerSpec:
     peft: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]*", self.name):
+        if not is_name(self.name):
             raise GraphError(f"tower name {self.name!r}: use letters, digits, '_' and '-', a letter first")
         _not_reserved("tower", self.name)
         _one_of(f"tower {self.name!r}: train", self.train, TRAIN)
@@ -137,6 +137,15 @@ class LinkSpec:
                 "use smaller steps"
             )
         return taps
+
+
+def is_name(value: object) -> bool:
+    """Say whether a tower may be called so, which is also what a folder is called.
+
+    >>> is_name("text"), is_name("../text")
+    (True, False)
+    """
+    return isinstance(value, str) and re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]{0,99}", value) is not None
 
 
 def _not_reserved(what: str, name: str) -> None:

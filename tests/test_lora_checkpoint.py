@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import multitower as mt
 from adapted import CONFIGS, assert_same, fused, logits, ready, trainable
 from models import EXAMPLES, causal_lm
+from tampering import reseal
 
 # peft 0.21 asks transformers 5.23 in the old way when these tests call peft themselves.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -183,6 +184,7 @@ def test_another_model_is_refused(origin: Path, folder: Path) -> None:
 def test_a_missing_file_is_named(origin: Path, folder: Path, missing: str) -> None:
     fused(origin).save_pretrained(folder)
     (folder / "towers/text/adapter" / missing).unlink()
+    reseal(folder)
     with pytest.raises(mt.CheckpointError, match=f"{missing} is missing"):
         mt.FusedModel.from_pretrained(folder)
 
@@ -194,17 +196,20 @@ def test_pickles_are_never_read(origin: Path, folder: Path, monkeypatch: pytest.
     torch.save(load_file(adapter), adapter.with_suffix(".bin"))
     values = adapter.read_bytes()
     adapter.unlink()
+    reseal(folder)
     with pytest.raises(mt.CheckpointError, match=r"adapter_model\.safetensors is missing"):
         mt.FusedModel.from_pretrained(folder)
     adapter.write_bytes(values)
     shutil.copy(adapter.with_name("adapter_config.json"), folder / "towers/text")
     adapter.with_suffix(".bin").rename(folder / "towers/text/adapter_model.bin")
+    reseal(folder)
     with pytest.raises(mt.CheckpointError, match=r"adapter_config\.json has no place there"):
         mt.FusedModel.from_pretrained(folder)
     (folder / "towers/text/adapter_config.json").unlink()
     model = folder / "towers/text/model.safetensors"
     torch.save(load_file(model), model.with_name("pytorch_model.bin"))
     model.unlink()
+    reseal(folder)
     with pytest.raises(mt.CheckpointError, match=r"model\.safetensors is missing"):
         mt.FusedModel.from_pretrained(folder)
 
@@ -215,12 +220,14 @@ def test_adapters_of_another_model_are_refused(origin: Path, folder: Path) -> No
     tensors = load_file(file)
     first, second, third, *_ = sorted(tensors)
     save_file({**tensors, first: tensors[first] + 1}, file)
+    reseal(folder)
     with pytest.raises(mt.CheckpointError, match=r"adapter_model\.safetensors holds other values"):
         mt.FusedModel.from_pretrained(folder)
     tensors["other"] = tensors.pop(first)
     tensors[second] = tensors[second][:1].clone()
     tensors[third] = tensors[third].half()
     save_file(tensors, file)
+    reseal(folder)
     with pytest.raises(mt.CheckpointError) as caught:
         mt.FusedModel.from_pretrained(folder)
     for part in ("tower 'text'", f"missing: {first}", "unexpected: other", f"{second} is", "torch.float16"):
@@ -251,5 +258,6 @@ def test_damaged_files_are_refused(
     data = json.loads((folder / file).read_text())
     (data["towers"]["text"] if file == "fusion.json" else data).update(change)
     (folder / file).write_text(json.dumps(data))
+    reseal(folder)
     with pytest.raises(mt.CheckpointError, match=f"tower 'text': .*(?s:{message})"):
         mt.FusedModel.from_pretrained(folder)

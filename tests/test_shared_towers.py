@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import multitower as mt
 from models import causal_lm, segment
 from multitower.testing import open_gates, tiny_tower
+from tampering import reseal
 
 DIALOGUE = [
     [segment("ask", 5, 6, 7), segment("answer", 4, 9, target=True)],
@@ -211,20 +212,14 @@ def test_a_given_tower_is_taken_for_all_that_share(folder: str, tmp_path: Path) 
 def test_a_checkpoint_from_before_loads_without_sharing(folder: str, tmp_path: Path) -> None:
     model = open_gates(dialogue(folder, folder))
     model.save_pretrained(tmp_path / "fused")
-    file = tmp_path / "fused/fusion.json"
-    document = json.loads(file.read_text())
-    document["towers"]["answer"] = document["towers"]["ask"]
-    file.write_text(json.dumps(document))
+    reseal(tmp_path / "fused", lambda saved: saved["towers"].update(answer=saved["towers"]["ask"]))
     assert_same(model, mt.FusedModel.from_pretrained(tmp_path / "fused"))
 
 
 @pytest.mark.parametrize("first", ["answer", "nobody", 3])
 def test_a_damaged_record_is_named(folder: str, tmp_path: Path, first: object) -> None:
     dialogue(folder, folder).save_pretrained(tmp_path / "fused")
-    file = tmp_path / "fused/fusion.json"
-    document = json.loads(file.read_text())
-    document["towers"]["answer"]["shared_with"] = first
-    file.write_text(json.dumps(document))
+    reseal(tmp_path / "fused", lambda saved: saved["towers"]["answer"].update(shared_with=first))
     with pytest.raises(mt.CheckpointError, match=r"fusion\.json is damaged"):
         mt.FusedModel.from_pretrained(tmp_path / "fused")
 

@@ -12,6 +12,7 @@ from letters import STEPS, Letters, Tune
 from models import causal_lm, pair
 from multitower import plugins
 from plugin import LETTERS, Offer
+from tampering import reseal
 
 
 @pytest.fixture
@@ -113,8 +114,7 @@ def test_damaged_records_are_named(
     model: mt.FusedModel, letters: type[mt.Modality], tmp_path: Path, damage: Any
 ) -> None:
     model.save_pretrained(tmp_path / "fused", modalities={"text": letters()})
-    file = tmp_path / "fused/fusion.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "modalities": damage}))
+    reseal(tmp_path / "fused", lambda document: document.update(modalities=damage))
     with pytest.raises(mt.CheckpointError, match=r"fusion\.json is damaged"):
         mt.Pipeline.from_pretrained(tmp_path / "fused")
 
@@ -124,6 +124,7 @@ def test_a_missing_modality_folder_is_named(
 ) -> None:
     model.save_pretrained(tmp_path / "fused", modalities={"text": letters()})
     shutil.rmtree(tmp_path / "fused/modalities/text")
+    reseal(tmp_path / "fused")
     with pytest.raises(mt.CheckpointError, match=r"modalities/text/modality\.json is missing"):
         mt.Pipeline.from_pretrained(tmp_path / "fused")
 
@@ -132,8 +133,5 @@ def test_a_checkpoint_without_modalities_makes_a_pipeline_of_tokens(
     model: mt.FusedModel, tmp_path: Path
 ) -> None:
     model.save_pretrained(tmp_path / "fused")
-    file = tmp_path / "fused/fusion.json"
-    document = json.loads(file.read_text())
-    assert document.pop("modalities") == {}
-    file.write_text(json.dumps(document))
+    reseal(tmp_path / "fused", lambda document: document.pop("modalities"))
     assert mt.Pipeline.from_pretrained(tmp_path / "fused").modalities == {}

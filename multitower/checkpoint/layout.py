@@ -1,5 +1,4 @@
-"""What the files of a checkpoint are called, and which version of the format is written."""
+"""What the files of a checkpoint are called."""
 
-FORMAT_VERSION = 1
 LINKS, TOWERS, WEIGHTS = "links.safetensors", "towers", "model.safetensors"
 ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter", "adapter_config.json", "adapter_model.safetensors"

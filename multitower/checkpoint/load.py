@@ -10,15 +10,16 @@ from typing import Any
 
 from torch import nn
 
-from ..files import FUSION, CheckpointError, load_strictly, read_json, read_tensors
+from ..files import FUSION, CheckpointError, load_strictly, read_tensors
 from ..fingerprint import fingerprint
 from ..fused import FusedModel
 from ..graph import FusionGraph
+from ..seal import check_files, read_sealed, steadily
 from ..spec import GraphError, TowerSpec
 from ..tower import Tower, TowerError, TransformersTower, as_tower
 from ..tower.lora import base_state
 from .adapters import load_adapters
-from .layout import ADAPTER, ADAPTER_CONFIG, FORMAT_VERSION, LINKS, TOWERS, WEIGHTS
+from .layout import ADAPTER, ADAPTER_CONFIG, LINKS, TOWERS, WEIGHTS
 from .parts import fusion_state, whole
 from .records import for_all_that_share, read_records, with_sources
 
@@ -38,14 +39,12 @@ def from_pretrained(folder: str | os.PathLike[str], *, towers: Mapping[str, str 
             trained with.
         ImportError: A tower has peft adapters, and the extra "lora" is not installed.
     """
-    root = Path(folder)
-    data = read_json(root / FUSION)
-    version = data.get("format_version")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise CheckpointError(
-            f"{root / FUSION} has format version {version!r}; this release reads up to {FORMAT_VERSION}: "
-            "upgrade multitower"
-        )
+    again = all(isinstance(tower, str) for tower in towers.values())
+    return steadily(Path(folder), functools.partial(_load, towers=towers), again=again)
+
+
+def _load(root: Path, towers: Mapping[str, str | nn.Module]) -> FusedModel:
+    data = read_sealed(root)
     try:
         records = read_records(data)
         towers = for_all_that_share(records, towers)
@@ -55,8 +54,10 @@ def from_pretrained(folder: str | os.PathLike[str], *, towers: Mapping[str, str 
     loaded: dict[str, Tower] = {}
     for name, spec in graph.towers.items():
         first = records[name].get("shared_with")
+        check_files(root, data, f"{TOWERS}/{name}")
         loaded[name] = loaded[first] if first else _load_tower(root, records[name], towers.get(name), spec)
     model = FusedModel(graph, loaded)
+    check_files(root, data, LINKS)
     load_strictly(fusion_state(model), read_tensors(root / LINKS), root / LINKS)
     return model.eval()
 

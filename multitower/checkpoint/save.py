@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..atomic import replacing
 from ..codecs import MODALITIES, Records, check_modalities, keep_modalities, write_modalities
 from ..files import FUSION, CheckpointError
 from ..fingerprint import fingerprint
 from ..fused import FusedModel
 from ..modality import Modality
+from ..seal import FORMAT_VERSION, write_sealed
 from ..sharing import shared_with
 from ..tower import Tower
 from ..tower.lora import base_model, base_state, is_peft_model
 from ..tower.offload import is_offloaded
 from ..tower.quantised import can_be_stored, quantisation_of
 from .adapters import save_adapters
-from .layout import ADAPTER, FORMAT_VERSION, LINKS, TOWERS, WEIGHTS
+from .layout import ADAPTER, LINKS, TOWERS, WEIGHTS
 from .parts import fusion_state, whole
 
 
@@ -48,8 +49,9 @@ def save_pretrained(
     >>> all(map(torch.equal, model.state_dict().values(), again.state_dict().values()))
     True
 
-    All files are written to a new folder beside it, which then takes its place: a save that is broken
-    off leaves an old checkpoint as it was.
+    All files are written to a new folder beside it and flushed to the disk; then it takes the other's place.
+    A save that is broken off or killed leaves the old checkpoint or the new one, whole; see
+    ``atomic.replacing``.
 
     Args:
         model: The model.
@@ -59,7 +61,8 @@ def save_pretrained(
         modalities: What makes the tokens of some or all towers, by tower, for ``Pipeline.from_pretrained``.
 
     Raises:
-        CheckpointError: The folder holds other things than a checkpoint, or adapters are merged.
+        CheckpointError: The folder holds other things than a checkpoint, or adapters are merged, or the disk
+            is full or may not be written to.
         ValueError: A modality is given for no tower, or has more ids than its tower.
         TypeError: What is given as modality is none.
     """
@@ -70,21 +73,16 @@ def save_pretrained(
         raise CheckpointError(f"{target} is a file; give a folder to save to")
     if target.is_dir() and any(target.iterdir()) and not (target / FUSION).exists():
         raise CheckpointError(f"{target} is not empty and holds no {FUSION}; save to a folder of its own")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        fresh = scratch / "new"
-        fresh.mkdir()
-        records = write_modalities(modalities, fresh)
-        if target.exists():
-            _keep_others(target, fresh)
-            records = keep_modalities(target, fresh, model.graph.towers) | records
-        _write(model, fresh, embed_towers, records)
-        if target.exists():
-            target.rename(scratch / "old")
-        fresh.rename(target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(target) as fresh:
+            records = write_modalities(modalities, fresh)
+            if target.exists():
+                _keep_others(target, fresh)
+                records = keep_modalities(target, fresh, model.graph.towers) | records
+            _write(model, fresh, embed_towers, records)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot save to {target}, which is as it was: {error}") from error
 
 
 def _write(model: FusedModel, folder: Path, embed_towers: bool, modalities: Records) -> None:
@@ -117,7 +115,7 @@ def _write(model: FusedModel, folder: Path, embed_towers: bool, modalities: Reco
         "towers": records,
         "modalities": modalities,
     }
-    (folder / FUSION).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    write_sealed(folder, document, (LINKS, TOWERS, MODALITIES))
 
 
 def _leave_out(name: str, model: nn.Module, embed_towers: bool) -> None:

@@ -1,0 +1,244 @@
+"""Saves that are killed, run into a full disk, or have company."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import shutil
+import signal
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+
+import multitower as mt
+import savers
+from models import causal_lm
+from multitower import atomic, files
+from multitower.testing import tiny_model
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A checkpoint beside which nothing else stands."""
+    (tmp_path / "place").mkdir()
+    tiny_model(0).save_pretrained(tmp_path / "place/fused")
+    (tmp_path / "place/fused/README.md").write_text("mine")
+    return tmp_path / "place/fused"
+
+
+def kill_at_random(folder: Path, kills: int, seed: int, **options: bool) -> list[int]:
+    """Kill savers, each at a moment of its own; say which model was found each time."""
+    chance, found = random.Random(seed), []
+    for _ in range(kills):
+        child, pipe = savers.start(folder, **options)
+        assert pipe.recv() == "begins"
+        time.sleep(chance.uniform(0, 0.15))
+        child.kill()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
+        found.append(savers.which(folder))
+        assert (atomic.current(folder) / "README.md").read_text() == "mine"
+    return found
+
+
+def kill_at_each_step(folder: Path, exchange: bool, every: int = 1, limit: int = 10_000) -> list[int]:
+    """Kill savers before the first, second, ... thing that each does to the file system."""
+    found = []
+    for step in range(0, limit, every):
+        child, _ = savers.start(folder, exchange=exchange, kill_at=step, saves=1)
+        child.join()
+        found.append(savers.which(folder))
+        if child.exitcode == 0:
+            break
+        if found[-1] == 1:  # so that each begins with the other model
+            shutil.rmtree(folder, ignore_errors=True)
+            for left in folder.parent.iterdir():
+                shutil.rmtree(left)
+            tiny_model(0).save_pretrained(folder)
+    return found
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_killed_at_random_moments_a_whole_checkpoint_is_there(folder: Path, exchange: bool) -> None:
+    kill_at_random(folder, 5, seed=1, exchange=exchange)
+    tiny_model(1).save_pretrained(folder)
+    assert savers.which(folder) == 1
+    assert os.listdir(folder.parent) == ["fused"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("exchange", [True, False])
+@pytest.mark.parametrize("flush", [True, False])
+def test_killed_at_200_random_moments(folder: Path, exchange: bool, flush: bool) -> None:
+    found = kill_at_random(folder, 200, seed=2, exchange=exchange, flush=flush)
+    print(f"found the one model {found.count(0)} times, the other {found.count(1)} times")
+    assert min(found.count(0), found.count(1)) > 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("exchange", [True, False])
+def test_killed_at_each_step_a_whole_checkpoint_is_there(folder: Path, exchange: bool) -> None:
+    found = kill_at_each_step(folder, exchange)
+    print(f"{len(found)} steps, of which the last {found.count(1)} leave the new one")
+    assert found == sorted(found)
+    assert found[-1] == 1
+
+
+@pytest.mark.parametrize("limit", ["file", "disk"])
+def test_a_full_disk_leaves_the_old_checkpoint(folder: Path, limit: str) -> None:
+    reports = savers.save_where_it_cannot(folder, limit)
+    if reports is None:
+        pytest.skip("may not mount a disk")
+    assert len(reports) > 5
+    for report, found, left in reports[:-1]:
+        assert report.startswith(f"cannot save to {folder}, which is as it was: ")
+        assert found == 0
+        assert left == ["fused"]
+    assert reports[-1] == ("saved", 1, ["fused"])
+
+
+def test_a_read_only_folder_is_named(tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory() as place:  # tmp_path itself is closed to others than its owner
+        folder = Path(place, "fused")
+        tiny_model(0).save_pretrained(folder)
+        for path in (*folder.rglob("*.safetensors"), Path(place)):
+            path.chmod(0o555)
+        reports = savers.save_where_it_cannot(folder, "read-only")
+        assert reports is not None
+        ((report, found, left),) = reports
+        assert "Permission denied" in report
+        assert report.startswith(f"cannot save to {folder}")
+        assert (found, left) == (0, ["fused"])
+
+
+def test_a_file_system_that_is_read_only_is_named(folder: Path) -> None:
+    def read_only(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "mkdtemp", read_only)
+        with pytest.raises(mt.CheckpointError, match=r"cannot save to .*Read-only file system"):
+            tiny_model(1).save_pretrained(folder)
+    assert savers.which(folder) == 0
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_savers_and_readers_at_the_same_time(folder: Path, exchange: bool) -> None:
+    children = [savers.start(folder, exchange=exchange, saves=20) for _ in range(3)]
+    assert [pipe.recv() for _, pipe in children] == ["begins"] * 3
+    found = []
+    while any(child.is_alive() for child, _ in children):
+        with suppress(mt.CheckpointError):
+            found.append(savers.which(folder))
+    reports = [pipe.recv() for _, pipe in children]
+    assert all(report == "is done" or report.startswith("cannot save") for report in reports)
+    assert set(found) == {0, 1}
+    assert savers.which(folder) in (0, 1)
+    tiny_model(1).save_pretrained(folder)
+    assert savers.which(folder) == 1
+    assert os.listdir(folder.parent) == ["fused"]
+
+
+def test_what_a_living_saver_writes_is_not_cleaned_away(folder: Path) -> None:
+    with atomic.replacing(folder) as fresh:
+        tiny_model(1).save_pretrained(folder)
+        assert fresh.is_dir()
+        (fresh / "fusion.json").write_text("{}")
+    assert os.listdir(folder) == ["fusion.json"]
+
+
+def test_an_interrupt_between_the_two_renames_loses_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(path: Path, to: Path) -> None:
+        os.rename(path, to)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic, "_exchange", lambda one, other: False)
+        patch.setattr(Path, "rename", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            tiny_model(1).save_pretrained(folder)
+    assert not folder.exists()
+    assert savers.which(folder) == 1
+    tiny_model(0).save_pretrained(folder)
+    assert (folder / "README.md").read_text() == "mine"
+    assert os.listdir(folder.parent) == ["fused"]
+
+
+def test_a_rename_that_fails_is_undone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rename = Path.rename
+
+    def stubborn(path: Path, to: Path) -> Path:
+        if path.name == "new":
+            raise OSError(errno.EIO, "the disk is broken")
+        return rename(path, to)
+
+    monkeypatch.setattr(atomic, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(Path, "rename", stubborn)
+    with pytest.raises(mt.CheckpointError, match=r"which is as it was: .*the disk is broken"):
+        tiny_model(1).save_pretrained(folder)
+    assert savers.which(folder) == 0
+    assert os.listdir(folder.parent) == ["fused"]
+
+
+def test_a_checkpoint_replaced_while_it_is_read_is_read_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    causal_lm("llama").save_pretrained(folder.parent / "llama")
+    graph = mt.FusionGraph()
+    graph.add_tower("text", folder.parent / "llama")
+    models = [graph.compile() for _ in range(2)]
+    with torch.no_grad():
+        for number, model in enumerate(models):
+            next(model.adapters.parameters()).fill_(number)
+    models[0].save_pretrained(folder)
+    read, calls, later = files.load_file, [], 1
+
+    def slowly(file: Path) -> dict[str, torch.Tensor]:
+        calls.append(file)
+        if len(calls) == 1:
+            models[later].save_pretrained(folder)
+        return read(file)
+
+    monkeypatch.setattr(files, "load_file", slowly)
+    found = mt.FusedModel.from_pretrained(folder)
+    assert torch.equal(next(found.adapters.parameters()), next(models[1].adapters.parameters()))
+    calls.clear()
+    later = 0
+    with pytest.raises(mt.CheckpointError, match="was replaced by another checkpoint while it was read"):
+        mt.FusedModel.from_pretrained(folder, towers={"text": causal_lm("llama")})
+
+
+def test_all_is_flushed_before_it_is_renamed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    flush, exchange = os.fsync, atomic._exchange
+
+    def seen(handle: int) -> None:
+        events.append(os.readlink(f"/proc/self/fd/{handle}"))
+        flush(handle)
+
+    def exchanged(one: Path, other: Path) -> bool:
+        written = {str(path) for path in (one, *one.rglob("*"))}
+        assert written <= set(events)
+        assert str(one / "towers/speech/model.safetensors") in written
+        events.append("exchange")
+        return exchange(one, other)
+
+    monkeypatch.setattr(os, "fsync", seen)
+    monkeypatch.setattr(atomic, "_exchange", exchanged)
+    tiny_model(1).save_pretrained(folder)
+    assert events[events.index("exchange") :] == ["exchange", str(folder.parent)]
+
+
+def test_a_link_to_a_checkpoint_stays_a_link(folder: Path) -> None:
+    latest = folder.parent / "latest"
+    latest.symlink_to("fused")
+    tiny_model(1).save_pretrained(latest)
+    assert latest.is_symlink()
+    assert savers.which(folder) == 1
