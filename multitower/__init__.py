@@ -13,8 +13,10 @@
 ['speech', 'text']
 """
 
+from .card import model_card
 from .draw import draw_graph
 from .expansion import VocabularyExpansion
+from .export import ExportError, export_tower
 from .files import CheckpointError
 from .fused import FusedModel
 from .graph import FusionGraph
@@ -25,11 +27,13 @@ from .plugins import PluginError
 from .spec import GraphError
 from .stream import Segment, collate
 from .tower import Tower, TowerError, TransformersTower
+from .training_checkpoint import convert_training, load_training, save_training
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CheckpointError",
+    "ExportError",
     "FusedModel",
     "FusedOutput",
     "FusionGraph",
@@ -43,5 +47,10 @@ __all__ = [
     "TransformersTower",
     "VocabularyExpansion",
     "collate",
+    "convert_training",
     "draw_graph",
+    "export_tower",
+    "load_training",
+    "model_card",
+    "save_training",
 ]

@@ -149,15 +149,14 @@ def described(tensor: Tensor) -> list[Any]:
 
 def is_distributed() -> bool:
     """Say whether several processes train together."""
-    initialised: Any = dist.is_initialized if dist.is_available() else bool
-    return bool(initialised())
+    return dist.is_available() and dist.is_initialized()
 
 
 def random_state() -> dict[str, Tensor]:
     """Give the state of torch's random numbers in this process."""
     rank = dist.get_rank() if is_distributed() else 0
     state = {f"random.cpu.{rank}": torch.get_rng_state()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         state[f"random.cuda.{rank}"] = torch.cuda.get_rng_state()
     return state
 
