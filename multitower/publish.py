@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,11 +13,14 @@ from typing import TYPE_CHECKING, Any
 from .card import is_generated, model_card
 from .extras import require
 from .files import CheckpointError
+from .graph import redeclared
 from .hub import PARTS, hub_id
+from .tower.lora import base_model, is_peft_model
 
 if TYPE_CHECKING:
     from .fused import FusedModel
     from .modality import Modality
+    from .spec import TowerSpec
 
 CARD = "README.md"
 
@@ -41,7 +45,8 @@ def push_to_hub(
     'https://huggingface.co/me/tiny/commit/...'
 
     The commit takes out what an older checkpoint there had and this one has not; readers get the one or the
-    other, whole. Other files are left alone, and so is a model card that somebody has written or edited.
+    other, whole. Other files are left alone, and so is a model card that somebody has written or edited. The
+    path of a folder on this machine, from which a stored tower came, is not published.
 
     Args:
         model: The model.
@@ -69,7 +74,8 @@ def push_to_hub(
     api = hub.HfApi(token=token)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "checkpoint"
-        model.save_pretrained(folder, embed_towers=embed_towers, modalities=modalities)
+        with _without_paths(model) as nameless:
+            nameless.save_pretrained(folder, embed_towers=embed_towers, modalities=modalities)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         there = set(api.list_repo_files(repo_id, revision=revision))
         if CARD not in there or is_generated(_read(api, repo_id, revision)):
@@ -97,16 +103,16 @@ def push_to_hub(
     return str(commit.pr_url or commit.commit_url)
 
 
+def _is_path(spec: TowerSpec) -> bool:
+    return spec.source is not None and "://" not in spec.source and hub_id(spec.source) is None
+
+
 def _check_reachable(model: FusedModel, embed_towers: bool) -> None:
     """Check that no tower is referred to by a path on this machine."""
     local = [
         f"{name!r} ({spec.source})"
         for name, spec in model.graph.towers.items()
-        if not embed_towers
-        and spec.train != "all"
-        and spec.source is not None
-        and "://" not in spec.source
-        and hub_id(spec.source) is None
+        if _is_path(spec) and not embed_towers and spec.train != "all"
     ]
     if local:
         raise CheckpointError(
@@ -114,6 +120,28 @@ def _check_reachable(model: FusedModel, embed_towers: bool) -> None:
             "else could load this checkpoint; push with embed_towers=True, which stores them in it, or first "
             "load the model with their ids on the Hub: from_pretrained(folder, towers={name: 'owner/name'})"
         )
+
+
+@contextmanager
+def _without_paths(model: FusedModel) -> Iterator[FusedModel]:
+    """Give the same model without any name of a folder on this machine; towers from such are all stored."""
+    local = [name for name, spec in model.graph.towers.items() if _is_path(spec)]
+    graph = redeclared(model.graph, local, source=None)
+    named: list[tuple[Any, str]] = []
+    for native in map(model.unimodal, local):
+        inner = base_model(native)
+        named += [(inner.config, "_name_or_path"), (inner, "name_or_path")]
+        if is_peft_model(native):
+            configs: Any = native.peft_config
+            named += [(config, "base_model_name_or_path") for config in configs.values()]
+    before = [getattr(*each) for each in named]
+    try:
+        for each in named:
+            setattr(*each, "")
+        yield type(model)(graph, {name: model.tower(name) for name in model.towers}, model)
+    finally:
+        for each, value in zip(named, before, strict=True):
+            setattr(*each, value)
 
 
 def _read(api: Any, repo_id: str, revision: str | None) -> str:
