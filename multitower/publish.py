@@ -128,12 +128,13 @@ def _without_paths(model: FusedModel) -> Iterator[FusedModel]:
     local = [name for name, spec in model.graph.towers.items() if _is_path(spec)]
     graph = redeclared(model.graph, local, source=None)
     named: list[tuple[Any, str]] = []
-    for native in map(model.unimodal, local):
+    for native in map(model.unimodal, model.towers):
         inner = base_model(native)
-        named += [(inner.config, "_name_or_path"), (inner, "name_or_path")]
+        named += [(getattr(inner, "config", None), "_name_or_path"), (inner, "name_or_path")]
         if is_peft_model(native):
             configs: Any = native.peft_config
             named += [(config, "base_model_name_or_path") for config in configs.values()]
+    named = [each for each in named if hub_id(getattr(*each, None) or "?") is None and hasattr(*each)]
     before = [getattr(*each) for each in named]
     try:
         for each in named:

@@ -150,6 +150,19 @@ def test_a_path_is_no_reference_for_others(hub: FakeHub, tmp_path: Path, train: 
     assert list(mt.FusedModel.from_pretrained(REPO).towers) == ["text", "loud"]
 
 
+def test_no_path_of_a_module_is_published(hub: FakeHub, tmp_path: Path) -> None:
+    import transformers
+
+    causal_lm("llama").save_pretrained(tmp_path / "text-model")
+    text = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "text-model")
+    graph = mt.FusionGraph()
+    graph.add_tower("text", text, train="lora")
+    graph.compile().push_to_hub(REPO)
+    published = [(hub.head(REPO) / name).read_bytes() for name in hub.files(REPO)]
+    assert not any(str(tmp_path).encode() in content for content in published)
+    assert text.name_or_path == str(tmp_path / "text-model")
+
+
 def test_towers_of_the_hub_are_named_with_their_licences(
     hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
