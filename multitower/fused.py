@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from . import publish
 from .graph import FusionGraph
-from .link import GatedCrossAttention, Visibility, visibility
+from .hub import find_checkpoint
+from .link import GatedCrossAttention, Visibility, visibilities
 from .output import FusedOutput, States, token_loss
 from .parts import make_adapters, make_links
 from .schedule import Schedule, Tap, make_schedule
@@ -114,7 +116,7 @@ class FusedModel(nn.Module):
         """Run the schedule up to the heads; see ``forward``."""
         check_streams(streams, {name: self.tower(name).vocab_size for name in self.towers})
         states = States({}, {}, {}, {})
-        seen = self._visibilities(streams)
+        seen = visibilities(self._graph.links.values(), streams)
         for name, stream in streams.items():
             embedded, states.contexts[name] = self.tower(name).embed(stream["tokens"])
             if self._graph.towers[name].train == "none":
@@ -228,10 +230,7 @@ class FusedModel(nn.Module):
 
     def adapt(self, name: str, embedded: Tensor) -> Tensor:
         """Apply a tower's input adapter, if it has one."""
-        if name not in self.adapters:
-            return embedded
-        adapted: Tensor = self.adapters[name](embedded)
-        return adapted
+        return self.adapters[name](embedded) if name in self.adapters else embedded
 
     def gates(self) -> dict[str, float]:
         """Give how far each gate is open: tanh of its parameter, by readable name.
@@ -295,8 +294,7 @@ class FusedModel(nn.Module):
         ('PeftModel', 'TinyTower')
 
         Logits stay the same up to rounding. The tower, and any that shares its weights, is then an ordinary
-        frozen one. Its weights are no longer those of its origin, so ``graph`` names none, and a checkpoint
-        holds the merged model.
+        frozen one, of no origin that ``graph`` names, and a checkpoint holds the merged model.
 
         Raises:
             KeyError: There is no tower of that name.
@@ -328,33 +326,24 @@ class FusedModel(nn.Module):
         allow_changed_towers: bool | Collection[str] = False,
         dtype: torch.dtype | str | None = None,
         device_map: DeviceMap | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
     ) -> FusedModel:
-        """Load a checkpoint; see ``checkpoint.from_pretrained``."""
+        """Load a folder or "owner/name"; see ``checkpoint.from_pretrained`` and ``hub.find_checkpoint``."""
         from .checkpoint import from_pretrained as load
 
         return load(
-            folder,
+            find_checkpoint(folder, revision=revision, token=token, cache_dir=cache_dir),
             towers=towers,
             allow_changed_towers=allow_changed_towers,
             dtype=dtype,
             device_map=device_map,
         )
 
+    push_to_hub = publish.push_to_hub
+
     def _link(self, name: str) -> nn.ModuleDict:
         link = self.links[name]
         assert isinstance(link, nn.ModuleDict)
         return link
-
-    def _visibilities(self, streams: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Visibility]:
-        """Give, for each link that has something to do in this batch, what its queries may see."""
-        seen = {
-            link.name: visibility(
-                streams[link.target]["times"],
-                streams[link.source]["times"],
-                streams[link.source]["mask"],
-                link.window,
-            )
-            for link in self._graph.links.values()
-            if link.source in streams and link.target in streams
-        }
-        return {name: each for name, each in seen.items() if not each.is_blind()}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+
+from .spec import LinkSpec
 
 
 class KeysValues(NamedTuple):
@@ -58,6 +61,27 @@ def visibility(
         mask = mask & (age <= window)
     sees = mask.any(-1, keepdim=True)
     return Visibility((mask | ~sees)[:, None], sees)
+
+
+def visibilities(
+    links: Iterable[LinkSpec], streams: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, Visibility]:
+    """Give, for each link that has something to do in a batch, what its queries may see.
+
+    >>> visibilities([], {})
+    {}
+    """
+    seen = {
+        link.name: visibility(
+            streams[link.target]["times"],
+            streams[link.source]["times"],
+            streams[link.source]["mask"],
+            link.window,
+        )
+        for link in links
+        if link.source in streams and link.target in streams
+    }
+    return {name: each for name, each in seen.items() if not each.is_blind()}
 
 
 class GatedCrossAttention(nn.Module):

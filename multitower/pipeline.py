@@ -13,8 +13,10 @@ from torch import nn
 
 from .codecs import check_modalities, load_modalities
 from .fused import FusedModel
+from .hub import find_checkpoint
 from .modality import Modality
 from .options import given, options_of
+from .publish import push_to_hub
 from .raw import Raw, by_tower, leaves, read_example, replaced
 from .seal import steadily
 from .stream import Segment
@@ -163,16 +165,22 @@ class Pipeline:
         allow_changed_towers: bool | Collection[str] = False,
         dtype: torch.dtype | str | None = None,
         device_map: DeviceMap | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
     ) -> Pipeline:
         """Load a checkpoint with its modalities.
 
         Args:
-            folder: The checkpoint.
+            folder: The checkpoint, or its id on the Hub, "owner/name"; a folder that exists wins.
             towers: Where to take towers from instead, as for ``FusedModel.from_pretrained``.
             modalities: Modalities by tower, in place of those of the checkpoint or in addition.
             allow_changed_towers: See ``checkpoint.from_pretrained``.
             dtype: See there.
             device_map: See there.
+            revision: A branch, tag or commit on the Hub.
+            token: What opens a private repository on the Hub.
+            cache_dir: Where downloads are kept.
 
         Raises:
             PluginError: A modality's plugin is not installed, which names the package, or broken.
@@ -192,7 +200,34 @@ class Pipeline:
             )
             return cls(model, {**stored, **instead})
 
-        return steadily(Path(folder), load, again=all(isinstance(tower, str) for tower in origins.values()))
+        root = find_checkpoint(folder, revision=revision, token=token, cache_dir=cache_dir)
+        return steadily(root, load, again=all(isinstance(tower, str) for tower in origins.values()))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        embed_towers: bool = False,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str = "Upload a fused model",
+        revision: str | None = None,
+        create_pr: bool = False,
+        license: str | None = None,  # noqa: A002  # what the Hub calls it
+    ) -> str:
+        """Put a checkpoint of the model and its modalities on the Hub; see ``publish.push_to_hub``."""
+        return push_to_hub(
+            self.model,
+            repo_id,
+            modalities=self.modalities,
+            embed_towers=embed_towers,
+            private=private,
+            token=token,
+            commit_message=commit_message,
+            revision=revision,
+            create_pr=create_pr,
+            license=license,
+        )
 
     def _modality(self, name: str, where: str) -> Modality:
         if not isinstance(name, str) or name not in self.model.towers:

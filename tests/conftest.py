@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from fake_hub import hub  # noqa: F401  # a fixture
 from plugin import offer  # noqa: F401  # a fixture
 
 MODELS_TAKE_TIME = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import multitower as mt
 from models import causal_lm, segment
-from multitower import cache, fused
+from multitower import cache, link
 from multitower.link import GatedCrossAttention, Visibility
 from multitower.schedule import Schedule, Step, Tap
 from multitower.spec import LinkSpec
@@ -146,10 +146,10 @@ def trains_all(original: Callable, self: mt.FusedModel, *args: object) -> None:
 
 
 BREAKAGES = {
-    "sees the present": ((fused, "visibility", sees_the_present), {"causality", "definition", "sight"}),
-    "sees padding": ((fused, "visibility", sees_padding), {"padding", "definition", "rows"}),
-    "blind tokens get a feed-forward": ((fused, "visibility", sees_always), {"sight", "definition"}),
-    "no window": ((fused, "visibility", without_a_window), {"definition"}),
+    "sees the present": ((link, "visibility", sees_the_present), {"causality", "definition", "sight"}),
+    "sees padding": ((link, "visibility", sees_padding), {"padding", "definition", "rows"}),
+    "blind tokens get a feed-forward": ((link, "visibility", sees_always), {"sight", "definition"}),
+    "no window": ((link, "visibility", without_a_window), {"definition"}),
     "no window in decoding": ((cache, "visibility", without_a_window), {"decoding"}),
     "links in sequence": ((mt.FusedModel, "_update", one_after_the_other), {"order", "definition"}),
     "a tap forgotten in decoding": ((cache.TapReader, "__init__", forgets_a_tap), {"decoding"}),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..files import FUSION, CheckpointError, check_fit
 from ..fused import FusedModel
 from ..graph import FusionGraph
+from ..hub import find_checkpoint
 from ..seal import steadily
 from ..spec import GraphError
 from ..tower import TowerError
@@ -129,7 +130,7 @@ def load_tower(
     True
 
     Args:
-        folder: The checkpoint.
+        folder: The checkpoint, or its id on the Hub.
         name: The tower.
         tower: Where to take it from instead, as for ``from_pretrained``.
         dtype: What to convert its weights to.
@@ -145,7 +146,7 @@ def load_tower(
     def load(root: Path) -> nn.Module:
         return _load_tower(root, name, tower, dtype, device_map)
 
-    return steadily(Path(folder), load, again=not isinstance(tower, nn.Module))
+    return steadily(find_checkpoint(folder), load, again=not isinstance(tower, nn.Module))
 
 
 def _load_tower(

@@ -168,6 +168,12 @@ def base_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: state[key] for key in state if (name := _base_name(inner, key)) is not None}
 
 
+def adapter_names(model: nn.Module) -> set[str]:
+    """Name the tensors of adapters, as the state of the model inside names them; see ``base_state``."""
+    inner = base_model(model)
+    return {key for key in inner.state_dict() if _base_name(inner, key) is None}
+
+
 def check_mergeable(model: nn.Module) -> None:
     """Check that folding the adapters into the weights changes no layer that has none.
 
