@@ -19,6 +19,7 @@ from adapted import fused
 from models import EXAMPLES, causal_lm, pair
 from multitower.testing import tiny_tower
 from multitower.tower.lora import base_state
+from tampering import reseal
 
 BLANKS = {
     "speech": lambda: tiny_tower(9, depth=4, width=12, vocab_size=14),
@@ -48,7 +49,7 @@ def document(folder: Path) -> dict[str, Any]:
 
 
 def rewrite(folder: Path, **changes: Any) -> None:
-    (folder / "fusion.json").write_text(json.dumps({**document(folder), **changes}))
+    reseal(folder, lambda saved: saved.update(changes))
 
 
 def test_fusion_json_says_what_the_format_asks(tmp_path: Path) -> None:
@@ -63,6 +64,8 @@ def test_fusion_json_says_what_the_format_asks(tmp_path: Path) -> None:
         "towers",
         "modalities",
         "tensors",
+        "files",
+        "digest",
     ]
     assert said["format_version"] == 2
     assert said["multitower"] == mt.__version__

@@ -90,3 +90,24 @@ def test_code_is_not_run_for_a_family_that_transformers_knows(custom: Path) -> N
     graph.add_tower("text", custom)
     assert type(graph.compile().unimodal("text")) is transformers.LlamaForCausalLM
     assert not custom.with_name("witness").exists()
+
+
+def test_kernels_that_a_config_asks_for_are_not_fetched(tmp_path: Path) -> None:
+    causal_lm("llama").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "attn_implementation": "someone/kernels"}))
+    graph = mt.FusionGraph()
+    graph.add_tower("text", tmp_path)
+    with pytest.raises(mt.TowerError, match="asks for the kernels 'someone/kernels'"):
+        graph.compile()
+
+
+def test_pickles_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = causal_lm("llama")
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: pytest.fail("torch.load was called"))
+    graph = mt.FusionGraph()
+    graph.add_tower("text", tmp_path)
+    with pytest.raises(mt.TowerError, match="cannot load"):
+        graph.compile()

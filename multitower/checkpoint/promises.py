@@ -15,9 +15,9 @@ from ..files import CheckpointError, read_json
 from ..link import GatedCrossAttention
 from ..spec import GraphError, LinkSpec
 from ..tower import Tower
+from ..tower.load import kernels_in
 from .layout import ADAPTER_CONFIG, WEIGHTS
 
-KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 COUNTS = re.compile(r"layer|expert|label|block|depth|^num_")
 MODULES, RANK, BUFFERS = 1024, 64, 1 << 24
 """What a config may ask for, however small its tensors: parts of a kind, rank, values that are not stored."""
@@ -43,12 +43,11 @@ def check_model(folder: Path) -> None:
     files = _weight_files(folder)
     tensors = sum(len(_shapes(file)) for file in files)
     config = read_json(folder / "config.json")
+    if kernels := kernels_in(config):
+        raise CheckpointError(
+            f"{folder / 'config.json'} asks for the kernels {kernels!r}, which may be code of others"
+        )
     for key, value in _settings(config):
-        if key in KERNELS and value is not None:
-            raise CheckpointError(
-                f"{folder / 'config.json'} asks for the kernels {value!r}, which may be code of others; "
-                f"remove {key!r}"
-            )
         if COUNTS.search(key) and _is_count(value) and value > max(tensors, MODULES):
             raise CheckpointError(
                 f"{folder / 'config.json'} says {key}={value}, but there are only {tensors} tensors"
@@ -162,8 +161,6 @@ def _settings(data: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(data, dict):
         for name, value in data.items():
             yield from _settings(value, key if key in SETTINGS_OF_RANK else name)
-            if name in KERNELS and isinstance(value, dict):
-                yield name, value
     elif isinstance(data, list):
         for value in data:
             yield from _settings(value, key)

@@ -16,6 +16,8 @@ from .base import Tower, TowerError
 from .lora import PeftTower, base_model, check_mergeable, check_whole, is_peft_model
 from .transformers import TransformersTower
 
+KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
+"""Settings that no model is saved with, and by which transformers would fetch compiled code from the Hub."""
 LOADER = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*://")
 """How a source begins that a plugin loads."""
 
@@ -102,6 +104,12 @@ def revision_of(model: nn.Module) -> str | None:
 def _from_transformers(name: str, source: str, revision: str | None) -> nn.Module:
     transformers = require("transformers", "transformers")
     try:
+        settings, _ = transformers.PreTrainedConfig.get_config_dict(source, revision=revision or "main")
+        if kernels := kernels_in(settings):
+            raise TowerError(
+                f"tower {name!r}: the config of {source!r} asks for the kernels {kernels!r}, which may be "
+                "code of others; load the model yourself, and give that module instead"
+            )
         model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(
             source,
             dtype="auto",
@@ -119,6 +127,19 @@ def _from_transformers(name: str, source: str, revision: str | None) -> nn.Modul
     config: Any = model.config
     config._commit_hash = _commit(source, revision)
     return model
+
+
+def kernels_in(config: Any) -> Any:
+    """Give what a config asks for, however deep, that transformers would fetch code for; else None.
+
+    >>> kernels_in({"sub": {"attn_implementation": "someone/kernels"}}), kernels_in({"vocab_size": 3})
+    ('someone/kernels', None)
+    """
+    if isinstance(config, dict):
+        asked = [config[key] for key in KERNELS if config.get(key) is not None]
+        return next(iter(asked), None) or kernels_in(list(config.values()))
+    deeper = map(kernels_in, config) if isinstance(config, list) else ()
+    return next((found for found in deeper if found is not None), None)
 
 
 def _commit(source: str, revision: str | None) -> str | None:
