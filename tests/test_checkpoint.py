@@ -217,3 +217,10 @@ def test_other_peoples_folders_are_left_alone(model: mt.FusedModel, tmp_path: Pa
     with pytest.raises(mt.CheckpointError, match="is a file"):
         model.save_pretrained(tmp_path / "thesis/chapter.txt")
     assert (tmp_path / "thesis/chapter.txt").read_text() == "one"
+
+
+def test_who_may_read_a_checkpoint_may_read_its_tensors(tmp_path: Path) -> None:
+    pair(causal_lm("llama")).save_pretrained(tmp_path / "fused", embed_towers=True)
+    modes = {path.stat().st_mode for path in (tmp_path / "fused").rglob("*") if path.is_file()}
+    (tmp_path / "ordinary").touch()
+    assert modes == {(tmp_path / "ordinary").stat().st_mode}

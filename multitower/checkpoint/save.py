@@ -130,6 +130,15 @@ def _write(model: FusedModel, folder: Path, embed_towers: bool, modalities: Reco
     }
     links = sorted(path.name for path in folder.iterdir() if is_links(path.name))
     write_sealed(folder, document, [*links, TOWERS, MODALITIES])
+    _let_read(folder)
+
+
+def _let_read(folder: Path) -> None:
+    """Let the same people read the tensors as the rest; safetensors lets none but their owner."""
+    mode = (folder / FUSION).stat().st_mode
+    for file in folder.rglob("*.safetensors"):
+        if not file.is_symlink():
+            file.chmod(mode)
 
 
 def _release() -> str:
