@@ -46,15 +46,16 @@ def sampled_fingerprint(tensors: Mapping[str, Tensor]) -> str:
     return SAMPLED + digest.hexdigest()[:32]
 
 
-def same_fingerprint(tensors: Mapping[str, Tensor], expected: str) -> bool:
+def same_fingerprint(tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], expected: str) -> bool:
     """Say whether tensors have a fingerprint, of whichever of the two kinds.
 
     >>> tensors = {"a": torch.zeros(2)}
     >>> same_fingerprint(tensors, fingerprint(tensors)), same_fingerprint(tensors, "sampled:0")
     (True, False)
     """
-    kind = sampled_fingerprint if expected.startswith(SAMPLED) else fingerprint
-    return kind(tensors) == expected
+    if expected.startswith(SAMPLED):
+        return sampled_fingerprint(dict(tensors)) == expected
+    return fingerprint(tensors) == expected
 
 
 def plain_parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:

@@ -261,10 +261,11 @@ def test_adapters_of_version_1_are_read(tmp_path: Path) -> None:
         mt.FusedModel.from_pretrained(tmp_path / "old")
 
 
-@pytest.mark.parametrize("change", ["links", "tower", "other"])
+@pytest.mark.parametrize("change", ["links", "tower", "plain", "other"])
 def test_version_1_is_held_to_what_it_says(tmp_path: Path, change: str) -> None:
     save_version_1(pair(causal_lm("llama"), gates=True), tmp_path)
-    file = tmp_path / ("links.safetensors" if change == "links" else "towers/text/model.safetensors")
+    parts = {"links": "links.safetensors", "plain": "towers/speech/model.safetensors"}
+    file = tmp_path / parts.get(change, "towers/text/model.safetensors")
     tensors = load_file(file)
     first = sorted(tensors)[0]
     if change == "links":
@@ -274,7 +275,9 @@ def test_version_1_is_held_to_what_it_says(tmp_path: Path, change: str) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
     if change == "other":
         rewrite(tmp_path, towers={"text": 3})
-    with pytest.raises(mt.CheckpointError, match=r"float16|tower 'text' .* is not the one|is damaged"):
+    with pytest.raises(
+        mt.CheckpointError, match=r"float16|tower 'text' .* is not the one|for tower 'speech'|is damaged"
+    ):
         mt.FusedModel.from_pretrained(tmp_path, towers={"speech": BLANKS["speech"]()})
 
 

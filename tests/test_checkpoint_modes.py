@@ -143,6 +143,8 @@ def test_weights_are_converted_as_transformers_does(tmp_path: Path, family: str,
     for name, tensor in expected.state_dict().items():
         assert text.state_dict()[name].dtype == tensor.dtype, name
         assert torch.equal(text.state_dict()[name], tensor), name
+    if family == "llama":
+        assert text.model.rotary_emb.inv_freq.dtype == torch.float32
     tokens = torch.tensor([[0, 4, 5]])
     assert torch.equal(text(tokens).logits, expected(tokens).logits)
     assert {each.dtype for each in again.parameters()} == {expected.dtype}
@@ -240,19 +242,23 @@ def test_a_tower_on_the_meta_device_is_filled(tmp_path: Path) -> None:
     assert not any(each.is_meta for tower in given.values() for each in tower.parameters())
 
 
+def tied(seed: int) -> mt.Tower:
+    tower = tiny_tower(seed)
+    tower.twin = copy.deepcopy(tower.table)
+    tower.twin.weight = tower.table.weight
+    return tower
+
+
 @pytest.mark.parametrize("meta", [False, True])
 def test_tied_weights_are_stored_once_and_stay_tied(tmp_path: Path, meta: bool) -> None:
     graph = mt.FusionGraph()
-    tower = tiny_tower(1)
-    tower.twin = tower.table
-    graph.add_tower("text", tower, train="all")
+    graph.add_tower("text", tied(1), train="all")
     model = graph.compile()
     model.save_pretrained(tmp_path)
     stored = load_file(tmp_path / "towers/text/model.safetensors")
     assert ("twin.weight" in stored) + ("table.weight" in stored) == 1
     with torch.device("meta" if meta else "cpu"):
-        given = tiny_tower(2)
-        given.twin = given.table
+        given = tied(2)
     again = mt.FusedModel.from_pretrained(tmp_path, towers={"text": given})
     assert given.twin.weight is given.table.weight
     for key, value in model.state_dict().items():

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from torch import nn
 
 from ..files import CheckpointError
-from ..fingerprint import fingerprint, same_fingerprint
+from ..fingerprint import same_fingerprint
 from ..spec import TowerSpec
 from ..tower import Tower, TowerError, TransformersTower, as_tower
 from ..tower.lora import base_state
@@ -85,7 +85,7 @@ def load_one(
         )
     if file is not None and not isinstance(tower, TransformersTower):
         check_stored(state, file)
-        if fingerprint(as_stored(state, file)) != record["fingerprint"] and not _is_old(record):
+        if not same_fingerprint(as_stored(state, file), record["fingerprint"]):
             raise CheckpointError(f"{file} holds other values than those that were saved for tower {name!r}")
         return Loaded(tower, functools.partial(copy_into, state, file))
     if not same_fingerprint(state, record["fingerprint"]):
@@ -109,10 +109,6 @@ def _check_size(name: str, record: dict[str, object], tower: Tower) -> None:
             f"tower {name!r} has {' and '.join(wrong)}, with which the links were trained; load it as it "
             "was, and exchange the tower with swap"
         )
-
-
-def _is_old(record: dict[str, object]) -> bool:
-    return not str(record["fingerprint"]).startswith("sha256:")
 
 
 def _refuse(name: str, origin: object, *, own: bool, allowed: bool | Collection[str]) -> None:
