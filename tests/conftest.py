@@ -6,6 +6,7 @@ from hypothesis import HealthCheck, settings
 
 from fake_hub import hub  # noqa: F401  # a fixture
 from plugin import offer  # noqa: F401  # a fixture
+from victims import _offline, base  # noqa: F401  # fixtures
 
 MODELS_TAKE_TIME = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("ci", max_examples=25, derandomize=True, **MODELS_TAKE_TIME)

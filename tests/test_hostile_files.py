@@ -1,17 +1,9 @@
-"""Checkpoints from strangers: damaged at random, or made to do harm."""
+"""Checkpoints from strangers, made to do harm."""
 
 from __future__ import annotations
 
 import json
 import os
-import random
-import resource
-import signal
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,138 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import multitower as mt
-from fuzzing import mutate
 from letters import Letters
 from models import causal_lm
-from multitower import plugins
 from multitower.testing import tiny_model, tiny_tower
-from plugin import LETTERS, Offer
 from tampering import reseal
-
-KINDS = ["plain", "transformers", "lora", "modality"]
-
-
-@dataclass
-class Base:
-    """A checkpoint to be changed, and how it is loaded."""
-
-    folder: Path
-    load: Callable[[], mt.FusedModel]
-
-
-@pytest.fixture
-def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-
-
-@pytest.fixture
-def base(kind: str, tmp_path: Path, offer: Offer, _offline: None) -> Base:
-    folder = tmp_path / "fused"
-    if kind in ("plain", "modality"):
-        given: dict[str, Any] = {}
-        if kind == "modality":
-            offer("plugged-letters", "plugged_letters", LETTERS, letters="plugged_letters:Letters")
-            given = {name: plugins.modality_class("letters")() for name in ("speech", "text")}
-        tiny_model().save_pretrained(folder, modalities=given)
-
-        def load() -> mt.FusedModel:
-            towers = {"speech": tiny_tower(depth=3, width=12), "text": tiny_tower(depth=2, width=8)}
-            return mt.Pipeline.from_pretrained(folder, towers=towers).model
-
-        return Base(folder, load)
-    graph = mt.FusionGraph()
-    train: Any = "all"
-    if kind == "lora":
-        import peft
-
-        train = peft.LoraConfig(r=2, target_modules=["q_proj"])
-    graph.add_tower("text", causal_lm("llama", width=8, depth=2), train=train)
-    graph.add_tower("speech", causal_lm("llama", width=8, depth=1))
-    graph.add_link("speech", "text", interleave=1, window=9)
-    graph.compile().save_pretrained(folder)
-    return Base(folder, lambda: mt.FusedModel.from_pretrained(folder))
-
-
-@contextmanager
-def at_most(seconds: int) -> Iterator[None]:
-    def late(*_: object) -> None:
-        raise AssertionError(f"took more than {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def fuzz(base: Base, rounds: int, seed: int) -> Counter[str]:
-    """Change a file in each round, half of the time with a new seal; count what comes of it."""
-    chance, outcomes = random.Random(seed), Counter[str]()
-    whole = base.load()
-    expected, graph = whole.state_dict(), whole.graph
-    fusion = base.folder / "fusion.json"
-    sealed = fusion.read_bytes()
-    files = sorted(path for path in base.folder.rglob("*") if path.suffix in (".json", ".safetensors"))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for number in range(rounds):
-        file = fusion if chance.random() < 0.3 else chance.choice(files)
-        kept = file.read_bytes()
-        said, changed = mutate(str(file.relative_to(base.folder)), kept, chance)
-        file.write_bytes(changed)
-        again = chance.random() < 0.5
-        if again:
-            try:
-                reseal(base.folder, tensors=file != fusion)
-            except (ValueError, RecursionError, AttributeError, LookupError, TypeError):
-                again = False  # no JSON any more
-        try:
-            with at_most(60):
-                found = base.load()
-        except mt.CheckpointError:
-            outcomes["sealed again, refused" if again else "refused"] += 1
-        except mt.PluginError:
-            assert "modalities" in json.loads(fusion.read_text()), said
-            outcomes["no such plugin"] += 1
-        except BaseException as error:
-            raise AssertionError(f"seed {seed}, round {number}: {said}: {error!r}") from error
-        else:
-            if again:
-                stored = load_file(base.folder / "links.safetensors")
-                state = found.state_dict()
-                assert all(torch.equal(state[key], stored[key]) for key in stored), said
-                assert {key for key in state if not key.startswith("towers.")} == set(stored), said
-                outcomes["sealed again, loaded as it is written"] += 1
-            else:
-                assert found.graph == graph, said
-                state = found.state_dict()
-                assert state.keys() == expected.keys(), said
-                assert all(torch.equal(state[key], value) for key, value in expected.items()), said
-                outcomes["loaded as it was"] += 1
-        file.write_bytes(kept)
-        fusion.write_bytes(sealed)
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak
-    assert grown < 1_000_000, f"{grown} kB more memory were used"
-    return outcomes
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.filterwarnings("ignore")
-def test_what_is_changed_at_random_is_refused_or_loaded_right(kind: str, base: Base) -> None:
-    outcomes = fuzz(base, 100 if kind in ("plain", "modality") else 25, seed=1)
-    assert outcomes["refused"] > 5
-    assert outcomes["sealed again, refused"] > 0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.filterwarnings("ignore")
-def test_thousands_of_changes_are_refused_or_loaded_right(kind: str, base: Base) -> None:
-    rounds = 2000 if kind in ("plain", "modality") else 1000
-    begin = time.monotonic()
-    outcomes = fuzz(base, rounds, seed=2)
-    print(f"{kind}: {rounds} changes in {time.monotonic() - begin:.0f} s: {dict(outcomes)}")
+from victims import Base, at_most
 
 
 def small(folder: Path) -> mt.FusedModel:

@@ -1,0 +1,94 @@
+"""Files of checkpoints that are changed at random."""
+
+from __future__ import annotations
+
+import json
+import random
+import resource
+import time
+from collections import Counter
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import multitower as mt
+from fuzzing import mutate
+from tampering import reseal
+from victims import Base, at_most
+
+KINDS = ["plain", "transformers", "lora", "modality"]
+
+
+def fuzz(base: Base, rounds: int, seed: int) -> Counter[str]:
+    """Change a file in each round, half of the time with a new seal; count what comes of it."""
+    chance, outcomes = random.Random(seed), Counter[str]()
+    whole = base.load()
+    expected, graph = whole.state_dict(), whole.graph
+    fusion = base.folder / "fusion.json"
+    sealed = fusion.read_bytes()
+    files = sorted(path for path in base.folder.rglob("*") if path.suffix in (".json", ".safetensors"))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for number in range(rounds):
+        file = fusion if chance.random() < 0.3 else chance.choice(files)
+        kept = file.read_bytes()
+        said, changed = mutate(str(file.relative_to(base.folder)), kept, chance)
+        file.write_bytes(changed)
+        again = chance.random() < 0.5
+        if again:
+            try:
+                reseal(base.folder, tensors=file != fusion)
+            except (ValueError, RecursionError, AttributeError, LookupError, TypeError):
+                again = False  # no JSON any more
+        try:
+            with at_most(60):
+                found = base.load()
+        except mt.CheckpointError:
+            outcomes["sealed again, refused" if again else "refused"] += 1
+        except mt.PluginError:
+            assert "modalities" in json.loads(fusion.read_text()), said
+            outcomes["no such plugin"] += 1
+        except BaseException as error:
+            raise AssertionError(f"seed {seed}, round {number}: {said}: {error!r}") from error
+        else:
+            if again:
+                stored = load_file(base.folder / "links.safetensors")
+                state = found.state_dict()
+                assert all(same(state[key], stored[key]) for key in stored), said
+                assert {key for key in state if not key.startswith("towers.")} == set(stored), said
+                outcomes["sealed again, loaded as it is written"] += 1
+            else:
+                assert found.graph == graph, said
+                state = found.state_dict()
+                assert state.keys() == expected.keys(), said
+                assert all(same(state[key], value) for key, value in expected.items()), said
+                outcomes["loaded as it was"] += 1
+        file.write_bytes(kept)
+        fusion.write_bytes(sealed)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak
+    assert grown < 1_000_000, f"{grown} kB more memory were used"
+    return outcomes
+
+
+def same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether tensors are the same bit for bit, NaN included."""
+    alike = (one.shape, one.dtype) == (other.shape, other.dtype)
+    return alike and one.detach().numpy().tobytes() == other.detach().numpy().tobytes()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_changed_at_random_is_refused_or_loaded_right(kind: str, base: Base) -> None:
+    outcomes = fuzz(base, 100 if kind in ("plain", "modality") else 25, seed=1)
+    assert outcomes["refused"] > 5
+    assert outcomes["sealed again, refused"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore")
+def test_thousands_of_changes_are_refused_or_loaded_right(kind: str, base: Base) -> None:
+    rounds = 2000 if kind in ("plain", "modality") else 1000
+    begin = time.monotonic()
+    outcomes = fuzz(base, rounds, seed=2)
+    print(f"{kind}: {rounds} changes in {time.monotonic() - begin:.0f} s: {dict(outcomes)}")
