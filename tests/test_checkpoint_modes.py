@@ -17,6 +17,7 @@ from torch import nn
 import multitower as mt
 from models import causal_lm, pair
 from multitower.testing import open_gates, tiny_tower
+from tampering import reseal
 from test_checkpoint_format import BLANKS, assert_same, blanks, document
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -72,6 +73,9 @@ def test_a_stored_tower_is_never_a_changed_one(model: mt.FusedModel, tmp_path: P
     file = tmp_path / "fused/towers/speech/model.safetensors"
     tensors = load_file(file)
     save_file({**tensors, min(tensors): tensors[min(tensors)] + 1}, file, metadata={"format": "pt"})
+    with pytest.raises(mt.CheckpointError, match=r"damaged: towers/speech/model\.safetensors"):
+        mt.FusedModel.from_pretrained(tmp_path / "fused", allow_changed_towers=True)
+    reseal(tmp_path / "fused")
     with pytest.raises(mt.CheckpointError, match=r"tower 'speech' .* is not the one"):
         mt.FusedModel.from_pretrained(tmp_path / "fused", allow_changed_towers=True)
 
@@ -107,6 +111,10 @@ def test_the_revision_of_the_hub_is_kept(
         return load(cached, **options)
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", from_hub)
+    read = transformers.PreTrainedConfig.get_config_dict
+    monkeypatch.setattr(
+        transformers.PreTrainedConfig, "get_config_dict", lambda source, **options: read(cached, **options)
+    )
     monkeypatch.setattr(
         huggingface_hub, "try_to_load_from_cache", lambda *args, **options: str(cached / "config.json")
     )

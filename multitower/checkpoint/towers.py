@@ -116,7 +116,7 @@ def _refuse(name: str, origin: object, *, own: bool, allowed: bool | Collection[
     if not own and (allowed is True or (not isinstance(allowed, bool) and name in allowed)):
         warnings.warn(
             f"{what} is not the one that this checkpoint was made with; the links were trained with another",
-            stacklevel=6,
+            stacklevel=9,
         )
         return
     raise CheckpointError(
