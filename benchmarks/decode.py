@@ -4,8 +4,9 @@
     python benchmarks/decode.py --size smollm2 --sources 100 1000 5000 --rows 1
 
 The parts are the native tower's own generate, and the taps and the input adapter alone on the state of one
-token, a token after the other. Each token of generate is timed by a logits processor, so that neither prompts nor sources count. Whole and
-parts take turns in one process; each round gives the median over its tokens, and one ratio.
+token, a token after the other. Each token of generate is timed by a logits processor, so that neither prompts
+nor sources count. Whole and parts take turns in one process; each round gives the median over its tokens, and
+one ratio.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ import statistics
 from typing import Any
 
 import torch
-from measure import begin, now, options, plot_ratios, ratio, spread, write
-from models import SIZES, make_tower
 from torch import Tensor
 from tqdm import tqdm
 
 import multitower as mt
+from measure import begin, milliseconds, now, options, plot_ratios, ratio, write
+from models import SIZES, make_tower
 from multitower.cache import TapCache, TapReader
 from multitower.generate import decode_rows
 from multitower.link import visibility
@@ -30,12 +31,13 @@ from multitower.stream import make_streams
 class Clock:
     """Notes when each token is chosen: a logits processor of transformers."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: str) -> None:
+        self.clock = clock
         self.times: list[float] = []
 
     def __call__(self, tokens: Tensor, scores: Tensor) -> Tensor:
         """Note the time."""
-        self.times.append(now())
+        self.times.append(now(self.clock))
         return scores
 
     def per_token(self) -> float:
@@ -51,19 +53,21 @@ class Decoding:
         rows: How many rows.
         length: How many tokens of the source each has.
         new: How many tokens each round decodes.
+        clock: One of ``measure.CLOCKS``.
     """
 
-    def __init__(self, model: mt.FusedModel, rows: int, length: int, new: int) -> None:
-        self.model, self.rows, self.new, self.length = model, rows, new, length
+    def __init__(self, model: mt.FusedModel, rows: int, length: int, new: int, clock: str) -> None:
+        self.model, self.rows, self.new, self.length, self.clock = model, rows, new, length, clock
         size = model.tower("source").vocab_size
         examples = [[mt.Segment("source", torch.randint(3, size, (length,)))] for _ in range(rows)]
         with torch.no_grad():
-            self.cache = TapCache.fill(model, make_streams(examples))
+            self.cache = TapCache.fill(model, make_streams(examples), ["text"])
 
     def fused(self) -> float:
         """Decode as ``FusedModel.generate`` does once the source has been read."""
-        times = torch.full((self.rows, 1), self.length, device=self.model.tower("text").device)
-        return self._decode(self.model.tower("text").decoder(TapReader(self.model, "text", self.cache, times)))
+        tower = self.model.tower("text")
+        times = torch.full((self.rows, 1), self.length, device=tower.device)
+        return self._decode(tower.decoder(TapReader(self.model, "text", self.cache, times)))
 
     def native(self) -> float:
         """Decode with the native model."""
@@ -72,7 +76,7 @@ class Decoding:
     @torch.no_grad()
     def links(self) -> float:
         """Run the input adapter and all taps, on a state of one token, as often."""
-        tower, clock = self.model.tower("text"), Clock()
+        tower, clock = self.model.tower("text"), Clock(self.clock)
         x = torch.randn(self.rows, 1, tower.width, device=tower.device)
         clock(x, x)
         for token in range(self.new):
@@ -86,7 +90,7 @@ class Decoding:
 
     @torch.no_grad()
     def _decode(self, decoder: Any) -> float:
-        clock = Clock()
+        clock = Clock(self.clock)
         choices = {"max_new_tokens": self.new, "min_new_tokens": self.new, "do_sample": False}
         prompts = [torch.ones(1, dtype=torch.long)] * self.rows
         decode_rows(decoder, prompts, begin=1, end=(2,), options={**choices, "logits_processor": [clock]})
@@ -111,19 +115,19 @@ def main() -> None:
     model = graph.compile().eval().to(chosen.device)
     results = []
     for length, rows in itertools.product(chosen.sources, chosen.rows):
-        decoding = Decoding(model, rows, length, chosen.new)
+        decoding = Decoding(model, rows, length, chosen.new, chosen.clock)
         runs = {"fused": decoding.fused, "native": decoding.native, "links": decoding.links}
         times: dict[str, list[float]] = {name: [] for name in runs}
         for number in tqdm(range(chosen.repeats + 1), desc=f"source of {length}, {rows} rows", leave=False):
-            for name in sorted(runs, key=lambda each: (number + len(each)) % len(runs)):
-                seconds = runs[name]()
+            for name, per_token in runs.items():
+                seconds = per_token()
                 if number:
                     times[name].append(seconds)
         results.append(
             {
                 "source": f"source of {length}",
                 "rows": f"{rows} rows",
-                "ms": {name: spread([1000 * each for each in seconds]) for name, seconds in times.items()},
+                "ms": milliseconds(times),
                 "ratio": ratio(times["fused"], times["native"], times["links"]),
             }
         )

@@ -1,4 +1,4 @@
-"""What the benchmarks run: fused models of random weights, batches for them, and their parts by themselves."""
+"""What the benchmarks run: fused models of random weights, batches, and their parts by themselves."""
 
 from __future__ import annotations
 
@@ -68,14 +68,13 @@ def make_batch(model: mt.FusedModel, rows: int, length: int, targets: str = "all
     """
     names = list(model.towers)
     sizes = {name: model.tower(name).vocab_size for name in names}
+    wanted = names if targets == "all" else names[-1:]
     examples = []
     for row in range(rows):
         turned = names[row % len(names) :] + names[: row % len(names)]
         examples.append(
             [
-                mt.Segment(
-                    name, torch.randint(3, sizes[name], (length,)), target=name == names[-1] or targets == "all"
-                )
+                mt.Segment(name, torch.randint(3, sizes[name], (length,)), target=name in wanted)
                 for name in turned
             ]
         )

@@ -16,6 +16,7 @@ import itertools
 from typing import Any
 
 import torch
+
 from measure import begin, interleaved, milliseconds, options, plot_ratios, ratio, write
 from models import SIZES, Parts, make_batch, make_model
 
@@ -46,6 +47,7 @@ def main() -> None:
                 times = interleaved(
                     runs(model, batch, parts, backward=kind == "step"),
                     chosen.repeats,
+                    clock=chosen.clock,
                     before=clear,
                     title=f"{towers} towers, train={train}, {kind}",
                 )
