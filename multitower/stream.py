@@ -159,7 +159,6 @@ def check_streams(streams: Mapping[str, Mapping[str, Tensor]], vocabularies: Map
     """
     if not streams:
         raise ValueError("the batch has no streams; build it with multitower.collate")
-    sizes = set()
     for name, stream in streams.items():
         if name not in vocabularies:
             raise ValueError(f"there is a stream for {name!r}, but the towers are {', '.join(vocabularies)}")
@@ -176,10 +175,12 @@ def check_streams(streams: Mapping[str, Mapping[str, Tensor]], vocabularies: Map
                     f"stream {name!r}: {key} has shape {tuple(value.shape)} and tokens has "
                     f"{tuple(tokens.shape)}; both must be (batch, length)"
                 )
-        sizes.add(len(tokens))
         if tokens.device.type == "cpu" and not torch.compiler.is_compiling() and tokens.numel():
             _check_values(name, stream, vocabularies[name])
-    if len(sizes) > 1:
+    rows = [stream["tokens"].shape[0] for stream in streams.values()]
+    if any(
+        each != rows[0] for each in rows
+    ):  # not a set: torch.compile would compile for each number of rows
         shapes = {name: tuple(stream["tokens"].shape) for name, stream in streams.items()}
         raise ValueError(f"streams of one batch must have the same number of rows, not {shapes}")
 
