@@ -149,6 +149,24 @@ def plot_ratios(
     figure.savefig(file, dpi=120)
 
 
+def plot_times(file: Path, results: Sequence[Mapping[str, Any]]) -> None:
+    """Draw the times of each result side by side, each with its quartiles."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4 * len(results), 3.5), layout="constrained")
+    for axes, result in zip(figure.subplots(1, len(results), squeeze=False)[0], results, strict=True):
+        medians = [each["median"] for each in result["ms"].values()]
+        low, high = ([each[key] for each in result["ms"].values()] for key in ("low", "high"))
+        errors = [
+            [middle - one for middle, one in zip(medians, low, strict=True)],
+            [one - middle for middle, one in zip(medians, high, strict=True)],
+        ]
+        axes.bar(list(result["ms"]), medians, yerr=errors, capsize=3)
+        axes.tick_params(axis="x", rotation=20)
+        axes.set(ylabel="ms", title=result["kind"])
+    figure.savefig(file, dpi=120)
+
+
 def device_name(chosen: argparse.Namespace) -> str:
     """Name what the models ran on."""
     device = torch.device(chosen.device)
