@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .link import KeysValues, visibility
+from .link import KeysValues, Visibility, add, visibility
 from .schedule import Tap
 from .stream import Stream
 
@@ -41,7 +41,9 @@ class Entry(NamedTuple):
         )
 
     def of_rows(self, rows: Sequence[int]) -> Entry:
-        """Give these rows."""
+        """Give these rows; all of them in their order are not copied."""
+        if list(rows) == list(range(len(self.times))):
+            return self
         chosen = torch.tensor(rows, device=self.times.device)
         keys, values = (part[chosen] for part in self.source)
         return Entry(KeysValues(keys, values), self.times[chosen], self.mask[chosen])
@@ -60,30 +62,36 @@ class TapCache:
 
     Args:
         model: The model.
+        targets: The towers that are to be decoded: what only others read is not kept.
         entries: The entries; see ``fill`` for the first ones.
     """
 
-    def __init__(self, model: FusedModel, entries: Mapping[Tap, Entry]) -> None:
-        self.model = model
+    def __init__(self, model: FusedModel, targets: Collection[str], entries: Mapping[Tap, Entry]) -> None:
+        self.model, self.targets = model, targets
         self.entries = dict(entries)
         self.given = {tap: entry.times.shape[1] for tap, entry in entries.items()}
 
     @classmethod
-    def fill(cls, model: FusedModel, streams: Mapping[str, Stream]) -> TapCache:
-        """Run all towers once over what is given."""
-        cache = cls(model, {})
+    def fill(cls, model: FusedModel, streams: Mapping[str, Stream], targets: Collection[str]) -> TapCache:
+        """Run the towers once over what is given, up to the last layer that a tap reads."""
+        cache = cls(model, targets, {})
         placed = {name: _placed(model, name, stream) for name, stream in streams.items()}
-        given = model.run(placed).given if placed else {}
+        taps = [tap for name in placed for tap in cache.readers(name)]
+        wanted = {name: _last_read(taps, name) for name in placed}
+        given = model.run(placed, wanted=wanted).given if placed else {}
         entries = {
-            tap: cache._read(tap, given[tap.source, tap.source_layer], placed[tap.source])
-            for tap in model.schedule.taps
-            if tap.source in placed
+            tap: cache._read(tap, given[tap.source, tap.source_layer], placed[tap.source]) for tap in taps
         }
-        return cls(model, entries)
+        return cls(model, targets, entries)
+
+    def readers(self, name: str) -> list[Tap]:
+        """Give the taps that read a tower for those that are to be decoded."""
+        return [tap for tap in self.model.schedule.taps if tap.source == name and tap.target in self.targets]
 
     def of_rows(self, rows: Sequence[int]) -> TapCache:
         """Give a cache of these rows, apart from this one."""
-        return TapCache(self.model, {tap: entry.of_rows(rows) for tap, entry in self.entries.items()})
+        entries = {tap: entry.of_rows(rows) for tap, entry in self.entries.items()}
+        return TapCache(self.model, self.targets, entries)
 
     def refresh(self, name: str, stream: Stream) -> None:
         """Run one tower over all its tokens, of which some are new, and note what it gives to others.
@@ -91,7 +99,7 @@ class TapCache:
         Nothing else need run: what the others gave for their tokens does not depend on later ones.
         """
         model, tower = self.model, self.model.tower(name)
-        readers = [tap for tap in model.schedule.taps if tap.source == name]
+        readers = self.readers(name)
         if not readers:
             return
         stream = _placed(model, name, stream)
@@ -100,7 +108,7 @@ class TapCache:
         embedded, context = tower.embed(stream["tokens"])
         x = reader(0, embedded, positions)
         new: dict[Tap, Entry] = {}
-        for layer in range(1, max(tap.source_layer for tap in readers) + 1):
+        for layer in range(1, _last_read(readers, name) + 1):
             x = tower.layer(layer, x, context)
             new |= {tap: self._read(tap, x, stream) for tap in readers if tap.source_layer == layer}
             x = reader(layer, x, positions)
@@ -140,18 +148,23 @@ class TapReader:
     def __call__(self, layer: int, x: Tensor, positions: Tensor) -> Tensor:
         """Adapt what is embedded, and let the state after a layer read others."""
         if layer == 0:
+            self.now: Tensor | None = None
+            self.seen: dict[tuple[str, int | None, torch.dtype], Visibility] = {}
             return self.model.adapt(self.name, x)
-        taps = [tap for tap in self.taps.get(layer, []) if tap in self.cache.entries]
+        taps = [tap for tap in self.taps.get(layer, ()) if tap in self.cache.entries]
         if not taps:
             return x
         copies = self._copies(len(x))
-        times = self.times_of(positions).repeat_interleave(copies, 0)
-        update = torch.zeros_like(x)
+        if self.now is None:
+            self.now = self.times_of(positions).repeat_interleave(copies, 0)
+        updates = []
         for tap in taps:
-            entry = self._entry(tap, copies)
-            seen = visibility(times, entry.times, entry.mask, self.windows[tap.link])
-            update = update + self.model.tap(tap)(x, times, entry.source, seen)
-        return x + update
+            module, entry = self.model.tap(tap), self._entry(tap, copies)
+            key = (tap.source, self.windows[tap.link], module.query.weight.dtype)
+            if key not in self.seen:
+                self.seen[key] = visibility(self.now, entry.times, entry.mask, *key[1:])
+            updates.append(module(x, self.now, entry.source, self.seen[key]))
+        return add(x, updates)
 
     def times_of(self, positions: Tensor) -> Tensor:
         """Give the times of tokens: those of the prompt are known, later ones follow one by one."""
@@ -180,3 +193,7 @@ class TapReader:
 def _placed(model: FusedModel, name: str, stream: Stream) -> Stream:
     device = model.tower(name).device
     return {key: value.to(device) for key, value in stream.items() if key != "labels"}
+
+
+def _last_read(taps: Sequence[Tap], name: str) -> int:
+    return max((tap.source_layer for tap in taps if tap.source == name), default=0)

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from . import publish
 from .graph import FusionGraph
 from .hub import find_checkpoint
-from .link import GatedCrossAttention, Visibility, visibilities
+from .link import GatedCrossAttention
 from .output import FusedOutput, States, token_loss
 from .parts import make_adapters, make_links
+from .run import run, with_labels
 from .schedule import Schedule, Tap, make_schedule
 from .spec import GraphError
 from .stream import Example, check_streams
@@ -90,73 +91,58 @@ class FusedModel(nn.Module):
         return self._graph.copy()
 
     def forward(
-        self, streams: Mapping[str, Mapping[str, Tensor]], *, output_attentions: bool = False
+        self,
+        streams: Mapping[str, Mapping[str, Tensor]],
+        *,
+        output_attentions: bool = False,
+        logits: bool = True,
     ) -> FusedOutput:
         """Run the batch that ``collate`` made; towers that it does not mention do not run.
 
         Args:
             streams: For each tower in the batch its "tokens", "times", "mask" and, for a loss, "labels".
             output_attentions: Whether to give the attention weights of every tap as well.
+            logits: Whether to give logits. Without, only what the losses depend on is run: no head, layer or
+                tap that no label needs. Parameters of these get no gradient, instead of one of zeros.
 
         Raises:
             ValueError: A stream belongs to no tower, is malformed, or holds tokens beyond the vocabulary.
         """
-        states = self.run(streams, output_attentions=output_attentions)
-        logits = {name: self.tower(name).head(states.hidden[name], states.contexts[name]) for name in streams}
+        check_streams(streams, {name: self.tower(name).vocab_size for name in self.towers})
+        scored = [name for name in streams if logits or name in with_labels(streams)]
+        wanted = {name: self.tower(name).depth + 1 for name in scored}
+        states = run(self, streams, wanted, output_attentions=output_attentions)
+        scores = {name: self.tower(name).head(states.hidden[name], states.contexts[name]) for name in scored}
         losses = {
-            name: token_loss(logits[name], stream["labels"])
+            name: token_loss(scores[name], stream["labels"])
+            if name in scores
+            else torch.zeros((), device=stream["labels"].device)
             for name, stream in streams.items()
             if "labels" in stream
         }
         device = next(iter(losses.values())).device if losses else None
         loss = torch.stack([loss.to(device) for loss in losses.values()]).sum() if losses else None
-        return FusedOutput(loss, losses, logits, states.attentions)
+        return FusedOutput(loss, losses, scores if logits else {}, states.attentions)
 
-    def run(self, streams: Mapping[str, Mapping[str, Tensor]], *, output_attentions: bool = False) -> States:
-        """Run the schedule up to the heads; see ``forward``."""
-        check_streams(streams, {name: self.tower(name).vocab_size for name in self.towers})
-        states = States({}, {}, {}, {})
-        seen = visibilities(self._graph.links.values(), streams)
-        for name, stream in streams.items():
-            embedded, states.contexts[name] = self.tower(name).embed(stream["tokens"])
-            if self._graph.towers[name].train == "none":
-                embedded = embedded.detach()  # transformers' activation checkpointing asks for its gradient
-            states.hidden[name] = self.adapt(name, embedded)
-        read_layers = self.schedule.read_layers
-        for step in self.schedule.steps:
-            if step.tower not in streams:
-                continue
-            x = states.hidden[step.tower]
-            if step.taps:
-                x = x + self._update(step.taps, x, streams, seen, states, output_attentions)
-            else:
-                x = self.tower(step.tower).layer(step.layer, x, states.contexts[step.tower])
-                if (step.tower, step.layer) in read_layers:
-                    states.given[step.tower, step.layer] = x
-            states.hidden[step.tower] = x
-        return states
-
-    def _update(
+    def run(
         self,
-        taps: Sequence[Tap],
-        x: Tensor,
         streams: Mapping[str, Mapping[str, Tensor]],
-        seen: Mapping[str, Visibility],
-        states: States,
-        output_attentions: bool,
-    ) -> Tensor:
-        """Give what the taps after one layer add to its state x, which all of them read as it is."""
-        update = torch.zeros_like(x)
-        for tap in taps:
-            if tap.link not in seen:
-                continue
-            module, times = self.tap(tap), streams[tap.target]["times"]
-            source = module.read(states.given[tap.source, tap.source_layer], streams[tap.source]["times"])
-            update = update + module(x, times, source, seen[tap.link])
-            if output_attentions:
-                weights = module.weights(x, times, source, seen[tap.link])
-                states.attentions.setdefault(tap.link, {})[tap.key] = weights
-        return update
+        *,
+        wanted: Mapping[str, int] | None = None,
+        output_attentions: bool = False,
+    ) -> States:
+        """Run the schedule up to the heads; see ``forward``.
+
+        Args:
+            streams: As in ``forward``.
+            wanted: For each tower in question the layer whose output is wanted, ``depth + 1`` for the state
+                that enters the head; only what these depend on is run. All of every tower unless given.
+            output_attentions: As in ``forward``.
+        """
+        check_streams(streams, {name: self.tower(name).vocab_size for name in self.towers})
+        if wanted is None:
+            wanted = {name: self.tower(name).depth + 1 for name in streams}
+        return run(self, streams, wanted, output_attentions=output_attentions)
 
     def generate(
         self,

@@ -69,7 +69,7 @@ def generate(
         if callable(output):
             return _follow(model, rows, output, options)
         _check_output(model, output, options, len(rows))
-        cache = TapCache.fill(model, make_streams(rows))
+        cache = TapCache.fill(model, make_streams(rows), _names(output))
         decoded: Decoded = []
         for number, entry in enumerate(output, 1):
             new = _decode(model, cache, rows, entry, options)
@@ -87,7 +87,7 @@ def _follow(
 ) -> Decoded:
     """Decode what a policy asks for, rows that want the same together, until it wants no more."""
     rows: Decoded = [list(example) for example in examples]
-    cache = TapCache.fill(model, make_streams(rows))
+    cache = TapCache.fill(model, make_streams(rows), list(model.towers))
     going = list(range(len(rows)))
     while going:
         wanted: dict[Entry, list[int]] = {}
@@ -114,7 +114,7 @@ def _after(model: FusedModel, cache: TapCache, rows: Sequence[Example], entries:
     """Bring a cache up to date: a tower decoded alone runs over its tokens, several at a time need all."""
     streams = make_streams(rows)
     if len(entries) > 1 or not isinstance(entries[0], str):
-        return TapCache.fill(model, streams)
+        return TapCache.fill(model, streams, cache.targets)
     cache.refresh(entries[0], streams[entries[0]])
     return cache
 
@@ -243,13 +243,17 @@ def _check_output(
 ) -> None:
     if isinstance(output, str) or not output or () in output:
         raise ValueError(f"output must be a list of towers to decode, as in output=['text'], not {output!r}")
-    names = [name for entry in output for name in ((entry,) if isinstance(entry, str) else entry)]
+    names = _names(output)
     for name in names:
         _check_tower(model, name)
     for entry in output:
         if not isinstance(entry, str) and len(set(entry)) < len(entry):
             raise ValueError(f"a tower stands twice in {entry}: at one time it can take only one token")
     check_options(options, {name: model.tower(name) for name in names}, examples)
+
+
+def _names(output: Sequence[Entry]) -> list[str]:
+    return [name for entry in output for name in ((entry,) if isinstance(entry, str) else entry)]
 
 
 def _check_tower(model: FusedModel, name: str) -> None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-
-from .spec import LinkSpec
 
 
 class KeysValues(NamedTuple):
@@ -24,8 +23,9 @@ class Visibility(NamedTuple):
     """Which source tokens each target token may read.
 
     Attributes:
-        mask: bool, shape (batch, 1, target length, source length). Rows that see nothing are open here,
-            so that their softmax is finite, and closed by ``sees``.
+        mask: Shape (batch, 1, target length, source length), to be added to the scores: 0 where a token is
+            read, else minus infinity. Rows that see nothing are open here, so that their softmax is finite,
+            and closed by ``sees``.
         sees: bool, shape (batch, target length, 1): whether a target token sees anything at all.
     """
 
@@ -39,7 +39,11 @@ class Visibility(NamedTuple):
 
 
 def visibility(
-    query_times: Tensor, key_times: Tensor, key_mask: Tensor, window: int | None = None
+    query_times: Tensor,
+    key_times: Tensor,
+    key_mask: Tensor,
+    window: int | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Visibility:
     """Let each query see the keys of strictly earlier time.
 
@@ -47,41 +51,22 @@ def visibility(
     >>> seen.sees.flatten().tolist()
     [False, True]
     >>> seen.mask[0, 0, 1].tolist()
-    [True, False]
+    [0.0, -inf]
 
     Args:
         query_times: int64, shape (batch, target length).
         key_times: int64, shape (batch, source length).
         key_mask: bool, shape (batch, source length): False at padding.
         window: How many ticks back a query sees; None for all.
+        dtype: That of the scores.
     """
     age = query_times[:, :, None] - key_times.to(query_times.device)[:, None, :]
     mask = (age > 0) & key_mask.to(query_times.device)[:, None, :]
     if window is not None:
         mask = mask & (age <= window)
     sees = mask.any(-1, keepdim=True)
-    return Visibility((mask | ~sees)[:, None], sees)
-
-
-def visibilities(
-    links: Iterable[LinkSpec], streams: Mapping[str, Mapping[str, Tensor]]
-) -> dict[str, Visibility]:
-    """Give, for each link that has something to do in a batch, what its queries may see.
-
-    >>> visibilities([], {})
-    {}
-    """
-    seen = {
-        link.name: visibility(
-            streams[link.target]["times"],
-            streams[link.source]["times"],
-            streams[link.source]["mask"],
-            link.window,
-        )
-        for link in links
-        if link.source in streams and link.target in streams
-    }
-    return {name: each for name, each in seen.items() if not each.is_blind()}
+    closed = torch.zeros_like(mask, dtype=dtype).masked_fill(sees & ~mask, float("-inf"))
+    return Visibility(closed[:, None], sees)
 
 
 class GatedCrossAttention(nn.Module):
@@ -168,7 +153,7 @@ class GatedCrossAttention(nn.Module):
         """
         query = self._query(x.to(self.query.weight), times)
         scores = query @ source.keys.transpose(-1, -2) / query.shape[-1] ** 0.5
-        weights = scores.float().masked_fill(~seen.mask, float("-inf")).softmax(-1)
+        weights = (scores + seen.mask).float().softmax(-1)
         return torch.where(seen.sees[:, None], weights, 0.0)
 
     def _query(self, x: Tensor, times: Tensor) -> Tensor:
@@ -205,6 +190,15 @@ class InputAdapter(nn.Module):
         if self.gate is None:
             return F.relu(adapted)
         return embedded + torch.tanh(self.gate).to(embedded.dtype) * adapted
+
+
+def add(x: Tensor, updates: Iterable[Tensor]) -> Tensor:
+    """Add to a state what several taps made of it: first together, so that no update is lost in a large x.
+
+    >>> add(torch.ones(1), [torch.ones(1), torch.ones(1)])
+    tensor([3.])
+    """
+    return x + functools.reduce(torch.add, updates)
 
 
 def rotate(heads: Tensor, times: Tensor) -> Tensor:

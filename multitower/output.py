@@ -17,7 +17,8 @@ class FusedOutput(NamedTuple):
     Attributes:
         loss: The sum of ``losses``, a scalar, or None when no stream has labels.
         losses: For each tower with labels the mean cross-entropy over its labels, a scalar (0 without any).
-        logits: For each tower of the batch, shape (batch, length of its stream, its vocabulary).
+        logits: For each tower of the batch, shape (batch, length of its stream, its vocabulary); empty when
+            not asked for.
         attentions: For each link and tap ("source layer-target layer"), when asked for, the weights of
             shape (batch, heads, target length, source length); links that see nothing may be left out.
     """
@@ -32,7 +33,8 @@ class States(NamedTuple):
     """What the schedule leaves behind before the heads run.
 
     Attributes:
-        hidden: The final state of each tower of the batch, shape (batch, length of its stream, its width).
+        hidden: The state of each tower that ran, after the last layer that was needed of it, shape (batch,
+            length of its stream, its width).
         contexts: What the head of each tower needs beside it.
         given: What each layer that some tap reads gave, before any tap updated it.
         attentions: As in ``FusedOutput``.
@@ -51,8 +53,8 @@ def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     >>> round(token_loss(torch.zeros(1, 3, 4), torch.tensor([[-100, 2, 1]])).item(), 4)     # log 4
     1.3863
     """
-    labels = labels.to(logits.device)[:, 1:]
+    labels = F.pad(labels.to(logits.device)[:, 1:], (0, 1), value=IGNORE)  # logits need not be copied so
     total = F.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="sum"
+        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="sum"
     )
     return total / (labels != IGNORE).sum().clamp(min=1)

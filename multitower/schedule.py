@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass, replace
 
 import networkx as nx
 
@@ -84,8 +83,38 @@ class Schedule:
     @property
     def fingerprint(self) -> str:
         """A digest of depths and taps: of all that decides what a fused run computes, not in which order."""
-        said = [sorted(self.depths), [dataclasses.astuple(tap) for tap in sorted(self.taps)]]
+        said = [sorted(self.depths), [astuple(tap) for tap in sorted(self.taps)]]
         return f"sha256:{hashlib.sha256(json.dumps(said).encode()).hexdigest()}"
+
+    def needed(self, wanted: Mapping[str, int], links: Collection[str]) -> tuple[Step, ...]:
+        """Give the steps on which the wanted layers depend, in the order in which they run.
+
+        >>> from multitower.spec import LinkSpec
+        >>> schedule = make_schedule({"a": 3, "b": 2}, [LinkSpec("a", "b", name="a->b", taps=((2, 1),))])
+        >>> print(*schedule.needed({"b": 3}, ["a->b"]), sep="; ")
+        run a layer 1; run b layer 1; run a layer 2; after b layer 1, read a layer 2; run b layer 2
+        >>> print(*schedule.needed({"b": 2}, []), sep="; ")
+        run b layer 1; run b layer 2
+
+        Args:
+            wanted: For each tower in question the layer of which the output is wanted, before any tap updates
+                it; one more than there are for the state that enters the head.
+            links: The links that have something to read; taps of others are left out.
+        """
+        deepest = dict(wanted)
+        steps: list[Step] = []
+        for step in reversed(self.steps):
+            depth = deepest.get(step.tower, 0)
+            if not step.taps:
+                if step.layer <= depth:
+                    steps.append(step)
+                continue
+            taps = tuple(tap for tap in step.taps if tap.link in links)
+            if taps and step.layer < depth:
+                steps.append(replace(step, taps=taps))
+                for tap in taps:
+                    deepest[tap.source] = max(tap.source_layer, deepest.get(tap.source, 0))
+        return tuple(reversed(steps))
 
     def __str__(self) -> str:
         lines = []

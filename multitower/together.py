@@ -133,9 +133,8 @@ class GrowingReader(TapReader):
         super().__init__(model, name, cache, times)
         self.lane = lane
         self.readers: dict[int, list[Tap]] = {}
-        for tap in model.schedule.taps:
-            if tap.source == name:
-                self.readers.setdefault(tap.source_layer, []).append(tap)
+        for tap in cache.readers(name):
+            self.readers.setdefault(tap.source_layer, []).append(tap)
 
     def __call__(self, layer: int, x: Tensor, positions: Tensor) -> Tensor:
         """Note what the layer gave for new tokens; then as ``TapReader``."""

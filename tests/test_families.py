@@ -79,16 +79,17 @@ def segment(tower: str, length: int, *, target: bool = False) -> mt.Segment:
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("family", COMPILED)
-def test_a_step_of_training_compiles_once_for_all_lengths(family: str) -> None:
+def test_a_step_of_training_compiles_once_for_all_lengths_and_numbers_of_rows(family: str) -> None:
     torch._dynamo.reset()
     model, graphs = fused(family), CompileCounter()
     compiled = torch.compile(model, fullgraph=True, backend=graphs, dynamic=True)
-    for speech, text in ((5, 7), (9, 4), (3, 11), (12, 12), (6, 3)):
+    for speech, text, copies in ((5, 7, 1), (9, 4, 2), (3, 11, 1), (12, 12, 3), (6, 3, 2)):
         batch = mt.collate(
             [
                 [segment("speech", speech), segment("text", text, target=True)],
                 [segment("text", text + 1), segment("speech", speech + 2, target=True)],
             ]
+            * copies
         )
         model.zero_grad()
         compiled(**batch).loss.backward()

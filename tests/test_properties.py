@@ -90,6 +90,11 @@ def test_exactly_what_is_trained_receives_finite_gradients(case: Case) -> None:
 
 
 @given(ANY_CASES)
+def test_without_logits_losses_and_gradients_are_the_same(case: Case) -> None:
+    testing.check_losses(case.model, case.examples)
+
+
+@given(ANY_CASES)
 def test_frozen_towers_stay_in_eval_mode_and_out_of_autograd(case: Case) -> None:
     testing.check_frozen(case.model, case.examples)
 

@@ -14,7 +14,7 @@ from .models import PROMISES, check_model, model_report
 from .schedules import check_schedule
 from .tiny import TinyTower, open_gates, tiny_model, tiny_tower
 from .towers import check_tower, tower_report
-from .training import check_frozen, check_gradients
+from .training import check_frozen, check_gradients, check_losses
 
 __all__ = [
     "MODALITY_PROMISES",
@@ -26,6 +26,7 @@ __all__ = [
     "check_frozen",
     "check_gradients",
     "check_identity",
+    "check_losses",
     "check_modality",
     "check_model",
     "check_order",

@@ -12,7 +12,7 @@ from .decoding import check_decoding, check_prefill
 from .definition import check_definition
 from .forward import check_causality, check_identity, check_sight, check_unimodal
 from .schedules import check_model_schedule
-from .training import check_frozen, check_gradients
+from .training import check_frozen, check_gradients, check_losses
 
 PROMISES: dict[str, Callable[[FusedModel, Sequence[Example]], None]] = {
     "schedule": check_model_schedule,
@@ -25,6 +25,7 @@ PROMISES: dict[str, Callable[[FusedModel, Sequence[Example]], None]] = {
     "rows": check_rows,
     "padding": check_padding,
     "gradients": check_gradients,
+    "losses": check_losses,
     "frozen": check_frozen,
     "decoding": check_decoding,
     "prefill": check_prefill,

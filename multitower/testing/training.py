@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from ..fused import FusedModel
 from ..output import token_loss
 from ..stream import Example, Segment
-from .compare import Streams, assert_close, opened, rounding, streams_of, tolerance, visible
+from .compare import Streams, assert_close, assert_equal, opened, rounding, streams_of, tolerance, visible
 from .definition import defined_logits
 
 
@@ -91,6 +92,42 @@ def check_frozen(model: FusedModel, examples: Sequence[Example]) -> None:
                 )
 
 
+def check_losses(model: FusedModel, examples: Sequence[Example]) -> None:
+    """Check that without logits, when only what a label needs is run, losses and gradients are the same.
+
+    >>> import multitower as mt
+    >>> from multitower.testing import tiny_model
+    >>> speech, text = mt.Segment("speech", [0, 5, 1]), mt.Segment("text", [0, 7], target=True)
+    >>> check_losses(tiny_model(), [[speech, text]])
+
+    Raises:
+        AssertionError: Some loss or gradient is another.
+    """
+    model = opened(model)
+    streams = streams_of(model, examples)
+    whole, lean = model(streams), model(streams, logits=False)
+    assert not lean.logits, "logits=False gives logits"
+    assert list(lean.losses) == list(whole.losses), f"without logits there are losses of {list(lean.losses)}"
+    for name, loss in whole.losses.items():
+        assert_equal(lean.losses[name], loss, f"tower {name!r} has another loss without logits")
+    if whole.loss is None or not whole.loss.requires_grad:
+        return
+    parameters = {name: each for name, each in model.named_parameters() if each.requires_grad}
+    expected = _gradients(whole.loss, parameters)
+    needed = any(bool(gradient.any()) for gradient in expected.values())
+    assert lean.loss.requires_grad or not needed, "without logits the loss has no gradient"
+    if lean.loss.requires_grad:
+        for name, gradient in _gradients(lean.loss, parameters).items():
+            assert_close(
+                gradient, expected[name], f"{name} has another gradient without logits", rounding(model)
+            )
+
+
+def _gradients(loss: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, materialize_grads=True)
+    return dict(zip(parameters, found, strict=True))
+
+
 def _check_values(model: FusedModel, streams: Streams) -> None:
     """Compare gradients with those that autograd finds through the definition, token by token."""
     parameters = {name: each for name, each in model.named_parameters() if each.requires_grad}
@@ -100,13 +137,12 @@ def _check_values(model: FusedModel, streams: Streams) -> None:
     logits = defined_logits(model, streams)
     losses = [token_loss(logits[name], stream["labels"]) for name, stream in streams.items()]
     defined = torch.stack([each.to(loss.device) for each in losses]).sum()
-    found, expected = (
-        torch.autograd.grad(each, list(parameters.values()), allow_unused=True, materialize_grads=True)
-        for each in (loss, defined)
-    )
+    found, expected = _gradients(loss, parameters), _gradients(defined, parameters)
     within = 8 * max(rounding(model), tolerance(loss.dtype))  # it adds up through both passes
-    for name, one, other in zip(parameters, found, expected, strict=True):
-        assert_close(one, other, f"the gradient of {name} is not that of the definition", within)
+    for name, gradient in found.items():
+        assert_close(
+            gradient, expected[name], f"the gradient of {name} is not that of the definition", within
+        )
 
 
 def _first_layer_fed(model: FusedModel, streams: Streams, name: str, *, seen: bool) -> int:

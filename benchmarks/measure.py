@@ -1,0 +1,182 @@
+"""What the benchmarks share: paired timing, ratios with their spread, and results on disk."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+PACKAGES = ("torch", "transformers", "multitower")
+
+
+def options(description: str, name: str) -> argparse.ArgumentParser:
+    """Give a parser with the options that every benchmark has."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=9, help="rounds of measurement of each setting")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--clock",
+        choices=tuple(CLOCKS),
+        default="wall",
+        help="cpu: only the time that this process was given, for a busy machine (1 thread, no GPU)",
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("runs") / name)
+    return parser
+
+
+def begin(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Read the options and set threads, seed and folder as they say."""
+    chosen = parser.parse_args()
+    torch.set_num_threads(chosen.threads)
+    torch.manual_seed(chosen.seed)
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    return chosen
+
+
+def interleaved(
+    runs: Mapping[str, Callable[[], object]],
+    repeats: int,
+    *,
+    clock: str = "wall",
+    before: Callable[[], object] = lambda: None,
+    title: str = "",
+) -> dict[str, list[float]]:
+    """Time each run once a round, in an order that turns from round to round; give seconds by name.
+
+    What slows the machine for longer than a round so slows all of them alike. One round more is run first
+    and not counted.
+
+    Args:
+        runs: What to time, by name.
+        repeats: How many rounds.
+        clock: One of ``CLOCKS``.
+        before: Called before each run, outside of its time.
+        title: Shown beside the progress bar.
+    """
+    names, times = list(runs), dict[str, list[float]]({name: [] for name in runs})
+    for number in tqdm(range(repeats + 1), desc=title, leave=False):
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
+            before()
+            started = now(clock)
+            runs[name]()
+            seconds = now(clock) - started
+            if number:
+                times[name].append(seconds)
+    return times
+
+
+def now(clock: str = "wall") -> float:
+    """Give the time in seconds by one of ``CLOCKS``, once the device has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return CLOCKS[clock]()
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Give the median and the quartiles.
+
+    >>> spread([1.0, 2.0, 3.0, 4.0, 5.0])
+    {'median': 3.0, 'low': 2.0, 'high': 4.0}
+    """
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median": median, "low": low, "high": high}
+
+
+def ratio(over: Sequence[float], *under: Sequence[float]) -> dict[str, float]:
+    """Give the spread of one time over the sum of others, round by round.
+
+    >>> ratio([3.0, 6.0], [1.0, 2.0], [1.0, 2.0])
+    {'median': 1.5, 'low': 1.5, 'high': 1.5}
+    """
+    return spread([first / sum(others) for first, *others in zip(over, *under, strict=True)])
+
+
+def milliseconds(times: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:
+    """Give the spread of each of several times, from seconds to milliseconds."""
+    return {name: spread([1000 * each for each in seconds]) for name, seconds in times.items()}
+
+
+def write(chosen: argparse.Namespace, results: Sequence[Mapping[str, Any]]) -> None:
+    """Write results.json: settings, machine, versions, results."""
+    document = {
+        "settings": vars(chosen),
+        "machine": {"processor": processor(), "machine": platform.machine(), "device": device_name(chosen)},
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in PACKAGES},
+        "results": list(results),
+    }
+    written = json.dumps(document, indent=2, default=str) + "\n"
+    (chosen.out / "results.json").write_text(written, encoding="utf-8")
+
+
+def plot_ratios(
+    file: Path,
+    results: Sequence[Mapping[str, Any]],
+    keys: Sequence[str],
+    title: str,
+    label: str = "fused / sum of its parts",
+) -> None:
+    """Draw a ratio and its quartiles for each result, labelled by these keys, beside a limit of 1.10."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 1 + 0.35 * len(results)), layout="constrained")
+    axes = figure.subplots()
+    for place, result in enumerate(results):
+        each = result["ratio"]
+        errors = [[each["median"] - each["low"]], [each["high"] - each["median"]]]
+        axes.errorbar(each["median"], place, xerr=errors, fmt="o", color="C0", capsize=3)
+    labels = [", ".join(str(result[key]) for key in keys) for result in results]
+    axes.set_yticks(range(len(results)), labels)
+    axes.axvline(1.0, color="grey")
+    axes.axvline(1.1, color="grey", linestyle=":")
+    axes.invert_yaxis()
+    axes.set(xlabel=label, title=title)
+    figure.savefig(file, dpi=120)
+
+
+def plot_times(file: Path, results: Sequence[Mapping[str, Any]]) -> None:
+    """Draw the times of each result side by side, each with its quartiles."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4 * len(results), 3.5), layout="constrained")
+    for axes, result in zip(figure.subplots(1, len(results), squeeze=False)[0], results, strict=True):
+        medians = [each["median"] for each in result["ms"].values()]
+        low, high = ([each[key] for each in result["ms"].values()] for key in ("low", "high"))
+        errors = [
+            [middle - one for middle, one in zip(medians, low, strict=True)],
+            [one - middle for middle, one in zip(medians, high, strict=True)],
+        ]
+        axes.bar(list(result["ms"]), medians, yerr=errors, capsize=3)
+        axes.tick_params(axis="x", rotation=20)
+        axes.set(ylabel="ms", title=result["kind"])
+    figure.savefig(file, dpi=120)
+
+
+def device_name(chosen: argparse.Namespace) -> str:
+    """Name what the models ran on."""
+    device = torch.device(chosen.device)
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{chosen.threads} CPU threads"
+
+
+def processor() -> str:
+    """Name the processor where Linux tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "")

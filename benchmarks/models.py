@@ -1,0 +1,182 @@
+"""What the benchmarks run: fused models of random weights, batches, and their parts by themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import multitower as mt
+from multitower.link import visibility
+from multitower.schedule import Tap
+
+SIZES = {
+    "tiny": {
+        "vocab_size": 500,
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+    "smollm2": {  # the shape of SmolLM2-135M
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+    },
+}
+INTERLEAVE = {"tiny": 2, "smollm2": 6}
+
+
+def make_tower(size: str, seed: int) -> LlamaForCausalLM:
+    """Give a random model of the shape of one of ``SIZES``."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        **SIZES[size], tie_word_embeddings=True, max_position_embeddings=8192, bos_token_id=1, eos_token_id=2
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def make_model(
+    size: str, towers: int, *, train: str = "none", adapter: str | None = None, interleave: int | None = None
+) -> mt.FusedModel:
+    """Give a model of towers in a ring, each linked to the next and, of two, to each other."""
+    graph = mt.FusionGraph()
+    names = [f"tower{number}" for number in range(towers)]
+    for number, name in enumerate(names):
+        graph.add_tower(name, make_tower(size, number), train=train, adapter=adapter)
+    step = interleave or INTERLEAVE[size]
+    for source, target in zip(names, [*names[1:], names[0]], strict=True):
+        graph.add_link(source, target, interleave=step)
+    return graph.compile()
+
+
+def make_batch(model: mt.FusedModel, rows: int, length: int, targets: str = "all") -> mt.stream.Batch:
+    """Give rows of one segment of each tower in an order that turns from row to row.
+
+    Args:
+        model: The model.
+        rows: How many rows.
+        length: How many tokens each segment has.
+        targets: Whether "all" segments are targets, or only those of the "last" tower.
+    """
+    names = list(model.towers)
+    sizes = {name: model.tower(name).vocab_size for name in names}
+    wanted = names if targets == "all" else names[-1:]
+    examples = []
+    for row in range(rows):
+        turned = names[row % len(names) :] + names[: row % len(names)]
+        examples.append(
+            [
+                mt.Segment(name, torch.randint(3, sizes[name], (length,)), target=name in wanted)
+                for name in turned
+            ]
+        )
+    batch = mt.collate(examples)
+    for stream in batch["streams"].values():
+        for key in stream:
+            stream[key] = stream[key].to(model.tower(names[0]).device)
+    return batch
+
+
+class Given(NamedTuple):
+    """What one tap or adapter is given in a fused run: its source's states and its target's."""
+
+    source: Tensor | None
+    target: Tensor
+
+
+class Parts:
+    """The native towers alone, and the links and adapters alone, on what a fused run gives them.
+
+    Each part does what the whole needs of it: a frozen tower passes gradients down to the first layer that
+    something trained feeds, and links pass them on where their inputs asked for them.
+
+    Args:
+        model: The fused model.
+        batch: What it is run on.
+    """
+
+    def __init__(self, model: mt.FusedModel, batch: mt.stream.Batch) -> None:
+        self.model, self.streams = model, batch["streams"]
+        self.taps: dict[Tap, Given] = {}
+        self.adapters: dict[str, Given] = {}
+        self._record()
+
+    def towers(self, backward: bool) -> None:
+        """Run each native model, its loss too, one after the other."""
+        for name, stream in self.streams.items():
+            native, fed = self.model.unimodal(name), self._first_fed(name)
+            handle = None if fed is None or not backward else fed.register_forward_hook(_leaf)
+            output = native(input_ids=stream["tokens"], labels=stream["labels"], use_cache=False)
+            if handle is not None:
+                handle.remove()
+            if backward and output.loss.requires_grad:
+                output.loss.backward()
+
+    def links(self, backward: bool) -> None:
+        """Run each tap and each adapter on detached states."""
+        specs, seen = self.model.graph.links, {}
+        for name in {tap.link for tap in self.taps}:
+            source, target = (self.streams[each] for each in (specs[name].source, specs[name].target))
+            seen[name] = visibility(target["times"], source["times"], source["mask"], specs[name].window)
+        for tap, (states, x) in self.taps.items():
+            module = self.model.tap(tap)
+            source = module.read(_like(states), self.streams[tap.source]["times"])
+            update = module(_like(x), self.streams[tap.target]["times"], source, seen[tap.link])
+            if backward:
+                update.backward(torch.ones_like(update))
+        for name, (_, embedded) in self.adapters.items():
+            adapted = self.model.adapt(name, _like(embedded))
+            if backward:
+                adapted.backward(torch.ones_like(adapted))
+
+    def _record(self) -> None:
+        """Note what a fused run gives to each tap and adapter."""
+        targets: dict[Tap, Tensor] = {}
+        handles = [
+            self.model.tap(tap).register_forward_pre_hook(_note(targets, tap))
+            for tap in self.model.schedule.taps
+        ]
+        embedded: dict[str, Tensor] = {}
+        handles += [
+            adapter.register_forward_pre_hook(_note(embedded, name))
+            for name, adapter in self.model.adapters.items()
+        ]
+        given = self.model.run(self.streams).given
+        for handle in handles:
+            handle.remove()
+        self.taps = {tap: Given(given[tap.source, tap.source_layer], x) for tap, x in targets.items()}
+        self.taps = {tap: Given(_like(each.source), _like(each.target)) for tap, each in self.taps.items()}
+        self.adapters = {name: Given(None, _like(x)) for name, x in embedded.items()}
+
+    def _first_fed(self, name: str) -> nn.Module | None:
+        """Give the module of a frozen tower after which it passes gradients on, if there is one."""
+        native: Any = self.model.unimodal(name)
+        if self.model.graph.towers[name].train != "none":
+            return None
+        if name in self.model.adapters:
+            return native.get_input_embeddings()
+        first = min((tap.target_layer for tap in self.taps if tap.target == name), default=None)
+        return None if first is None else native.model.layers[first - 1]
+
+
+def _note(noted: dict[Any, Tensor], key: Any) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        noted[key] = args[0]
+
+    return hook
+
+
+def _leaf(module: nn.Module, args: object, output: Tensor) -> Tensor:
+    return output.detach().requires_grad_()
+
+
+def _like(states: Tensor) -> Tensor:
+    return states.detach().requires_grad_(states.requires_grad)

@@ -1,0 +1,128 @@
+r"""Count the bytes that a forward saves for its backward, by what is trained, beside a count on paper.
+
+    python benchmarks/saved_bytes.py                    # tiny towers, seconds
+    python benchmarks/saved_bytes.py --size smollm2
+
+Saved-tensor hooks see every tensor that autograd keeps. Each storage is counted once, and those of parameters
+and of the batch not at all. Two towers read each other at the last of their layers that the setting names.
+
+On paper a frozen Llama layer of width w and feed-forward f, with k channels of keys and h heads, needs, for
+each token: what enters its two norms, and their scales; queries, keys, values and what was attended, and a
+sum for each head; the gate, its SiLU and the up projection:
+
+    layer = 2w + 2 + 2w + 2k + h + 3f
+
+A tap from a source of width s needs what its own weights, all trained, are multiplied with, and what its
+non-linearities take, for each token of the target and of the source:
+
+    target = 4w (x, its norm, queries, attended) + 3w (out, x + update, its norm) + 9w (feed-forward) + h + 4
+    source = 2s (h, its norm) + 5w (projection) + 2w (keys, values) + 2
+
+A mask is a number for each pair of tokens, the same for all taps of a link. After the last layer stand its
+norm, w + 1, and, for each label, the probabilities of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import multitower as mt
+from measure import begin, options, write
+from models import SIZES, make_batch, make_tower
+from multitower.link import default_heads
+
+POLICIES = {  # how text is trained, its input adapter, where its first tap stands (of all its layers)
+    "all trained": ("all", None, 0.5),
+    "frozen, adapter": ("none", "gated", 0.5),
+    "frozen, first tap at 1/6": ("none", None, 1 / 6),
+    "frozen, first tap at 1/2": ("none", None, 1 / 2),
+    "frozen, first tap at the top": ("none", None, 1.0),
+}
+
+
+def main() -> None:
+    """Count for each policy."""
+    parser = options(__doc__, "saved_bytes")
+    parser.add_argument("--size", choices=tuple(SIZES), default="tiny")
+    parser.add_argument("--rows", type=int, default=2)
+    parser.add_argument("--length", type=int, default=256)
+    chosen = begin(parser)
+    depth = SIZES[chosen.size]["num_hidden_layers"]
+    results = []
+    for policy, (train, adapter, where) in POLICIES.items():
+        first = max(1, round(where * depth))
+        graph = mt.FusionGraph()
+        graph.add_tower("source", make_tower(chosen.size, 0), adapter=None)
+        graph.add_tower("text", make_tower(chosen.size, 1), train=train, adapter=adapter)
+        layers = sorted({first, depth})
+        graph.add_link("source", "text", taps=[(layer, layer) for layer in layers])
+        model = graph.compile().to(chosen.device)
+        batch = make_batch(model, chosen.rows, chosen.length, targets="last")
+        counted = saved(model, batch)
+        row: dict[str, Any] = {"policy": policy, "first": first, "taps": len(layers), "bytes": counted}
+        if train == "none" and adapter is None:
+            row["paper"] = on_paper(chosen, first, len(layers))
+            row["ratio"] = round(counted / row["paper"], 3)
+        results.append(row)
+        print(row, flush=True)
+        write(chosen, results)
+    plot(chosen, results)
+
+
+def saved(model: mt.FusedModel, batch: mt.stream.Batch) -> int:
+    """Count the bytes of what a forward saves."""
+    given = [tensor for stream in batch["streams"].values() for tensor in stream.values()]
+    own = [*model.parameters(), *model.buffers(), *given]
+    known = {tensor.untyped_storage().data_ptr() for tensor in own}
+    sizes: dict[int, int] = {}
+    kept: list[Tensor] = []  # so that no other storage takes the place of one that was counted
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            sizes[storage.data_ptr()] = storage.nbytes()
+            kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(**batch).loss
+    loss.backward()
+    return sum(sizes.values())
+
+
+def on_paper(chosen: Any, first: int, taps: int) -> int:
+    """Count as the formulas above say."""
+    size = SIZES[chosen.size]
+    width, inner, heads = size["hidden_size"], size["intermediate_size"], size["num_attention_heads"]
+    keys = width * size["num_key_value_heads"] // heads
+    layer = 4 * width + 2 + 2 * keys + heads + 3 * inner
+    tap = 25 * width + default_heads(width) + 6
+    tokens = chosen.rows * chosen.length
+    above = (size["num_hidden_layers"] - first) * layer + taps * tap + width + 1
+    mask = chosen.rows * chosen.length**2
+    labels = chosen.rows * (chosen.length - 1)
+    return 4 * (tokens * above + mask + labels * size["vocab_size"])
+
+
+def plot(chosen: Any, results: list[dict[str, Any]]) -> None:
+    """Draw a bar for each policy, and the count on paper in it."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axes = figure.subplots()
+    axes.barh([row["policy"] for row in results], [row["bytes"] / 2**20 for row in results], label="counted")
+    paper = [row for row in results if "paper" in row]
+    needed = [row["paper"] / 2**20 for row in paper]
+    axes.plot(needed, [row["policy"] for row in paper], "k|", ms=20, label="on paper")
+    axes.invert_yaxis()
+    axes.legend()
+    title = f"{chosen.size}, {chosen.rows} rows of {chosen.length} tokens"
+    axes.set(xlabel="MiB saved for backward", title=title)
+    figure.savefig(chosen.out / "bytes.png", dpi=120)
+
+
+if __name__ == "__main__":
+    main()

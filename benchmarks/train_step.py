@@ -1,0 +1,96 @@
+"""Time a fused step of training, and a forward, beside the sum of the parts.
+
+    python benchmarks/train_step.py                     # tiny towers, a minute or two
+    python benchmarks/train_step.py --size smollm2      # towers of the shape of SmolLM2-135M
+
+The parts are each native tower alone, loss and backward included, and each tap of each link alone on detached
+states. Whole and parts take turns in one process, and each round gives one ratio; medians and quartiles of
+these go to results.json and ratios.png. The towers stand in a ring, have random weights, and all have labels
+unless --targets says otherwise.
+A step is a forward and a backward; what the optimizer does is the same for both, and left out.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+
+from measure import begin, interleaved, milliseconds, options, plot_ratios, ratio, write
+from models import SIZES, Parts, make_batch, make_model
+
+
+def main() -> None:
+    """Measure each setting."""
+    parser = options(__doc__, "train_step")
+    parser.add_argument("--size", choices=tuple(SIZES), default="tiny")
+    parser.add_argument("--towers", type=int, nargs="+", default=[2, 3, 6])
+    parser.add_argument("--train", choices=("none", "all"), nargs="+", default=["none", "all"])
+    parser.add_argument("--targets", choices=("all", "last"), default="all", help="towers that have labels")
+    parser.add_argument("--adapter", action="store_true", help="give towers their input adapters")
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--length", type=int, default=64, help="tokens of each tower in a row")
+    chosen = begin(parser)
+    results = []
+    for towers, train in itertools.product(chosen.towers, chosen.train):
+        adapter = "gated" if chosen.adapter else None
+        model = make_model(chosen.size, towers, train=train, adapter=adapter).to(chosen.device)
+        batch = make_batch(model, chosen.rows, chosen.length, chosen.targets)
+        parts = Parts(model, batch)
+
+        def clear(model: torch.nn.Module = model) -> None:
+            model.zero_grad(set_to_none=True)
+
+        for kind in ("step", "forward"):
+            with torch.set_grad_enabled(kind == "step"):
+                times = interleaved(
+                    runs(model, batch, parts, backward=kind == "step"),
+                    chosen.repeats,
+                    clock=chosen.clock,
+                    before=clear,
+                    title=f"{towers} towers, train={train}, {kind}",
+                )
+            results.append(
+                {
+                    "kind": kind,
+                    "towers": f"{towers} towers",
+                    "train": f"train={train}",
+                    "ms": milliseconds(times),
+                    "ratio": ratio(times["fused"], times["towers"], times["links"]),
+                }
+            )
+            show(results[-1])
+            write(chosen, results)
+    title = f"{chosen.size}: {chosen.rows} rows of {chosen.length} tokens of each tower"
+    plot_ratios(chosen.out / "ratios.png", results, ("kind", "towers", "train"), title)
+
+
+def runs(model: Any, batch: Any, parts: Parts, *, backward: bool) -> dict[str, Any]:
+    """Give what is timed against each other."""
+
+    def fused() -> None:
+        loss = model(**batch).loss
+        if backward:
+            loss.backward()
+
+    return {
+        "fused": fused,
+        "towers": lambda: parts.towers(backward),
+        "links": lambda: parts.links(backward),
+    }
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print one line."""
+    ms = {name: round(each["median"], 2) for name, each in result["ms"].items()}
+    low, median, high = (result["ratio"][key] for key in ("low", "median", "high"))
+    print(
+        f"{result['kind']:8} {result['towers']} {result['train']:10} {ms} ms, "
+        f"{median:.3f} ({low:.3f} to {high:.3f}) of its parts",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()
