@@ -6,10 +6,10 @@
 
 Both read a frozen source of 8 layers from every second layer of a frozen text decoder, through taps at the
 same layers; the towers have the same weights. The bare towers are the source, without autograd, and the text
-decoder, whose backward goes down to the first tap; overhead is what a step takes beyond these. CALM's tap
-is a cross-attention, one of ours has a feed-forward and a projection of three linears as well, so what our taps
-alone take is given too. Decoding goes on from a prompt of the text decoder, by greedy choice here and as CALM
-samples there.
+decoder, whose backward goes down to the first tap; overhead is what a step takes beyond these. A tap of CALM
+is a cross-attention, one of ours has a feed-forward and a projection of three linears as well, so what our
+taps alone take is given too. Decoding goes on from a prompt of the text decoder, by greedy choice here and as
+CALM samples there.
 """
 
 from __future__ import annotations

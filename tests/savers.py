@@ -9,8 +9,8 @@ import os
 import resource
 import signal
 import subprocess
-import tempfile
 import sys
+import tempfile
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
