@@ -146,6 +146,11 @@ class IsAnyones(Cipher):
         return cls(tensors.get("table", torch.arange(256)), config.get("shift", 0))
 
 
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
 BROKEN = [
     (ForgetsItsShift, "saved", "that is loaded differs in the tokens of sample 1, the tokens of sample 2"),
     (ForgetsLater, "saved", "save_pretrained of what was loaded fails with FileNotFoundError"),
