@@ -107,7 +107,7 @@ def mermaid(model: FusedModel) -> str:
     return "\n".join(lines)
 
 
-def _metadata(model: FusedModel, license: str | None) -> str:  # noqa: A002
+def _metadata(model: FusedModel, license: str | None) -> str:  # noqa: A002  # what the Hub calls it
     origins = [hub_id(spec.source) for spec in model.graph.towers.values()]
     data: dict[str, Any] = {"library_name": "multitower", "tags": TAGS}
     if any(origins):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .codecs import check_modalities, load_modalities
+from .checkpoint.modalities import check_modalities, load_modalities
 from .fused import FusedModel
 from .hub import find_checkpoint
 from .modality import Modality

@@ -182,7 +182,7 @@ def _load(group: str, entry: EntryPoint) -> Any:
 def _package(entry: EntryPoint) -> tuple[str, str]:
     """Give name and version of the package of an entry point."""
     try:
-        name, release = entry.dist.name, entry.dist.version  # type: ignore[union-attr]
+        name, release = entry.dist.name, entry.dist.version  # type: ignore[union-attr]  # None ends below, too
     except Exception:  # of an installation without metadata, Python versions raise unlike things
         name = release = None
     return name or "(damaged installation)", release or "?"

@@ -156,7 +156,7 @@ def random_state() -> dict[str, Tensor]:
     """Give the state of torch's random numbers in this process."""
     rank = dist.get_rank() if is_distributed() else 0
     state = {f"random.cpu.{rank}": torch.get_rng_state()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch's own
         state[f"random.cuda.{rank}"] = torch.cuda.get_rng_state()
     return state
 

@@ -77,7 +77,7 @@ def same(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.filterwarnings("ignore")
+@pytest.mark.filterwarnings("ignore")  # what transformers and peft say of damaged files
 def test_what_is_changed_at_random_is_refused_or_loaded_right(kind: str, base: Base) -> None:
     outcomes = fuzz(base, 100 if kind in ("plain", "modality") else 25, seed=1)
     assert outcomes["refused"] > 5
@@ -86,7 +86,7 @@ def test_what_is_changed_at_random_is_refused_or_loaded_right(kind: str, base: B
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.filterwarnings("ignore")
+@pytest.mark.filterwarnings("ignore")  # what transformers and peft say of damaged files
 def test_thousands_of_changes_are_refused_or_loaded_right(kind: str, base: Base) -> None:
     rounds = 2000 if kind in ("plain", "modality") else 1000
     begin = time.monotonic()

@@ -180,7 +180,7 @@ def test_an_index_that_points_elsewhere_is_refused(tmp_path: Path, place: Any) -
     ],
 )
 @pytest.mark.parametrize("kind", ["lora"])
-@pytest.mark.filterwarnings("ignore")
+@pytest.mark.filterwarnings("ignore")  # what transformers and peft say of damaged files
 def test_adapters_that_ask_for_too_much_are_refused(
     base: Base, changes: dict[str, Any], message: str
 ) -> None:

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("librosa")
-soundfile = pytest.importorskip("soundfile")
-pytest.importorskip("sklearn")
+pytest.importorskip("librosa", reason="speech needs the speech extra")
+soundfile = pytest.importorskip("soundfile", reason="speech needs the speech extra")
+pytest.importorskip("sklearn", reason="speech needs the speech extra")
 
 from melodies import fit, melody, one_thread  # noqa: E402, F401
 from multitower_speech import SpeechModality  # noqa: E402

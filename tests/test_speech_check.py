@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("librosa")
-soundfile = pytest.importorskip("soundfile")
-pytest.importorskip("sklearn")
-pytest.importorskip("transformers")
+pytest.importorskip("librosa", reason="speech needs the speech extra")
+soundfile = pytest.importorskip("soundfile", reason="speech needs the speech extra")
+pytest.importorskip("sklearn", reason="speech needs the speech extra")
+pytest.importorskip("transformers", reason="codecs need transformers")
 
 import test_speech_pretrained as tiny  # noqa: E402
 from melodies import fit, melody, one_thread  # noqa: E402, F401

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("librosa")
-pytest.importorskip("soundfile")
-pytest.importorskip("sklearn")
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("librosa", reason="speech needs the speech extra")
+pytest.importorskip("soundfile", reason="speech needs the speech extra")
+pytest.importorskip("sklearn", reason="speech needs the speech extra")
+transformers = pytest.importorskip("transformers", reason="codecs need transformers")
 
 import multitower as mt  # noqa: E402
 from melodies import melody, one_thread  # noqa: E402, F401

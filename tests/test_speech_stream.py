@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("librosa")
-pytest.importorskip("soundfile")
-pytest.importorskip("sklearn")
-strategies = pytest.importorskip("hypothesis.strategies")
+pytest.importorskip("librosa", reason="speech needs the speech extra")
+pytest.importorskip("soundfile", reason="speech needs the speech extra")
+pytest.importorskip("sklearn", reason="speech needs the speech extra")
+strategies = pytest.importorskip("hypothesis.strategies", reason="drawn by hypothesis, of the testing extra")
 
 from hypothesis import given, settings  # noqa: E402
 

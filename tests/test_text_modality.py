@@ -212,7 +212,9 @@ def test_what_stands_between_is_dropped(tokenizer):
 
 
 def test_transformers_can_stream_from_a_modality(text, capsys):
-    streamers = pytest.importorskip("transformers").generation.streamers
+    streamers = pytest.importorskip(
+        "transformers", reason="the streamer is that of transformers"
+    ).generation.streamers
     streamer = streamers.TextStreamer(text)
     for token in text.encode("two h\xe9 \U0001f5fc towers"):
         streamer.put(token[None])

@@ -67,7 +67,9 @@ def lower_casing(folder: Path):
 
 def sentencepiece(folder: Path):
     """One that runs in Python, on a sentencepiece model."""
-    trainer = pytest.importorskip("sentencepiece").SentencePieceTrainer
+    trainer = pytest.importorskip(
+        "sentencepiece", reason="trains a vocabulary of that kind"
+    ).SentencePieceTrainer
     lines = iter(LINES * 20)
     trainer.train(
         sentence_iterator=lines,

@@ -13,7 +13,6 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..atomic import replacing
-from ..codecs import MODALITIES, Records, check_modalities, keep_modalities, write_modalities
 from ..files import FUSION, CheckpointError
 from ..fingerprint import fingerprint
 from ..fused import FusedModel
@@ -28,6 +27,7 @@ from ..tower.quantised import can_be_stored, quantisation_of
 from .adapters import save_adapters
 from .fill import ties
 from .layout import ADAPTER, FORMAT_VERSION, LINKS, MAX_SHARD_SIZE, TOWERS, WEIGHTS, is_links
+from .modalities import MODALITIES, Records, check_modalities, keep_modalities, write_modalities
 from .parts import fusion_state, whole
 from .records import parts_of
 from .tensors import inventory, size_in_bytes, write_tensors

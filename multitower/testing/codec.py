@@ -80,7 +80,7 @@ def same(first: Any, second: Any) -> bool:
         fields = [field.name for field in dataclasses.fields(first)]
         alike = type(first) is type(second)
         return alike and all(same(getattr(first, name), getattr(second, name)) for name in fields)
-    compares = type(first).__eq__ is not object.__eq__  # type: ignore[comparison-overlap]
+    compares = type(first).__eq__ is not object.__eq__  # type: ignore[comparison-overlap]  # it may be inherited
     if not compares and hasattr(first, "__dict__"):
         return type(first) is type(second) and same(vars(first), vars(second))
     return bool(first == second)

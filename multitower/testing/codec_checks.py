@@ -28,7 +28,7 @@ def check_attributes(case: Case) -> None:
     fine = isinstance(accepts, tuple) and bool(accepts) and all(isinstance(kind, type) for kind in accepts)
     assert fine, f"accepts must be a tuple of types, as (str,), not {accepts!r}"
     for place, raw in enumerate(case.samples):
-        assert isinstance(raw, accepts), (  # type: ignore[arg-type]
+        assert isinstance(raw, accepts), (  # type: ignore[arg-type]  # checked above
             f"sample {place} is of type {type(raw).__name__}, which is not among accepts, {accepts}"
         )
     size: Any = getattr(modality, "vocab_size", None)

@@ -11,14 +11,14 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .files import FUSION, CheckpointError
-from .modality import Modality
-from .plugins import PluginError, describe, modality_class
-from .seal import check_files, read_sealed
-from .spec import is_name
+from ..files import FUSION, CheckpointError
+from ..modality import Modality
+from ..plugins import PluginError, describe, modality_class
+from ..seal import check_files, read_sealed
+from ..spec import is_name
 
 if TYPE_CHECKING:
-    from .fused import FusedModel
+    from ..fused import FusedModel
 
 MODALITIES = "modalities"
 
