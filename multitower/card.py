@@ -187,11 +187,12 @@ def _links(model: FusedModel) -> str:
                 taps[0].heads,
                 spec.position or "none",
                 "all" if spec.window is None else f"{spec.window} ticks",
+                "yes" if spec.feed_forward else "no",
                 f"{_count(taps):,}",
             )
         )
-    heads = ("link", "source", "target", "taps", "layers", "projection", "heads", "position", "window")
-    return _table((*heads, "parameters"), rows)
+    named = ("link", "source", "target", "taps", "layers", "projection", "heads", "position", "window")
+    return _table((*named, "feed-forward", "parameters"), rows)
 
 
 def _modalities(modalities: Mapping[str, Modality]) -> str:

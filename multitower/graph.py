@@ -117,6 +117,7 @@ class FusionGraph:
         heads: int | None = None,
         position: str | None = None,
         window: int | None = None,
+        feed_forward: bool = True,
         name: str | None = None,
     ) -> None:
         """Let the target tower read the source tower.
@@ -133,6 +134,8 @@ class FusionGraph:
             position: "rotary" lets queries and keys carry rotary positions of the shared time; None, as in
                 Zipper, leaves it to the towers to know where their tokens stand.
             window: How many ticks of the shared time back a query sees; None for all.
+            feed_forward: Whether a gated feed-forward follows the attention, as in Flamingo; without, a tap
+                has about half the parameters.
             name: Needed only to tell apart several links between the same pair; "source->target" otherwise.
 
         Raises:
@@ -150,7 +153,7 @@ class FusionGraph:
             raise GraphError(f"there is a {what} {name!r} already; give this link a name=... of its own")
         pairs: Any = None if taps is None else tuple(tuple(tap) for tap in taps)
         self._links[name] = LinkSpec(
-            source, target, name, interleave, pairs, projection, heads, position, window
+            source, target, name, interleave, pairs, projection, heads, position, window, feed_forward
         )
 
     def to_networkx(self) -> nx.MultiDiGraph[str]:

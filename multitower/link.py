@@ -82,8 +82,9 @@ class GatedCrossAttention(nn.Module):
 
     With x the target's state and h the source's: ``kv = project(norm(h))``;
     ``x = x + tanh(a) * attention(q=norm(x), kv)``; ``x = x + tanh(b) * ffn(norm(x))``; a = b = 0 at the
-    start. Sources: Alayrac et al., "Flamingo" (arXiv 2204.14198), for the gated block; Zayats et al.,
-    "Zipper" (arXiv 2405.18669), for the projection of the source.
+    start; ``feed_forward=False`` leaves the second update out. Sources: Alayrac et al., "Flamingo"
+    (arXiv 2204.14198), for the gated block; Zayats et al., "Zipper" (arXiv 2405.18669), for the projection
+    of the source.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class GatedCrossAttention(nn.Module):
         heads: int | None = None,
         projection: str = "mlp",
         position: str | None = None,
+        feed_forward: bool = True,
     ) -> None:
         super().__init__()
         self.heads = heads or default_heads(target_width)
@@ -111,12 +113,10 @@ class GatedCrossAttention(nn.Module):
         self.key = nn.Linear(target_width, target_width, bias=False)
         self.value = nn.Linear(target_width, target_width, bias=False)
         self.out = nn.Linear(target_width, target_width, bias=False)
-        self.ffn_norm = nn.LayerNorm(target_width)
-        self.ffn = nn.Sequential(
-            nn.Linear(target_width, 4 * target_width), nn.GELU(), nn.Linear(4 * target_width, target_width)
-        )
         self.attention_gate = nn.Parameter(torch.zeros(1))
-        self.ffn_gate = nn.Parameter(torch.zeros(1))
+        self.ffn_norm = nn.LayerNorm(target_width) if feed_forward else None
+        self.ffn = _feed_forward(target_width) if feed_forward else None
+        self.ffn_gate = nn.Parameter(torch.zeros(1)) if feed_forward else None
 
     def read(self, source: Tensor, times: Tensor) -> KeysValues:
         """Project the source's states to keys and values.
@@ -143,7 +143,8 @@ class GatedCrossAttention(nn.Module):
         states = x.to(self.query.weight)
         attended = F.scaled_dot_product_attention(self._query(states, times), *source, attn_mask=seen.mask)
         update = torch.tanh(self.attention_gate) * self.out(rearrange(attended, "b h t d -> b t (h d)"))
-        update = update + torch.tanh(self.ffn_gate) * self.ffn(self.ffn_norm(states + update))
+        if self.ffn is not None and self.ffn_norm is not None and self.ffn_gate is not None:
+            update = update + torch.tanh(self.ffn_gate) * self.ffn(self.ffn_norm(states + update))
         return torch.where(seen.sees, update, 0.0).to(x)
 
     def weights(self, x: Tensor, times: Tensor, source: KeysValues, seen: Visibility) -> Tensor:
@@ -229,6 +230,10 @@ def default_heads(width: int) -> int:
     """
     wanted = max(1, width // 64, min(4, width // 32))
     return next(heads for heads in range(wanted, 0, -1) if width % heads == 0)
+
+
+def _feed_forward(width: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
 
 def _projection(kind: str, source_width: int, target_width: int) -> nn.Module:

@@ -73,6 +73,7 @@ def _make_tap(tap: Tap, spec: LinkSpec, towers: Mapping[str, Tower]) -> GatedCro
             heads=spec.heads,
             projection=spec.projection,
             position=spec.position,
+            feed_forward=spec.feed_forward,
         )
     except ValueError as error:
         raise GraphError(f"link {tap.link!r}: {error}; choose another heads=...") from error

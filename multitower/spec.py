@@ -56,6 +56,7 @@ class LinkSpec:
     heads: int | None = None
     position: str | None = None
     window: int | None = None
+    feed_forward: bool = True
 
     def __post_init__(self) -> None:
         where = f"link {self.name!r}"
@@ -94,6 +95,8 @@ class LinkSpec:
             raise GraphError(f"{where}: heads={self.heads!r} must be a positive whole number")
         if self.window is not None and not _is_positive(self.window):
             raise GraphError(f"{where}: window={self.window!r} must be a positive whole number of tokens")
+        if not isinstance(self.feed_forward, bool):
+            raise GraphError(f"{where}: feed_forward={self.feed_forward!r} must be True or False")
 
     def resolve(self, source_depth: int, target_depth: int) -> Taps:
         """Give the taps as pairs (source layer, target layer), counted from 1, for towers of these depths.

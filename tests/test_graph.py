@@ -18,7 +18,7 @@ def graph() -> mt.FusionGraph:
 
 def test_json_round_trip(graph: mt.FusionGraph) -> None:
     graph.add_link("speech", "text", interleave=(1, 2), projection="relu")
-    graph.add_link("text", "speech", interleave=2, heads=4)
+    graph.add_link("text", "speech", interleave=2, heads=4, feed_forward=False)
     graph.add_link("text", "speech", taps=[(1, 1)], name="extra")
     again = mt.FusionGraph.from_json(graph.to_json())
     assert again == graph
@@ -59,6 +59,7 @@ def test_parallel_links_need_a_name(graph: mt.FusionGraph) -> None:
         ({"interleave": 1, "heads": 0}, "heads=0"),
         ({"interleave": 1, "position": "absolute"}, "choose one of 'rotary', None"),
         ({"interleave": 1, "window": 0}, "window=0 must be a positive whole number of tokens"),
+        ({"interleave": 1, "feed_forward": 4}, "feed_forward=4 must be True or False"),
         ({"interleave": 1, "name": "a.b"}, "link name"),
         ({"interleave": 1, "name": "type"}, "method of torch modules"),
     ],

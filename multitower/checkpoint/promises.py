@@ -102,7 +102,11 @@ def check_links(links: Mapping[str, LinkSpec], towers: Mapping[str, Tower], stor
             taps = link.resolve(source.depth, target.depth)
             with torch.device("meta"):
                 tap = GatedCrossAttention(
-                    source.width, target.width, heads=link.heads, projection=link.projection
+                    source.width,
+                    target.width,
+                    heads=link.heads,
+                    projection=link.projection,
+                    feed_forward=link.feed_forward,
                 )
         except (GraphError, ValueError) as error:
             raise CheckpointError(f"link {link.name!r}: {error}") from error

@@ -88,7 +88,9 @@ def _read(module: GatedCrossAttention, x: Tensor, source: Tensor, streams: Strea
                 scores = torch.einsum("qhd,khd->hk", query, key) / query.shape[-1] ** 0.5
                 read = module.out(torch.einsum("hk,khd->hd", scores.softmax(-1), value).flatten())
                 added = module.attention_gate.tanh() * read
-                added = added + module.ffn_gate.tanh() * module.ffn(module.ffn_norm(state + added))
+                ffn, norm, gate = module.ffn, module.ffn_norm, module.ffn_gate
+                if ffn is not None and norm is not None and gate is not None:
+                    added = added + gate.tanh() * ffn(norm(state + added))
                 update[row, place] = added.to(x.dtype)
     return update
 

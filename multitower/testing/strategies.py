@@ -105,6 +105,7 @@ def graphs(
             heads=heads,
             position=draw(st.sampled_from(["rotary", None])) if even else None,
             window=draw(st.none() | st.integers(1, 4)),
+            feed_forward=draw(st.booleans()),
         )
     return graph
 
