@@ -214,6 +214,7 @@ class Pipeline:
         revision: str | None = None,
         create_pr: bool = False,
         license: str | None = None,  # noqa: A002  # what the Hub calls it
+        max_shard_size: int | str = "5GB",
     ) -> str:
         """Put a checkpoint of the model and its modalities on the Hub; see ``publish.push_to_hub``."""
         return push_to_hub(
@@ -227,6 +228,7 @@ class Pipeline:
             revision=revision,
             create_pr=create_pr,
             license=license,
+            max_shard_size=max_shard_size,
         )
 
     def _modality(self, name: str, where: str) -> Modality:

@@ -37,6 +37,7 @@ def push_to_hub(
     revision: str | None = None,
     create_pr: bool = False,
     license: str | None = None,  # noqa: A002  # what the Hub calls it
+    max_shard_size: int | str = "5GB",
 ) -> str:
     """Put a checkpoint and its model card on the Hub, in one commit.
 
@@ -59,6 +60,7 @@ def push_to_hub(
         revision: The branch to put it on, which must exist; None for the main one.
         create_pr: Whether to propose the commit as a pull request.
         license: The licence of the fused model for its card, an id of the Hub such as "apache-2.0".
+        max_shard_size: As for ``save_pretrained``.
 
     Returns:
         The address of the commit, or of the pull request.
@@ -75,7 +77,9 @@ def push_to_hub(
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "checkpoint"
         with _without_paths(model) as nameless:
-            nameless.save_pretrained(folder, embed_towers=embed_towers, modalities=modalities)
+            nameless.save_pretrained(
+                folder, embed_towers=embed_towers, modalities=modalities, max_shard_size=max_shard_size
+            )
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         there = set(api.list_repo_files(repo_id, revision=revision))
         if CARD not in there or is_generated(_read(api, repo_id, revision)):

@@ -42,6 +42,12 @@ def test_pushed_is_loaded(model: mt.FusedModel, hub: FakeHub, tmp_path: Path) ->
     assert hub.tokens[-1] == "secret"
 
 
+def test_large_files_are_pushed_in_shards(model: mt.FusedModel, hub: FakeHub) -> None:
+    model.push_to_hub(REPO, embed_towers=True, max_shard_size="10KB")
+    assert (hub.head(REPO) / "links.safetensors.index.json").is_file()
+    assert_same(model, mt.FusedModel.from_pretrained(REPO))
+
+
 def test_a_pipeline_is_pushed_with_its_modalities(hub: FakeHub, offer: Offer) -> None:
     offer("multitower-letters", "multitower_letters", LETTERS, letters="multitower_letters:Letters")
     from multitower_letters import Letters

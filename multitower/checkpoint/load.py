@@ -18,6 +18,7 @@ from ..spec import GraphError
 from ..tower import TowerError
 from .fill import assign
 from .layout import LINKS, TOWERS
+from .pages import page_out
 from .parts import fusion_state, tower_of
 from .placement import DeviceMap, as_devices, as_dtype, check_movable, move
 from .promises import check_links
@@ -100,11 +101,15 @@ def _load(
     for name, each in loaded.items():
         if "shared_with" not in checkpoint.records[name]:
             each.fill()
-            move(each.tower.native, wanted, devices.get(name))
+            mapped = not isinstance(given.get(name), nn.Module)
+            move(each.tower.native, wanted, devices.get(name), mapped=mapped)
 
     def placed(key: str, tensor: Tensor) -> Tensor:
         target = model.tower(tower_of(graph, key))
-        return tensor.to(device=target.device, dtype=wanted if tensor.is_floating_point() else None)
+        moved = tensor.to(device=target.device, dtype=wanted if tensor.is_floating_point() else None)
+        if moved is not tensor:
+            page_out(tensor)
+        return moved
 
     assign(model, checkpoint.root / LINKS, placed)
     return model.eval()
@@ -168,7 +173,8 @@ def _load_tower(
         loaded = load_one(checkpoint, spec, tower)
         check_movable(name, loaded.tower, wanted, devices.get(first))
     loaded.fill()
-    move(loaded.tower.native, wanted, devices.get(first))
+    mapped = not isinstance(tower, nn.Module)
+    move(loaded.tower.native, wanted, devices.get(first), mapped=mapped)
     return loaded.tower.native.eval()
 
 

@@ -1,0 +1,58 @@
+"""Memory of a process of its own that loads a checkpoint."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import transformers
+
+import multitower as mt
+
+LOAD = """
+import sys
+import multitower as mt
+
+def resident():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) * 1024
+
+mt.FusedModel.from_pretrained(sys.argv[1])  # a small one, so that all is imported
+before = resident()
+model = mt.FusedModel.from_pretrained(sys.argv[2], dtype=sys.argv[3] if len(sys.argv) > 3 else None)
+for parameter in model.parameters():  # what is mapped counts once it is read
+    parameter.detach().sum()
+print(resident() - before)
+"""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A small checkpoint, and one of 100 MB or so."""
+    place = tmp_path_factory.mktemp("memory")
+    for name, width in (("small", 16), ("large", 512)):
+        config = transformers.LlamaConfig(
+            vocab_size=8 * width,
+            hidden_size=width,
+            intermediate_size=2 * width,
+            num_hidden_layers=8,
+            num_attention_heads=4,
+        )
+        graph = mt.FusionGraph()
+        for tower in ("one", "other"):
+            graph.add_tower(tower, transformers.LlamaForCausalLM(config), adapter=None)
+        graph.add_link("one", "other", interleave=4)
+        graph.compile().save_pretrained(place / name)
+    return place / "small", place / "large"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells how much memory a process has held")
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_loading_takes_little_more_than_what_is_stored(folders: tuple[Path, Path], dtype: str | None) -> None:
+    command = [sys.executable, "-c", LOAD, *map(str, folders), *([dtype] if dtype else [])]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    stored = sum(file.stat().st_size for file in folders[1].rglob("*.safetensors"))
+    assert stored > 100e6
+    assert 0.5 * stored < int(done.stdout) < 1.1 * stored
