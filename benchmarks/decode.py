@@ -84,7 +84,7 @@ class Decoding:
             self.model.adapt("text", x)
             for tap, entry in self.cache.entries.items():
                 seen = visibility(times, entry.times, entry.mask)
-                self.model.tap(tap)(x, times, entry.source, seen)
+                self.model.tap(tap)(x, entry.source, seen)
             clock(x, x)
         return clock.per_token()
 

@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import multitower as mt
 from multitower.link import visibility
+from multitower.rotary import Rotations
 from multitower.schedule import Tap
 
 SIZES = {
@@ -123,13 +124,14 @@ class Parts:
     def links(self, backward: bool) -> None:
         """Run each tap and each adapter on detached states."""
         specs, seen = self.model.graph.links, {}
+        rotations = Rotations({name: stream["times"] for name, stream in self.streams.items()})
         for name in {tap.link for tap in self.taps}:
             source, target = (self.streams[each] for each in (specs[name].source, specs[name].target))
             seen[name] = visibility(target["times"], source["times"], source["mask"], specs[name].window)
         for tap, (states, x) in self.taps.items():
             module = self.model.tap(tap)
-            source = module.read(_like(states), self.streams[tap.source]["times"])
-            update = module(_like(x), self.streams[tap.target]["times"], source, seen[tap.link])
+            source = module.read(_like(states), rotations.of(tap.source, module))
+            update = module(_like(x), source, seen[tap.link], rotations.of(tap.target, module))
             if backward:
                 update.backward(torch.ones_like(update))
         for name, (_, embedded) in self.adapters.items():

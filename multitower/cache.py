@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .link import KeysValues, Visibility, add, visibility
+from .rotary import Rotations
 from .schedule import Tap
 from .stream import Stream
 
@@ -79,8 +80,10 @@ class TapCache:
         taps = [tap for name in placed for tap in cache.readers(name)]
         wanted = {name: _last_read(taps, name) for name in placed}
         given = model.run(placed, wanted=wanted).given if placed else {}
+        rotations = Rotations({name: stream["times"] for name, stream in placed.items()})
         entries = {
-            tap: cache._read(tap, given[tap.source, tap.source_layer], placed[tap.source]) for tap in taps
+            tap: cache._read(tap, given[tap.source, tap.source_layer], placed[tap.source], rotations)
+            for tap in taps
         }
         return cls(model, targets, entries)
 
@@ -104,25 +107,27 @@ class TapCache:
             return
         stream = _placed(model, name, stream)
         reader = TapReader(model, name, self, stream["times"])
+        rotations = Rotations({name: stream["times"]})
         positions = torch.arange(stream["tokens"].shape[1], device=tower.device)
         embedded, context = tower.embed(stream["tokens"])
         x = reader(0, embedded, positions)
         new: dict[Tap, Entry] = {}
         for layer in range(1, _last_read(readers, name) + 1):
             x = tower.layer(layer, x, context)
-            new |= {tap: self._read(tap, x, stream) for tap in readers if tap.source_layer == layer}
+            here = [tap for tap in readers if tap.source_layer == layer]
+            new |= {tap: self._read(tap, x, stream, rotations) for tap in here}
             x = reader(layer, x, positions)
         self.entries |= new
 
     def grow(self, tap: Tap, states: Tensor, stream: Stream, place: int) -> None:
         """Add what the source gave for further tokens; ``place`` counts them from those that were given."""
-        new = self._read(tap, states, stream)
+        new = self._read(tap, states, stream, Rotations({tap.source: stream["times"]}))
         old = self.entries.get(tap)
         self.entries[tap] = new if old is None else old.then(new, self.given.get(tap, 0) + place)
 
-    def _read(self, tap: Tap, states: Tensor, stream: Stream) -> Entry:
-        device = self.model.tower(tap.target).device
-        source = self.model.tap(tap).read(states, stream["times"])
+    def _read(self, tap: Tap, states: Tensor, stream: Stream, rotations: Rotations) -> Entry:
+        device, module = self.model.tower(tap.target).device, self.model.tap(tap)
+        source = module.read(states, rotations.of(tap.source, module))
         return Entry(source, stream["times"].to(device), stream["mask"].to(device))
 
 
@@ -150,6 +155,7 @@ class TapReader:
         if layer == 0:
             self.now: Tensor | None = None
             self.seen: dict[tuple[str, int | None, torch.dtype], Visibility] = {}
+            self.rotations = Rotations({})
             return self.model.adapt(self.name, x)
         taps = [tap for tap in self.taps.get(layer, ()) if tap in self.cache.entries]
         if not taps:
@@ -157,13 +163,15 @@ class TapReader:
         copies = self._copies(len(x))
         if self.now is None:
             self.now = self.times_of(positions).repeat_interleave(copies, 0)
+            self.rotations = Rotations({self.name: self.now})
         updates = []
         for tap in taps:
             module, entry = self.model.tap(tap), self._entry(tap, copies)
             key = (tap.source, self.windows[tap.link], module.query.weight.dtype)
             if key not in self.seen:
                 self.seen[key] = visibility(self.now, entry.times, entry.mask, *key[1:])
-            updates.append(module(x, self.now, entry.source, self.seen[key]))
+            turn = self.rotations.of(self.name, module)
+            updates.append(module(x, entry.source, self.seen[key], turn))
         return add(x, updates)
 
     def times_of(self, positions: Tensor) -> Tensor:

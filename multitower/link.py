@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from .rotary import Rotation, rotate
+
 
 class KeysValues(NamedTuple):
     """What a tap reads of a source: keys and values of shape (batch, heads, source length, head width)."""
@@ -76,7 +78,7 @@ class GatedCrossAttention(nn.Module):
     >>> x, h = torch.randn(1, 3, 8), torch.randn(1, 2, 6)
     >>> real = torch.ones(1, 2, dtype=torch.bool)
     >>> seen = visibility(torch.tensor([[0, 2, 4]]), torch.tensor([[1, 3]]), real)
-    >>> update = tap(x, torch.tensor([[0, 2, 4]]), tap.read(h, torch.tensor([[1, 3]])), seen)
+    >>> update = tap(x, tap.read(h), seen)
     >>> bool((update == 0).all())                   # the gates are closed at the start
     True
 
@@ -99,10 +101,11 @@ class GatedCrossAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.heads = heads or default_heads(target_width)
+        self.head_width = target_width // self.heads
         self.rotary = position == "rotary"
         if target_width % self.heads:
             raise ValueError(f"{self.heads} heads do not divide the target width {target_width}")
-        if self.rotary and target_width // self.heads % 2:
+        if self.rotary and self.head_width % 2:
             raise ValueError(
                 f"rotary positions need an even head width, not {target_width} / {self.heads} heads"
             )
@@ -118,51 +121,55 @@ class GatedCrossAttention(nn.Module):
         self.ffn = _feed_forward(target_width) if feed_forward else None
         self.ffn_gate = nn.Parameter(torch.zeros(1)) if feed_forward else None
 
-    def read(self, source: Tensor, times: Tensor) -> KeysValues:
+    def read(self, source: Tensor, rotation: Rotation | None = None) -> KeysValues:
         """Project the source's states to keys and values.
 
         Args:
             source: The source's states, shape (batch, source length, source width).
-            times: When each of its tokens stands, int64, shape (batch, source length).
+            rotation: Of the source's times, where the tap has rotary positions; see ``Rotations``.
         """
         states = self.project(self.source_norm(source.to(self.key.weight)))
-        return KeysValues(self._place(self.key(states), times), self._split(self.value(states)))
+        return KeysValues(self._turned(self.key(states), rotation), self._split(self.value(states)))
 
-    def forward(self, x: Tensor, times: Tensor, source: KeysValues, seen: Visibility) -> Tensor:
+    def forward(
+        self, x: Tensor, source: KeysValues, seen: Visibility, rotation: Rotation | None = None
+    ) -> Tensor:
         """Give the update to add to the target's states.
 
         Args:
             x: The target's states, shape (batch, target length, target width).
-            times: When each of its tokens stands, int64, shape (batch, target length).
             source: What ``read`` gave.
             seen: Which source tokens each target token may read.
+            rotation: Of the target's times, where the tap has rotary positions.
 
         Returns:
             Shape, dtype and device of x; exactly zero where a target token sees nothing.
         """
         states = x.to(self.query.weight)
-        attended = F.scaled_dot_product_attention(self._query(states, times), *source, attn_mask=seen.mask)
+        query = self._turned(self.query(self.norm(states)), rotation)
+        attended = F.scaled_dot_product_attention(query, *source, attn_mask=seen.mask)
         update = torch.tanh(self.attention_gate) * self.out(rearrange(attended, "b h t d -> b t (h d)"))
         if self.ffn is not None and self.ffn_norm is not None and self.ffn_gate is not None:
             update = update + torch.tanh(self.ffn_gate) * self.ffn(self.ffn_norm(states + update))
         return torch.where(seen.sees, update, 0.0).to(x)
 
-    def weights(self, x: Tensor, times: Tensor, source: KeysValues, seen: Visibility) -> Tensor:
+    def weights(
+        self, x: Tensor, source: KeysValues, seen: Visibility, rotation: Rotation | None = None
+    ) -> Tensor:
         """Give the attention weights, float, shape (batch, heads, target length, source length).
 
         Rows of target tokens that see nothing are zero.
         """
-        query = self._query(x.to(self.query.weight), times)
+        query = self._turned(self.query(self.norm(x.to(self.query.weight))), rotation)
         scores = query @ source.keys.transpose(-1, -2) / query.shape[-1] ** 0.5
         weights = (scores + seen.mask).float().softmax(-1)
         return torch.where(seen.sees[:, None], weights, 0.0)
 
-    def _query(self, x: Tensor, times: Tensor) -> Tensor:
-        return self._place(self.query(self.norm(x)), times)
-
-    def _place(self, states: Tensor, times: Tensor) -> Tensor:
+    def _turned(self, states: Tensor, rotation: Rotation | None) -> Tensor:
+        if self.rotary != (rotation is not None):
+            raise ValueError("a tap takes a rotation if, and only if, it has rotary positions")
         heads = self._split(states)
-        return rotate(heads, times.to(heads.device)) if self.rotary else heads
+        return heads if rotation is None else rotate(heads, rotation)
 
     def _split(self, states: Tensor) -> Tensor:
         return rearrange(states, "b t (h d) -> b h t d", h=self.heads)
@@ -200,26 +207,6 @@ def add(x: Tensor, updates: Iterable[Tensor]) -> Tensor:
     tensor([3.])
     """
     return x + functools.reduce(torch.add, updates)
-
-
-def rotate(heads: Tensor, times: Tensor) -> Tensor:
-    """Turn pairs of channels by angles in proportion to time, so that products depend on distances in time.
-
-    >>> rotate(torch.tensor([[[[1.0, 0.0]]]]), torch.tensor([[0]])).tolist()
-    [[[[1.0, 0.0]]]]
-
-    Source: Su et al., "RoFormer" (arXiv 2104.09864).
-
-    Args:
-        heads: Shape (batch, heads, length, even head width).
-        times: int64, shape (batch, length).
-    """
-    half = heads.shape[-1] // 2
-    speeds = 10_000.0 ** (-torch.arange(half, device=heads.device) / half)
-    angles = times[:, None, :, None] * speeds
-    cos, sin = angles.cos().to(heads.dtype), angles.sin().to(heads.dtype)
-    first, second = heads.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
 def default_heads(width: int) -> int:

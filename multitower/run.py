@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .link import Visibility, add, visibility
 from .output import States
+from .rotary import Rotations
 from .schedule import Tap
 from .stream import IGNORE
 
@@ -27,6 +28,7 @@ def run(
     steps = model.schedule.needed(wanted, seen)
     running = {step.tower for step in steps}
     states = States({}, {}, {}, {})
+    rotations = Rotations({name: stream["times"] for name, stream in streams.items()})
     for name, stream in streams.items():
         if name in running:
             embedded, states.contexts[name] = model.tower(name).embed(stream["tokens"])
@@ -37,7 +39,7 @@ def run(
     for step in steps:
         x = states.hidden[step.tower]
         if step.taps:
-            x = update(model, step.taps, x, streams, seen, states, output_attentions)
+            x = update(model, step.taps, x, rotations, seen, states, output_attentions)
         else:
             x = model.tower(step.tower).layer(step.layer, x, states.contexts[step.tower])
             if (step.tower, step.layer) in read_layers:
@@ -50,7 +52,7 @@ def update(
     model: FusedModel,
     taps: Sequence[Tap],
     x: Tensor,
-    streams: Streams,
+    rotations: Rotations,
     seen: Mapping[str, Visibility],
     states: States,
     output_attentions: bool,
@@ -58,11 +60,12 @@ def update(
     """Give the state x after a layer with what its taps add; all of them read it as it is."""
     updates = []
     for tap in taps:
-        module, times = model.tap(tap), streams[tap.target]["times"]
-        source = module.read(states.given[tap.source, tap.source_layer], streams[tap.source]["times"])
-        updates.append(module(x, times, source, seen[tap.link]))
+        module = model.tap(tap)
+        source = module.read(states.given[tap.source, tap.source_layer], rotations.of(tap.source, module))
+        turn = rotations.of(tap.target, module)
+        updates.append(module(x, source, seen[tap.link], turn))
         if output_attentions:
-            weights = module.weights(x, times, source, seen[tap.link])
+            weights = module.weights(x, source, seen[tap.link], turn)
             states.attentions.setdefault(tap.link, {})[tap.key] = weights
     return add(x, updates)
 
