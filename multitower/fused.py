@@ -14,7 +14,7 @@ from . import publish
 from .graph import FusionGraph
 from .hub import find_checkpoint
 from .link import GatedCrossAttention
-from .output import FusedOutput, States, token_loss
+from .output import FusedOutput, States, head_loss, token_loss
 from .parts import make_adapters, make_links
 from .run import run, with_labels
 from .schedule import Schedule, Tap, make_schedule
@@ -103,26 +103,30 @@ class FusedModel(nn.Module):
             streams: For each tower in the batch its "tokens", "times", "mask" and, for a loss, "labels".
             output_attentions: Whether to give the attention weights of every tap as well.
             logits: Whether to give logits. Without, only what the losses depend on is run: no head, layer or
-                tap that no label needs. Parameters of these get no gradient, instead of one of zeros.
+                tap that no label needs, and heads only where a row has a label. Parameters of these get no
+                gradient, instead of one of zeros.
 
         Raises:
             ValueError: A stream belongs to no tower, is malformed, or holds tokens beyond the vocabulary.
         """
         check_streams(streams, {name: self.tower(name).vocab_size for name in self.towers})
-        scored = [name for name in streams if logits or name in with_labels(streams)]
-        wanted = {name: self.tower(name).depth + 1 for name in scored}
+        learnt = with_labels(streams)
+        wanted = {name: self.tower(name).depth + 1 for name in streams if logits or name in learnt}
         states = run(self, streams, wanted, output_attentions=output_attentions)
-        scores = {name: self.tower(name).head(states.hidden[name], states.contexts[name]) for name in scored}
-        losses = {
-            name: token_loss(scores[name], stream["labels"])
-            if name in scores
-            else torch.zeros((), device=stream["labels"].device)
-            for name, stream in streams.items()
-            if "labels" in stream
-        }
+        final = {name: (self.tower(name), states.hidden[name], states.contexts[name]) for name in wanted}
+        scores = {name: tower.head(*state) for name, (tower, *state) in final.items()} if logits else {}
+        losses: dict[str, Tensor] = {}
+        labelled = {name: stream["labels"] for name, stream in streams.items() if "labels" in stream}
+        for name, labels in labelled.items():
+            if name in scores:
+                losses[name] = token_loss(scores[name], labels)
+            elif name in final:
+                losses[name] = head_loss(*final[name], labels)
+            else:
+                losses[name] = torch.zeros((), device=labels.device)
         device = next(iter(losses.values())).device if losses else None
         loss = torch.stack([loss.to(device) for loss in losses.values()]).sum() if losses else None
-        return FusedOutput(loss, losses, scores if logits else {}, states.attentions)
+        return FusedOutput(loss, losses, scores, states.attentions)
 
     def run(
         self,

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .schedule import Layer
 from .stream import IGNORE
+
+if TYPE_CHECKING:
+    from .tower import Tower
 
 
 class FusedOutput(NamedTuple):
@@ -49,11 +53,32 @@ class States(NamedTuple):
 def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Give the mean cross-entropy of labels by the logits one place before them; 0 without any label.
 
-    >>> import torch
     >>> round(token_loss(torch.zeros(1, 3, 4), torch.tensor([[-100, 2, 1]])).item(), 4)     # log 4
     1.3863
     """
-    labels = F.pad(labels.to(logits.device)[:, 1:], (0, 1), value=IGNORE)  # logits need not be copied so
+    return _mean(logits, _next(labels).to(logits.device))
+
+
+def head_loss(tower: Tower, hidden: Tensor, context: Any, labels: Tensor) -> Tensor:
+    """Give the same loss from the state after the last layer, without logits where no row has a label.
+
+    Which these are is asked only on the CPU: elsewhere that would wait for the device.
+    """
+    following = _next(labels)
+    asked = labels.device.type == "cpu" and not torch.compiler.is_compiling()
+    places = (following != IGNORE).any(0).nonzero().flatten() if asked else None
+    if places is None or not 0 < len(places) < labels.shape[1] - 1:
+        return token_loss(tower.head(hidden, context), labels)
+    logits = tower.head_at(hidden, context, places.to(hidden.device))
+    return _mean(logits, following[:, places].to(logits.device))
+
+
+def _next(labels: Tensor) -> Tensor:
+    """Give the label of the token after each: so logits need not be copied."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+
+
+def _mean(logits: Tensor, labels: Tensor) -> Tensor:
     total = F.cross_entropy(
         logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="sum"
     )

@@ -136,6 +136,16 @@ class ChangesTheTokens(TinyTower):
         return hidden, None
 
 
+class ScoresOtherPlaces(TinyTower):
+    def head_at(self, hidden: Tensor, context: Any, places: Tensor) -> Tensor:
+        return self.head(hidden, context)[:, places - 1]
+
+
+class ScoresOnePlace(TinyTower):
+    def head_at(self, hidden: Tensor, context: Any, places: Tensor) -> Tensor:
+        return self.head(hidden, context)[:, places[:1]]
+
+
 class RunsOtherwise(TinyTower):
     def forward(self, tokens: Tensor) -> Tensor:
         return super().forward(tokens) + 1
@@ -223,6 +233,8 @@ BROKEN = [
     (EmptiesTheContext, "repetition", "a second pass with the same context gives other logits"),
     (ChangesTheState, "shapes", r"layer 1 changes in place the state.*not x \+= \.\.\."),
     (ChangesTheTokens, "shapes", "embed changes the tokens in place"),
+    (ScoresOtherPlaces, "shapes", r"head_at gives other logits than head \(by"),
+    (ScoresOnePlace, "shapes", r"head_at gives \(2, 1, 16\) for two places"),
     (RunsOtherwise, "shapes", "is not what embed, layer and head give"),
     (MasksTokenZero, "padding", "a row of nothing but zeros.* not finite"),
     (CountsFromTheRight, "padding", "zeros on the right change the logits before"),

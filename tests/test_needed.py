@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import multitower as mt
-from models import segment
+from models import causal_lm, segment
 from multitower.cache import TapCache
 from multitower.schedule import make_schedule
 from multitower.spec import LinkSpec
@@ -124,3 +124,22 @@ def test_what_is_needed_is_what_a_search_backwards_finds(wanted: dict[str, int])
     assert {(step.tower, step.layer) for step in steps if not step.taps} == runs
     assert {tap for step in steps for tap in step.taps} == reads
     assert [step for step in schedule.steps if step in steps] == list(steps)
+
+
+def test_heads_run_only_where_some_row_has_a_label() -> None:
+    tower = mt.TransformersTower(causal_lm("llama"))
+    graph = mt.FusionGraph()
+    graph.add_tower("text", tower, adapter=None)
+    graph.add_tower("speech", tiny_tower(1), train="all", adapter=None)
+    graph.add_link("speech", "text", interleave=1)
+    model = graph.compile()
+    seen: list[torch.Size] = []
+    tower.model.lm_head.register_forward_hook(lambda module, args, logits: seen.append(logits.shape[:2]))
+    example = [
+        mt.Segment("text", [0, 4, 5, 1]),
+        segment("speech", 3),
+        mt.Segment("text", [0, 3, 1], target=True),
+    ]
+    model(**mt.collate([example, example]), logits=False)
+    model(**mt.collate([example, example[1:]]), logits=False)
+    assert seen == [(2, 2), (2, 4)]

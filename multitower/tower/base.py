@@ -82,6 +82,18 @@ class Tower(nn.Module, ABC):
     def head(self, hidden: Tensor, context: Any) -> Tensor:
         """Give the logits, shape (batch, length, vocab_size), of the state after the last layer."""
 
+    def head_at(self, hidden: Tensor, context: Any, places: Tensor) -> Tensor:
+        """Give the logits of some tokens of each row, shape (batch, number of places, vocab_size).
+
+        This default computes all of them; override it where the others can be left out.
+
+        Args:
+            hidden: The state after the last layer, of all tokens.
+            context: What ``embed`` gave.
+            places: Which tokens, int64, shape (number of places,).
+        """
+        return self.head(hidden, context)[:, places]
+
     def forward(self, tokens: Tensor) -> Tensor:
         """Run the tower alone: tokens of shape (batch, length) to logits."""
         hidden, context = self.embed(tokens)

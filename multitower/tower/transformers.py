@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import warnings
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, NamedTuple
@@ -141,7 +142,16 @@ class TransformersTower(Tower):
 
     def head(self, hidden: Tensor, context: Context) -> Tensor:
         """Run what the model does after its last layer: norm, head, scaling, caps."""
-        options = forward_options(self.model)
+        return self._finish(hidden, context, {})
+
+    def head_at(self, hidden: Tensor, context: Context, places: Tensor) -> Tensor:
+        """Give the logits of some tokens alone, where the model can; see ``Tower.head_at``."""
+        if "logits_to_keep" not in inspect.signature(self.model.forward).parameters:
+            return super().head_at(hidden, context, places)
+        return self._finish(hidden, context, {"logits_to_keep": places})
+
+    def _finish(self, hidden: Tensor, context: Context, options: dict[str, Any]) -> Tensor:
+        options = {**forward_options(self.model), **options}
         final = self._layers.layout.to_model(hidden)
         self._script.final = (final, *context.carried.get(self.depth, ()))
         try:
