@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .frozen import brought_states
 from .link import Visibility, add, visibility
 from .output import States
 from .schedule import Tap
@@ -24,9 +25,9 @@ def run(
 ) -> States:
     """Run the steps that are needed; see ``FusedModel.run``."""
     seen = visibilities(model, streams)
-    steps = model.schedule.needed(wanted, seen)
+    states = States({}, {}, brought_states(model, streams), {})
+    steps = model.schedule.needed(wanted, seen, states.given)
     running = {step.tower for step in steps}
-    states = States({}, {}, {}, {})
     for name, stream in streams.items():
         if name in running:
             embedded, states.contexts[name] = model.tower(name).embed(stream["tokens"])
