@@ -16,23 +16,19 @@ if TYPE_CHECKING:
 
 
 def why_not_constant(model: FusedModel, name: str) -> str:
-    """Say why training may change the states of a tower; empty where they depend on its tokens alone.
+    """Say why training changes the states of a tower, as declared; empty where only its tokens do.
 
     >>> from multitower.testing import tiny_model
     >>> why_not_constant(tiny_model(), "speech")
     "is trained (train='all')"
     """
-    spec, tower = model._graph.towers[name], model.tower(name)
+    spec = model._graph.towers[name]
     if spec.train != "none":
         return f"is trained (train={spec.train!r})"
     if spec.adapter is not None:
         return f"has an input adapter, which is trained (adapter={spec.adapter!r}, not None)"
     links = [link.name for link in model._graph.links.values() if link.target == name]
-    if links:
-        return f"reads others through {', '.join(map(repr, links))}"
-    if any(parameter.requires_grad for parameter in tower.parameters()):
-        return "has parameters with requires_grad=True"
-    return "is in training mode" if any(module.training for module in tower.modules()) else ""
+    return f"reads others through {', '.join(map(repr, links))}" if links else ""
 
 
 def brought_states(model: FusedModel, streams: Mapping[str, Mapping[str, Tensor]]) -> dict[Layer, Tensor]:

@@ -50,13 +50,16 @@ class KeptStates:
         model: The model that is to be trained.
 
     Raises:
-        CheckpointError: The folder is damaged or of another version; or a tower has changed, may change in
+        CheckpointError: The folder is none, or damaged; or a tower has changed since, may change in
             training, or is read at a layer that was not kept.
     """
 
     def __init__(self, folder: str | os.PathLike[str], model: FusedModel) -> None:
         self.folder = Path(folder).absolute()
-        self._document = read_json(current(self.folder) / INDEX)
+        root = current(self.folder)
+        if not (root / INDEX).is_file():
+            raise CheckpointError(f"{self.folder} has no {INDEX}: it holds no states; see KeptStates.compute")
+        self._document = read_json(root / INDEX)
         self._towers = open_rows(self.folder, self._document)
         self._read = _read_layers(model)
         for name, tower in self._towers.items():
@@ -94,7 +97,7 @@ class KeptStates:
             raise CheckpointError(f"{target} is a file; give a folder to keep states in")
         if target.is_dir() and any(target.iterdir()) and not (target / INDEX).exists():
             raise CheckpointError(f"{target} is not empty and holds no {INDEX}; give a folder of its own")
-        reasons = {name: why_not_constant(model, name) for name in model.towers}
+        reasons = {name: _why_not_kept(model, name) for name in model.towers}
         reads = {name: layers for name, layers in _read_layers(model).items() if not reasons[name]}
         if not reads:
             why = "; ".join(f"tower {name!r} {why or 'is read by no link'}" for name, why in reasons.items())
@@ -161,7 +164,7 @@ class KeptStates:
         what = f"{self.folder} keeps states of tower {name!r}"
         if name not in model.towers:
             raise CheckpointError(f"{what}, but the towers are {', '.join(model.towers)}")
-        reason = why_not_constant(model, name)
+        reason = _why_not_kept(model, name)
         if reason:
             raise CheckpointError(f"{what}, but in this model it {reason}; train without them")
         missing = [str(layer) for layer in self._read.get(name, []) if layer not in tower.layers]
@@ -174,6 +177,16 @@ class KeptStates:
             raise CheckpointError(
                 f"{what}, but its weights or their dtype are others in this model; compute them anew"
             )
+
+
+def _why_not_kept(model: FusedModel, name: str) -> str:
+    """Say why the states of a tower may change, by what is declared or by what was done to it since."""
+    tower, declared = model.tower(name), why_not_constant(model, name)
+    if not declared and any(parameter.requires_grad for parameter in tower.parameters()):
+        return "has parameters with requires_grad=True"
+    if not declared and any(module.training for module in tower.modules()):
+        return "is in training mode"
+    return declared
 
 
 def _read_layers(model: FusedModel) -> dict[str, list[int]]:

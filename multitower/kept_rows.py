@@ -200,17 +200,22 @@ def open_rows(folder: Path, document: Mapping[str, Any]) -> dict[str, TowerRows]
             f"{folder / INDEX} has format version {version!r}, but this release reads {FORMAT_VERSION}; "
             "compute the states anew"
         )
+    _check_same(root, document)
     try:
         rows = mapped_tensors(root / ROWS)
         damaged = _sha256(root / ROWS) != document["rows"]
         towers = {name: TowerRows(root, name, each, rows) for name, each in document["towers"].items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder / INDEX} is damaged: {error!r}") from error
-    if read_json(root / INDEX) != document:
-        raise CheckpointError(f"{folder} was replaced by other states while it was in use; open it again")
+    _check_same(root, document)
     if damaged:
         raise CheckpointError(f"{folder / ROWS} is damaged: it is not as it was written")
     return towers
+
+
+def _check_same(root: Path, document: Mapping[str, Any]) -> None:
+    if read_json(root / INDEX) != document:
+        raise CheckpointError(f"{root} was replaced by other states while it was in use; open it again")
 
 
 def tower_fingerprint(model: FusedModel, name: str) -> str:
