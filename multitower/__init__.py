@@ -19,6 +19,7 @@ from .expansion import VocabularyExpansion
 from .files import CheckpointError
 from .fused import FusedModel
 from .graph import FusionGraph
+from .kept import KeptStates
 from .modality import Modality
 from .output import FusedOutput
 from .pipeline import Pipeline
@@ -35,6 +36,7 @@ __all__ = [
     "FusedOutput",
     "FusionGraph",
     "GraphError",
+    "KeptStates",
     "Modality",
     "Pipeline",
     "PluginError",

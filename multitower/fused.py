@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import publish
+from .frozen import brings_states
 from .graph import FusionGraph
 from .hub import find_checkpoint
 from .link import GatedCrossAttention
@@ -100,7 +101,8 @@ class FusedModel(nn.Module):
         """Run the batch that ``collate`` made; towers that it does not mention do not run.
 
         Args:
-            streams: For each tower in the batch its "tokens", "times", "mask" and, for a loss, "labels".
+            streams: For each tower in the batch its "tokens", "times", "mask" and, for a loss, "labels". A
+                tower whose states are there too (see ``KeptStates``) does not run, and gives no logits.
             output_attentions: Whether to give the attention weights of every tap as well.
             logits: Whether to give logits. Without, only what the losses depend on is run: no head, layer or
                 tap that no label needs, and heads only where a row has a label. Parameters of these get no
@@ -110,8 +112,9 @@ class FusedModel(nn.Module):
             ValueError: A stream belongs to no tower, is malformed, or holds tokens beyond the vocabulary.
         """
         check_streams(streams, {name: self.tower(name).vocab_size for name in self.towers})
-        learnt = with_labels(streams)
-        wanted = {name: self.tower(name).depth + 1 for name in streams if logits or name in learnt}
+        scored = streams if logits else with_labels(streams)
+        scored = [name for name in scored if not brings_states(streams[name])]
+        wanted = {name: self.tower(name).depth + 1 for name in scored}
         states = run(self, streams, wanted, output_attentions=output_attentions)
         final = {name: (self.tower(name), states.hidden[name], states.contexts[name]) for name in wanted}
         scores = {name: tower.head(*state) for name, (tower, *state) in final.items()} if logits else {}

@@ -21,8 +21,8 @@ class FusedOutput(NamedTuple):
     Attributes:
         loss: The sum of ``losses``, a scalar, or None when no stream has labels.
         losses: For each tower with labels the mean cross-entropy over its labels, a scalar (0 without any).
-        logits: For each tower of the batch, shape (batch, length of its stream, its vocabulary); empty when
-            not asked for.
+        logits: For each tower of the batch, shape (batch, length of its stream, its vocabulary), but not
+            for those whose states came with it; empty when not asked for.
         attentions: For each link and tap ("source layer-target layer"), when asked for, the weights of
             shape (batch, heads, target length, source length); links that see nothing may be left out.
     """

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .frozen import brought_states
 from .link import Visibility, add, visibility
 from .output import States
 from .rotary import Rotations
@@ -25,9 +26,9 @@ def run(
 ) -> States:
     """Run the steps that are needed; see ``FusedModel.run``."""
     seen = visibilities(model, streams)
-    steps = model.schedule.needed(wanted, seen)
+    states = States({}, {}, brought_states(model, streams), {})
+    steps = model.schedule.needed(wanted, seen, states.given)
     running = {step.tower for step in steps}
-    states = States({}, {}, {}, {})
     rotations = Rotations({name: stream["times"] for name, stream in streams.items()})
     for name, stream in streams.items():
         if name in running:

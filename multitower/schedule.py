@@ -86,7 +86,9 @@ class Schedule:
         said = [sorted(self.depths), [astuple(tap) for tap in sorted(self.taps)]]
         return f"sha256:{hashlib.sha256(json.dumps(said).encode()).hexdigest()}"
 
-    def needed(self, wanted: Mapping[str, int], links: Collection[str]) -> tuple[Step, ...]:
+    def needed(
+        self, wanted: Mapping[str, int], links: Collection[str], known: Collection[Layer] = ()
+    ) -> tuple[Step, ...]:
         """Give the steps on which the wanted layers depend, in the order in which they run.
 
         >>> from multitower.spec import LinkSpec
@@ -100,6 +102,7 @@ class Schedule:
             wanted: For each tower in question the layer of which the output is wanted, before any tap updates
                 it; one more than there are for the state that enters the head.
             links: The links that have something to read; taps of others are left out.
+            known: Layers of which the output is there already, for taps to read.
         """
         deepest = dict(wanted)
         steps: list[Step] = []
@@ -113,7 +116,8 @@ class Schedule:
             if taps and step.layer < depth:
                 steps.append(replace(step, taps=taps))
                 for tap in taps:
-                    deepest[tap.source] = max(tap.source_layer, deepest.get(tap.source, 0))
+                    if (tap.source, tap.source_layer) not in known:
+                        deepest[tap.source] = max(tap.source_layer, deepest.get(tap.source, 0))
         return tuple(reversed(steps))
 
     def __str__(self) -> str:

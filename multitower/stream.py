@@ -12,6 +12,9 @@ from torch.nn.utils.rnn import pad_sequence
 IGNORE = -100
 """The label of a position that is not to be predicted, as in ``torch.nn.functional.cross_entropy``."""
 
+STATES = "layer "
+"""How the names begin under which a stream brings states: "layer 2" is what layer 2 of its tower gives."""
+
 Stream = dict[str, Tensor]
 Batch = dict[str, dict[str, Stream]]
 
@@ -170,10 +173,12 @@ def check_streams(streams: Mapping[str, Mapping[str, Tensor]], vocabularies: Map
             )
         tokens = stream["tokens"]
         for key, value in stream.items():
-            if value.shape != tokens.shape or value.dim() != 2:
+            states = key.startswith(STATES)
+            if value.shape[:2] != tokens.shape or value.dim() != (3 if states else 2):
+                wanted = "they must be (batch, length, width) and" if states else "both must be"
                 raise ValueError(
                     f"stream {name!r}: {key} has shape {tuple(value.shape)} and tokens has "
-                    f"{tuple(tokens.shape)}; both must be (batch, length)"
+                    f"{tuple(tokens.shape)}; {wanted} (batch, length)"
                 )
         if tokens.device.type == "cpu" and not torch.compiler.is_compiling() and tokens.numel():
             _check_values(name, stream, vocabularies[name])

@@ -1,0 +1,274 @@
+"""Training from kept states of frozen sources is training with the sources, only faster."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader
+
+import multitower as mt
+import savers
+from frozen_sources import brought, data, fused, row
+from models import causal_lm, segment
+from multitower.graph import redeclared
+from multitower.stream import Batch
+from multitower.testing import open_gates
+from multitower.testing.strategies import examples, graphs
+
+FEWER = settings(max_examples=settings().max_examples // 2)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "place" / "states"
+
+
+def trained(model: mt.FusedModel, batches: list[Batch], *, logits: bool = True) -> list[torch.Tensor]:
+    """Train a copy for a step a batch; give all its parameters."""
+    model = copy.deepcopy(model).train()
+    optimizer = torch.optim.AdamW(model.parameter_groups(lr=1e-2))
+    for batch in batches:
+        optimizer.zero_grad()
+        model(**batch, logits=logits).loss.backward()
+        optimizer.step()
+    return list(model.parameters())
+
+
+def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    return all(map(torch.equal, one, other))
+
+
+@pytest.mark.parametrize("logits", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_is_the_same_bit_for_bit_in_any_order(
+    folder: Path, dtype: torch.dtype, logits: bool
+) -> None:
+    model, batches = fused(dtype), data()
+    kept = mt.KeptStates.compute(model, batches, folder)
+    order = random.Random(3).choices(batches, k=9)
+    assert all("speech layer 3" in brought(kept(batch)) for batch in batches)
+    expected = trained(model, order, logits=logits)
+    assert same(trained(model, list(map(kept, order)), logits=logits), expected)
+    assert not same(expected, list(model.parameters()))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
+def test_transformers_towers_are_kept(folder: Path, family: str) -> None:
+    model, batches = fused(speech=causal_lm(family, depth=4, vocab_size=14)), data()
+    kept = mt.KeptStates.compute(model, batches, folder)
+    assert same(trained(model, list(map(kept, batches))), trained(model, batches))
+
+
+def test_of_kept_towers_nothing_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = fused(), data(1)[0]
+    ready = mt.KeptStates.compute(model, [batch], folder)(batch)
+    for name in ("speech", "image"):
+        for part in ("embed", "layer", "head"):
+            monkeypatch.setattr(model.tower(name), part, lambda *_: pytest.fail("a kept tower runs"))
+    out = model(**ready, output_attentions=True)
+    assert list(out.logits) == ["text"]
+    assert out.losses["speech"] == 0
+    assert set(out.attentions) == set(model.graph.links)
+
+
+def test_only_layers_that_taps_read_are_kept_and_no_padding(folder: Path) -> None:
+    model, batches = fused(), data()
+    kept = mt.KeptStates.compute(model, [*batches, *batches], folder)
+    assert brought(kept(batches[0])) == {"speech layer 1", "speech layer 3", "image layer 2"}
+    tokens = sum(int(batch["streams"]["speech"]["mask"].sum()) for batch in batches)
+    assert json.loads((folder / "kept.json").read_text())["towers"]["speech"]["shards"] == [tokens]
+    size = (folder / "speech-00001.safetensors").stat().st_size
+    assert 0 < size - tokens * 2 * 12 * 4 < 300
+
+
+def test_states_may_be_in_many_files(folder: Path) -> None:
+    model, batches = fused(), data()
+    mt.KeptStates.compute(model, batches, folder, max_shard_size=200)
+    assert len(list(folder.glob("speech-*"))) > 3
+    kept = mt.KeptStates(folder, model)
+    assert same(trained(model, list(map(kept, batches))), trained(model, batches))
+
+
+def test_rows_in_other_company_agree_to_rounding(folder: Path) -> None:
+    model = fused(torch.float64)
+    kept = mt.KeptStates.compute(model, data(4, rows=3), folder)
+    for batch in data(3, rows=4):
+        torch.testing.assert_close(model(**kept(batch)).loss, model(**batch).loss)
+
+
+class Table(mt.Tower):
+    """Its states are looked up, and so the same to the bit in any company."""
+
+    depth, width, vocab_size, begin, end = 1, 4, 14, 0, (1,)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = torch.nn.Embedding(14, 4)
+
+    def embed(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return self.table(tokens), None
+
+    def layer(self, index: int, hidden: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
+        return hidden if context is None else hidden * context
+
+    def head(self, hidden: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
+        return hidden @ self.table.weight.T
+
+
+class Moody(Table):
+    """Its states depend a little on who else is in the batch, as rounding does on some machines."""
+
+    def embed(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        places = torch.arange(len(tokens))[:, None, None]
+        return self.table(tokens), 1 + (tokens.numel() + places) * 2**-20
+
+
+def test_a_row_has_in_each_batch_what_the_batch_gave_it(folder: Path) -> None:
+    model = fused(speech=Moody(), layers=(1,))
+    batches = [mt.collate([row(1), row(2)]), mt.collate([row(2), row(1), row(2)])]
+    kept = mt.KeptStates.compute(model, batches, folder)
+    for batch in batches:
+        real = batch["streams"]["speech"]["mask"]
+        found = kept(batch)["streams"]["speech"]["layer 1"]
+        assert torch.equal(found[real], model.run(batch["streams"]).given["speech", 1][real])
+        assert not found[~real].any()
+    alone = kept(mt.collate([row(2)]))["streams"]["speech"]["layer 1"][0]
+    first = kept(batches[0])["streams"]["speech"]["layer 1"][1]
+    assert torch.equal(alone, first[: len(alone)])
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[mt.FusedModel, list[Batch]]:
+    """Draw any graph, its towers that read no other frozen and without adapter, and batches."""
+    declared = draw(graphs())
+    towers = dict(declared.compile().towers.items())
+    links = declared.links.values()
+    targets = {link.target for link in links}
+    sources = sorted({link.source for link in links} - targets)
+    assume(sources)
+    torch.manual_seed(0)
+    model = mt.FusedModel(redeclared(declared, sources, train="none", adapter=None), towers)  # type: ignore[arg-type]
+    vocabularies = {name: tower.vocab_size for name, tower in towers.items()}
+    rows = draw(st.lists(examples(vocabularies), min_size=1, max_size=3))
+    return open_gates(model, seed=1), list(map(mt.collate, rows))
+
+
+@FEWER
+@given(cases())
+def test_over_all_graphs_losses_and_gradients_are_the_same(
+    case: tuple[mt.FusedModel, list[Batch]],
+) -> None:
+    model, batches = case
+    assume(
+        any(name in batch["streams"] for batch in batches for name in model.towers if constant(model, name))
+    )
+    with tempfile.TemporaryDirectory() as place:
+        kept = mt.KeptStates.compute(model, batches, place)
+        for batch in batches:
+            ready = kept(batch)
+            for logits in (True, False):
+                found, expected = (gradients(model, each, logits) for each in (ready, batch))
+                assert found.keys() == expected.keys()
+                assert same(list(found.values()), list(expected.values()))
+
+
+def constant(model: mt.FusedModel, name: str) -> bool:
+    links = model.graph.links.values()
+    return any(link.source == name for link in links) and not any(link.target == name for link in links)
+
+
+def gradients(model: mt.FusedModel, batch: Batch, logits: bool) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    out = model(**batch, logits=logits)
+    if out.loss.requires_grad:
+        out.loss.backward()
+    found = {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
+    return {"loss": out.loss.detach(), **out.losses, **found}
+
+
+def test_kept_once_for_all_rows_that_are_the_same(folder: Path) -> None:
+    twin = [segment("speech", 3, 4), segment("text", 5, target=True)]
+    kept = mt.KeptStates.compute(fused(speech=Table(), layers=(1,)), [mt.collate([twin, twin, twin])], folder)
+    assert json.loads((folder / "kept.json").read_text())["towers"]["speech"]["shards"] == [4]
+    assert len(kept(mt.collate([twin]))["streams"]["speech"]["layer 1"]) == 1
+
+
+def test_a_stream_with_labels_is_left_as_it_is(folder: Path) -> None:
+    model, batch = (
+        fused(),
+        mt.collate([[segment("speech", 3, 4, target=True), segment("text", 5, target=True)]]),
+    )
+    kept = mt.KeptStates.compute(model, [batch], folder)
+    assert not brought(kept(batch))
+    assert kept(batch)["streams"]["speech"] is batch["streams"]["speech"]
+
+
+def test_an_unknown_row_is_described(folder: Path) -> None:
+    kept = mt.KeptStates.compute(fused(), data(), folder)
+    batch = mt.collate([[segment("text", 5)], [segment("speech", 9, 9, 9, 9), segment("text", 5)]])
+    with pytest.raises(
+        ValueError, match=r"states of row 1 \(6 tokens, the first of them 0, 9, 9, 9\) of stream 'speech'"
+    ):
+        kept(batch)
+
+
+def test_workers_of_a_loader_read_the_files(folder: Path) -> None:
+    model = fused()
+    kept = mt.KeptStates.compute(model, data(2), folder)
+    groups = [[row(number) for number in range(3)], [row(number) for number in range(3, 6)]]
+    loader = DataLoader(
+        groups,  # type: ignore[arg-type]  # a list is a data set
+        batch_size=None,
+        collate_fn=Ready(kept),
+        num_workers=2,
+        multiprocessing_context=savers.CONTEXT,
+    )
+    assert same(trained(model, list(loader)), trained(model, data(2)))
+
+
+class Ready:
+    """What a user writes as a function."""
+
+    def __init__(self, kept: mt.KeptStates) -> None:
+        self.kept = kept
+
+    def __call__(self, rows: list[list[mt.Segment]]) -> Batch:
+        return self.kept(mt.collate(rows))
+
+
+@pytest.mark.parametrize("use", [True, False])
+def test_the_trainer_takes_batches_with_states(folder: Path, use: bool) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate", reason="the Trainer needs accelerate")
+    model, rows = fused(), [row(number) for number in range(6)]
+    kept = mt.KeptStates.compute(model, data(2), folder)
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder.parent / "run"),
+        max_steps=4,
+        per_device_train_batch_size=3,
+        learning_rate=1e-2,
+        report_to=[],
+        save_strategy="no",
+        logging_strategy="no",
+        use_cpu=True,
+        remove_unused_columns=False,
+        prediction_loss_only=True,
+        label_names=["streams"],
+        dataloader_pin_memory=False,
+        disable_tqdm=True,
+    )
+    collator = Ready(kept) if use else mt.collate
+    trainer = transformers.Trainer(
+        model, arguments, train_dataset=rows, eval_dataset=rows, data_collator=collator
+    )
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < before
