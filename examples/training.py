@@ -137,9 +137,10 @@ def directed(pairs: Iterable[tuple[Tensor, Tensor]], source: str, target: str) -
 
 def target_losses(model: nn.Module) -> Callable[[dict], dict[str, Tensor]]:
     """Give what `train` asks for: the loss of each tower that a batch has targets for."""
+    lean = {"logits": False} if isinstance(model, mt.FusedModel) else {}  # only what the losses need is run
 
     def losses(batch: dict) -> dict[str, Tensor]:
-        found = model(**batch).losses
+        found = model(**batch, **lean).losses
         return {
             name: found[name] for name, stream in batch["streams"].items() if (stream["labels"] >= 0).any()
         }
