@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -34,8 +35,9 @@ SIZES = {
 INTERLEAVE = {"tiny": 2, "smollm2": 6}
 
 
+@functools.cache
 def make_tower(size: str, seed: int) -> LlamaForCausalLM:
-    """Give a random model of the shape of one of ``SIZES``."""
+    """Give a random model of the shape of one of ``SIZES``; fused models may share it one after the other."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         **SIZES[size], tie_word_embeddings=True, max_position_embeddings=8192, bos_token_id=1, eos_token_id=2
@@ -57,25 +59,53 @@ def make_model(
     return graph.compile()
 
 
-def make_batch(model: mt.FusedModel, rows: int, length: int, targets: str = "all") -> mt.stream.Batch:
-    """Give rows of one segment of each tower in an order that turns from row to row.
+def make_reader(
+    size: str,
+    taps: Iterable[tuple[int, int]],
+    *,
+    sources: int = 1,
+    source_size: str | None = None,
+    train: str = "none",
+    adapter: str | None = None,
+) -> mt.FusedModel:
+    """Give frozen towers "source0", ..., and a tower "text" that reads each of them at these taps."""
+    graph = mt.FusionGraph()
+    names = [f"source{number}" for number in range(sources)]
+    for number, name in enumerate(names):
+        graph.add_tower(name, make_tower(source_size or size, number), adapter=adapter)
+    graph.add_tower("text", make_tower(size, sources), train=train, adapter=adapter)
+    for name in names:
+        graph.add_link(name, "text", taps=list(taps))
+    return graph.compile()
+
+
+def make_batch(
+    model: mt.FusedModel,
+    rows: int,
+    length: int | Mapping[str, int],
+    targets: str = "all",
+    *,
+    turning: bool = True,
+) -> mt.stream.Batch:
+    """Give rows of one segment of each tower.
 
     Args:
         model: The model.
         rows: How many rows.
-        length: How many tokens each segment has.
+        length: How many tokens each segment has, or those of each tower.
         targets: Whether "all" segments are targets, or only those of the "last" tower.
+        turning: Whether the order of segments turns from row to row, instead of being that of the towers.
     """
     names = list(model.towers)
-    sizes = {name: model.tower(name).vocab_size for name in names}
+    lengths = length if isinstance(length, Mapping) else dict.fromkeys(names, length)
     wanted = names if targets == "all" else names[-1:]
     examples = []
     for row in range(rows):
-        turned = names[row % len(names) :] + names[: row % len(names)]
+        turn = row % len(names) if turning else 0
         examples.append(
             [
-                mt.Segment(name, torch.randint(3, sizes[name], (length,)), target=name in wanted)
-                for name in turned
+                mt.Segment(name, random_tokens(model, name, lengths[name]), target=name in wanted)
+                for name in names[turn:] + names[:turn]
             ]
         )
     batch = mt.collate(examples)
@@ -83,6 +113,11 @@ def make_batch(model: mt.FusedModel, rows: int, length: int, targets: str = "all
         for key in stream:
             stream[key] = stream[key].to(model.tower(names[0]).device)
     return batch
+
+
+def random_tokens(model: mt.FusedModel, name: str, length: int) -> Tensor:
+    """Give tokens of a tower that neither begin nor end a segment."""
+    return torch.randint(3, model.tower(name).vocab_size, (length,))
 
 
 class Given(NamedTuple):
