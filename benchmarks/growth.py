@@ -6,12 +6,13 @@
 Along one axis everything else stays as it is. For a step of training, towers stand in a ring, where each
 reads one other, so that there are as many links as towers; for decoding, one tower reads all others. Taps are
 added from layer 1 up, so that the backward always goes down to layer 1. On the other axes one tower reads one
-other. Each axis gives milliseconds and bytes of a step (what a forward saves for its backward) and of a decoded
-token (what is kept for the taps), for the fused model and for its parts as in train_step.py and decode.py. All
-points of an axis take turns in one process.
+other. Each axis gives milliseconds and bytes of a step (what a forward saves for its backward) and of a token
+that is decoded (what is kept for the taps), for the fused model and for its parts as in train_step.py and
+decode.py. All points of an axis take turns in one process.
 
-A line and a power are fitted to the medians. Beside R^2, for which points at the far end count most, stands
-how far the worst point is from the line, and what share the quadratic term of a parabola has at the far end.
+A line and a power are fitted to the medians, so that each point counts by how far off it is as a part of
+itself. Beside R^2 stands how far off the worst point is, and what share the quadratic term of a parabola has
+at the far end: a tower's own self-attention is quadratic in its tokens, whatever reads it.
 """
 
 from __future__ import annotations
@@ -157,10 +158,10 @@ def fit(x: Sequence[float], y: Sequence[float]) -> dict[str, float]:
         itself; "exponent" and "exponent_r2" of the power; "bend": the quadratic term's share at the far end.
     """
     at, values = np.asarray(x, float), np.asarray(y, float)
-    slope, intercept = np.polyfit(at, values, 1)
+    slope, intercept = np.polyfit(at, values, 1, w=1 / values)
     line = slope * at + intercept
     exponent, scale = np.polyfit(np.log(at), np.log(values), 1)
-    bend = np.polyfit(at, values, 2)[0] * at[-1] ** 2 / values[-1] if len(at) > 2 else 0.0
+    bend = np.polyfit(at, values, 2, w=1 / values)[0] * at[-1] ** 2 / values[-1] if len(at) > 2 else 0.0
     found = {
         "slope": slope,
         "intercept": intercept,
@@ -195,7 +196,7 @@ def plot(file: Path, axis: str, results: Sequence[dict[str, Any]], size: str) ->
     """Draw time and memory of a step and of a decoded token along an axis, each with its line."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 7.5), layout="constrained")
+    figure = Figure(figsize=(11, 8), layout="constrained")
     for column, found in zip(figure.subplots(2, 2).T, results, strict=True):
         what = "step of training" if found["kind"] == "step" else "decoded token"
         for part, spreads in found["ms"].items():
@@ -206,21 +207,26 @@ def plot(file: Path, axis: str, results: Sequence[dict[str, Any]], size: str) ->
         kept = "saved for backward" if found["kind"] == "step" else "keys and values of taps"
         column[1].set(ylabel=f"MiB, {kept}")
         for axes in column:
-            doubling = axis in ("source", "rows")
-            axes.set(
-                xlabel="towers that are read"
-                if axis == "towers" and found["kind"] == "token"
-                else AXES[axis],
-                xscale="log" if doubling else "linear",
-                yscale="log" if doubling else "linear",
-            )
-            axes.set_xticks(found["x"], [str(x) for x in found["x"]], minor=False)
-            axes.minorticks_off()
-            if not doubling:
-                axes.set_ylim(bottom=0)
-            axes.legend(fontsize="small")
+            place(axes, axis, found)
     figure.suptitle(f"{size} towers: growth with {AXES[axis]}")
     figure.savefig(file, dpi=120)
+
+
+def place(axes: Any, axis: str, found: dict[str, Any]) -> None:
+    """Scale and label: points that double are as far apart as others."""
+    from matplotlib.ticker import LogLocator
+
+    reads = axis == "towers" and found["kind"] == "token"
+    axes.set(xlabel="towers that are read" if reads else AXES[axis])
+    if axis in ("source", "rows"):
+        axes.set(xscale="log", yscale="log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+    else:
+        axes.set_ylim(bottom=0)
+    axes.set_xticks(found["x"], [str(x) for x in found["x"]], minor=False)
+    axes.minorticks_off()
+    axes.legend(fontsize="small")
 
 
 def draw(
@@ -234,12 +240,13 @@ def draw(
     """Draw one series, its quartiles and its line."""
     each = found["fits"][name]
     low, high = ([abs(one["median"] - one[key]) for one in spreads] or 0 for key in ("low", "high"))
-    label = f"{name}: R² {each['r2']:.3f}, exponent {each['exponent']:.2f}"
+    slope, intercept = each["slope"] / scale, each["intercept"] / scale
+    label = f"{name}: {slope:.3g} x {intercept:+.3g}, R² {each['r2']:.3f}, exponent {each['exponent']:.2f}"
     drawn = axes.errorbar(
         found["x"], values, yerr=[low, high] if spreads else None, fmt="o", ms=4, label=label
     )
     x = np.linspace(found["x"][0], found["x"][-1], 200)
-    line = (each["slope"] * x + each["intercept"]) / scale
+    line = slope * x + intercept
     axes.plot(x[line > 0], line[line > 0], color=drawn[0].get_color(), lw=1)
 
 

@@ -157,7 +157,7 @@ def plot_ratios(
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 1.2 + 0.35 * len(results)), layout="constrained")
+    figure = Figure(figsize=(7, 1.5 + 0.35 * len(results)), layout="constrained")
     axes = figure.subplots()
     for number, (name, called) in enumerate((ratios or {"ratio": label}).items()):
         each = [result[name] for result in results]
@@ -169,10 +169,9 @@ def plot_ratios(
     axes.set_yticks(range(len(results)), labels)
     axes.axvline(1.0, color="grey")
     axes.axvline(1.1, color="grey", linestyle=":")
-    axes.invert_yaxis()
-    axes.set(xlabel=label, title=title)
+    axes.set(xlabel=label, title=title, ylim=(len(results) - 0.5, -0.5))
     if ratios:
-        axes.legend(fontsize="small")
+        figure.legend(loc="outside lower center", ncols=len(ratios), fontsize="small")
     figure.savefig(file, dpi=120)
 
 
