@@ -196,7 +196,7 @@ def plot(file: Path, axis: str, results: Sequence[dict[str, Any]], size: str) ->
     """Draw time and memory of a step and of a decoded token along an axis, each with its line."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 8), layout="constrained")
+    figure = Figure(figsize=(11, 10), layout="constrained")
     for column, found in zip(figure.subplots(2, 2).T, results, strict=True):
         what = "step of training" if found["kind"] == "step" else "decoded token"
         for part, spreads in found["ms"].items():
@@ -226,7 +226,7 @@ def place(axes: Any, axis: str, found: dict[str, Any]) -> None:
         axes.set_ylim(bottom=0)
     axes.set_xticks(found["x"], [str(x) for x in found["x"]], minor=False)
     axes.minorticks_off()
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15))
 
 
 def draw(
@@ -241,7 +241,9 @@ def draw(
     each = found["fits"][name]
     low, high = ([abs(one["median"] - one[key]) for one in spreads] or 0 for key in ("low", "high"))
     slope, intercept = each["slope"] / scale, each["intercept"] / scale
-    label = f"{name}: {slope:.3g} x {intercept:+.3g}, R² {each['r2']:.3f}, exponent {each['exponent']:.2f}"
+    label = (
+        f"{name}: {slope:.3g} x {round(intercept, 6):+.3g}, R² {each['r2']:.3f}, power {each['exponent']:.2f}"
+    )
     drawn = axes.errorbar(
         found["x"], values, yerr=[low, high] if spreads else None, fmt="o", ms=4, label=label
     )

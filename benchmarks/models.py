@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -146,17 +146,31 @@ class Parts:
 
     def towers(self, backward: bool) -> None:
         """Run each native model, its loss too, one after the other."""
+        for loss in self._losses(backward):
+            if backward and loss.requires_grad:
+                loss.backward()
+
+    def links(self, backward: bool) -> None:
+        """Run each tap and each adapter on detached states."""
+        for update in self._updates():
+            if backward:
+                update.backward(torch.ones_like(update))
+
+    def at_once(self) -> None:
+        """Run all of them forward, and only then backward, so that they need their memory together."""
+        outputs = [each for each in (*self._losses(True), *self._updates()) if each.requires_grad]
+        torch.autograd.backward(outputs, [torch.ones_like(each) for each in outputs])
+
+    def _losses(self, backward: bool) -> Iterator[Tensor]:
         for name, stream in self.streams.items():
             native, fed = self.model.unimodal(name), self._first_fed(name)
             handle = None if fed is None or not backward else fed.register_forward_hook(_leaf)
             output = native(input_ids=stream["tokens"], labels=stream["labels"], use_cache=False)
             if handle is not None:
                 handle.remove()
-            if backward and output.loss.requires_grad:
-                output.loss.backward()
+            yield output.loss
 
-    def links(self, backward: bool) -> None:
-        """Run each tap and each adapter on detached states."""
+    def _updates(self) -> Iterator[Tensor]:
         specs, seen = self.model.graph.links, {}
         for name in {tap.link for tap in self.taps}:
             source, target = (self.streams[each] for each in (specs[name].source, specs[name].target))
@@ -164,13 +178,9 @@ class Parts:
         for tap, (states, x) in self.taps.items():
             module = self.model.tap(tap)
             source = module.read(_like(states), self.streams[tap.source]["times"])
-            update = module(_like(x), self.streams[tap.target]["times"], source, seen[tap.link])
-            if backward:
-                update.backward(torch.ones_like(update))
+            yield module(_like(x), self.streams[tap.target]["times"], source, seen[tap.link])
         for name, (_, embedded) in self.adapters.items():
-            adapted = self.model.adapt(name, _like(embedded))
-            if backward:
-                adapted.backward(torch.ones_like(adapted))
+            yield self.model.adapt(name, _like(embedded))
 
     def _record(self) -> None:
         """Note what a fused run gives to each tap and adapter."""
