@@ -143,7 +143,8 @@ class Decoding:
             yield self.link_step(x, self.times + token)
 
     def _link_step(self, x: Tensor, times: Tensor) -> Tensor:
-        total, seen = self.model.adapt("text", x), dict[str, Visibility]()
+        total = self.model.adapt("text", x)
+        seen: dict[str, Visibility] = {}
         for tap, entry in self.cache.entries.items():
             if tap.source not in seen:
                 seen[tap.source] = visibility(times, entry.times, entry.mask)
