@@ -3,8 +3,8 @@
     python benchmarks/peak_memory.py                    # tiny towers, some minutes
     python benchmarks/peak_memory.py --size smollm2 --rows 2 --length 128
 
-Each figure comes from a process of its own: by how much its largest resident set grew during a step; model
-and batch, and one step like it, were there before. Malloc is told to give back at once what is freed. On a GPU
+Each figure comes from a process of its own: by how much its largest resident set grew during a step; the
+model, the batch and one step like it were there before. Malloc is told to give back what is freed. On a GPU
 it is what PyTorch allocated at most. A step is a forward and a backward; the peak holds what is saved for the
 backward, the gradients of what is trained, and what is at work for a moment.
 
