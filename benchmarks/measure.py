@@ -106,7 +106,8 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     >>> spread([1.0, 2.0, 3.0, 4.0, 5.0])
     {'median': 3.0, 'low': 2.0, 'high': 4.0}
     """
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    several = values if len(values) > 1 else [*values, *values]
+    low, median, high = statistics.quantiles(several, n=4, method="inclusive")
     return {"median": median, "low": low, "high": high}
 
 
