@@ -241,15 +241,14 @@ def draw(
     each = found["fits"][name]
     low, high = ([abs(one["median"] - one[key]) for one in spreads] or 0 for key in ("low", "high"))
     slope, intercept = each["slope"] / scale, each["intercept"] / scale
-    label = (
-        f"{name}: {slope:.3g} x {round(intercept, 6):+.3g}, R² {each['r2']:.3f}, power {each['exponent']:.2f}"
-    )
+    line = f"{slope:.3g} x {round(intercept, 6) + 0.0:+.3g}"
+    label = f"{name}: {line}, R² {each['r2']:.3f}, power {each['exponent']:.2f}"
     drawn = axes.errorbar(
         found["x"], values, yerr=[low, high] if spreads else None, fmt="o", ms=4, label=label
     )
     x = np.linspace(found["x"][0], found["x"][-1], 200)
-    line = slope * x + intercept
-    axes.plot(x[line > 0], line[line > 0], color=drawn[0].get_color(), lw=1)
+    y = slope * x + intercept
+    axes.plot(x[y > 0], y[y > 0], color=drawn[0].get_color(), lw=1)
 
 
 if __name__ == "__main__":
