@@ -18,13 +18,12 @@ import importlib.metadata
 import json
 import os
 import platform
-import resource
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from resident import child, peak
 
 MEGABYTE = 10**6
 TASKS = (
@@ -37,7 +36,6 @@ TASKS = (
     "multitower load tower",
 )
 PACKAGES = ("torch", "transformers", "safetensors")
-UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
 
 
 def main() -> None:
@@ -61,10 +59,9 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        # The largest resident set of a process begins with that of its parent, which is to stay small.
-        weights = child("prepare", folder, ["--model", args.model] if args.model else [])
+        weights = do("prepare", folder, ["--model", args.model] if args.model else [])
         dtype = ["--dtype", args.dtype] if args.dtype else []
-        results = {task: summary([child(task, folder, dtype) for _ in range(args.runs)]) for task in TASKS}
+        results = {task: summary([do(task, folder, dtype) for _ in range(args.runs)]) for task in TASKS}
     report = {
         "model": args.model or "random Llama, 135 M parameters, float32",
         "dtype": args.dtype or "as stored",
@@ -127,11 +124,9 @@ def size(folder: Path) -> float:
     return round(sum(path.stat().st_size for path in folder.rglob("*.safetensors")) / MEGABYTE, 1)
 
 
-def child(task: str, folder: Path, options: list[str]) -> dict[str, float]:
+def do(task: str, folder: Path, options: list[str]) -> dict[str, float]:
     """Do a task in a new process; give its figures."""
-    command = [sys.executable, __file__, "--task", task, "--folder", str(folder), *options]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    result: dict[str, float] = child(__file__, ["--task", task, "--folder", str(folder), *options])
     return result
 
 
@@ -146,21 +141,21 @@ def measure(task: str, folder: Path, dtype: str | None) -> dict[str, float]:
         # What is to be saved is read into memory before, so that only what saving adds is counted.
         model: Any = load(who, "load", folder, None)
         touch(model)
-        before, start = resident(), time.perf_counter()
+        before, start = most(), time.perf_counter()
         with tempfile.TemporaryDirectory(dir=folder) as place:
             if who == "transformers":
                 model.save_pretrained(place)
             else:
                 model.save_pretrained(place, embed_towers=what == "save")
-            return {"seconds": time.perf_counter() - start, "megabytes": resident() - before}
-    before, start = resident(), time.perf_counter()
+            return {"seconds": time.perf_counter() - start, "megabytes": most() - before}
+    before, start = most(), time.perf_counter()
     model = load(who, what, folder, dtype)
     seconds = time.perf_counter() - start
     touch(model)
     held = sum(each.nbytes for each in model.parameters())
     return {
         "seconds": seconds,
-        "megabytes": resident() - before,
+        "megabytes": most() - before,
         "weights": held / MEGABYTE,
     }
 
@@ -209,9 +204,9 @@ def touch(model: Any) -> float:
     return float(sum(each.detach().float().sum() for each in model.parameters()))
 
 
-def resident() -> float:
+def most() -> float:
     """Give the largest resident set that this process has had, in megabytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * UNIT / MEGABYTE
+    return peak() / MEGABYTE
 
 
 def summary(runs: list[dict[str, float]]) -> dict[str, float]:

@@ -1,31 +1,43 @@
-"""Time decoding a token of a fused model beside the sum of the parts.
+"""Time decoding a token of a fused model beside the sum of the parts, eager and compiled.
 
     python benchmarks/decode.py                         # tiny towers, a minute or two
     python benchmarks/decode.py --size smollm2 --sources 100 1000 5000 --rows 1
+    python benchmarks/decode.py --modes eager compiled --sources 1000 --rows 1 8    # a minute to compile each
 
 The parts are the native tower's own generate, and the taps and the input adapter alone on the state of one
 token, a token after the other. Each token of generate is timed by a logits processor, so that neither prompts
-nor sources count. Whole and parts take turns in one process; each round gives the median over its tokens, and
-one ratio.
+nor sources count. Whole and parts take turns in one process; each round gives the median over its tokens.
+
+There are two ratios. "sum" is the fused model over the native tower plus the links, each by itself, with its
+weights warm in the processor's cache. "alternating" is over a native generate that runs the links after each
+token: the same work, with weights of both to be brought from memory for every token, as in the fused model.
+
+Compiled, the decoder, the native tower and the links go through ``torch.compile`` as a graph each, with a
+static cache; the seconds and graphs of their first run are noted, and what is compiled anew after it.
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
 import statistics
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from torch._dynamo.utils import counters
 
 import multitower as mt
-from measure import begin, milliseconds, now, options, plot_ratios, ratio, write
-from models import SIZES, make_tower
+from measure import begin, in_turn, milliseconds, now, options, plot_ratios, ratio, write
+from models import SIZES, make_reader, random_tokens
 from multitower.cache import TapCache, TapReader
 from multitower.generate import decode_rows
-from multitower.link import visibility
+from multitower.link import Visibility, visibility
 from multitower.stream import make_streams
+
+RATIOS = {"sum": "fused / native + links", "alternating": "fused / native and links in turn"}
 
 
 class Clock:
@@ -46,54 +58,107 @@ class Clock:
 
 
 class Decoding:
-    """One setting: a source of some length, rows of one token to go on from.
+    """One setting: sources of some length, rows of one token to go on from.
 
     Args:
-        model: A model with the towers "source" and "text".
+        model: A model whose tower "text" reads all others.
         rows: How many rows.
-        length: How many tokens of the source each has.
+        length: How many tokens of each source each has.
         new: How many tokens each round decodes.
         clock: One of ``measure.CLOCKS``.
+        backend: What ``torch.compile`` is to use; None for eager decoding.
     """
 
-    def __init__(self, model: mt.FusedModel, rows: int, length: int, new: int, clock: str) -> None:
-        self.model, self.rows, self.new, self.length, self.clock = model, rows, new, length, clock
-        size = model.tower("source").vocab_size
-        examples = [[mt.Segment("source", torch.randint(3, size, (length,)))] for _ in range(rows)]
+    def __init__(
+        self, model: mt.FusedModel, rows: int, length: int, new: int, clock: str, backend: str | None = None
+    ) -> None:
+        self.model, self.rows, self.new, self.clock, self.backend = model, rows, new, clock, backend
+        sources = [name for name in model.towers if name != "text"]
+        examples = [
+            [mt.Segment(name, random_tokens(model, name, length)) for name in sources] for _ in range(rows)
+        ]
         with torch.no_grad():
             self.cache = TapCache.fill(model, make_streams(examples), ["text"])
+        tower, native = model.tower("text"), model.unimodal("text")
+        self.times = torch.full((rows, 1), length * len(sources), device=tower.device)
+        self.decoder = tower.decoder(TapReader(model, "text", self.cache, self.times))
+        self.native_decoder = copy.copy(native)
+        self.link_step = self._link_step
+        if backend is not None:
+            torch._dynamo.reset()
+            for decoder in (self.decoder, self.native_decoder):
+                decoder.forward = torch.compile(decoder.forward, fullgraph=True, backend=backend)
+            self.link_step = torch.compile(self._link_step, fullgraph=True, backend=backend)
+
+    def runs(self) -> dict[str, Any]:
+        """Give what is timed against each other."""
+        return {
+            "fused": self.fused,
+            "native": self.native,
+            "links": self.links,
+            "alternating": self.alternating,
+        }
 
     def fused(self) -> float:
-        """Decode as ``FusedModel.generate`` does once the source has been read."""
-        tower = self.model.tower("text")
-        times = torch.full((self.rows, 1), self.length, device=tower.device)
-        return self._decode(tower.decoder(TapReader(self.model, "text", self.cache, times)))
+        """Decode as ``FusedModel.generate`` does once the sources have been read; give seconds a token."""
+        return self._decode(self.decoder)
 
     def native(self) -> float:
         """Decode with the native model."""
-        return self._decode(self.model.unimodal("text"))
+        return self._decode(self.native_decoder)
 
     @torch.no_grad()
     def links(self) -> float:
         """Run the input adapter and all taps, on a state of one token, as often."""
-        tower, clock = self.model.tower("text"), Clock(self.clock)
-        x = torch.randn(self.rows, 1, tower.width, device=tower.device)
-        clock(x, x)
-        for token in range(self.new):
-            times = torch.full((self.rows, 1), self.length + token, device=tower.device)
-            self.model.adapt("text", x)
-            for tap, entry in self.cache.entries.items():
-                seen = visibility(times, entry.times, entry.mask)
-                self.model.tap(tap)(x, entry.source, seen)
-            clock(x, x)
+        clock, links = Clock(self.clock), self._links_of_tokens()
+        for _ in range(self.new):
+            next(links)
+            clock(self.times, self.times)
         return clock.per_token()
 
+    def alternating(self) -> float:
+        """Decode with the native model, and run the links after each token."""
+        links = self._links_of_tokens()
+
+        def after(tokens: Tensor, scores: Tensor) -> Tensor:
+            next(links)
+            return scores
+
+        return self._decode(self.native_decoder, after)
+
+    def cache_bytes(self) -> int:
+        """Count the bytes that are kept for the taps."""
+        kept = [
+            part for entry in self.cache.entries.values() for part in (*entry.source, entry.times, entry.mask)
+        ]
+        return sum(
+            {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in kept}.values()
+        )
+
+    def _links_of_tokens(self) -> Iterator[Tensor]:
+        """Run all taps and the input adapter for one token after the other."""
+        tower = self.model.tower("text")
+        x = torch.randn(self.rows, 1, tower.width, device=tower.device)
+        for token in itertools.count():
+            yield self.link_step(x, self.times + token)
+
+    def _link_step(self, x: Tensor, times: Tensor) -> Tensor:
+        total = self.model.adapt("text", x)
+        seen: dict[str, Visibility] = {}
+        for tap, entry in self.cache.entries.items():
+            if tap.source not in seen:
+                seen[tap.source] = visibility(times, entry.times, entry.mask)
+            total = total + self.model.tap(tap)(x, entry.source, seen[tap.source])
+        return total
+
     @torch.no_grad()
-    def _decode(self, decoder: Any) -> float:
+    def _decode(self, decoder: Any, *processors: Any) -> float:
         clock = Clock(self.clock)
         choices = {"max_new_tokens": self.new, "min_new_tokens": self.new, "do_sample": False}
+        static = {} if self.backend is None else {"cache_implementation": "static"}
         prompts = [torch.ones(1, dtype=torch.long)] * self.rows
-        decode_rows(decoder, prompts, begin=1, end=(2,), options={**choices, "logits_processor": [clock]})
+        every = {**choices, **static, "logits_processor": [*processors, clock]}
+        decode_rows(decoder, prompts, begin=1, end=(2,), options=every)
         return clock.per_token()
 
 
@@ -103,39 +168,63 @@ def main() -> None:
     parser.add_argument("--size", choices=tuple(SIZES), default="tiny")
     parser.add_argument("--sources", type=int, nargs="+", default=[100, 1000, 5000], help="source lengths")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--modes", choices=("eager", "compiled"), nargs="+", default=["eager"])
+    parser.add_argument("--backend", default="inductor", help="of torch.compile")
     parser.add_argument("--interleave", type=int, default=2, help="layers of the text from tap to tap")
     parser.add_argument("--new", type=int, default=24, help="tokens that each round decodes")
     chosen = begin(parser)
-    graph = mt.FusionGraph()
-    graph.add_tower("source", make_tower("tiny", 0))
-    graph.add_tower("text", make_tower(chosen.size, 1))
     depth = SIZES[chosen.size]["num_hidden_layers"]
     taps = range(chosen.interleave, depth + 1, chosen.interleave)
-    graph.add_link("source", "text", taps=[(6 * place // depth, place) for place in taps])
-    model = graph.compile().eval().to(chosen.device)
+    pairs = [(max(1, 6 * place // depth), place) for place in taps]
+    model = make_reader(chosen.size, pairs, source_size="tiny", adapter="gated").eval().to(chosen.device)
     results = []
-    for length, rows in itertools.product(chosen.sources, chosen.rows):
-        decoding = Decoding(model, rows, length, chosen.new, chosen.clock)
-        runs = {"fused": decoding.fused, "native": decoding.native, "links": decoding.links}
-        times: dict[str, list[float]] = {name: [] for name in runs}
-        for number in tqdm(range(chosen.repeats + 1), desc=f"source of {length}, {rows} rows", leave=False):
-            for name, per_token in runs.items():
-                seconds = per_token()
-                if number:
-                    times[name].append(seconds)
-        results.append(
-            {
-                "source": f"source of {length}",
-                "rows": f"{rows} rows",
-                "ms": milliseconds(times),
-                "ratio": ratio(times["fused"], times["native"], times["links"]),
-            }
-        )
-        ms = {name: round(each["median"], 3) for name, each in results[-1]["ms"].items()}
-        print(f"source of {length}, {rows} rows: {ms} ms a token, {results[-1]['ratio']}", flush=True)
+    for mode, length, rows in itertools.product(chosen.modes, chosen.sources, chosen.rows):
+        backend = chosen.backend if mode == "compiled" else None
+        decoding = Decoding(model, rows, length, chosen.new, chosen.clock, backend)
+        result: dict[str, Any] = {"mode": mode, "source": f"source of {length}", "rows": f"{rows} rows"}
+        if backend is not None:
+            result["compiling"] = compiling(decoding)
+        graphs = counters["stats"]["unique_graphs"]
+        times = in_turn(decoding.runs(), chosen.repeats, title=where(result))
+        if backend is not None:
+            result["recompilations"] = counters["stats"]["unique_graphs"] - graphs
+        result |= {
+            "ms": milliseconds(times),
+            "sum": ratio(times["fused"], times["native"], times["links"]),
+            "alternating": ratio(times["fused"], times["alternating"]),
+            "cache_bytes": decoding.cache_bytes(),
+        }
+        results.append(result)
+        show(result)
         write(chosen, results)
     title = f"decoding, {chosen.size}, {len(taps)} taps"
-    plot_ratios(chosen.out / "ratios.png", results, ("source", "rows"), title)
+    plot_ratios(chosen.out / "ratios.png", results, ("mode", "source", "rows"), title, ratios=RATIOS)
+
+
+def compiling(decoding: Decoding) -> dict[str, dict[str, float]]:
+    """Run each once; give the seconds that it took and the graphs that were compiled."""
+    spent = {}
+    for name, run in decoding.runs().items():
+        graphs, started = counters["stats"]["unique_graphs"], time.perf_counter()
+        run()
+        seconds = round(time.perf_counter() - started, 1)
+        spent[name] = {"seconds": seconds, "graphs": counters["stats"]["unique_graphs"] - graphs}
+    return spent
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print one line."""
+    ms = {name: round(each["median"], 3) for name, each in result["ms"].items()}
+    over = ", ".join(
+        f"{name} {result[name]['median']:.3f} ({result[name]['low']:.3f} to {result[name]['high']:.3f})"
+        for name in RATIOS
+    )
+    print(f"{where(result)}: {ms} ms a token, over its parts: {over}", flush=True)
+
+
+def where(result: dict[str, Any]) -> str:
+    """Name a setting."""
+    return ", ".join(result[key] for key in ("mode", "source", "rows"))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +56,7 @@ def interleaved(
     before: Callable[[], object] = lambda: None,
     title: str = "",
 ) -> dict[str, list[float]]:
-    """Time each run once a round, in an order that turns from round to round; give seconds by name.
-
-    What slows the machine for longer than a round so slows all of them alike. One round more is run first
-    and not counted.
+    """Time each run once a round, as ``in_turn`` orders them; give seconds by name.
 
     Args:
         runs: What to time, by name.
@@ -67,17 +65,32 @@ def interleaved(
         before: Called before each run, outside of its time.
         title: Shown beside the progress bar.
     """
-    names, times = list(runs), dict[str, list[float]]({name: [] for name in runs})
+
+    def seconds(run: Callable[[], object]) -> float:
+        before()
+        started = now(clock)
+        run()
+        return now(clock) - started
+
+    return in_turn({name: partial(seconds, run) for name, run in runs.items()}, repeats, title=title)
+
+
+def in_turn(
+    runs: Mapping[str, Callable[[], float]], repeats: int, *, title: str = ""
+) -> dict[str, list[float]]:
+    """Call each run once a round, in an order that turns from round to round; give what it gave, by name.
+
+    What slows the machine for longer than a round so slows all of them alike. One round more is run first
+    and not counted.
+    """
+    names, given = list(runs), dict[str, list[float]]({name: [] for name in runs})
     for number in tqdm(range(repeats + 1), desc=title, leave=False):
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
-            before()
-            started = now(clock)
-            runs[name]()
-            seconds = now(clock) - started
+            value = runs[name]()
             if number:
-                times[name].append(seconds)
-    return times
+                given[name].append(value)
+    return given
 
 
 def now(clock: str = "wall") -> float:
@@ -93,7 +106,8 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     >>> spread([1.0, 2.0, 3.0, 4.0, 5.0])
     {'median': 3.0, 'low': 2.0, 'high': 4.0}
     """
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    several = values if len(values) > 1 else [*values, *values]
+    low, median, high = statistics.quantiles(several, n=4, method="inclusive")
     return {"median": median, "low": low, "high": high}
 
 
@@ -130,22 +144,35 @@ def plot_ratios(
     keys: Sequence[str],
     title: str,
     label: str = "fused / sum of its parts",
+    ratios: Mapping[str, str] | None = None,
 ) -> None:
-    """Draw a ratio and its quartiles for each result, labelled by these keys, beside a limit of 1.10."""
+    """Draw ratios and their quartiles for each result, labelled by these keys, beside a limit of 1.10.
+
+    Args:
+        file: Where the picture goes.
+        results: What was measured.
+        keys: What names a result.
+        title: Above all.
+        label: At the axis.
+        ratios: The ratios of a result, each with what it is called; only "ratio" unless given.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 1 + 0.35 * len(results)), layout="constrained")
+    figure = Figure(figsize=(7, 1.5 + 0.35 * len(results)), layout="constrained")
     axes = figure.subplots()
-    for place, result in enumerate(results):
-        each = result["ratio"]
-        errors = [[each["median"] - each["low"]], [each["high"] - each["median"]]]
-        axes.errorbar(each["median"], place, xerr=errors, fmt="o", color="C0", capsize=3)
+    for number, (name, called) in enumerate((ratios or {"ratio": label}).items()):
+        each = [result[name] for result in results]
+        medians = [one["median"] for one in each]
+        errors = [[abs(one["median"] - one[side]) for one in each] for side in ("low", "high")]
+        places = [place + 0.2 * number for place in range(len(results))]
+        axes.errorbar(medians, places, xerr=errors, fmt="o", color=f"C{number}", capsize=3, label=called)
     labels = [", ".join(str(result[key]) for key in keys) for result in results]
     axes.set_yticks(range(len(results)), labels)
     axes.axvline(1.0, color="grey")
     axes.axvline(1.1, color="grey", linestyle=":")
-    axes.invert_yaxis()
-    axes.set(xlabel=label, title=title)
+    axes.set(xlabel=label, title=title, ylim=(len(results) - 0.5, -0.5))
+    if ratios:
+        figure.legend(loc="outside lower center", ncols=len(ratios), fontsize="small")
     figure.savefig(file, dpi=120)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -35,8 +36,9 @@ SIZES = {
 INTERLEAVE = {"tiny": 2, "smollm2": 6}
 
 
+@functools.cache
 def make_tower(size: str, seed: int) -> LlamaForCausalLM:
-    """Give a random model of the shape of one of ``SIZES``."""
+    """Give a random model of the shape of one of ``SIZES``; fused models may share it one after the other."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         **SIZES[size], tie_word_embeddings=True, max_position_embeddings=8192, bos_token_id=1, eos_token_id=2
@@ -58,25 +60,53 @@ def make_model(
     return graph.compile()
 
 
-def make_batch(model: mt.FusedModel, rows: int, length: int, targets: str = "all") -> mt.stream.Batch:
-    """Give rows of one segment of each tower in an order that turns from row to row.
+def make_reader(
+    size: str,
+    taps: Iterable[tuple[int, int]],
+    *,
+    sources: int = 1,
+    source_size: str | None = None,
+    train: str = "none",
+    adapter: str | None = None,
+) -> mt.FusedModel:
+    """Give frozen towers "source0", ..., and a tower "text" that reads each of them at these taps."""
+    graph = mt.FusionGraph()
+    names = [f"source{number}" for number in range(sources)]
+    for number, name in enumerate(names):
+        graph.add_tower(name, make_tower(source_size or size, number), adapter=adapter)
+    graph.add_tower("text", make_tower(size, sources), train=train, adapter=adapter)
+    for name in names:
+        graph.add_link(name, "text", taps=list(taps))
+    return graph.compile()
+
+
+def make_batch(
+    model: mt.FusedModel,
+    rows: int,
+    length: int | Mapping[str, int],
+    targets: str = "all",
+    *,
+    turning: bool = True,
+) -> mt.stream.Batch:
+    """Give rows of one segment of each tower.
 
     Args:
         model: The model.
         rows: How many rows.
-        length: How many tokens each segment has.
+        length: How many tokens each segment has, or those of each tower.
         targets: Whether "all" segments are targets, or only those of the "last" tower.
+        turning: Whether the order of segments turns from row to row, instead of being that of the towers.
     """
     names = list(model.towers)
-    sizes = {name: model.tower(name).vocab_size for name in names}
+    lengths = length if isinstance(length, Mapping) else dict.fromkeys(names, length)
     wanted = names if targets == "all" else names[-1:]
     examples = []
     for row in range(rows):
-        turned = names[row % len(names) :] + names[: row % len(names)]
+        turn = row % len(names) if turning else 0
         examples.append(
             [
-                mt.Segment(name, torch.randint(3, sizes[name], (length,)), target=name in wanted)
-                for name in turned
+                mt.Segment(name, random_tokens(model, name, lengths[name]), target=name in wanted)
+                for name in names[turn:] + names[:turn]
             ]
         )
     batch = mt.collate(examples)
@@ -84,6 +114,11 @@ def make_batch(model: mt.FusedModel, rows: int, length: int, targets: str = "all
         for key in stream:
             stream[key] = stream[key].to(model.tower(names[0]).device)
     return batch
+
+
+def random_tokens(model: mt.FusedModel, name: str, length: int) -> Tensor:
+    """Give tokens of a tower that neither begin nor end a segment."""
+    return torch.randint(3, model.tower(name).vocab_size, (length,))
 
 
 class Given(NamedTuple):
@@ -112,17 +147,31 @@ class Parts:
 
     def towers(self, backward: bool) -> None:
         """Run each native model, its loss too, one after the other."""
+        for loss in self._losses(backward):
+            if backward and loss.requires_grad:
+                loss.backward()
+
+    def links(self, backward: bool) -> None:
+        """Run each tap and each adapter on detached states."""
+        for update in self._updates():
+            if backward:
+                update.backward(torch.ones_like(update))
+
+    def at_once(self) -> None:
+        """Run all of them forward, and only then backward, so that they need their memory together."""
+        outputs = [each for each in (*self._losses(True), *self._updates()) if each.requires_grad]
+        torch.autograd.backward(outputs, [torch.ones_like(each) for each in outputs])
+
+    def _losses(self, backward: bool) -> Iterator[Tensor]:
         for name, stream in self.streams.items():
             native, fed = self.model.unimodal(name), self._first_fed(name)
             handle = None if fed is None or not backward else fed.register_forward_hook(_leaf)
             output = native(input_ids=stream["tokens"], labels=stream["labels"], use_cache=False)
             if handle is not None:
                 handle.remove()
-            if backward and output.loss.requires_grad:
-                output.loss.backward()
+            yield output.loss
 
-    def links(self, backward: bool) -> None:
-        """Run each tap and each adapter on detached states."""
+    def _updates(self) -> Iterator[Tensor]:
         specs, seen = self.model.graph.links, {}
         rotations = Rotations({name: stream["times"] for name, stream in self.streams.items()})
         for name in {tap.link for tap in self.taps}:
@@ -131,13 +180,9 @@ class Parts:
         for tap, (states, x) in self.taps.items():
             module = self.model.tap(tap)
             source = module.read(_like(states), rotations.of(tap.source, module))
-            update = module(_like(x), source, seen[tap.link], rotations.of(tap.target, module))
-            if backward:
-                update.backward(torch.ones_like(update))
+            yield module(_like(x), source, seen[tap.link], rotations.of(tap.target, module))
         for name, (_, embedded) in self.adapters.items():
-            adapted = self.model.adapt(name, _like(embedded))
-            if backward:
-                adapted.backward(torch.ones_like(adapted))
+            yield self.model.adapt(name, _like(embedded))
 
     def _record(self) -> None:
         """Note what a fused run gives to each tap and adapter."""

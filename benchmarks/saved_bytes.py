@@ -1,25 +1,11 @@
-r"""Count the bytes that a forward saves for its backward, by what is trained, beside a count on paper.
+"""Count the bytes that a forward saves for its backward, by what is trained, beside a count on paper.
 
     python benchmarks/saved_bytes.py                    # tiny towers, seconds
     python benchmarks/saved_bytes.py --size smollm2
 
 Saved-tensor hooks see every tensor that autograd keeps. Each storage is counted once, and those of parameters
-and of the batch not at all. Two towers read each other at the last of their layers that the setting names.
-
-On paper a frozen Llama layer of width w and feed-forward f, with k channels of keys and h heads, needs, for
-each token: what enters its two norms, and their scales; queries, keys, values and what was attended, and a
-sum for each head; the gate, its SiLU and the up projection:
-
-    layer = 2w + 2 + 2w + 2k + h + 3f
-
-A tap from a source of width s needs what its own weights, all trained, are multiplied with, and what its
-non-linearities take, for each token of the target and of the source:
-
-    target = 4w (x, its norm, queries, attended) + 3w (out, x + update, its norm) + 9w (feed-forward) + h + 4
-    source = 2s (h, its norm) + 5w (projection) + 2w (keys, values) + 2
-
-A mask is a number for each pair of tokens, the same for all taps of a link. After the last layer stand its
-norm, w + 1, and, for each label, the probabilities of the vocabulary.
+and of the batch not at all. A tower reads a frozen one at the layer that the policy names and at its last.
+docs/performance.md says how the count on paper comes about.
 """
 
 from __future__ import annotations
@@ -50,26 +36,31 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--length", type=int, default=256)
     chosen = begin(parser)
-    depth = SIZES[chosen.size]["num_hidden_layers"]
     results = []
-    for policy, (train, adapter, where) in POLICIES.items():
-        first = max(1, round(where * depth))
-        graph = mt.FusionGraph()
-        graph.add_tower("source", make_tower(chosen.size, 0), adapter=None)
-        graph.add_tower("text", make_tower(chosen.size, 1), train=train, adapter=adapter)
-        layers = sorted({first, depth})
-        graph.add_link("source", "text", taps=[(layer, layer) for layer in layers])
-        model = graph.compile().to(chosen.device)
-        batch = make_batch(model, chosen.rows, chosen.length, targets="last")
+    for policy in POLICIES:
+        model, layers = make_policy(chosen.size, policy)
+        batch = make_batch(model.to(chosen.device), chosen.rows, chosen.length, targets="last")
         counted = saved(model, batch)
-        row: dict[str, Any] = {"policy": policy, "first": first, "taps": len(layers), "bytes": counted}
-        if train == "none" and adapter is None:
-            row["paper"] = on_paper(chosen, first, len(layers))
+        row: dict[str, Any] = {"policy": policy, "first": layers[0], "taps": len(layers), "bytes": counted}
+        if POLICIES[policy][:2] == ("none", None):
+            row["paper"] = on_paper(chosen, layers[0], len(layers))
             row["ratio"] = round(counted / row["paper"], 3)
         results.append(row)
         print(row, flush=True)
         write(chosen, results)
     plot(chosen, results)
+
+
+def make_policy(size: str, policy: str) -> tuple[mt.FusedModel, list[int]]:
+    """Give a model trained as one of ``POLICIES`` says, and the layers at which its text reads its source."""
+    train, adapter, where = POLICIES[policy]
+    depth = SIZES[size]["num_hidden_layers"]
+    layers = sorted({max(1, round(where * depth)), depth})
+    graph = mt.FusionGraph()
+    graph.add_tower("source", make_tower(size, 0), adapter=None)
+    graph.add_tower("text", make_tower(size, 1), train=train, adapter=adapter)
+    graph.add_link("source", "text", taps=[(layer, layer) for layer in layers])
+    return graph.compile(), layers
 
 
 def saved(model: mt.FusedModel, batch: mt.stream.Batch) -> int:
@@ -94,7 +85,7 @@ def saved(model: mt.FusedModel, batch: mt.stream.Batch) -> int:
 
 
 def on_paper(chosen: Any, first: int, taps: int) -> int:
-    """Count as the formulas above say."""
+    """Count as docs/performance.md does."""
     size = SIZES[chosen.size]
     width, inner, heads = size["hidden_size"], size["intermediate_size"], size["num_attention_heads"]
     keys = width * size["num_key_value_heads"] // heads

@@ -1,13 +1,14 @@
 """Time a fused step of training, and a forward, beside the sum of the parts.
 
     python benchmarks/train_step.py                     # tiny towers, a minute or two
-    python benchmarks/train_step.py --size smollm2      # towers of the shape of SmolLM2-135M
+    python benchmarks/train_step.py --size smollm2 --rows 2 --length 32     # the shape of SmolLM2-135M
 
 The parts are each native tower alone, loss and backward included, and each tap of each link alone on detached
 states. Whole and parts take turns in one process, and each round gives one ratio; medians and quartiles of
 these go to results.json and ratios.png. The towers stand in a ring, have random weights, and all have labels
 unless --targets says otherwise.
-A step is a forward and a backward; what the optimizer does is the same for both, and left out.
+A step is a forward and a backward; what the optimizer does is the same for both, and left out. Each result
+also says how large the resident set had been by then, at most.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 
 from measure import begin, interleaved, milliseconds, options, plot_ratios, ratio, write
 from models import SIZES, Parts, make_batch, make_model
+from resident import peak
 
 
 def main() -> None:
@@ -58,6 +60,7 @@ def main() -> None:
                     "train": f"train={train}",
                     "ms": milliseconds(times),
                     "ratio": ratio(times["fused"], times["towers"], times["links"]),
+                    "peak_bytes": peak(),
                 }
             )
             show(results[-1])
@@ -87,7 +90,8 @@ def show(result: dict[str, Any]) -> None:
     low, median, high = (result["ratio"][key] for key in ("low", "median", "high"))
     print(
         f"{result['kind']:8} {result['towers']} {result['train']:10} {ms} ms, "
-        f"{median:.3f} ({low:.3f} to {high:.3f}) of its parts",
+        f"{median:.3f} ({low:.3f} to {high:.3f}) of its parts, "
+        f"{result['peak_bytes'] / 2**30:.1f} GiB",
         flush=True,
     )
 

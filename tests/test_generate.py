@@ -188,3 +188,20 @@ def test_a_family_that_mistakes_a_lone_token_after_padding_decodes_by_length() -
     assert not model.tower("text").pads_left
     decoded = model.generate(SOURCES, output=["text"], max_new_tokens=5)
     assert lists(decoded) == [[greedy_by_hand(model, example, "text", 5)] for example in SOURCES]
+
+
+@pytest.mark.parametrize("compiled_by", ["generate", "the user"])
+def test_a_model_that_was_compiled_for_itself_still_decodes_with_its_links(compiled_by: str) -> None:
+    from transformers import CompileConfig
+
+    torch._dynamo.reset()
+    model = towers("llama")
+    native, options = model.unimodal("text"), {"max_new_tokens": 6, "cache_implementation": "static"}
+    expected = lists(model.generate([SOURCES[0]], ["text"], **options))
+    if compiled_by == "the user":
+        native.forward = torch.compile(native.forward, backend="eager")
+    else:
+        options["compile_config"] = CompileConfig(backend="eager", mode=None)
+        options["compile_config"]._compile_all_devices = True
+    alone = native.generate(torch.tensor([[0]]), attention_mask=torch.tensor([[1]]), **options)
+    assert lists(model.generate([SOURCES[0]], ["text"], **options)) == expected != [alone.tolist()]

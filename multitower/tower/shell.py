@@ -137,10 +137,16 @@ def make_shell(model: nn.Module, path: str, layers: Sequence[nn.Module]) -> Shel
 
 
 def _twin(original: nn.Module) -> nn.Module:
-    """Copy a module shallowly; a forward that was bound to it, as accelerate's hooks do, is bound anew."""
+    """Copy a module shallowly; a forward that was bound to it, as accelerate's hooks do, is bound anew.
+
+    What ``torch.compile`` made of one runs the original whatever it is bound to, so the copy goes without.
+    """
     twin = copy.copy(original)
     for key, value in vars(original).items():
-        if isinstance(value, types.MethodType) and value.__self__ is original:
+        compiled = getattr(value, "_torchdynamo_orig_callable", None)
+        if getattr(compiled, "__self__", None) is original:
+            del vars(twin)[key]
+        elif isinstance(value, types.MethodType) and value.__self__ is original:
             vars(twin)[key] = types.MethodType(value.__func__, twin)
         elif isinstance(value, functools.partial) and any(each is original for each in value.args):
             args = (twin if each is original else each for each in value.args)
