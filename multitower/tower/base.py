@@ -41,11 +41,10 @@ class Tower(nn.Module, ABC):
     >>> Bag()(torch.tensor([[2, 3, 4]])).shape
     torch.Size([1, 3, 10])
 
-    A tower decodes each step from the first token, unless it says that it can take a cache, by ``caches``:
-    then ``embed`` is called as ``embed(tokens, cache)`` with transformers' ``DynamicCache``, and hands it to the
-    layers in the context. The tokens follow ``cache.get_seq_length()`` others; layer ``index`` appends its keys
-    and values, shape (batch, heads, length, head width), and gets those of all tokens so far by
-    ``keys, values = cache.update(keys, values, index - 1)``. Rows in it are not padded.
+    Such a tower decodes each step from the first token. One that sets ``caches`` decodes only new tokens:
+    ``embed(tokens, cache)`` is then given transformers' ``DynamicCache`` and hands it to the layers in the
+    context. The tokens come after ``cache.get_seq_length()`` others, and layer ``index`` gets the keys and
+    values of all by ``cache.update(keys, values, index - 1)``, of shape (batch, heads, length, head width).
 
     Subclasses set the attributes and the three methods. Streams are padded on the right, so a causal
     tower needs no padding mask.
@@ -59,7 +58,7 @@ class Tower(nn.Module, ABC):
         max_length: How many tokens a row may have, where ``generate`` then stops; None without such a limit.
         caches: Whether ``embed`` takes a cache as its second argument, None by default, and layers use it.
         pads_left: Whether ``decoder`` decodes rows with padding on the left as it does each alone; if not,
-            prompts of unlike length are decoded one after the other. A tower that ``caches`` does not.
+            prompts of unlike length are decoded one after the other. Towers that set ``caches`` do not.
     """
 
     depth: int
@@ -71,7 +70,8 @@ class Tower(nn.Module, ABC):
     caches: bool = False
 
     @property
-    def pads_left(self) -> bool:  # noqa: D102  # an attribute, described above
+    def pads_left(self) -> bool:
+        """Whether rows with padding on the left decode as they do alone; see above."""
         return not self.caches
 
     @abstractmethod

@@ -38,8 +38,8 @@ class CachedDecoder(_Decoder):
         """Decode as ``transformers`` does, rows of one length."""
         if attention_mask is not None and not bool(attention_mask.all()):
             raise ValueError(
-                f"{type(self.tower).__name__} decodes with a cache, where padding has no place; decode rows of "
-                "unlike length one length after the other"
+                f"{type(self.tower).__name__} decodes with a cache, where padding has no place; decode rows "
+                "of unlike length one length after the other"
             )
         return super().generate(inputs, attention_mask=attention_mask, **options)
 
@@ -50,8 +50,8 @@ class CachedDecoder(_Decoder):
         cache = transformers.DynamicCache(config=self.config) if past_key_values is None else past_key_values
         if not isinstance(cache, transformers.DynamicCache):
             raise ValueError(
-                f"{type(self.tower).__name__} decodes with a DynamicCache, not with a {type(cache).__name__}; "
-                "leave cache_implementation out"
+                f"{type(self.tower).__name__} decodes with a DynamicCache, not with a "
+                f"{type(cache).__name__}; leave cache_implementation out"
             )
         start = int(cache.get_seq_length())
         positions = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)
