@@ -1,0 +1,106 @@
+"""Two decoders of transformers joined by forward hooks, as one would write it without a library.
+
+    from hook_version import Hooked
+    joined = Hooked(source, target, taps=[(2, 2), (4, 4)])
+    loss = joined(source_tokens, target_tokens)
+    joined.generate(source_tokens, prompt, max_new_tokens=100)
+
+The source runs without autograd; its hidden states are kept, and a hook on a layer of the target lets that layer
+read them, in training and in the target's own ``generate`` with its own cache. Both towers are frozen. A tap has
+the modules, names and shapes of ``multitower.link.GatedCrossAttention``, so that weights can be exchanged.
+Rows of one length are assumed, the source before the target: then no mask is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class CrossAttention(nn.Module):
+    """Gated cross-attention and a gated feed-forward."""
+
+    def __init__(self, source_width: int, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.source_norm = nn.LayerNorm(source_width)
+        self.project = nn.Sequential(
+            nn.Linear(source_width, width),
+            nn.GELU(),
+            nn.Linear(width, width),
+            nn.GELU(),
+            nn.Linear(width, width),
+        )
+        self.norm = nn.LayerNorm(width)
+        self.query, self.key, self.value, self.out = (nn.Linear(width, width, bias=False) for _ in range(4))
+        self.ffn_norm = nn.LayerNorm(width)
+        self.ffn = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.attention_gate = nn.Parameter(torch.zeros(1))
+        self.ffn_gate = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor, source: Tensor) -> Tensor:
+        """Give the state after the tap, for states of shape (batch, length, width)."""
+        states = self.project(self.source_norm(source))
+        query, keys, values = (
+            each.view(*each.shape[:2], self.heads, -1).transpose(1, 2)
+            for each in (self.query(self.norm(x)), self.key(states), self.value(states))
+        )
+        attended = F.scaled_dot_product_attention(query, keys, values).transpose(1, 2).reshape(x.shape)
+        x = x + torch.tanh(self.attention_gate) * self.out(attended)
+        return x + torch.tanh(self.ffn_gate) * self.ffn(self.ffn_norm(x))
+
+
+class Hooked(nn.Module):
+    """A target whose layers read a source, by hooks.
+
+    Args:
+        source: A causal LM of transformers with the layers ``model.layers``.
+        target: Another.
+        taps: Pairs of a layer of the source and the layer of the target after which it is read, from 1.
+        heads: Of each tap.
+    """
+
+    def __init__(self, source: Any, target: Any, taps: Sequence[tuple[int, int]], heads: int) -> None:
+        super().__init__()
+        self.source = source.requires_grad_(False).eval()
+        self.target = target.requires_grad_(False).eval()
+        widths = source.config.hidden_size, target.config.hidden_size
+        self.taps = nn.ModuleList(CrossAttention(*widths, heads) for _ in taps)
+        self.read_layers = [layer for layer, _ in taps]
+        self.states: tuple[Tensor, ...] = ()
+        for place, (_, layer) in enumerate(taps):
+            target.model.layers[layer - 1].register_forward_hook(self._hook(place))
+
+    def forward(self, source: Tensor, tokens: Tensor) -> Tensor:
+        """Give the loss of the target's tokens, shape (batch, length), after those of the source."""
+        self.read(source)
+        loss: Tensor = self.target(input_ids=tokens, labels=tokens, use_cache=False).loss
+        return loss
+
+    @torch.no_grad()
+    def generate(self, source: Tensor, prompt: Tensor, **options: Any) -> Tensor:
+        """Decode by the target's own ``generate``."""
+        self.read(source)
+        tokens: Tensor = self.target.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+        return tokens
+
+    @torch.no_grad()
+    def read(self, source: Tensor) -> None:
+        """Run the source, without its head, and keep its states."""
+        seen = self.source.model(input_ids=source, output_hidden_states=True, use_cache=False).hidden_states
+        last = len(seen) - 1
+        if last in self.read_layers:  # what transformers gives for the last layer is after the final norm
+            raise ValueError(f"layer {last} cannot be read: transformers gives its state only after the norm")
+        self.states = tuple(seen[layer] for layer in self.read_layers)
+
+    def _hook(self, place: int) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            state = output[0] if isinstance(output, tuple) else output
+            state = self.taps[place](state, self.states[place])
+            return (state, *output[1:]) if isinstance(output, tuple) else state
+
+        return hook
