@@ -5,10 +5,10 @@
     loss = joined(source_tokens, target_tokens)
     joined.generate(source_tokens, prompt, max_new_tokens=100)
 
-The source runs without autograd; its hidden states are kept, and a hook on a layer of the target lets that layer
-read them, in training and in the target's own ``generate`` with its own cache. Both towers are frozen. A tap has
-the modules, names and shapes of ``multitower.link.GatedCrossAttention``, so that weights can be exchanged.
-Rows of one length are assumed, the source before the target: then no mask is needed.
+The source runs without autograd; its states are kept, and a hook on a layer of the target lets that layer
+read them, in training and in the target's own ``generate`` with its own cache. Both towers are frozen. A tap
+has the modules, names and shapes of ``multitower.link.GatedCrossAttention``, so that values can be exchanged.
+Rows are of one length, the source before the target: then no mask is needed.
 """
 
 from __future__ import annotations
@@ -70,10 +70,10 @@ class Hooked(nn.Module):
         self.target = target.requires_grad_(False).eval()
         widths = source.config.hidden_size, target.config.hidden_size
         self.taps = nn.ModuleList(CrossAttention(*widths, heads) for _ in taps)
-        self.read_layers = [layer for layer, _ in taps]
-        self.states: tuple[Tensor, ...] = ()
-        for place, (_, layer) in enumerate(taps):
-            target.model.layers[layer - 1].register_forward_hook(self._hook(place))
+        self.states: dict[int, Tensor] = {}
+        for place, (read, layer) in enumerate(taps):
+            source.model.layers[read - 1].register_forward_hook(self._keep(place))
+            target.model.layers[layer - 1].register_forward_hook(self._add(place))
 
     def forward(self, source: Tensor, tokens: Tensor) -> Tensor:
         """Give the loss of the target's tokens, shape (batch, length), after those of the source."""
@@ -91,13 +91,15 @@ class Hooked(nn.Module):
     @torch.no_grad()
     def read(self, source: Tensor) -> None:
         """Run the source, without its head, and keep its states."""
-        seen = self.source.model(input_ids=source, output_hidden_states=True, use_cache=False).hidden_states
-        last = len(seen) - 1
-        if last in self.read_layers:  # what transformers gives for the last layer is after the final norm
-            raise ValueError(f"layer {last} cannot be read: transformers gives its state only after the norm")
-        self.states = tuple(seen[layer] for layer in self.read_layers)
+        self.source.model(input_ids=source, use_cache=False)
 
-    def _hook(self, place: int) -> Any:
+    def _keep(self, place: int) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            self.states[place] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    def _add(self, place: int) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
             state = output[0] if isinstance(output, tuple) else output
             state = self.taps[place](state, self.states[place])

@@ -111,13 +111,15 @@ def milliseconds(times: Mapping[str, Sequence[float]]) -> dict[str, dict[str, fl
     return {name: spread([1000 * each for each in seconds]) for name, seconds in times.items()}
 
 
-def write(chosen: argparse.Namespace, results: Sequence[Mapping[str, Any]]) -> None:
-    """Write results.json: settings, machine, versions, results."""
+def write(
+    chosen: argparse.Namespace, results: Sequence[Mapping[str, Any]], packages: Sequence[str] = ()
+) -> None:
+    """Write results.json: settings, machine, versions (of further packages too), results."""
     document = {
         "settings": vars(chosen),
         "machine": {"processor": processor(), "machine": platform.machine(), "device": device_name(chosen)},
         "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in PACKAGES},
+        | {name: importlib.metadata.version(name) for name in (*PACKAGES, *packages)},
         "results": list(results),
     }
     written = json.dumps(document, indent=2, default=str) + "\n"

@@ -94,7 +94,7 @@ def main() -> None:
     faster = {f"{peer} / {name}": ratio(times[peer], times[name]) for name in ours for peer in calm}
     results.append({"kind": f"{chosen.new} tokens", "ms": milliseconds(times), "times_faster": faster})
     print(results[-1], flush=True)
-    write(chosen, results)
+    write(chosen, results, ("CALM-pytorch", "x-transformers"))
     plot_times(chosen.out / "times.png", results)
 
 
