@@ -6,24 +6,29 @@
 Both have the same frozen towers and the same values in every tap; before anything is timed, the losses, the
 gradients of all taps and greedily decoded tokens are compared. A step is a forward and a backward. Decoding
 begins with the source and ends with --new tokens; each starts from one prompt token. The hooks compute the
-source's keys and values at each step, as a hook in the target's forward does.
+source's keys and values at each step, as a hook in the target's forward does. "hooks" calls the models as
+models are called; "careful hooks" leaves out the source's head and masks that are not needed. A step has rows
+of one length, where nothing is masked, or "ragged" ones, each part of which is between half as long and as long.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 import multitower as mt
 from hook_version import Hooked
 from measure import begin, interleaved, milliseconds, options, plot_times, ratio, write
 from models import INTERLEAVE, SIZES, make_tower
 from multitower.testing import open_gates
+
+HOOKED = {"hooks": False, "careful hooks": True}
 
 
 def main() -> None:
@@ -39,29 +44,33 @@ def main() -> None:
     taps = [(layer, layer) for layer in range(every, depth + 1, every)]
     source, target = make_tower(chosen.size, 0), make_tower(chosen.size, 1)
     ours = fuse(source, target, taps)
-    hooked = by_hooks(ours, copy.deepcopy(source), copy.deepcopy(target), taps)
+    hooked = {
+        name: by_hooks(ours, copy.deepcopy(source), copy.deepcopy(target), taps, careful=careful)
+        for name, careful in HOOKED.items()
+    }
     size = SIZES[chosen.size]["vocab_size"]
-    given, tokens = torch.randint(3, size, (2, chosen.rows, chosen.length))
-    batch = batch_of(given, tokens)
+    full = rows_of(torch.full((2, chosen.rows), chosen.length), size)
+    ragged = rows_of(torch.randint(chosen.length // 2, chosen.length + 1, (2, chosen.rows)), size)
     long, prompt = torch.randint(3, size, (1, chosen.source)), torch.ones(1, 1, dtype=torch.long)
     limits = {"max_new_tokens": chosen.new, "min_new_tokens": chosen.new, "do_sample": False}
-    compare(ours, hooked, batch, given, tokens)
-    assert decode(ours, long, **limits) == decode_hooked(hooked, long, prompt, **limits)
+    for each in hooked.values():
+        for rows in (full, ragged):
+            compare(ours, each, rows)
+        assert decode(ours, long, **limits) == decode_hooked(each, long, prompt, **limits)
     print("losses, gradients and decoded tokens are the same", flush=True)
-    kinds = {
-        f"step, {chosen.rows} rows of {chosen.length}": {
-            "multitower": partial(step, ours, batch),
-            "hooks": partial(step_hooked, hooked, given, tokens),
-        },
-        f"{chosen.new} tokens after {chosen.source}": {
-            "multitower": partial(decode, ours, long, **limits),
-            "hooks": partial(decode_hooked, hooked, long, prompt, **limits),
-        },
+    kinds: dict[str, dict[str, Callable[[], object]]] = {}
+    for kind, rows in ((f"{chosen.rows} x {chosen.length}", full), ("ragged", ragged)):
+        kinds[f"step, {kind}"] = {"multitower": partial(step, ours, rows)}
+        kinds[f"step, {kind}"] |= {name: partial(step_hooked, each, rows) for name, each in hooked.items()}
+    decoding = f"{chosen.new} tokens after {chosen.source}"
+    kinds[decoding] = {"multitower": partial(decode, ours, long, **limits)}
+    kinds[decoding] |= {
+        name: partial(decode_hooked, each, long, prompt, **limits) for name, each in hooked.items()
     }
     results: list[dict[str, Any]] = []
     for kind, runs in kinds.items():
         times = interleaved(runs, chosen.repeats, clock=chosen.clock, title=kind)
-        faster = ratio(times["hooks"], times["multitower"])
+        faster = {name: ratio(times[name], times["multitower"]) for name in hooked}
         results.append({"kind": kind, "ms": milliseconds(times), "times_faster": faster})
         print(results[-1], flush=True)
         write(chosen, results)
@@ -77,54 +86,73 @@ def fuse(source: Any, target: Any, taps: Sequence[tuple[int, int]]) -> mt.FusedM
     return open_gates(graph.compile())
 
 
-def by_hooks(model: mt.FusedModel, source: Any, target: Any, taps: Sequence[tuple[int, int]]) -> Hooked:
+def by_hooks(
+    model: mt.FusedModel, source: Any, target: Any, taps: Sequence[tuple[int, int]], *, careful: bool
+) -> Hooked:
     """Join copies of the towers by hooks, with the values of the model's own taps."""
     modules = [model.tap(tap) for tap in sorted(model.schedule.taps, key=lambda tap: tap.target_layer)]
-    hooked = Hooked(source, target, taps, heads=modules[0].heads)
+    hooked = Hooked(source, target, taps, heads=modules[0].heads, careful=careful)
     for own, module in zip(hooked.taps, modules, strict=True):
         own.load_state_dict(module.state_dict())
     return hooked
 
 
-def batch_of(given: Tensor, tokens: Tensor) -> mt.stream.Batch:
-    """Put the source before the text in each row."""
-    return mt.collate(
+class Rows(NamedTuple):
+    """What a step is given, as a batch of ours and as the hooks take it."""
+
+    batch: mt.stream.Batch
+    hooked: dict[str, Tensor]
+
+
+def rows_of(lengths: Tensor, vocabulary: int) -> Rows:
+    """Draw rows in which the source stands before the text.
+
+    Args:
+        lengths: Of the source and of the text in each row, shape (2, rows).
+        vocabulary: How many tokens each tower has.
+    """
+    parts = [[torch.randint(3, vocabulary, (int(length),)) for length in each] for each in lengths]
+    batch = mt.collate(
         [
             [mt.Segment("source", one), mt.Segment("text", two, target=True)]
-            for one, two in zip(given, tokens, strict=True)
+            for one, two in zip(*parts, strict=True)
         ]
     )
+    given, tokens = (pad_sequence(each, batch_first=True) for each in parts)
+    labels = pad_sequence(parts[1], batch_first=True, padding_value=-100)
+    hooked = {"source": given, "tokens": tokens, "labels": labels}
+    if len(lengths.unique()) > 1:
+        hooked["source_mask"] = torch.arange(given.shape[1]) < lengths[0, :, None]
+    return Rows(batch, hooked)
 
 
-def compare(
-    model: mt.FusedModel, hooked: Hooked, batch: mt.stream.Batch, given: Tensor, tokens: Tensor
-) -> None:
+def compare(model: mt.FusedModel, hooked: Hooked, rows: Rows) -> None:
     """Check that both give the same loss and the same gradient of every value that is trained."""
-    loss, expected = model(**batch, logits=False).loss, hooked(given, tokens)
+    loss, expected = model(**rows.batch, logits=False).loss, hooked(**rows.hooked)
     assert loss is not None
     torch.testing.assert_close(loss, expected)
     modules = [model.tap(tap) for tap in sorted(model.schedule.taps, key=lambda tap: tap.target_layer)]
-    gradients = torch.autograd.grad(loss, [each for module in modules for each in module.parameters()])
-    names = {name for name, _ in modules[0].named_parameters()}
-    others = torch.autograd.grad(
-        expected,
-        [tap.get_parameter(name) for tap in hooked.taps for name, _ in modules[0].named_parameters()],
-    )
-    assert names == {name for name, _ in hooked.taps[0].named_parameters()}
-    for found, other in zip(gradients, others, strict=True):
-        torch.testing.assert_close(found, other, rtol=1e-3, atol=1e-5 * float(other.abs().max()) + 1e-7)
+    for module, own in zip(modules, hooked.taps, strict=True):
+        names = [name for name, _ in module.named_parameters()]
+        assert set(names) == {name for name, _ in own.named_parameters()}
+        found, others = (
+            torch.autograd.grad(value, [part.get_parameter(name) for name in names], retain_graph=True)
+            for value, part in ((loss, module), (expected, own))
+        )
+        for one, other in zip(found, others, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5 * float(other.abs().max()) + 1e-7)
 
 
-def step(model: mt.FusedModel, batch: mt.stream.Batch) -> None:
+def step(model: mt.FusedModel, rows: Rows) -> None:
     """Run forward and backward."""
-    loss = model(**batch, logits=False).loss
+    loss = model(**rows.batch, logits=False).loss
     assert loss is not None
     loss.backward()
 
 
-def step_hooked(hooked: Hooked, given: Tensor, tokens: Tensor) -> None:
+def step_hooked(hooked: Hooked, rows: Rows) -> None:
     """Run forward and backward of the hook version."""
-    hooked(given, tokens).backward()
+    hooked(**rows.hooked).backward()
 
 
 def decode(model: mt.FusedModel, given: Tensor, **limits: Any) -> list[int]:

@@ -56,9 +56,9 @@ def _check_shapes(case: Case) -> None:
     assert (logits[0] - logits[1]).abs().max() > least, "the logits do not depend on the tokens"
     assert torch.equal(logits, tower(tokens)), "tower(tokens) is not what embed, layer and head give"
     places = torch.tensor([1, 3], device=logits.device)
-    some = _call("head_at", tower.head_at, hidden, context, places)
+    some = call("head_at", tower.head_at, hidden, context, places)
     assert some.shape == (2, 2, tower.vocab_size), f"head_at gives {tuple(some.shape)} for two places"
-    _assert_close(some, logits[:, places], "head_at gives other logits than head")
+    assert_close(some, logits[:, places], "head_at gives other logits than head")
 
 
 @torch.no_grad()
