@@ -8,7 +8,7 @@ gradients of all taps and greedily decoded tokens are compared. A step is a forw
 begins with the source and ends with --new tokens; each starts from one prompt token. The hooks compute the
 source's keys and values at each step, as a hook in the target's forward does. "hooks" calls the models as
 models are called; "careful hooks" leaves out the source's head and masks that are not needed. A step has rows
-of one length, where nothing is masked, or "ragged" ones, each part of which is between half as long and as long.
+of one length, where nothing is masked, or "ragged" ones, with parts of half that length and more.
 """
 
 from __future__ import annotations
