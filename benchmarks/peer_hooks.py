@@ -9,6 +9,7 @@ begins with the source and ends with --new tokens; each starts from one prompt t
 source's keys and values at each step, as a hook in the target's forward does. "hooks" calls the models as
 models are called; "careful hooks" leaves out the source's head and masks that are not needed. A step has rows
 of one length, where nothing is masked, or "ragged" ones, with parts of half that length and more.
+"kept states" reads what the source gives from disk, as computed once before (``multitower.KeptStates``).
 """
 
 from __future__ import annotations
@@ -53,14 +54,19 @@ def main() -> None:
     ragged = rows_of(torch.randint(chosen.length // 2, chosen.length + 1, (2, chosen.rows)), size)
     long, prompt = torch.randint(3, size, (1, chosen.source)), torch.ones(1, 1, dtype=torch.long)
     limits = {"max_new_tokens": chosen.new, "min_new_tokens": chosen.new, "do_sample": False}
+    few = {**limits, "max_new_tokens": 8, "min_new_tokens": 8}
     for each in hooked.values():
         for rows in (full, ragged):
             compare(ours, each, rows)
-        assert decode(ours, long, **limits) == decode_hooked(each, long, prompt, **limits)
+        assert decode(ours, long, **few) == decode_hooked(each, long, prompt, **few)
     print("losses, gradients and decoded tokens are the same", flush=True)
+    kept = mt.KeptStates.compute(ours, [full.batch, ragged.batch], chosen.out / "states")
     kinds: dict[str, dict[str, Callable[[], object]]] = {}
     for kind, rows in ((f"{chosen.rows} x {chosen.length}", full), ("ragged", ragged)):
-        kinds[f"step, {kind}"] = {"multitower": partial(step, ours, rows)}
+        kinds[f"step, {kind}"] = {
+            "multitower": partial(step, ours, rows),
+            "multitower, kept states": partial(step, ours, rows, kept),
+        }
         kinds[f"step, {kind}"] |= {name: partial(step_hooked, each, rows) for name, each in hooked.items()}
     decoding = f"{chosen.new} tokens after {chosen.source}"
     kinds[decoding] = {"multitower": partial(decode, ours, long, **limits)}
@@ -70,7 +76,12 @@ def main() -> None:
     results: list[dict[str, Any]] = []
     for kind, runs in kinds.items():
         times = interleaved(runs, chosen.repeats, clock=chosen.clock, title=kind)
-        faster = {name: ratio(times[name], times["multitower"]) for name in hooked}
+        faster = {
+            f"{name} / {own}": ratio(times[name], times[own])
+            for name in hooked
+            for own in times
+            if own not in hooked
+        }
         results.append({"kind": kind, "ms": milliseconds(times), "times_faster": faster})
         print(results[-1], flush=True)
         write(chosen, results)
@@ -143,9 +154,10 @@ def compare(model: mt.FusedModel, hooked: Hooked, rows: Rows) -> None:
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5 * float(other.abs().max()) + 1e-7)
 
 
-def step(model: mt.FusedModel, rows: Rows) -> None:
-    """Run forward and backward."""
-    loss = model(**rows.batch, logits=False).loss
+def step(model: mt.FusedModel, rows: Rows, kept: mt.KeptStates | None = None) -> None:
+    """Run forward and backward; find the states of the source, where they are kept."""
+    batch = rows.batch if kept is None else kept(rows.batch)
+    loss = model(**batch, logits=False).loss
     assert loss is not None
     loss.backward()
 
