@@ -1,11 +1,13 @@
 """Time a step of training, and decoding, beside torchtune's DeepFusionModel on the same towers.
 
     python -m venv tune && . tune/bin/activate
-    pip install -c constraints.txt -e '.[testing]' matplotlib tqdm torchtune==0.6.1 torchao==0.13.0
+    pip install -c constraints.txt -e '.[testing]' matplotlib tqdm torchtune==0.6.1
+    pip install torchao==0.13.0
     python benchmarks/peer_torchtune.py                     # tiny towers, a minute or two
     python benchmarks/peer_torchtune.py --size smollm2      # towers of the shape of SmolLM2-135M
 
-torchtune 0.6.1, its last release, does not import with the newest torchao, hence the second pin.
+torchtune 0.6.1, its last release, does not import with the torchao of constraints.txt: 0.18 has no
+torchao.dtypes.nf4tensor.
 
 DeepFusionModel has one encoder, whose output every fusion layer reads. Here that is a frozen decoder without
 its head, and the taps of ours all read its last layer. Towers are Llamas of transformers here and torchtune's
