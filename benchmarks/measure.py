@@ -125,13 +125,15 @@ def milliseconds(times: Mapping[str, Sequence[float]]) -> dict[str, dict[str, fl
     return {name: spread([1000 * each for each in seconds]) for name, seconds in times.items()}
 
 
-def write(chosen: argparse.Namespace, results: Sequence[Mapping[str, Any]]) -> None:
-    """Write results.json: settings, machine, versions, results."""
+def write(
+    chosen: argparse.Namespace, results: Sequence[Mapping[str, Any]], packages: Sequence[str] = ()
+) -> None:
+    """Write results.json: settings, machine, versions (of further packages too), results."""
     document = {
         "settings": vars(chosen),
         "machine": {"processor": processor(), "machine": platform.machine(), "device": device_name(chosen)},
         "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in PACKAGES},
+        | {name: importlib.metadata.version(name) for name in (*PACKAGES, *packages)},
         "results": list(results),
     }
     written = json.dumps(document, indent=2, default=str) + "\n"
@@ -189,7 +191,7 @@ def plot_times(file: Path, results: Sequence[Mapping[str, Any]]) -> None:
             [one - middle for middle, one in zip(medians, high, strict=True)],
         ]
         axes.bar(list(result["ms"]), medians, yerr=errors, capsize=3)
-        axes.tick_params(axis="x", rotation=20)
+        axes.set_xticks(range(len(medians)), list(result["ms"]), rotation=25, ha="right")
         axes.set(ylabel="ms", title=result["kind"])
     figure.savefig(file, dpi=120)
 

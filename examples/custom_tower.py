@@ -16,7 +16,11 @@ import tempfile
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
+from transformers import DynamicCache
 from x_transformers import Decoder, TransformerWrapper
+from x_transformers.attend import Intermediates
+from x_transformers.x_transformers import LayerIntermediates, ShiftTokens
 
 import multitower as mt
 from multitower.testing import check_tower
@@ -37,12 +41,15 @@ class Block(nn.Module):
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.ffn = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, x: Tensor) -> Tensor:
-        heads = [
+    def forward(self, x: Tensor, cache: DynamicCache | None = None, place: int = 0) -> Tensor:
+        query, keys, values = (
             each.unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for each in self.qkv(self.norm1(x)).chunk(3, -1)
-        ]
-        attended = F.scaled_dot_product_attention(*heads, is_causal=True)
+        )
+        if cache is not None:
+            keys, values = cache.update(keys, values, place)
+        causal = causal_lower_right(query.shape[2], keys.shape[2])
+        attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=causal)
         x = x + self.out(attended.transpose(1, 2).flatten(2))
         return x + self.ffn(self.norm2(x))
 
@@ -69,10 +76,11 @@ class GPTTower(mt.Tower):
     """The same decoder as a tower: its forward, taken apart.
 
     ``native`` is optional: with it ``check_tower`` compares the tower with the model, and ``unimodal`` gives
-    the model back.
+    the model back. So is ``caches``: without, each step of decoding starts from the first token.
     """
 
     begin, end = BEGIN, (END,)
+    caches = True
 
     def __init__(self, model: GPT) -> None:
         super().__init__()
@@ -84,13 +92,15 @@ class GPTTower(mt.Tower):
     def native(self) -> nn.Module:
         return self.model
 
-    def embed(self, tokens: Tensor) -> tuple[Tensor, None]:
-        return self.model.tokens(tokens) + self.model.positions.weight[: tokens.shape[1]], None
+    def embed(self, tokens: Tensor, cache: DynamicCache | None = None) -> tuple[Tensor, DynamicCache | None]:
+        before = 0 if cache is None else cache.get_seq_length()
+        positions = self.model.positions.weight[before : before + tokens.shape[1]]
+        return self.model.tokens(tokens) + positions, cache
 
-    def layer(self, index: int, hidden: Tensor, context: None) -> Tensor:
-        return self.model.blocks[index - 1](hidden)
+    def layer(self, index: int, hidden: Tensor, cache: DynamicCache | None) -> Tensor:
+        return self.model.blocks[index - 1](hidden, cache, index - 1)
 
-    def head(self, hidden: Tensor, context: None) -> Tensor:
+    def head(self, hidden: Tensor, cache: DynamicCache | None) -> Tensor:
         return self.model.unembed(self.model.norm(hidden))
 
 
@@ -112,24 +122,44 @@ class XTransformersTower(mt.Tower):
         self.blocks = [order[start : start + size] for start in range(0, len(order), size)]
         self.depth, self.width = len(self.blocks), stack.dim
         self.vocab_size, self.max_length = model.num_tokens, model.max_seq_len or None
+        attends_first = any(stack.layer_types[place] == "a" for place in self.blocks[0])
+        shifts = any(isinstance(module, ShiftTokens) for module in stack.modules())
+        self.caches = model.can_cache_kv and attends_first and not shifts
         self._refuse_what_differs()
 
     @property
     def native(self) -> nn.Module:
         return self.model
 
-    def embed(self, tokens: Tensor) -> tuple[Tensor, None]:
-        model = self.model
-        x = model.post_emb_norm(model.token_emb(tokens) + model.pos_emb(tokens))
-        return model.project_emb(model.emb_dropout(x)), None
+    def embed(self, tokens: Tensor, cache: DynamicCache | None = None) -> tuple[Tensor, DynamicCache | None]:
+        model, before = self.model, 0 if cache is None else cache.get_seq_length()
+        x = model.post_emb_norm(model.token_emb(tokens) + model.pos_emb(tokens, offset=before))
+        return model.project_emb(model.emb_dropout(x)), cache
 
-    def layer(self, index: int, hidden: Tensor, context: None) -> Tensor:
-        blocks = self.blocks[index - 1]
-        _, seen = self.model.attn_layers(hidden, layers_execute_order=blocks, return_hiddens=True)
+    def layer(self, index: int, hidden: Tensor, cache: DynamicCache | None) -> Tensor:
+        before, new = self._before(index, cache), hidden.shape[1]
+        _, seen = self.model.attn_layers(
+            hidden,
+            layers_execute_order=self.blocks[index - 1],
+            return_hiddens=True,
+            cache=before,
+            cache_age=new,
+        )
+        if cache is not None:
+            for each in seen.attn_intermediates:
+                cache.update(*(part[:, :, -new:] for part in each.cached_kv), index - 1)
         return seen.layer_hiddens[-1]  # what the last block gave, before the final norm
 
-    def head(self, hidden: Tensor, context: None) -> Tensor:
+    def head(self, hidden: Tensor, cache: DynamicCache | None) -> Tensor:
         return self.model.to_logits(self.model.attn_layers(hidden, layers_execute_order=()))
+
+    def _before(self, index: int, cache: DynamicCache | None) -> LayerIntermediates | None:
+        """Give what a layer keeps of earlier tokens as x-transformers takes it."""
+        if cache is None or not cache.get_seq_length(index - 1):
+            return None
+        kept = cache.layers[index - 1]
+        attention = Intermediates(cached_kv=(kept.keys, kept.values))
+        return LayerIntermediates(attn_intermediates=[attention], cache_length=kept.get_seq_length())
 
     @torch.no_grad()
     def _refuse_what_differs(self) -> None:

@@ -199,6 +199,67 @@ class DecodesWithoutLinks(TinyTower):
         return super().decoder(ignore)
 
 
+class Caches(TinyTower):
+    """A tiny tower that decodes with a cache, and so only attends to all that came before."""
+
+    caches = True
+
+    def embed(self, tokens: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
+        return self.table(tokens), cache
+
+    def layer(self, index: int, hidden: Tensor, context: Any) -> Tensor:
+        layer = self.layers[index - 1]
+        query, *new = (part[:, None] for part in layer.attention(layer.norm(hidden)).chunk(3, dim=-1))
+        keys, values = self.all_of(index, new, context)
+        attended = nn.functional.scaled_dot_product_attention(
+            query, keys, values, attn_mask=self.mask(query.shape[2], keys.shape[2])
+        )
+        x = hidden + attended[:, 0]
+        return x + layer.out(layer.ffn(x))
+
+    def all_of(self, index: int, new: list[Tensor], cache: Any) -> Any:
+        return new if cache is None else cache.update(*new, index - 1)
+
+    def mask(self, new: int, total: int) -> Tensor:
+        return torch.ones(new, total, dtype=torch.bool).tril(total - new)
+
+
+class TakesNoCache(TinyTower):
+    caches = True
+
+
+class ForgetsItsCache(Caches):
+    def all_of(self, index: int, new: list[Tensor], cache: Any) -> Any:
+        return new
+
+
+class CachesTwice(Caches):
+    def all_of(self, index: int, new: list[Tensor], cache: Any) -> Any:
+        super().all_of(index, new, cache)
+        return super().all_of(index, new, cache)
+
+
+class CountsFromTheFirst(Caches):
+    def embed(self, tokens: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
+        places = torch.outer(torch.arange(tokens.shape[1]), torch.arange(8)).to(self.table.weight)
+        return self.table(tokens) + 0.1 * places, cache
+
+
+class MasksFromTheFirst(Caches):
+    def mask(self, new: int, total: int) -> Tensor:
+        return torch.ones(new, total, dtype=torch.bool).tril() if new > 1 else super().mask(new, total)
+
+
+class RemembersElsewhere(Caches):
+    def all_of(self, index: int, new: list[Tensor], cache: Any) -> Any:
+        if cache is not None:
+            cache.update(*new, index - 1)
+            kept = cache.__dict__.setdefault("others", {})
+            new = [torch.cat(parts, 2) for parts in zip(kept.get(index, []), new, strict=False)] or new
+            kept[index] = new
+        return new
+
+
 class CannotPadLeft(TinyTower):
     def decoder(self, inject: Inject) -> Any:
         decoder = super().decoder(inject)
@@ -243,6 +304,16 @@ BROKEN = [
     (DecodesWithoutEmbedding, "decoding", "injects after layer 1 where layer 0 is due"),
     (DecodesAnotherLayer, "decoding", "injects after layer 2 where layer 0 is due"),
     (DecodesWithoutLinks, "decoding", "decoding 6 tokens after 0 of padding differs from a forward"),
+    (TakesNoCache, "cache", r"embed\(tokens, cache\), a layer or the head fails with TypeError"),
+    (ForgetsItsCache, "cache", "after 3 tokens the cache holds 0: each layer must hand"),
+    (CachesTwice, "cache", "after 3 tokens the cache holds 6: each layer must hand"),
+    (CountsFromTheFirst, "cache", "1 tokens after 3 in a cache get other logits than without"),
+    (
+        MasksFromTheFirst,
+        "cache",
+        "3 tokens after 4 in a cache of reordered rows get other logits than without",
+    ),
+    (RemembersElsewhere, "cache", "after 4 in a cache of reordered rows get other logits than without"),
     (CannotPadLeft, "left padding", "decoding 3 tokens after 3 of padding differs from a forward"),
 ]
 
@@ -264,6 +335,8 @@ def test_what_is_broken_is_named(kind: type[TinyTower], guarantee: str, message:
         RunsOtherwise,
         IsOfOneDtype,
         DecodesElsewhere,
+        MasksFromTheFirst,
+        RemembersElsewhere,
         CannotPadLeft,
     ],
 )
@@ -292,6 +365,10 @@ def test_wrong_attributes_are_named(attributes: dict, message: str) -> None:
     for key, value in attributes.items():
         setattr(tower, key, value)
     assert message in tower_report(tower)["attributes"]
+
+
+def test_a_tower_that_caches_is_whole() -> None:
+    check_tower(built(Caches))
 
 
 def test_a_tower_without_begin_end_and_limit_is_whole() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import multitower as mt
-from multitower.testing import check_tower
+from multitower.testing import check_decoding, check_tower, open_gates
 
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")
@@ -76,6 +76,7 @@ REFUSED = {
 def test_x_transformers_give_every_guarantee(name: str) -> None:
     model = wrapper(*DONE[name])
     tower = XTransformersTower(model)
+    assert tower.caches == (name != "only attention")  # which shifts tokens, and would need the state before
     tokens = torch.randint(14, (3, 11))
     assert torch.equal(tower(tokens), model(tokens))
     check_tower(tower)
@@ -122,6 +123,74 @@ def test_segments_grow_no_longer_than_the_positions(output: list) -> None:
     segments = row[0] if isinstance(row[0], tuple) else row
     longest = max(len(each.tokens) + (3 if each.tower == "letters" else 0) for each in segments)
     assert longest == letters.max_length == signs.max_length
+
+
+def opened(caches: bool) -> mt.FusedModel:
+    torch.manual_seed(0)
+    letters, signs = towers()
+    if not caches:
+        letters.caches = signs.caches = False
+    return open_gates(fuse(letters, signs), scale=3.0)
+
+
+GIVEN = [
+    [mt.Segment("letters", [0, 5, 9, 7, 1])],
+    [mt.Segment("signs", [0, 3, 1]), mt.Segment("letters", [0, 5, 1])],
+    [mt.Segment("signs", [0, 6, 4, 9, 1])],
+]
+OPTIONS = {
+    "greedy": {},
+    "beams": {"num_beams": 3},
+    "samples": {"do_sample": True},
+    "samples of beams": {"do_sample": True, "num_beams": 2, "num_return_sequences": 2},
+    "chunks": {"prefill_chunk_size": 2},
+    "lookup": {"prompt_lookup_num_tokens": 2},
+    "no cache": {"use_cache": False},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("output", ["letters", "signs"])
+def test_cached_decoding_equals_uncached(name: str, output: str) -> None:
+    options = OPTIONS[name]
+    only_cached = name in ("chunks", "lookup", "no cache")
+    for given in GIVEN:
+        decoded = []
+        for caches, chosen in ((True, options), (False, {} if only_cached else options)):
+            torch.manual_seed(3)
+            rows = opened(caches).generate([given], [output], max_new_tokens=8, **chosen)
+            decoded.append([row[0].tokens.tolist() for row in rows])
+        assert decoded[0] == decoded[1]
+
+
+@pytest.mark.parametrize("output", [["letters", "signs"], [("letters", "signs")]])
+def test_cached_rows_decode_as_alone_and_as_without_cache(output: list) -> None:
+    together = opened(True).generate(GIVEN, output, max_new_tokens=8)
+    alone = [opened(True).generate([given], output, max_new_tokens=8)[0] for given in GIVEN]
+    assert str(together) == str(alone) == str(opened(False).generate(GIVEN, output, max_new_tokens=8))
+
+
+def test_decoding_gives_the_logits_of_a_forward() -> None:
+    check_decoding(opened(True), GIVEN)
+
+
+def test_each_step_runs_only_the_new_token() -> None:
+    model, lengths = opened(True), []
+    block = model.unimodal("letters").blocks[0]
+    block.register_forward_hook(lambda module, args, output: lengths.append(output.shape[1]))
+    model.generate(GIVEN[2:], ["letters"], max_new_tokens=5, min_new_tokens=5)
+    assert lengths == [1] * 5
+
+
+def test_a_static_cache_is_refused() -> None:
+    with pytest.raises(ValueError, match="decodes with a DynamicCache, not with a StaticCache"):
+        opened(True).generate(GIVEN[:1], ["letters"], cache_implementation="static")
+
+
+def test_padding_in_a_cache_is_refused() -> None:
+    decoder = towers()[0].decoder(lambda layer, state, positions: state)
+    with pytest.raises(ValueError, match="decode rows of unlike length one length after the other"):
+        decoder.generate(torch.tensor([[0, 5], [0, 0]]), attention_mask=torch.tensor([[1, 1], [0, 1]]))
 
 
 def test_pairs_mean_the_same() -> None:

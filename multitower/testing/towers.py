@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ..tower import Tower, TowerError
-from .guarantees import GUARANTEES, Case, Logits
+from .guarantees import GUARANTEES
+from .tower_case import Case, Logits
 
 
 def check_tower(tower: Tower, logits: Logits | None = None) -> None:

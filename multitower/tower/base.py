@@ -41,6 +41,11 @@ class Tower(nn.Module, ABC):
     >>> Bag()(torch.tensor([[2, 3, 4]])).shape
     torch.Size([1, 3, 10])
 
+    Such a tower decodes each step from the first token. One that sets ``caches`` decodes only new tokens:
+    ``embed(tokens, cache)`` is then given transformers' ``DynamicCache`` and hands it to the layers in the
+    context. The tokens come after ``cache.get_seq_length()`` others, and layer ``index`` gets the keys and
+    values of all by ``cache.update(keys, values, index - 1)``, of shape (batch, heads, length, head width).
+
     Subclasses set the attributes and the three methods. Streams are padded on the right, so a causal
     tower needs no padding mask.
 
@@ -51,8 +56,9 @@ class Tower(nn.Module, ABC):
         begin: The id that opens a segment, or None: then the tower cannot start one in ``generate``.
         end: The ids that close a segment; empty when there is none.
         max_length: How many tokens a row may have, where ``generate`` then stops; None without such a limit.
+        caches: Whether ``embed`` takes a cache as its second argument, None by default, and layers use it.
         pads_left: Whether ``decoder`` decodes rows with padding on the left as it does each alone; if not,
-            prompts of unlike length are decoded one after the other.
+            prompts of unlike length are decoded one after the other. Towers that set ``caches`` do not.
     """
 
     depth: int
@@ -61,7 +67,12 @@ class Tower(nn.Module, ABC):
     begin: int | None = None
     end: tuple[int, ...] = ()
     max_length: int | None = None
-    pads_left: bool = True
+    caches: bool = False
+
+    @property
+    def pads_left(self) -> bool:
+        """Whether rows with padding on the left decode as they do alone; see above."""
+        return not self.caches
 
     @abstractmethod
     def embed(self, tokens: Tensor) -> tuple[Tensor, Any]:
@@ -114,8 +125,9 @@ class Tower(nn.Module, ABC):
     def decoder(self, inject: Inject) -> Any:
         """Give a model with transformers' ``generate`` that runs this tower with ``inject`` after each layer.
 
-        This default works for any tower and computes every step from the start; override it for a cache.
+        This default works for any tower; where it does not have ``caches``, every step is computed from the
+        start.
         """
-        from .uncached import UncachedDecoder
+        from .custom import CachedDecoder, UncachedDecoder
 
-        return UncachedDecoder(self, inject)
+        return CachedDecoder(self, inject) if self.caches else UncachedDecoder(self, inject)

@@ -239,13 +239,18 @@ class PeftTower(Tower):
         self.tower = tower
         self.depth, self.width, self.vocab_size = tower.depth, tower.width, tower.vocab_size
         self.begin, self.end = tower.begin, tower.end
-        self.max_length, self.pads_left = tower.max_length, tower.pads_left
+        self.max_length = tower.max_length
         self._native = (model,)  # not registered: its parameters are the tower's
 
     @property
     def native(self) -> nn.Module:
         """The PeftModel."""
         return self._native[0]
+
+    @property
+    def pads_left(self) -> bool:
+        """See ``Tower``."""
+        return self.tower.pads_left
 
     def embed(self, tokens: Tensor) -> tuple[Tensor, Any]:
         """See ``Tower.embed``."""

@@ -182,7 +182,7 @@ class TransformersTower(Tower):
         return not self._unfaithful
 
     @functools.cached_property
-    def pads_left(self) -> bool:  # type: ignore[override]  # asked only when rows of unlike length decode
+    def pads_left(self) -> bool:  # asked only when rows of unlike length decode
         """Whether rows with padding on the left decode as they do alone; asked of the model once."""
         return not self.decodes_cached or not why_not_faithful(self.model, length=LENGTH, padding=LENGTH - 1)
 

@@ -1,0 +1,154 @@
+"""Time a step of training, and decoding, beside CALM-pytorch on the same towers of x-transformers.
+
+    python -m venv calm && . calm/bin/activate
+    pip install -c constraints.txt -e '.[testing]' x-transformers matplotlib tqdm CALM-pytorch==0.2.2
+    PYTHONPATH=examples python benchmarks/peer_calm.py
+
+Both read a frozen source of 8 layers from every second layer of a frozen text decoder, through taps at the
+same layers; the towers have the same weights. The bare towers are the source, without autograd, and the text
+decoder, whose backward goes down to the first tap; overhead is what a step takes beyond these.
+
+A tap of CALM is a cross-attention after a linear projection, of 8 heads of 64 channels unless told otherwise;
+"4 heads" tells it otherwise, so that its attention has the shape of ours. One of ours has a feed-forward and
+a projection of three linears as well; "attention only" leaves these out.
+
+Decoding goes on from a prompt of the text decoder, by greedy choice here and as CALM samples there. CALM runs
+the text decoder over all tokens at each step, ours over the new one: the tower of the example has a cache.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from x_transformers import Decoder, TransformerWrapper
+
+import multitower as mt
+from custom_tower import XTransformersTower
+from measure import begin, interleaved, milliseconds, options, plot_times, ratio, write
+
+VOCABULARY = 256
+OURS: dict[str, dict[str, Any]] = {
+    "multitower": {},
+    "multitower, attention only": {"projection": "linear", "feed_forward": False},
+}
+CALM_HEADS = {"CALM": 8, "CALM, 4 heads": 4}
+
+
+def main() -> None:
+    """Measure."""
+    parser = options(__doc__, "peer_calm")
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--new", type=int, default=100, help="tokens to decode")
+    chosen = begin(parser)
+    source, text = make_tower(), make_tower()
+    ours = {name: fuse(source, text, **link) for name, link in OURS.items()}
+    calm = {name: make_calm(source, text, heads) for name, heads in CALM_HEADS.items()}
+    prompt, row = torch.randint(2, VOCABULARY, (2, chosen.rows, chosen.length))
+    pairs = list(zip(prompt, row, strict=True))
+    batch = mt.collate(
+        [[mt.Segment("source", one), mt.Segment("text", two, target=True)] for one, two in pairs]
+    )
+    first = text.requires_grad_(False).attn_layers.layers[1][-1]
+    first.register_forward_hook(lambda module, args, output: output.detach().requires_grad_())
+    runs: dict[str, Callable[[], object]] = {"bare towers": partial(bare, source, text, prompt, row)}
+    runs |= {name: partial(step, model, batch) for name, model in ours.items()}
+    runs |= {name: partial(calm_step, peer, prompt, row) for name, peer in calm.items()}
+    times = interleaved(runs, chosen.repeats, clock=chosen.clock, title="step")
+    over = {
+        name: [whole - part for whole, part in zip(times[name], times["bare towers"], strict=True)]
+        for name in times
+        if name != "bare towers"
+    }
+    results: list[dict[str, Any]] = [
+        {
+            "kind": "step",
+            "ms": milliseconds(times),
+            "overhead_ms": milliseconds(over),
+            "overhead_of_calm": {
+                f"{name} / {peer}": ratio(over[name], over[peer]) for name in ours for peer in calm
+            },
+            "trained_parameters": {
+                **{name: trained(model.parameters()) for name, model in ours.items()},
+                **{name: trained(peer.cross_attns.parameters()) for name, peer in calm.items()},
+            },
+        }
+    ]
+    print(results[-1], flush=True)
+    given = [[mt.Segment("source", one), mt.Segment("text", one)] for one in prompt]
+    limits = {"max_new_tokens": chosen.new, "min_new_tokens": chosen.new, "do_sample": False}
+    runs = {
+        **{name: partial(model.eval().generate, given, ["text"], **limits) for name, model in ours.items()},
+        **{
+            name: partial(peer.generate, prompt, seq_len=chosen.length + chosen.new)
+            for name, peer in calm.items()
+        },
+    }
+    times = interleaved(runs, max(2, chosen.repeats // 3), clock=chosen.clock, title="decoding")
+    faster = {f"{peer} / {name}": ratio(times[peer], times[name]) for name in ours for peer in calm}
+    results.append({"kind": f"{chosen.new} tokens", "ms": milliseconds(times), "times_faster": faster})
+    print(results[-1], flush=True)
+    write(chosen, results, ("CALM-pytorch", "x-transformers"))
+    plot_times(chosen.out / "times.png", results)
+
+
+def make_tower() -> TransformerWrapper:
+    """Give a decoder of 8 layers of width 256."""
+    layers = Decoder(dim=256, depth=8, heads=4, attn_dim_head=64, attn_flash=True, rotary_pos_emb=True)
+    return TransformerWrapper(
+        num_tokens=VOCABULARY, max_seq_len=1024, attn_layers=layers, use_abs_pos_emb=False
+    )
+
+
+def make_calm(source: nn.Module, text: nn.Module, heads: int) -> Any:
+    """Let CALM-pytorch compose copies of the towers."""
+    from CALM_pytorch import CALM
+    from CALM_pytorch.CALM import AugmentParams
+
+    augment = AugmentParams(model=copy.deepcopy(source), connect_every_num_layers=2)
+    attention = {"linear_project_context": True, "pre_rmsnorm": True, "flash": True, "heads": heads}
+    return CALM(copy.deepcopy(text), augment, attn_kwargs=attention)
+
+
+def fuse(source: TransformerWrapper, text: TransformerWrapper, **link: Any) -> mt.FusedModel:
+    """Link copies of the towers at the layers that CALM connects."""
+    graph = mt.FusionGraph()
+    graph.add_tower("source", XTransformersTower(copy.deepcopy(source)), adapter=None)
+    graph.add_tower("text", XTransformersTower(copy.deepcopy(text)), adapter=None)
+    graph.add_link("source", "text", taps=[(layer, layer) for layer in (1, 3, 5, 7)], **link)
+    return graph.compile()
+
+
+def step(model: mt.FusedModel, batch: mt.stream.Batch) -> None:
+    """Run forward and backward."""
+    loss = model(**batch, logits=False).loss
+    assert loss is not None
+    loss.backward()
+
+
+def calm_step(model: Any, prompt: Tensor, row: Tensor) -> None:
+    """Run forward and backward as CALM's own trainer does."""
+    model(row, prompt=prompt).backward()
+
+
+def bare(source: nn.Module, text: nn.Module, prompt: Tensor, row: Tensor) -> None:
+    """Run the towers by themselves."""
+    with torch.no_grad():
+        source(prompt)
+    logits = text(row[:, :-1])
+    F.cross_entropy(logits.flatten(0, 1), row[:, 1:].flatten()).backward()
+
+
+def trained(parameters: Iterable[nn.Parameter]) -> int:
+    """Count the values that are trained."""
+    return sum(each.numel() for each in parameters if each.requires_grad)
+
+
+if __name__ == "__main__":
+    main()
