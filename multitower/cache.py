@@ -128,6 +128,7 @@ class TapCache:
     def _read(self, tap: Tap, states: Tensor, stream: Stream, rotations: Rotations) -> Entry:
         device, module = self.model.tower(tap.target).device, self.model.tap(tap)
         source = module.read(states, rotations.of(tap.source, module))
+        source = KeysValues(*(part.contiguous() for part in source))  # read once for each token to come
         return Entry(source, stream["times"].to(device), stream["mask"].to(device))
 
 

@@ -27,17 +27,17 @@ class Visibility(NamedTuple):
     Attributes:
         mask: Shape (batch, 1, target length, source length), to be added to the scores: 0 where a token is
             read, else minus infinity. Rows that see nothing are open here, so that their softmax is finite,
-            and closed by ``sees``.
-        sees: bool, shape (batch, target length, 1): whether a target token sees anything at all.
+            and closed by ``sees``. None where every token sees all.
+        sees: bool, shape (batch, target length, 1): whether a target token sees anything at all. None where
+            every token does.
     """
 
-    mask: Tensor
-    sees: Tensor
+    mask: Tensor | None
+    sees: Tensor | None
 
     def is_blind(self) -> bool:
         """Whether no query sees anything; asked only on the CPU: elsewhere one would wait for the answer."""
-        asked = self.sees.device.type == "cpu" and not torch.compiler.is_compiling()
-        return asked and not bool(self.sees.any())
+        return self.sees is not None and _may_look(self.sees) and not bool(self.sees.any())
 
 
 def visibility(
@@ -66,6 +66,8 @@ def visibility(
     mask = (age > 0) & key_mask.to(query_times.device)[:, None, :]
     if window is not None:
         mask = mask & (age <= window)
+    if mask.numel() and _may_look(mask) and bool(mask.all()):
+        return Visibility(None, None)
     sees = mask.any(-1, keepdim=True)
     closed = torch.zeros_like(mask, dtype=dtype).masked_fill(sees & ~mask, float("-inf"))
     return Visibility(closed[:, None], sees)
@@ -151,7 +153,7 @@ class GatedCrossAttention(nn.Module):
         update = torch.tanh(self.attention_gate) * self.out(rearrange(attended, "b h t d -> b t (h d)"))
         if self.ffn is not None and self.ffn_norm is not None and self.ffn_gate is not None:
             update = update + torch.tanh(self.ffn_gate) * self.ffn(self.ffn_norm(states + update))
-        return torch.where(seen.sees, update, 0.0).to(x)
+        return (update if seen.sees is None else torch.where(seen.sees, update, 0.0)).to(x)
 
     def weights(
         self, x: Tensor, source: KeysValues, seen: Visibility, rotation: Rotation | None = None
@@ -162,8 +164,8 @@ class GatedCrossAttention(nn.Module):
         """
         query = self._turned(self.query(self.norm(x.to(self.query.weight))), rotation)
         scores = query @ source.keys.transpose(-1, -2) / query.shape[-1] ** 0.5
-        weights = (scores + seen.mask).float().softmax(-1)
-        return torch.where(seen.sees[:, None], weights, 0.0)
+        weights = (scores if seen.mask is None else scores + seen.mask).float().softmax(-1)
+        return weights if seen.sees is None else torch.where(seen.sees[:, None], weights, 0.0)
 
     def _turned(self, states: Tensor, rotation: Rotation | None) -> Tensor:
         if self.rotary != (rotation is not None):
@@ -217,6 +219,10 @@ def default_heads(width: int) -> int:
     """
     wanted = max(1, width // 64, min(4, width // 32))
     return next(heads for heads in range(wanted, 0, -1) if width % heads == 0)
+
+
+def _may_look(values: Tensor) -> bool:
+    return values.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _feed_forward(width: int) -> nn.Module:

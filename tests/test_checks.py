@@ -74,7 +74,7 @@ def sees_padding(
 
 def sees_always(original: Callable, *args: object) -> Visibility:
     seen = original(*args)
-    return Visibility(seen.mask, torch.ones_like(seen.sees))
+    return Visibility(seen.mask, None)
 
 
 def without_a_window(original: Callable, *args: object) -> Visibility:
