@@ -19,7 +19,7 @@ from .parts import make_adapters, make_links
 from .run import run, with_labels
 from .schedule import Schedule, Tap, make_schedule
 from .spec import GraphError
-from .stream import Example, check_streams
+from .stream import Batch, Example, check_streams
 from .tower import Tower
 from .training import parameter_groups, set_trained
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
     from .checkpoint import DeviceMap
+    from .cost import Estimate
     from .generate import Decoded, Entry, Policy
     from .modality import Modality
 
@@ -191,6 +192,18 @@ class FusedModel(nn.Module):
         from .generate import generate
 
         return generate(self, examples, output, options)
+
+    def estimate(self, batch: Batch, *, logits: bool = True) -> Estimate:
+        """Estimate parameters, FLOPs and memory, part by part; see ``estimate.estimate``.
+
+        >>> from multitower import Segment, collate
+        >>> from multitower.testing import tiny_model
+        >>> tiny_model().estimate(collate([[Segment("text", [0, 7, 1])]])).towers["text"].forward_flops
+        6720
+        """
+        from .estimate import estimate
+
+        return estimate(self, batch, logits=logits)
 
     def unimodal(self, name: str) -> nn.Module:
         """Give one tower without links and input adapters: the transformers model or the PeftModel."""

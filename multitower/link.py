@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from .stream import values_at_hand
+
 
 class KeysValues(NamedTuple):
     """What a tap reads of a source: keys and values of shape (batch, heads, source length, head width)."""
@@ -34,8 +36,7 @@ class Visibility(NamedTuple):
 
     def is_blind(self) -> bool:
         """Whether no query sees anything; asked only on the CPU: elsewhere one would wait for the answer."""
-        asked = self.sees.device.type == "cpu" and not torch.compiler.is_compiling()
-        return asked and not bool(self.sees.any())
+        return values_at_hand(self.sees) and not bool(self.sees.any())
 
 
 def visibility(
