@@ -74,7 +74,8 @@ def estimate(model: FusedModel, batch: Batch, *, logits: bool = True) -> Estimat
     except NEEDS_VALUES as error:
         raise ValueError(
             f"{' '.join(meter.part)}: it decides by values of its states ({error}), and an estimate computes "
-            "none of them; a mixture of experts can be estimated with experts_implementation='grouped_mm'"
+            "none of them; some mixtures of experts take the setting experts_implementation='grouped_mm', "
+            "with which they do not"
         ) from error
 
     def cost(part: Part, owned: tuple[int, int, int] = (0, 0, 0)) -> Cost:
@@ -124,11 +125,11 @@ class _Meter:
         with torch.enable_grad(), self.counter, hooks:
             loss = model(streams, logits=logits).loss
             self._enter(LOSS)
-            forward = self.flops.copy()
+            forward, saved = self.flops.copy(), self.saved.copy()
             if loss is not None and loss.requires_grad:
                 loss.backward()
             self._enter(LOSS)
-        return forward, self.flops, self.saved
+        return forward, self.flops, saved
 
     def within(self, part: Part, method: Callable[..., Any]) -> Callable[..., Any]:
         """Give a method during which a part runs."""
