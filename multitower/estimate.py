@@ -20,6 +20,7 @@ from .shapes import MOST_VALUES, NEEDS_VALUES, ShapesOnly, on_meta
 from .sharing import load_towers
 from .stream import Batch, Stream, check_streams
 from .tower import Tower, TransformersTower
+from .tower.offload import is_offloaded
 
 if TYPE_CHECKING:
     from .fused import FusedModel
@@ -58,11 +59,15 @@ def estimate(model: FusedModel, batch: Batch, *, logits: bool = True) -> Estimat
         The costs, with a table of them for ``print``. A batch without labels has no backward.
 
     Raises:
-        ValueError: The batch does not fit the model, or a tower decides what to run by values of its
-            states, as a mixture of experts may.
+        ValueError: The batch does not fit the model, weights are offloaded, or a tower decides what to run
+            by values of its states, as a mixture of experts may.
     """
     streams = batch["streams"]
     check_streams(streams, {name: model.tower(name).vocab_size for name in model.towers})
+    if is_offloaded(model):
+        raise ValueError(
+            "some weights are offloaded, and come only when they run; estimate the graph instead"
+        )
     mode = ShapesOnly()
     empty: FusedModel = mode.copy(model, next(iter(streams.values()))["tokens"].device)
     empty._graph = _without_blind_links(model.graph, streams)
@@ -70,7 +75,7 @@ def estimate(model: FusedModel, batch: Batch, *, logits: bool = True) -> Estimat
     try:
         with mode:
             forward, step, saved = meter.measure(_watched(empty, meter), streams, logits)
-            caches = _cache_bytes(empty, streams)
+            caches = _cache_bytes(empty, meter, streams)
     except NEEDS_VALUES as error:
         raise ValueError(
             f"{' '.join(meter.part)}: it decides by values of its states ({error}), and an estimate computes "
@@ -124,11 +129,11 @@ class _Meter:
         hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
         with torch.enable_grad(), self.counter, hooks:
             loss = model(streams, logits=logits).loss
-            self._enter(LOSS)
+            self.enter(LOSS)
             forward, saved = self.flops.copy(), self.saved.copy()
             if loss is not None and loss.requires_grad:
                 loss.backward()
-            self._enter(LOSS)
+            self.enter(LOSS)
         return forward, self.flops, saved
 
     def within(self, part: Part, method: Callable[..., Any]) -> Callable[..., Any]:
@@ -136,14 +141,15 @@ class _Meter:
 
         @functools.wraps(method)
         def run(*args: Any, **kwargs: Any) -> Any:
-            before = self._enter(part)
+            before = self.enter(part)
             output = method(*args, **kwargs)
-            self._enter(before)
+            self.enter(before)
             return output
 
         return run
 
-    def _enter(self, part: Part) -> Part:
+    def enter(self, part: Part) -> Part:
+        """Note what the last part did, and that another one runs; give the last."""
         total = self.counter.get_total_flops()
         self.flops[self.part] += total - self.noted
         self.noted, self.part, before = total, part, self.part
@@ -157,7 +163,7 @@ class _Meter:
         return self.part, tensor
 
     def _unpack(self, packed: tuple[Part, Tensor]) -> Tensor:
-        self._enter(packed[0])
+        self.enter(packed[0])
         return packed[1]
 
 
@@ -181,7 +187,7 @@ def _watched(model: FusedModel, meter: _Meter) -> FusedModel:
             key: watched(("links", name), tap, "read", "forward") for key, tap in model._link(name).items()
         }
         kinds["links"][name] = nn.ModuleDict(taps)
-    twin._modules = {kind: nn.ModuleDict(modules) for kind, modules in kinds.items()}
+    twin._modules = {**model._modules, **{kind: nn.ModuleDict(modules) for kind, modules in kinds.items()}}
     return twin
 
 
@@ -205,11 +211,12 @@ def _is_blind(link: Any, streams: Mapping[str, Stream]) -> bool:
 
 
 @torch.no_grad()
-def _cache_bytes(model: FusedModel, streams: Mapping[str, Stream]) -> Counter[Part]:
+def _cache_bytes(model: FusedModel, meter: _Meter, streams: Mapping[str, Stream]) -> Counter[Part]:
     """Count what decoding keeps of the tokens, as ``generate`` would begin with it."""
     model.eval()
     caches: Counter[Part] = Counter()
     for name, stream in streams.items():
+        meter.enter(("towers", name))
         caches["towers", name] = _own_cache_bytes(model.tower(name), stream["tokens"])
     for tap, entry in TapCache.fill(model, streams, list(model.towers)).entries.items():
         caches["links", tap.link] += entry.source.keys.nbytes + entry.source.values.nbytes

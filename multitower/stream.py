@@ -190,8 +190,9 @@ def values_at_hand(tensor: Tensor) -> bool:
     >>> values_at_hand(torch.ones(2)), values_at_hand(torch.ones(2, device="meta"))
     (True, False)
     """
-    is_plain = not isinstance(tensor, FakeTensor) and not torch.compiler.is_compiling()
-    return is_plain and tensor.device.type == "cpu"
+    if torch.compiler.is_compiling() or tensor.device.type != "cpu":
+        return False
+    return not isinstance(tensor, FakeTensor)
 
 
 def _check_values(name: str, stream: Mapping[str, Tensor], vocabulary: int) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import resource
 
+import accelerate
 import pytest
 import torch
 import transformers
@@ -216,6 +217,12 @@ def test_a_mixture_of_experts(dtype):
 def test_experts_chosen_by_values_are_refused():
     model = pair(causal_lm("mixtral", config={"experts_implementation": "eager"}))
     with pytest.raises(ValueError, match=r"towers text: it decides by values.*experts_implementation"):
+        model.estimate(mt.collate(EXAMPLES))
+
+
+def test_offloaded_weights_are_refused():
+    model = pair(accelerate.cpu_offload(causal_lm("llama")))
+    with pytest.raises(ValueError, match="offloaded"):
         model.estimate(mt.collate(EXAMPLES))
 
 
