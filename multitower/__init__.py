@@ -14,6 +14,7 @@
 """
 
 from .checkpoint import load_tower
+from .cost import Estimate
 from .draw import draw_graph
 from .expansion import VocabularyExpansion
 from .files import CheckpointError
@@ -32,6 +33,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CheckpointError",
+    "Estimate",
     "FusedModel",
     "FusedOutput",
     "FusionGraph",

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from .schedule import Layer
-from .stream import IGNORE, STATES
+from .stream import IGNORE, STATES, values_at_hand
 
 if TYPE_CHECKING:
     from .fused import FusedModel
@@ -48,8 +47,7 @@ def brought_states(model: FusedModel, streams: Mapping[str, Mapping[str, Tensor]
             raise ValueError(
                 f"{what}, but tower {name!r} {reason}: leave {', '.join(states)} out of the batch"
             )
-        on_cpu = stream["tokens"].device.type == "cpu" and not torch.compiler.is_compiling()
-        if on_cpu and has_labels(stream):  # elsewhere, to look would be to wait
+        if values_at_hand(stream["tokens"]) and has_labels(stream):
             raise ValueError(
                 f"{what}, so that tower {name!r} does not run, and has labels; give it one of both"
             )

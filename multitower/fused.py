@@ -15,12 +15,12 @@ from .frozen import brings_states
 from .graph import FusionGraph
 from .hub import find_checkpoint
 from .link import GatedCrossAttention
-from .output import FusedOutput, States, head_loss, token_loss
+from .output import FusedOutput, States
 from .parts import make_adapters, make_links
-from .run import run, with_labels
+from .run import run, score, with_labels
 from .schedule import Schedule, Tap, make_schedule
 from .spec import GraphError
-from .stream import Example, check_streams
+from .stream import Batch, Example, check_streams
 from .tower import Tower
 from .training import parameter_groups, set_trained
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
     from .checkpoint import DeviceMap
+    from .cost import Estimate
     from .generate import Decoded, Entry, Policy
     from .modality import Modality
 
@@ -116,20 +117,7 @@ class FusedModel(nn.Module):
         scored = [name for name in scored if not brings_states(streams[name])]
         wanted = {name: self.tower(name).depth + 1 for name in scored}
         states = run(self, streams, wanted, output_attentions=output_attentions)
-        final = {name: (self.tower(name), states.hidden[name], states.contexts[name]) for name in wanted}
-        scores = {name: tower.head(*state) for name, (tower, *state) in final.items()} if logits else {}
-        losses: dict[str, Tensor] = {}
-        labelled = {name: stream["labels"] for name, stream in streams.items() if "labels" in stream}
-        for name, labels in labelled.items():
-            if name in scores:
-                losses[name] = token_loss(scores[name], labels)
-            elif name in final:
-                losses[name] = head_loss(*final[name], labels)
-            else:
-                losses[name] = torch.zeros((), device=labels.device)
-        device = next(iter(losses.values())).device if losses else None
-        loss = torch.stack([loss.to(device) for loss in losses.values()]).sum() if losses else None
-        return FusedOutput(loss, losses, scores, states.attentions)
+        return score(self, streams, states, scored, logits=logits)
 
     def run(
         self,
@@ -198,6 +186,18 @@ class FusedModel(nn.Module):
         from .generate import generate
 
         return generate(self, examples, output, options)
+
+    def estimate(self, batch: Batch, *, logits: bool = True) -> Estimate:
+        """Estimate parameters, FLOPs and memory, part by part; see ``estimate.estimate``.
+
+        >>> from multitower import Segment, collate
+        >>> from multitower.testing import tiny_model
+        >>> tiny_model().estimate(collate([[Segment("text", [0, 7, 1])]])).towers["text"].forward_flops
+        6720
+        """
+        from .estimate import estimate
+
+        return estimate(self, batch, logits=logits)
 
     def unimodal(self, name: str) -> nn.Module:
         """Give one tower without links and input adapters: the transformers model or the PeftModel."""

@@ -18,7 +18,9 @@ from .tower.lora import is_peft_config, plain_config
 if TYPE_CHECKING:
     from peft import PeftConfig
 
+    from .cost import Estimate
     from .fused import FusedModel
+    from .stream import Batch
 
 
 class FusionGraph:
@@ -223,6 +225,44 @@ class FusionGraph:
         if not self._towers:
             raise GraphError("the graph has no towers; call add_tower first")
         return FusedModel(self, load_towers(self._towers, self._modules))
+
+    def estimate(self, batch: Batch, *, logits: bool = True) -> Estimate:
+        """Estimate what a batch will cost the compiled model, before any weight is loaded.
+
+        >>> import multitower as mt
+        >>> from multitower.testing import tiny_tower
+        >>> graph = FusionGraph()
+        >>> graph.add_tower("speech", tiny_tower(), adapter=None)
+        >>> graph.add_tower("text", tiny_tower(), adapter=None)
+        >>> graph.add_link("speech", "text", taps=[(1, 2)])
+        >>> pair = [mt.Segment("speech", [0, 5, 1]), mt.Segment("text", [0, 7, 1], target=True)]
+        >>> print(graph.estimate(mt.collate([pair])))
+                           parameters  trained      forward         step     saved  cache
+        tower speech            1,200        0   6.72 kFLOP   6.72 kFLOP       0 B    0 B
+        tower text              1,200        0   6.72 kFLOP   7.49 kFLOP     120 B    0 B
+        link speech->text       1,074    1,074   6.05 kFLOP  18.29 kFLOP  2.47 KiB  192 B
+        loss                        0        0       0 FLOP       0 FLOP     228 B    0 B
+        total                   3,474    1,074  19.49 kFLOP  32.50 kFLOP  2.81 KiB  192 B
+
+        Of a tower that is a folder or a Hub id only the config is read; given modules are left as they are.
+        What a plugin loads it loads as ever.
+
+        Args:
+            batch: See ``FusedModel.estimate``.
+            logits: See there.
+
+        Returns:
+            What ``compile().estimate(batch)`` gives. A config that names no dtype counts as float32.
+
+        Raises:
+            GraphError: See ``compile``.
+            TowerError: See ``compile``; or a folder or Hub id is of a quantised model.
+            ImportError: See ``compile``.
+            ValueError: See ``FusedModel.estimate``.
+        """
+        from .estimate import estimate_graph
+
+        return estimate_graph(self, self._modules, batch, logits=logits)
 
     def extend(self, model: FusedModel) -> FusedModel:
         """Build the fused model on one that exists, trained or not: the graph has all that it has, and more.

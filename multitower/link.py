@@ -12,6 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .rotary import Rotation, rotate
+from .stream import values_at_hand
 
 
 class KeysValues(NamedTuple):
@@ -37,7 +38,7 @@ class Visibility(NamedTuple):
 
     def is_blind(self) -> bool:
         """Whether no query sees anything; asked only on the CPU: elsewhere one would wait for the answer."""
-        return self.sees is not None and _may_look(self.sees) and not bool(self.sees.any())
+        return self.sees is not None and values_at_hand(self.sees) and not bool(self.sees.any())
 
 
 def visibility(
@@ -66,7 +67,7 @@ def visibility(
     mask = (age > 0) & key_mask.to(query_times.device)[:, None, :]
     if window is not None:
         mask = mask & (age <= window)
-    if mask.numel() and _may_look(mask) and bool(mask.all()):
+    if mask.numel() and values_at_hand(mask) and bool(mask.all()):
         return Visibility(None, None)
     sees = mask.any(-1, keepdim=True)
     closed = torch.zeros_like(mask, dtype=dtype).masked_fill(sees & ~mask, float("-inf"))
@@ -219,10 +220,6 @@ def default_heads(width: int) -> int:
     """
     wanted = max(1, width // 64, min(4, width // 32))
     return next(heads for heads in range(wanted, 0, -1) if width % heads == 0)
-
-
-def _may_look(values: Tensor) -> bool:
-    return values.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _feed_forward(width: int) -> nn.Module:

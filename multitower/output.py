@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .schedule import Layer
-from .stream import IGNORE
+from .stream import IGNORE, values_at_hand
 
 if TYPE_CHECKING:
     from .tower import Tower
@@ -53,6 +52,7 @@ class States(NamedTuple):
 def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Give the mean cross-entropy of labels by the logits one place before them; 0 without any label.
 
+    >>> import torch
     >>> round(token_loss(torch.zeros(1, 3, 4), torch.tensor([[-100, 2, 1]])).item(), 4)     # log 4
     1.3863
     """
@@ -65,8 +65,7 @@ def head_loss(tower: Tower, hidden: Tensor, context: Any, labels: Tensor) -> Ten
     Which these are is asked only on the CPU: elsewhere that would wait for the device.
     """
     following = _next(labels)
-    asked = labels.device.type == "cpu" and not torch.compiler.is_compiling()
-    places = (following != IGNORE).any(0).nonzero().flatten() if asked else None
+    places = (following != IGNORE).any(0).nonzero().flatten() if values_at_hand(labels) else None
     if places is None or not 0 < len(places) < labels.shape[1] - 1:
         return token_loss(tower.head(hidden, context), labels)
     logits = tower.head_at(hidden, context, places.to(hidden.device))

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from .frozen import brought_states
 from .link import Visibility, add, visibility
-from .output import States
+from .output import FusedOutput, States, head_loss, token_loss
 from .rotary import Rotations
 from .schedule import Tap
-from .stream import IGNORE
+from .stream import IGNORE, values_at_hand
 
 if TYPE_CHECKING:
     from .fused import FusedModel
@@ -47,6 +47,26 @@ def run(
                 states.given[step.tower, step.layer] = x
         states.hidden[step.tower] = x
     return states
+
+
+def score(
+    model: FusedModel, streams: Streams, states: States, names: Collection[str], *, logits: bool
+) -> FusedOutput:
+    """Run the heads of some towers on their last states, and take losses; see ``FusedModel.forward``."""
+    final = {name: (model.tower(name), states.hidden[name], states.contexts[name]) for name in names}
+    scores = {name: tower.head(*state) for name, (tower, *state) in final.items()} if logits else {}
+    losses: dict[str, Tensor] = {}
+    labelled = {name: stream["labels"] for name, stream in streams.items() if "labels" in stream}
+    for name, labels in labelled.items():
+        if name in scores:
+            losses[name] = token_loss(scores[name], labels)
+        elif name in final:
+            losses[name] = head_loss(*final[name], labels)
+        else:
+            losses[name] = torch.zeros((), device=labels.device)
+    device = next(iter(losses.values())).device if losses else None
+    loss = torch.stack([loss.to(device) for loss in losses.values()]).sum() if losses else None
+    return FusedOutput(loss, losses, scores, states.attentions)
 
 
 def update(
@@ -99,5 +119,4 @@ def with_labels(streams: Streams) -> Collection[str]:
 
 
 def _may_have_any(labels: Tensor) -> bool:
-    asked = labels.device.type == "cpu" and not torch.compiler.is_compiling()
-    return not asked or bool((labels[:, 1:] != IGNORE).any())
+    return not values_at_hand(labels) or bool((labels[:, 1:] != IGNORE).any())

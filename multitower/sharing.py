@@ -16,6 +16,8 @@ def load_towers(
     specs: Mapping[str, TowerSpec],
     modules: Mapping[str, nn.Module],
     present: Mapping[str, Tower] | None = None,
+    *,
+    empty: bool = False,
 ) -> dict[str, Tower]:
     """Give the tower of each declaration; what is one model is loaded once.
 
@@ -32,6 +34,7 @@ def load_towers(
         specs: The declarations by name.
         modules: The modules that were given, by name.
         present: Towers that are there already; they are taken as they are.
+        empty: Whether what a folder or a Hub id holds is made on the meta device, without reading weights.
 
     Raises:
         GraphError: One module is to be trained in two ways.
@@ -52,7 +55,7 @@ def load_towers(
             towers[name] = towers[first[key]]
             continue
         prepare = functools.partial(with_adapters, declared=spec.peft) if spec.train == "lora" else None
-        towers[name] = as_tower(name, modules.get(name, spec.source), prepare)
+        towers[name] = as_tower(name, modules.get(name, spec.source), prepare, empty=empty)
         first[key] = name
     return {name: towers[name] for name in specs}
 

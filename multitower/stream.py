@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils.rnn import pad_sequence
 
 IGNORE = -100
@@ -180,12 +181,23 @@ def check_streams(streams: Mapping[str, Mapping[str, Tensor]], vocabularies: Map
                     f"stream {name!r}: {key} has shape {tuple(value.shape)} and tokens has "
                     f"{tuple(tokens.shape)}; {wanted} (batch, length)"
                 )
-        if tokens.device.type == "cpu" and not torch.compiler.is_compiling() and tokens.numel():
+        if values_at_hand(tokens) and tokens.numel():
             _check_values(name, stream, vocabularies[name])
     rows = [stream["tokens"].shape[0] for stream in streams.values()]
     if any(size != rows[0] for size in rows):
         shapes = {name: tuple(stream["tokens"].shape) for name, stream in streams.items()}
         raise ValueError(f"streams of one batch must have the same number of rows, not {shapes}")
+
+
+def values_at_hand(tensor: Tensor) -> bool:
+    """Whether the values of a tensor can be looked at without waiting for a device, or breaking a graph.
+
+    >>> values_at_hand(torch.ones(2)), values_at_hand(torch.ones(2, device="meta"))
+    (True, False)
+    """
+    if torch.compiler.is_compiling() or tensor.device.type != "cpu":
+        return False
+    return not isinstance(tensor, FakeTensor)
 
 
 def _check_values(name: str, stream: Mapping[str, Tensor], vocabulary: int) -> None:

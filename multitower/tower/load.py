@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import nn
 
@@ -28,6 +29,7 @@ def as_tower(
     prepare: Callable[[nn.Module], nn.Module] | None = None,
     *,
     revision: str | None = None,
+    empty: bool = False,
 ) -> Tower:
     """Give the tower for a folder, a Hub id, what a plugin loads, a transformers causal LM or a ``Tower``.
 
@@ -40,6 +42,7 @@ def as_tower(
         source: What was named.
         prepare: Changes the model before it becomes a tower, by adapters for instance, and gives the result.
         revision: The commit of a Hub id; None for the newest.
+        empty: Whether a folder or a Hub id is made on the meta device by its config, no weights read.
 
     Raises:
         TowerError: There is nothing to load, or it is not a decoder that can be run layer by layer.
@@ -52,7 +55,7 @@ def as_tower(
         )
     if isinstance(source, str):
         plugin = LOADER.match(source)
-        source = _from_plugin(name, source) if plugin else _from_transformers(name, source, revision)
+        source = _from_plugin(name, source) if plugin else _from_transformers(name, source, revision, empty)
     model = source.native if isinstance(source, TransformersTower | PeftTower) else source
     layers = source.path if isinstance(source, TransformersTower) else None
     try:
@@ -101,7 +104,7 @@ def revision_of(model: nn.Module) -> str | None:
     return commit if isinstance(commit, str) else None
 
 
-def _from_transformers(name: str, source: str, revision: str | None) -> nn.Module:
+def _from_transformers(name: str, source: str, revision: str | None, empty: bool) -> nn.Module:
     transformers = require("transformers", "transformers")
     try:
         settings, _ = transformers.PreTrainedConfig.get_config_dict(source, revision=revision or "main")
@@ -110,6 +113,8 @@ def _from_transformers(name: str, source: str, revision: str | None) -> nn.Modul
                 f"tower {name!r}: the config of {source!r} asks for the kernels {kernels!r}, which may be "
                 "code of others; load the model yourself, and give that module instead"
             )
+        if empty:
+            return _from_config(name, source, revision)
         model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(
             source,
             dtype="auto",
@@ -127,6 +132,23 @@ def _from_transformers(name: str, source: str, revision: str | None) -> nn.Modul
     config: Any = model.config
     config._commit_hash = _commit(source, revision)
     return model
+
+
+def _from_config(name: str, source: str, revision: str | None) -> nn.Module:
+    transformers = require("transformers", "transformers")
+    config = transformers.AutoConfig.from_pretrained(
+        source, trust_remote_code=False, revision=revision or "main"
+    )
+    if getattr(config, "quantization_config", None) is not None:
+        raise TowerError(
+            f"tower {name!r}: {source!r} is quantised, which its config does not show in full; load the "
+            "model, and give that module instead"
+        )
+    with torch.device("meta"):
+        model: nn.Module = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=config.dtype or torch.float32, trust_remote_code=False
+        )
+    return model.eval()
 
 
 def kernels_in(config: Any) -> Any:

@@ -9,12 +9,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..extras import require
 from ..fingerprint import sampled_fingerprint
 from .base import Inject, Tower, TowerError
-from .offload import whole_state
+from .offload import is_offloaded, whole_state
 
 DEFAULT = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "target_modules": "all-linear"}
 """What ``train="lora"`` means; the rest is as peft sets it."""
@@ -93,8 +94,12 @@ def with_adapters(model: nn.Module, declared: Mapping[str, Any] | None) -> nn.Mo
         if declared is not None:
             raise ValueError("it has peft adapters already, which train='lora' trains; give it no config")
         return model
+    config = make_config(DEFAULT if declared is None else declared)
+    if any(parameter.is_meta for parameter in model.parameters()) and not is_offloaded(model):
+        with torch.device("meta"):
+            return add_adapter(model, config)
     before = sampled_fingerprint(model.state_dict())
-    adapted = add_adapter(model, make_config(DEFAULT if declared is None else declared))
+    adapted = add_adapter(model, config)
     if sampled_fingerprint(base_state(adapted)) != before:
         raise ValueError(
             "this peft config changes the model's own tensors (init_lora_weights, for one, may do that), so "
