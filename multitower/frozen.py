@@ -66,6 +66,7 @@ def brought_states(model: FusedModel, streams: Mapping[str, Mapping[str, Tensor]
 def brings_states(stream: Mapping[str, Tensor]) -> bool:
     """Say whether a stream brings states, so that its tower need not run.
 
+    >>> import torch
     >>> brings_states({"tokens": torch.zeros(1, 2)}), brings_states({"layer 3": torch.zeros(1, 2, 8)})
     (False, True)
     """

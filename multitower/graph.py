@@ -240,9 +240,9 @@ class FusionGraph:
                            parameters  trained      forward         step     saved  cache
         tower speech            1,200        0   6.72 kFLOP   6.72 kFLOP       0 B    0 B
         tower text              1,200        0   6.72 kFLOP   7.49 kFLOP     120 B    0 B
-        link speech->text       1,074    1,074   6.05 kFLOP  18.29 kFLOP  2.47 KiB  192 B
+        link speech->text       1,074    1,074   6.05 kFLOP  18.29 kFLOP  2.43 KiB  192 B
         loss                        0        0       0 FLOP       0 FLOP     228 B    0 B
-        total                   3,474    1,074  19.49 kFLOP  32.50 kFLOP  2.81 KiB  192 B
+        total                   3,474    1,074  19.49 kFLOP  32.50 kFLOP  2.77 KiB  192 B
 
         Of a tower that is a folder or a Hub id only the config is read; given modules are left as they are.
         What a plugin loads it loads as ever.
