@@ -126,15 +126,18 @@ def test_what_is_needed_is_what_a_search_backwards_finds(wanted: dict[str, int])
     assert [step for step in schedule.steps if step in steps] == list(steps)
 
 
-def test_heads_run_only_where_some_row_has_a_label() -> None:
-    tower = mt.TransformersTower(causal_lm("llama"))
+@pytest.mark.parametrize("train", ["none", "lora"])
+def test_heads_run_only_where_some_row_has_a_label(train: str) -> None:
+    if train == "lora":
+        pytest.importorskip("peft")
+    decoder = causal_lm("llama")
     graph = mt.FusionGraph()
-    graph.add_tower("text", tower, adapter=None)
+    graph.add_tower("text", decoder, train=train, adapter=None)
     graph.add_tower("speech", tiny_tower(1), train="all", adapter=None)
     graph.add_link("speech", "text", interleave=1)
     model = graph.compile()
     seen: list[torch.Size] = []
-    tower.model.lm_head.register_forward_hook(lambda module, args, logits: seen.append(logits.shape[:2]))
+    decoder.lm_head.register_forward_hook(lambda module, args, logits: seen.append(logits.shape[:2]))
     example = [
         mt.Segment("text", [0, 4, 5, 1]),
         segment("speech", 3),

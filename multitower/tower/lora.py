@@ -269,6 +269,10 @@ class PeftTower(Tower):
         """See ``Tower.head``."""
         return self.tower.head(hidden, context)
 
+    def head_at(self, hidden: Tensor, context: Any, places: Tensor) -> Tensor:
+        """See ``Tower.head_at``."""
+        return self.tower.head_at(hidden, context, places)
+
     def decoder(self, inject: Inject) -> Any:
         """See ``Tower.decoder``."""
         return self.tower.decoder(inject)
