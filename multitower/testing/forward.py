@@ -97,7 +97,8 @@ def check_sight(model: FusedModel, examples: Sequence[Example]) -> None:
     }
     for tap in model.schedule.taps:
         if tap.source in streams and tap.target in streams:
-            seen = visible(streams, model.graph.links[tap.link])
+            link = model.graph.links[tap.link]
+            seen = visible(streams, link)
             sees = torch.tensor([[bool(place) for place in row] for row in seen]).to(
                 logits[tap.target].device
             )
@@ -109,7 +110,8 @@ def check_sight(model: FusedModel, examples: Sequence[Example]) -> None:
             adds = updates[tap].ne(0).any(-1)
             blind = streams[tap.target]["mask"] & ~sees
             assert not (adds & blind).any(), f"{where} adds something to a token that sees nothing"
-            assert adds[sees].all(), f"{where} adds nothing to a token that sees others"
+            if link.feed_forward or link.projection != "relu":  # of which a ReLU may leave nothing
+                assert adds[sees].all(), f"{where} adds nothing to a token that sees others"
     for name, stream in streams.items():
         expected = alone(model, name, stream["tokens"])
         assert_equal(
