@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -52,7 +53,6 @@ class States(NamedTuple):
 def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Give the mean cross-entropy of labels by the logits one place before them; 0 without any label.
 
-    >>> import torch
     >>> round(token_loss(torch.zeros(1, 3, 4), torch.tensor([[-100, 2, 1]])).item(), 4)     # log 4
     1.3863
     """
@@ -78,7 +78,6 @@ def _next(labels: Tensor) -> Tensor:
 
 
 def _mean(logits: Tensor, labels: Tensor) -> Tensor:
-    total = F.cross_entropy(
-        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="sum"
-    )
+    scores = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
+    total = F.cross_entropy(scores, labels.flatten(), ignore_index=IGNORE, reduction="sum")
     return total / (labels != IGNORE).sum().clamp(min=1)
