@@ -14,12 +14,13 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from .cache import TapCache
 from .cost import Cost, Estimate
+from .extras import require
 from .graph import FusionGraph
 from .link import visibility
 from .shapes import MOST_VALUES, NEEDS_VALUES, ShapesOnly, on_meta
 from .sharing import load_towers
 from .stream import Batch, Stream, check_streams
-from .tower import Tower, TransformersTower
+from .tower import TransformersTower
 from .tower.offload import is_offloaded
 
 if TYPE_CHECKING:
@@ -179,7 +180,7 @@ def _watched(model: FusedModel, meter: _Meter) -> FusedModel:
     twin = copy.copy(model)
     kinds: dict[str, dict[str, nn.Module]] = {"towers": {}, "adapters": {}, "links": {}}
     for name, tower in model.towers.items():
-        kinds["towers"][name] = watched(("towers", name), tower, "embed", "layer", "head")
+        kinds["towers"][name] = watched(("towers", name), tower, "embed", "layer", "head", "head_at")
     for name, adapter in model.adapters.items():
         kinds["adapters"][name] = watched(("adapters", name), adapter, "forward")
     for name in model.links:
@@ -223,14 +224,20 @@ def _cache_bytes(model: FusedModel, meter: _Meter, streams: Mapping[str, Stream]
     return caches
 
 
-def _own_cache_bytes(tower: Tower, tokens: Tensor) -> int:
-    if not isinstance(tower, TransformersTower):
+def _own_cache_bytes(tower: Any, tokens: Tensor) -> int:
+    if isinstance(tower, TransformersTower):
+        output = tower.model(input_ids=tokens, use_cache=True)
+        kept = [getattr(output, key, None) for key in CACHES]
+    elif tower.caches:
+        kept = [require("transformers", "transformers").DynamicCache()]
+        hidden, context = tower.embed(tokens, *kept)
+        for index in range(1, tower.depth + 1):
+            hidden = tower.layer(index, hidden, context)
+    else:
         return 0
-    output = tower.model(input_ids=tokens, use_cache=True)
     storages = {
         storage._cdata: storage.nbytes()
-        for key in CACHES
-        for tensor in _tensors_of(getattr(output, key, None), set())
+        for tensor in _tensors_of(kept, set())
         if (storage := tensor.untyped_storage())
     }
     return sum(storages.values())
@@ -267,11 +274,11 @@ def _parameters(model: FusedModel) -> dict[Part, tuple[int, int, int]]:
 
 
 def _attention(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
+    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]  # of torch
 
 
 def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-    return int(sdpa_backward_flop_count(grad, query, key, value))  # type: ignore[no-untyped-call]
+    return int(sdpa_backward_flop_count(grad, query, key, value))  # type: ignore[no-untyped-call]  # of torch
 
 
 def _experts(one: Any, other: Any, *args: Any, **kwargs: Any) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("matplotlib")
+pytest.importorskip("matplotlib", reason="the benchmarks draw what they measure")
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {
     **os.environ,

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import multitower as mt
+from broken_towers import Caches
 from models import EXAMPLES, causal_lm, pair, segment
 from multitower import FusionGraph
 from multitower.cache import TapCache
@@ -252,3 +253,25 @@ def test_recomputed_activations_are_not_saved(reentrant):
 
 def three(examples: list[mt.stream.Example]) -> list[mt.stream.Example]:
     return [[*row, segment("words", 3, 4, target=True)] for row in examples]
+
+
+@pytest.mark.parametrize("train", ["none", "lora"])
+def test_a_head_that_runs_at_labels_alone_is_its_towers(train: str) -> None:
+    graph = FusionGraph()
+    graph.add_tower("text", causal_lm("llama"), train=train, adapter=None)
+    model = graph.compile()
+    batch = mt.collate([[segment("text", 6), mt.Segment("text", [0, 5, 1], target=True)]])
+    whole, lean = model.estimate(batch), model.estimate(batch, logits=False)
+    skipped = batch["streams"]["text"]["tokens"].numel() - 2
+    head = model.unimodal("text").get_output_embeddings().weight.numel()
+    assert whole.towers["text"].forward_flops - lean.towers["text"].forward_flops == 2 * skipped * head
+    assert lean.loss.forward_flops == whole.loss.forward_flops == 0
+
+
+def test_a_tower_in_plain_pytorch_that_caches_has_a_cache() -> None:
+    graph = FusionGraph()
+    graph.add_tower("text", Caches(2, 8, 16), adapter=None)
+    batch = mt.collate([[segment("text", 6)], [segment("text", 4)]])
+    tokens = batch["streams"]["text"]["tokens"].numel()
+    found = graph.compile().estimate(batch)
+    assert found.towers["text"].cache_bytes == 2 * 2 * 8 * 4 * tokens  # keys and values, layers, width, bytes

@@ -155,7 +155,7 @@ def cases(draw: st.DrawFn) -> tuple[mt.FusedModel, list[Batch]]:
     sources = sorted({link.source for link in links} - targets)
     assume(sources)
     torch.manual_seed(0)
-    model = mt.FusedModel(redeclared(declared, sources, train="none", adapter=None), towers)  # type: ignore[arg-type]
+    model = mt.FusedModel(redeclared(declared, sources, train="none", adapter=None), towers)  # type: ignore[arg-type]  # a ModuleDict's values are towers here
     vocabularies = {name: tower.vocab_size for name, tower in towers.items()}
     rows = draw(st.lists(examples(vocabularies), min_size=1, max_size=3))
     return open_gates(model, seed=1), list(map(mt.collate, rows))
@@ -225,7 +225,7 @@ def test_workers_of_a_loader_read_the_files(folder: Path) -> None:
     kept = mt.KeptStates.compute(model, data(2), folder)
     groups = [[row(number) for number in range(3)], [row(number) for number in range(3, 6)]]
     loader = DataLoader(
-        groups,  # type: ignore[arg-type]  # a list is a data set
+        groups,  # type: ignore[arg-type]  # a ModuleDict's values are towers here  # a list is a data set
         batch_size=None,
         collate_fn=Ready(kept),
         num_workers=2,
@@ -246,7 +246,7 @@ class Ready:
 
 @pytest.mark.parametrize("use", [True, False])
 def test_the_trainer_takes_batches_with_states(folder: Path, use: bool) -> None:
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="the Trainer is of transformers")
     pytest.importorskip("accelerate", reason="the Trainer needs accelerate")
     model, rows = fused(), [row(number) for number in range(6)]
     kept = mt.KeptStates.compute(model, data(2), folder)

@@ -129,7 +129,7 @@ def test_what_is_needed_is_what_a_search_backwards_finds(wanted: dict[str, int])
 @pytest.mark.parametrize("train", ["none", "lora"])
 def test_heads_run_only_where_some_row_has_a_label(train: str) -> None:
     if train == "lora":
-        pytest.importorskip("peft")
+        pytest.importorskip("peft", reason="adapters are peft's")
     decoder = causal_lm("llama")
     graph = mt.FusionGraph()
     graph.add_tower("text", decoder, train=train, adapter=None)
