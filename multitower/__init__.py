@@ -23,6 +23,7 @@ from .graph import FusionGraph
 from .kept import KeptStates
 from .modality import Modality
 from .output import FusedOutput
+from .packing import pack
 from .pipeline import Pipeline
 from .plugins import PluginError
 from .spec import GraphError
@@ -50,4 +51,5 @@ __all__ = [
     "collate",
     "draw_graph",
     "load_tower",
+    "pack",
 ]

@@ -17,6 +17,7 @@ from .cost import Cost, Estimate
 from .extras import require
 from .graph import FusionGraph
 from .link import visibility
+from .packing import check_packs, moments, reach
 from .shapes import MOST_VALUES, NEEDS_VALUES, ShapesOnly, on_meta
 from .sharing import load_towers
 from .stream import Batch, Stream, check_streams
@@ -65,6 +66,8 @@ def estimate(model: FusedModel, batch: Batch, *, logits: bool = True) -> Estimat
     """
     streams = batch["streams"]
     check_streams(streams, {name: model.tower(name).vocab_size for name in model.towers})
+    for name, stream in streams.items():
+        check_packs(name, model.tower(name), stream)
     if is_offloaded(model):
         raise ValueError(
             "some weights are offloaded, and come only when they run; estimate the graph instead"
@@ -203,10 +206,11 @@ def _without_blind_links(graph: FusionGraph, streams: Mapping[str, Stream]) -> F
 def _is_blind(link: Any, streams: Mapping[str, Stream]) -> bool:
     if link.source not in streams or link.target not in streams:
         return False
-    source, queries = streams[link.source], streams[link.target]["times"]
-    some = max(1, MOST_VALUES // max(1, source["times"].numel()))  # what a model sees at once may be much
+    source, queries = streams[link.source], moments(streams[link.target])
+    keys, window = moments(source), reach(link.window, source)
+    some = max(1, MOST_VALUES // max(1, keys.numel()))  # what a model sees at once may be much
     return all(
-        visibility(part, source["times"], source["mask"], link.window).is_blind()
+        visibility(part, keys, source["mask"], window).is_blind()
         for part in torch.split(queries, some, dim=1)
     )
 

@@ -20,7 +20,7 @@ from .checkpoint.parts import whole
 from .checkpoint.tensors import mapped_tensors
 from .files import CheckpointError, read_json
 from .fingerprint import fingerprint
-from .stream import STATES, Stream
+from .stream import EXAMPLES, STATES, Stream
 from .tower.offload import whole_state
 
 if TYPE_CHECKING:
@@ -225,6 +225,8 @@ def tower_fingerprint(model: FusedModel, name: str) -> str:
 
 def _rows(stream: Stream) -> list[Tensor]:
     """Give the tokens of each row without padding."""
+    if EXAMPLES in stream:
+        raise ValueError("the batch is packed; states are kept of padded batches: call multitower.pack after")
     lengths = stream["mask"].sum(1).tolist()
     return [row[:length] for row, length in zip(stream["tokens"].cpu(), lengths, strict=True)]
 

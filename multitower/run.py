@@ -11,6 +11,7 @@ from torch import Tensor
 from .frozen import brought_states
 from .link import Visibility, add, visibility
 from .output import FusedOutput, States, head_loss, token_loss
+from .packing import embed, moments, reach
 from .rotary import Rotations
 from .schedule import Tap
 from .stream import IGNORE, values_at_hand
@@ -32,7 +33,7 @@ def run(
     rotations = Rotations({name: stream["times"] for name, stream in streams.items()})
     for name, stream in streams.items():
         if name in running:
-            embedded, states.contexts[name] = model.tower(name).embed(stream["tokens"])
+            embedded, states.contexts[name] = embed(name, model.tower(name), stream)
             if model._graph.towers[name].train == "none":
                 embedded = embedded.detach()  # transformers' activation checkpointing asks for its gradient
             states.hidden[name] = model.adapt(name, embedded)
@@ -95,15 +96,20 @@ def visibilities(model: FusedModel, streams: Streams) -> dict[str, Visibility]:
     """Give, for each link that has something to do in this batch, what its queries may see."""
     dtypes = {tap.link: model.tap(tap).query.weight.dtype for tap in model.schedule.taps}
     alike: dict[tuple[object, ...], Visibility] = {}
+    when = {name: moments(stream) for name, stream in streams.items()}
     seen = {}
     for link in model._graph.links.values():
         if link.source not in streams or link.target not in streams:
             continue
         key = (link.source, link.target, link.window, dtypes[link.name])
         if key not in alike:
-            source, target = streams[link.source], streams[link.target]
+            source = streams[link.source]
             alike[key] = visibility(
-                target["times"], source["times"], source["mask"], link.window, dtypes[link.name]
+                when[link.target],
+                when[link.source],
+                source["mask"],
+                reach(link.window, source),
+                dtypes[link.name],
             )
         seen[link.name] = alike[key]
     return {name: each for name, each in seen.items() if not each.is_blind()}

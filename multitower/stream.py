@@ -16,6 +16,9 @@ IGNORE = -100
 STATES = "layer "
 """How the names begin under which a stream brings states: "layer 2" is what layer 2 of its tower gives."""
 
+EXAMPLES = "examples"
+"""In a packed stream: of which example each token is, int64, shape (1, length); see ``packing``."""
+
 Stream = dict[str, Tensor]
 Batch = dict[str, dict[str, Stream]]
 
@@ -183,6 +186,9 @@ def check_streams(streams: Mapping[str, Mapping[str, Tensor]], vocabularies: Map
                 )
         if values_at_hand(tokens) and tokens.numel():
             _check_values(name, stream, vocabularies[name])
+    if len({EXAMPLES in stream for stream in streams.values()}) > 1:
+        unpacked = [name for name, stream in streams.items() if EXAMPLES not in stream]
+        raise ValueError(f"streams of one batch must all be packed or none, but {unpacked} are not")
     rows = [stream["tokens"].shape[0] for stream in streams.values()]
     if any(size != rows[0] for size in rows):
         shapes = {name: tuple(stream["tokens"].shape) for name, stream in streams.items()}
@@ -210,6 +216,13 @@ def _check_values(name: str, stream: Mapping[str, Tensor], vocabulary: int) -> N
         )
     if bool((mask[:, 1:] & ~mask[:, :-1]).any()):
         raise ValueError(f"stream {name!r} must be padded on the right: its mask is True again after False")
+    if EXAMPLES in stream:
+        examples = stream[EXAMPLES]
+        if len(examples) > 1 or not bool(mask.all()) or bool((examples.diff() < 0).any()):
+            raise ValueError(
+                f"stream {name!r} is packed, which is one row without padding, examples in ascending order; "
+                "build it with multitower.pack"
+            )
 
 
 def _as_tokens(segment: Segment, example: int) -> Tensor:

@@ -147,6 +147,11 @@ class RunsOtherwise(TinyTower):
         return super().forward(tokens) + 1
 
 
+class MixesExamples(TinyTower):
+    def embed(self, tokens: Tensor, *, positions: Tensor | None = None) -> tuple[Tensor, Any]:
+        return super().embed(tokens)
+
+
 class MasksTokenZero(TinyTower):
     """Takes token 0 for padding: rows of nothing else have no one to attend to."""
 
@@ -165,6 +170,8 @@ class CountsFromTheRight(TinyTower):
 
 
 class IsOfOneDtype(TinyTower):
+    packs = False
+
     def embed(self, tokens: Tensor) -> tuple[Tensor, Any]:
         return self.table(tokens) + torch.zeros(8), None
 
@@ -198,7 +205,7 @@ class DecodesWithoutLinks(TinyTower):
 class Caches(TinyTower):
     """A tiny tower that decodes with a cache, and so only attends to all that came before."""
 
-    caches = True
+    caches, packs = True, False
 
     def embed(self, tokens: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
         return self.table(tokens), cache

@@ -80,6 +80,11 @@ def test_padding_changes_nothing(case: Case, seed: int) -> None:
 
 
 @given(ANY_CASES)
+def test_packing_changes_nothing(case: Case) -> None:
+    testing.check_packing(case.model, case.examples)
+
+
+@given(ANY_CASES)
 def test_a_batch_is_its_rows_one_by_one(case: Case) -> None:
     testing.check_rows(case.model, case.examples)
 

@@ -4,7 +4,7 @@ None of it needs a download. ``multitower.testing.strategies`` draws towers, gra
 for hypothesis, which it needs.
 """
 
-from .batches import check_order, check_padding, check_rows
+from .batches import check_order, check_packing, check_padding, check_rows
 from .checkpoints import check_saved
 from .decoding import check_decoding, check_prefill
 from .definition import check_definition
@@ -30,6 +30,7 @@ __all__ = [
     "check_modality",
     "check_model",
     "check_order",
+    "check_packing",
     "check_padding",
     "check_prefill",
     "check_rows",

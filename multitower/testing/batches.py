@@ -1,4 +1,4 @@
-"""Checks that it does not matter how things are put together: declarations, batches, padding."""
+"""Checks that it does not matter how things are put together: declarations, batches, padding, packing."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..fused import FusedModel
 from ..graph import FusionGraph
+from ..packing import pack
 from ..stream import PADDING, Example, Stream
 from .compare import Streams, assert_close, opened, rounding, streams_of, tolerance
 
@@ -97,6 +98,37 @@ def check_padding(model: FusedModel, examples: Sequence[Example], *, seed: int =
     _compare(logits, expected.logits, streams, "with other padding", rounding(model))
     within = max(rounding(model), tolerance(expected.loss.dtype))
     assert_close(found.loss, expected.loss, "the loss depends on the padding", within)
+
+
+@torch.no_grad()
+def check_packing(model: FusedModel, examples: Sequence[Example]) -> None:
+    """Check that examples in one row, without padding, give what they give in rows of their own.
+
+    >>> import multitower as mt
+    >>> from multitower.testing import tiny_model
+    >>> check_packing(tiny_model(), [[mt.Segment("speech", [0, 5, 1])], [mt.Segment("text", [0, 7])]])
+
+    Raises:
+        AssertionError: They give other logits or another loss, or are taken though a tower cannot do it.
+    """
+    model = opened(model)
+    streams = streams_of(model, examples)
+    packed = pack({"streams": streams})["streams"]
+    unable = [name for name in streams if not model.tower(name).packs]
+    if unable:
+        try:
+            model(packed)
+        except ValueError:
+            return
+        raise AssertionError(f"packed batches run, though tower {unable[0]!r} cannot tell examples apart")
+    expected, found = model(streams), model(packed)
+    for name, logits in expected.logits.items():
+        real = logits[streams[name]["mask"]]
+        what = f"tower {name!r}: the logits are others in a packed batch"
+        assert_close(found.logits[name][0], real, what, rounding(model))
+    within = max(rounding(model), tolerance(expected.loss.dtype))
+    for loss in (found.loss, model(packed, logits=False).loss):
+        assert_close(loss, expected.loss, "the loss of a packed batch is another", within)
 
 
 def _padded(stream: Stream, vocabulary: int, generator: torch.Generator) -> Stream:

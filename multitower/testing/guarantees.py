@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from ..packing import positions
 from ..tower import Tower
 from .tower_case import Case, assert_close, assert_equal, call
 from .tower_decoding import check_cache, check_decoding, check_left_padding
@@ -135,6 +137,26 @@ def _check_padding(case: Case) -> None:
         )
 
 
+@torch.no_grad()
+def _check_packing(case: Case) -> None:
+    """Run rows of several examples, where the tower can."""
+    if not case.tower.packs:
+        return
+    lengths = torch.tensor([7, 3, 1, 5])
+    tokens = case.tokens(4, 7)
+    examples = [row[:length] for row, length in zip(tokens, lengths, strict=True)]
+    places = positions(torch.arange(4).repeat_interleave(lengths)[None]).to(tokens.device)
+    run = functools.partial(case.run, torch.cat(examples)[None], positions=places)
+    together = call("embed(tokens, positions=positions), a layer or the head", run)
+    alone = torch.cat([case.run(each[None]) for each in examples], 1)
+    assert_close(
+        together,
+        alone,
+        "an example in a row with others gets other logits than alone; do positions begin anew, and do "
+        "layers keep examples apart?",
+    )
+
+
 def _check_gradients(case: Case) -> None:
     trained = case.copy()
     tower, tokens = trained.tower.requires_grad_(True), case.tokens(2, 6)
@@ -182,6 +204,7 @@ GUARANTEES: dict[str, Callable[[Case], None]] = {
     "causality": _check_causality,
     "rows": _check_rows,
     "padding": _check_padding,
+    "packing": _check_packing,
     "gradients": _check_gradients,
     "bfloat16": _check_bfloat16,
     "decoding": check_decoding,

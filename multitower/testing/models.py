@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from ..fused import FusedModel
 from ..stream import Example
-from .batches import check_order, check_padding, check_rows
+from .batches import check_order, check_packing, check_padding, check_rows
 from .checkpoints import check_saved
 from .decoding import check_decoding, check_prefill
 from .definition import check_definition
@@ -24,6 +24,7 @@ PROMISES: dict[str, Callable[[FusedModel, Sequence[Example]], None]] = {
     "order": check_order,
     "rows": check_rows,
     "padding": check_padding,
+    "packing": check_packing,
     "gradients": check_gradients,
     "losses": check_losses,
     "frozen": check_frozen,

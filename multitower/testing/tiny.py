@@ -21,10 +21,10 @@ class TinyLayer(nn.Module):
         self.ffn = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU())
         self.out = nn.Linear(2 * width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Run the layer over states of shape (batch, length, width)."""
         query, key, value = self.attention(self.norm(x)).chunk(3, dim=-1)
-        x = x + F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        x = x + F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None)
         output: Tensor = x + self.out(self.ffn(x))
         return output
 
@@ -34,6 +34,7 @@ class TinyTower(Tower):
 
     begin = 0
     end = (1,)
+    packs = True
 
     def __init__(self, depth: int, width: int, vocab_size: int) -> None:
         super().__init__()
@@ -42,16 +43,19 @@ class TinyTower(Tower):
         self.layers = nn.ModuleList(TinyLayer(width) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
 
-    def embed(self, tokens: Tensor) -> tuple[Tensor, None]:
-        """Look the tokens up."""
-        return self.table(tokens), None
+    def embed(self, tokens: Tensor, *, positions: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Look the tokens up; with positions, give a mask that keeps examples apart."""
+        if positions is None:
+            return self.table(tokens), None
+        examples = (positions == 0).cumsum(1)
+        return self.table(tokens), (examples[:, :, None] == examples[:, None]).tril()
 
-    def layer(self, index: int, hidden: Tensor, context: None) -> Tensor:
+    def layer(self, index: int, hidden: Tensor, context: Tensor | None) -> Tensor:
         """Run one layer."""
-        output: Tensor = self.layers[index - 1](hidden)
+        output: Tensor = self.layers[index - 1](hidden, context)
         return output
 
-    def head(self, hidden: Tensor, context: None) -> Tensor:
+    def head(self, hidden: Tensor, context: Tensor | None) -> Tensor:
         """Score the vocabulary by the embedding table."""
         logits: Tensor = self.norm(hidden) @ self.table.weight.T
         return logits

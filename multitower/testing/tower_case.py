@@ -53,9 +53,10 @@ class Case(NamedTuple):
         tokens[0, :2] = torch.tensor([size - 1, 0])[:length]
         return tokens.to(self.tower.device)
 
-    def run(self, tokens: Tensor, *cache: Any) -> Tensor:
-        """Run the tower layer by layer, on tokens that come after those in a cache, if there is one."""
-        hidden, context = self.tower.embed(tokens, *cache)
+    def run(self, tokens: Tensor, *cache: Any, **positions: Tensor) -> Tensor:
+        """Run the tower layer by layer, with what else its ``embed`` takes, if anything."""
+        tower: Any = self.tower
+        hidden, context = tower.embed(tokens, *cache, **positions)
         for index in range(1, self.tower.depth + 1):
             hidden = self.tower.layer(index, hidden, context)
         return self.tower.head(hidden, context)

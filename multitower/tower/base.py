@@ -46,6 +46,10 @@ class Tower(nn.Module, ABC):
     context. The tokens come after ``cache.get_seq_length()`` others, and layer ``index`` gets the keys and
     values of all by ``cache.update(keys, values, index - 1)``, of shape (batch, heads, length, head width).
 
+    One that sets ``packs`` takes rows of several examples: ``embed(tokens, positions=positions)`` is then
+    given where in its example each token stands, int64, shape (1, length), 0 for the first of each, and the
+    layers let no token see another example's. Others are trained on padded batches alone.
+
     Subclasses set the attributes and the three methods. Streams are padded on the right, so a causal
     tower needs no padding mask.
 
@@ -57,6 +61,7 @@ class Tower(nn.Module, ABC):
         end: The ids that close a segment; empty when there is none.
         max_length: How many tokens a row may have, where ``generate`` then stops; None without such a limit.
         caches: Whether ``embed`` takes a cache as its second argument, None by default, and layers use it.
+        packs: Whether ``embed`` takes positions, by which layers tell the examples in a row apart.
         pads_left: Whether ``decoder`` decodes rows with padding on the left as it does each alone; if not,
             prompts of unlike length are decoded one after the other. Towers that set ``caches`` do not.
     """
@@ -68,6 +73,7 @@ class Tower(nn.Module, ABC):
     end: tuple[int, ...] = ()
     max_length: int | None = None
     caches: bool = False
+    packs: bool = False
 
     @property
     def pads_left(self) -> bool:

@@ -257,9 +257,14 @@ class PeftTower(Tower):
         """See ``Tower``."""
         return self.tower.pads_left
 
-    def embed(self, tokens: Tensor) -> tuple[Tensor, Any]:
+    @property
+    def packs(self) -> bool:  # type: ignore[override]  # that of the tower inside
+        """See ``Tower``."""
+        return self.tower.packs
+
+    def embed(self, tokens: Tensor, **kept: Any) -> tuple[Tensor, Any]:
         """See ``Tower.embed``."""
-        return self.tower.embed(tokens)
+        return self.tower.embed(tokens, **kept)
 
     def layer(self, index: int, hidden: Tensor, context: Any) -> Tensor:
         """See ``Tower.layer``."""

@@ -16,6 +16,7 @@ from .base import Inject, Tower, TowerError
 from .decoding import make_decoder, why_not_faithful
 from .lora import base_model
 from .offload import execution_device
+from .packs import tells_examples_apart
 from .probe import LENGTH, Layers, check_causal, evaluated, forward_options, logits_of, probe, probe_tokens
 from .shell import (
     Call,
@@ -108,8 +109,9 @@ class TransformersTower(Tower):
         native: nn.Module = self._native.it
         return native
 
-    def embed(self, tokens: Tensor) -> tuple[Tensor, Context]:
+    def embed(self, tokens: Tensor, *, positions: Tensor | None = None) -> tuple[Tensor, Context]:
         """Run what the model does before layer 1; see ``Tower.embed``."""
+        placed = {} if positions is None else {"position_ids": positions}
         script, shell = self._script, self._shell.it
         shell.follow()
         if any(twin.training and getattr(twin, "layerdrop", 0) for twin, _ in shell.copies):
@@ -119,14 +121,14 @@ class TransformersTower(Tower):
             )
         script.calls = []
         with suppress(LayersReached):
-            shell.model(input_ids=tokens, **forward_options(self.model))
+            shell.model(input_ids=tokens, **placed, **forward_options(self.model))
         calls, script.calls = tuple(script.calls), []
         if len(calls) != self.depth:
             raise TowerError(
                 f"{type(self.model).__name__}: its forward reached {len(calls)} of its {self.depth} layers. "
                 "Was a forward of the model replaced after it was made, or does it skip layers in training?"
             )
-        return self._layers.layout.to_tower(calls[0].hidden), Context(tokens, calls, {})
+        return self._layers.layout.to_tower(calls[0].hidden), Context(tokens, placed, calls, {})
 
     def layer(self, index: int, hidden: Tensor, context: Context) -> Tensor:
         """Run layer ``index``, counted from 1, with the arguments that the model would give it."""
@@ -155,7 +157,7 @@ class TransformersTower(Tower):
         final = self._layers.layout.to_model(hidden)
         self._script.final = (final, *context.carried.get(self.depth, ()))
         try:
-            return logits_of(self._shell.it.model(input_ids=context.tokens, **options))
+            return logits_of(self._shell.it.model(input_ids=context.tokens, **context.placed, **options))
         finally:
             self._script.final = None
 
@@ -185,6 +187,11 @@ class TransformersTower(Tower):
     def pads_left(self) -> bool:  # asked only when rows of unlike length decode
         """Whether rows with padding on the left decode as they do alone; asked of the model once."""
         return not self.decodes_cached or not why_not_faithful(self.model, length=LENGTH, padding=LENGTH - 1)
+
+    @functools.cached_property
+    def packs(self) -> bool:  # type: ignore[override]  # asked of the model, only when a batch is packed
+        """Whether rows of several examples are scored as each alone; asked of the model once."""
+        return tells_examples_apart(self, self.model)
 
     @functools.cached_property
     def _unfaithful(self) -> str:
@@ -241,11 +248,13 @@ class Context(NamedTuple):
 
     Attributes:
         tokens: The tokens.
+        placed: Their "position_ids", where several examples share a row.
         calls: With what the model would call each layer.
         carried: What layers gave beside their states so far, by layer.
     """
 
     tokens: Tensor
+    placed: dict[str, Tensor]
     calls: tuple[Call, ...]
     carried: dict[int, tuple[Any, ...]]
 
