@@ -32,9 +32,9 @@ from torch._dynamo.utils import counters
 import multitower as mt
 from measure import begin, in_turn, milliseconds, now, options, plot_ratios, ratio, write
 from models import SIZES, make_reader, random_tokens
+from multitower.attention import Visibility, visibility
 from multitower.cache import TapCache, TapReader
 from multitower.generate import decode_rows
-from multitower.link import Visibility, visibility
 from multitower.stream import make_streams
 
 RATIOS = {"sum": "fused / native + links", "alternating": "fused / native and links in turn"}

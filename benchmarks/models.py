@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import multitower as mt
-from multitower.link import visibility
+from multitower.attention import visibility
 from multitower.rotary import Rotations
 from multitower.schedule import Tap
 

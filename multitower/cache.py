@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from .link import KeysValues, Visibility, add, visibility
+from .attention import Visibility, visibility
+from .link import KeysValues, add
 from .rotary import Rotations
 from .schedule import Tap
 from .stream import Stream

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from .attention import SDPA, visibility
 from .cache import TapCache
 from .cost import Cost, Estimate
 from .extras import require
 from .graph import FusionGraph
-from .link import visibility
 from .packing import check_packs, moments, reach
 from .shapes import MOST_VALUES, NEEDS_VALUES, ShapesOnly, on_meta
 from .sharing import load_towers
@@ -74,6 +74,7 @@ def estimate(model: FusedModel, batch: Batch, *, logits: bool = True) -> Estimat
         )
     mode = ShapesOnly()
     empty: FusedModel = mode.copy(model, next(iter(streams.values()))["tokens"].device)
+    empty.attn_implementation = SDPA  # the counts of flex_attention would need values
     empty._graph = _without_blind_links(model.graph, streams)
     meter = _Meter([*empty.parameters(), *empty.buffers()], streams)
     try:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import publish
+from .attention import FLEX, SDPA
 from .frozen import brings_states
 from .graph import FusionGraph
 from .hub import find_checkpoint
@@ -22,7 +23,7 @@ from .schedule import Schedule, Tap, make_schedule
 from .spec import GraphError
 from .stream import Batch, Example, check_streams
 from .tower import Tower
-from .training import parameter_groups, set_trained
+from .training import gates, parameter_groups, set_trained
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -85,6 +86,7 @@ class FusedModel(nn.Module):
             links = make_links(graph.links, self.schedule, towers, kept)
         self.links = nn.ModuleDict({name: nn.ModuleDict(taps) for name, taps in links.items()})
         set_trained(graph, towers, kept)
+        self.attn_implementation: str = SDPA if kept is None else kept.attn_implementation
         self.train(kept is None or kept.training)
 
     @property
@@ -228,17 +230,11 @@ class FusedModel(nn.Module):
     def gates(self) -> dict[str, float]:
         """Give how far each gate is open: tanh of its parameter, by readable name.
 
-        >>> import multitower as mt
         >>> from multitower.testing import tiny_model
         >>> tiny_model().gates()["speech->text 1-1 attention"]
         0.0
         """
-        opened: dict[str, Any] = {f"{name} adapter": module.gate for name, module in self.adapters.items()}
-        for tap in self.schedule.taps:
-            module = self.tap(tap)
-            opened[f"{tap.link} {tap.key} attention"] = module.attention_gate
-            opened[f"{tap.link} {tap.key} feed-forward"] = module.ffn_gate
-        return {name: gate.detach().tanh().item() for name, gate in opened.items() if gate is not None}
+        return {name: gate.detach().tanh().item() for name, gate in gates(self).items()}
 
     def parameter_groups(self, lr: float, *, gate_lr: float | None = None) -> list[dict[str, Any]]:
         """Give what an optimizer should train: the gates in a group of their own.
@@ -260,6 +256,19 @@ class FusedModel(nn.Module):
             if spec.train == "none":
                 self.tower(name).eval()
         return self
+
+    def set_attn_implementation(self, implementation: str) -> None:
+        """Choose how links attend where not every token sees all: by "sdpa", or by "flex_attention".
+
+        The latter leaves out blocks of which nothing is seen, as in packed batches and with short windows;
+        on the CPU it has no backward. Towers have their own: ``unimodal(name).set_attn_implementation(...)``.
+
+        Raises:
+            ValueError: There is no such kernel.
+        """
+        if implementation not in (SDPA, FLEX):
+            raise ValueError(f"links attend by {SDPA!r} or {FLEX!r}, not by {implementation!r}")
+        self.attn_implementation = implementation
 
     def drop(self, *names: str) -> FusedModel:
         """Give the model without some towers or links; see ``surgery.drop``."""

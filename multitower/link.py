@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
+from .attention import Visibility, attend
 from .rotary import Rotation, rotate
-from .stream import values_at_hand
 
 
 class KeysValues(NamedTuple):
@@ -22,64 +23,13 @@ class KeysValues(NamedTuple):
     values: Tensor
 
 
-class Visibility(NamedTuple):
-    """Which source tokens each target token may read.
-
-    Attributes:
-        mask: Shape (batch, 1, target length, source length), to be added to the scores: 0 where a token is
-            read, else minus infinity. Rows that see nothing are open here, so that their softmax is finite,
-            and closed by ``sees``. None where every token sees all.
-        sees: bool, shape (batch, target length, 1): whether a target token sees anything at all. None where
-            every token does.
-    """
-
-    mask: Tensor | None
-    sees: Tensor | None
-
-    def is_blind(self) -> bool:
-        """Whether no query sees anything; asked only on the CPU: elsewhere one would wait for the answer."""
-        return self.sees is not None and values_at_hand(self.sees) and not bool(self.sees.any())
-
-
-def visibility(
-    query_times: Tensor,
-    key_times: Tensor,
-    key_mask: Tensor,
-    window: int | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> Visibility:
-    """Let each query see the keys of strictly earlier time.
-
-    >>> seen = visibility(torch.tensor([[0, 2]]), torch.tensor([[1, -1]]), torch.tensor([[True, False]]))
-    >>> seen.sees.flatten().tolist()
-    [False, True]
-    >>> seen.mask[0, 0, 1].tolist()
-    [0.0, -inf]
-
-    Args:
-        query_times: int64, shape (batch, target length).
-        key_times: int64, shape (batch, source length).
-        key_mask: bool, shape (batch, source length): False at padding.
-        window: How many ticks back a query sees; None for all.
-        dtype: That of the scores.
-    """
-    age = query_times[:, :, None] - key_times.to(query_times.device)[:, None, :]
-    mask = (age > 0) & key_mask.to(query_times.device)[:, None, :]
-    if window is not None:
-        mask = mask & (age <= window)
-    if mask.numel() and values_at_hand(mask) and bool(mask.all()):
-        return Visibility(None, None)
-    sees = mask.any(-1, keepdim=True)
-    closed = torch.zeros_like(mask, dtype=dtype).masked_fill(sees & ~mask, float("-inf"))
-    return Visibility(closed[:, None], sees)
-
-
 class GatedCrossAttention(nn.Module):
     """One tap of a link: what a target tower takes from one layer of a source tower.
 
     >>> tap = GatedCrossAttention(source_width=6, target_width=8, heads=2)
     >>> x, h = torch.randn(1, 3, 8), torch.randn(1, 2, 6)
     >>> real = torch.ones(1, 2, dtype=torch.bool)
+    >>> from multitower.attention import visibility
     >>> seen = visibility(torch.tensor([[0, 2, 4]]), torch.tensor([[1, 3]]), real)
     >>> update = tap(x, tap.read(h), seen)
     >>> bool((update == 0).all())                   # the gates are closed at the start
@@ -150,7 +100,7 @@ class GatedCrossAttention(nn.Module):
         """
         states = x.to(self.query.weight)
         query = self._turned(self.query(self.norm(states)), rotation)
-        attended = F.scaled_dot_product_attention(query, *source, attn_mask=seen.mask)
+        attended = attend(query, *source, seen.mask)
         update = torch.tanh(self.attention_gate) * self.out(rearrange(attended, "b h t d -> b t (h d)"))
         if self.ffn is not None and self.ffn_norm is not None and self.ffn_gate is not None:
             update = update + torch.tanh(self.ffn_gate) * self.ffn(self.ffn_norm(states + update))
@@ -165,6 +115,7 @@ class GatedCrossAttention(nn.Module):
         """
         query = self._turned(self.query(self.norm(x.to(self.query.weight))), rotation)
         scores = query @ source.keys.transpose(-1, -2) / query.shape[-1] ** 0.5
+        assert not isinstance(seen.mask, BlockMask), "weights are those of sdpa"
         weights = (scores if seen.mask is None else scores + seen.mask).float().softmax(-1)
         return weights if seen.sees is None else torch.where(seen.sees[:, None], weights, 0.0)
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .attention import FLEX, Visibility, block_visibility, visibility
 from .frozen import brought_states
-from .link import Visibility, add, visibility
+from .link import add
 from .output import FusedOutput, States, head_loss, token_loss
 from .packing import embed, moments, reach
 from .rotary import Rotations
@@ -26,7 +27,7 @@ def run(
     model: FusedModel, streams: Streams, wanted: Mapping[str, int], *, output_attentions: bool = False
 ) -> States:
     """Run the steps that are needed; see ``FusedModel.run``."""
-    seen = visibilities(model, streams)
+    seen = visibilities(model, streams, flex=model.attn_implementation == FLEX and not output_attentions)
     states = States({}, {}, brought_states(model, streams), {})
     steps = model.schedule.needed(wanted, seen, states.given)
     running = {step.tower for step in steps}
@@ -92,7 +93,7 @@ def update(
     return add(x, updates)
 
 
-def visibilities(model: FusedModel, streams: Streams) -> dict[str, Visibility]:
+def visibilities(model: FusedModel, streams: Streams, *, flex: bool = False) -> dict[str, Visibility]:
     """Give, for each link that has something to do in this batch, what its queries may see."""
     dtypes = {tap.link: model.tap(tap).query.weight.dtype for tap in model.schedule.taps}
     alike: dict[tuple[object, ...], Visibility] = {}
@@ -104,13 +105,8 @@ def visibilities(model: FusedModel, streams: Streams) -> dict[str, Visibility]:
         key = (link.source, link.target, link.window, dtypes[link.name])
         if key not in alike:
             source = streams[link.source]
-            alike[key] = visibility(
-                when[link.target],
-                when[link.source],
-                source["mask"],
-                reach(link.window, source),
-                dtypes[link.name],
-            )
+            between = (when[link.target], when[link.source], source["mask"], reach(link.window, source))
+            alike[key] = block_visibility(*between) if flex else visibility(*between, dtypes[link.name])
         seen[link.name] = alike[key]
     return {name: each for name, each in seen.items() if not each.is_blind()}
 

@@ -57,6 +57,16 @@ def set_trained(graph: FusionGraph, towers: Mapping[str, Tower], kept: FusedMode
             warn_of_lost_gradients(name, towers[name])
 
 
+def gates(model: FusedModel) -> dict[str, nn.Parameter]:
+    """Give the parameter of each gate, by readable name."""
+    found: dict[str, Any] = {f"{name} adapter": module.gate for name, module in model.adapters.items()}
+    for tap in model.schedule.taps:
+        module = model.tap(tap)
+        found[f"{tap.link} {tap.key} attention"] = module.attention_gate
+        found[f"{tap.link} {tap.key} feed-forward"] = module.ffn_gate
+    return {name: gate for name, gate in found.items() if gate is not None}
+
+
 def parameter_groups(model: nn.Module, lr: float, gate_lr: float | None) -> list[dict[str, Any]]:
     """Give what an optimizer should train, gates in a group of their own; see ``FusedModel``."""
     gates: list[nn.Parameter] = []

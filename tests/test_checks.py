@@ -15,7 +15,8 @@ from torch import Tensor
 import multitower as mt
 from models import causal_lm, segment
 from multitower import cache, fused, run
-from multitower.link import GatedCrossAttention, Visibility
+from multitower.attention import Visibility
+from multitower.link import GatedCrossAttention
 from multitower.schedule import Schedule, Step, Tap
 from multitower.testing import (
     PROMISES,

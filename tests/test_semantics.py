@@ -152,7 +152,7 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
 
 def test_a_window_says_how_far_back_a_link_sees() -> None:
     speech = tiny_tower(1, depth=1, width=12)
-    speech.layers[0].forward = lambda x: x  # or states would tell of tokens before the window
+    speech.layers[0].forward = lambda x, mask: x  # or states would tell of tokens before the window
     graph = mt.FusionGraph()
     graph.add_tower("speech", speech)
     graph.add_tower("text", tiny_tower(2))

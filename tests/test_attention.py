@@ -1,0 +1,145 @@
+"""Links attend by flex_attention as they do by sdpa. On the CPU it has no backward.
+
+Uncompiled it computes the same, slowly, without a compiler for C++.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import multitower as mt
+from models import EXAMPLES, causal_lm, pair, segment
+from multitower import attention
+from multitower.attention import block_visibility, visibility
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning"),
+    # while torch itself traces and compiles
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+]
+
+ROWS = [
+    [segment("speech", *range(2, 13)), segment("text", *range(2, 18)), segment("speech", *range(3, 9))],
+    [segment("text", 5), segment("speech", 7)],
+    [segment("text", 4, 5, 6)],
+]
+
+
+@pytest.fixture(autouse=True)
+def uncompiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "slow" not in request.keywords:
+        monkeypatch.setattr(attention, "_compiled", lambda: attention.flex_attention)
+
+
+def both(model: mt.FusedModel, batch: dict) -> tuple[mt.FusedOutput, mt.FusedOutput]:
+    outputs = []
+    for implementation in ("sdpa", "flex_attention"):
+        model.set_attn_implementation(implementation)
+        outputs.append(model(**batch))
+    return outputs[0], outputs[1]
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("packed", [False, True])
+@torch.no_grad()
+def test_flex_attention_gives_what_sdpa_gives(window: int | None, packed: bool) -> None:
+    model = pair(gates=True, window=window, position="rotary")
+    batch = mt.collate(ROWS)
+    streams = batch["streams"]
+    expected, found = both(model, mt.pack(batch) if packed else batch)
+    for name, logits in expected.logits.items():
+        real = streams[name]["mask"] if not packed else slice(None)
+        torch.testing.assert_close(found.logits[name][real], logits[real])
+        assert found.logits[name].isfinite().all()
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_compiled_it_gives_the_same_for_all_lengths() -> None:
+    torch._dynamo.reset()
+    model = pair(gates=True, window=4, position="rotary")
+    for number in range(1, 12):
+        expected, found = both(model, mt.pack(mt.collate(ROWS * number)))
+        torch.testing.assert_close(found.logits, expected.logits)
+
+
+@pytest.mark.parametrize("window", [None, 1, 3])
+def test_blocks_hold_what_is_seen(window: int | None) -> None:
+    torch.manual_seed(1)
+    times = torch.stack([torch.randperm(40)[:30].sort().values for _ in range(6)])
+    keys, queries = times[:3, :25], times[3:]
+    real = torch.arange(25) < torch.tensor([25, 12, 0])[:, None]
+    dense, blocks = (kind(queries, keys, real, window) for kind in (visibility, block_visibility))
+    assert torch.equal(blocks.sees, dense.sees)
+    for row in range(3):
+        for query in range(30):
+            seen = blocks.mask.mask_mod(
+                torch.tensor(row), torch.tensor(0), torch.tensor(query), torch.arange(25)
+            )
+            open_ = (dense.mask[row, 0, query] == 0) & dense.sees[row, query]
+            assert torch.equal(seen, open_)
+
+
+def test_on_the_cpu_it_cannot_be_trained_and_says_so() -> None:
+    model = pair(gates=True)
+    model.set_attn_implementation("flex_attention")
+    with pytest.raises(NotImplementedError, match="does not support backward on CPU"):
+        model(**mt.collate(ROWS))
+
+
+@torch.no_grad()
+def test_attention_weights_are_those_of_sdpa() -> None:
+    model, batch = pair(gates=True), mt.collate(EXAMPLES)
+    expected = model(**batch, output_attentions=True).attentions
+    model.set_attn_implementation("flex_attention")
+    found = model(**batch, output_attentions=True).attentions
+    for link, taps in expected.items():
+        for tap, weights in taps.items():
+            assert torch.equal(found[link][tap], weights)
+
+
+def test_what_is_chosen_stays_in_what_is_made_of_it(tmp_path: Path) -> None:
+    model = pair(causal_lm("llama"))
+    model.set_attn_implementation("flex_attention")
+    assert model.drop("speech->text").attn_implementation == "flex_attention"
+    assert model.estimate(mt.collate(EXAMPLES)).total.forward_flops
+    with pytest.raises(ValueError, match="by 'sdpa' or 'flex_attention', not by 'flash'"):
+        model.set_attn_implementation("flash")
+    model.save_pretrained(tmp_path / "fused", embed_towers=True)
+
+
+@torch.no_grad()
+def test_one_graph_for_packed_batches_of_any_size() -> None:
+    graphs: list[object] = []
+
+    def count(graph: torch.fx.GraphModule, inputs: object) -> object:
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    model = pair(gates=True)
+    model.set_attn_implementation("flex_attention")
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=count)
+    for number in range(1, 4):
+        batch = mt.pack(mt.collate(ROWS * number))
+        torch.testing.assert_close(compiled(**batch).loss, model(**batch).loss)
+    assert len(graphs) == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="its backward needs a GPU")
+@pytest.mark.parametrize("packed", [False, True])
+def test_gradients_are_those_of_sdpa(packed: bool) -> None:
+    model = pair(causal_lm("llama", width=64), causal_lm("qwen3", width=64, vocab_size=14), gates=True).cuda()
+    batch = mt.collate(ROWS)
+    batch = mt.pack(batch) if packed else batch
+    streams = {
+        name: {key: each.cuda() for key, each in stream.items()} for name, stream in batch["streams"].items()
+    }
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients = [torch.autograd.grad(output.loss, trained) for output in both(model, {"streams": streams})]
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
