@@ -23,6 +23,7 @@ RUNS = {
     "decode": "--sources 20 --rows 2 --new 4",
     "train_step": "--towers 2 --rows 1 --length 8",
     "saved_bytes": "--length 32",
+    "packed": "--rows 3 --lengths 8 --shortest 0.5 1",
 }
 ONE_AFTER_THE_OTHER = """
 import json, runpy, sys
@@ -91,6 +92,10 @@ def test_saved_bytes(ran: Path) -> None:
     assert [each["ratio"] for each in found if "ratio" in each] == pytest.approx([1, 1, 1], abs=0.02)
     counted = [each["bytes"] for each in found]
     assert counted == sorted(counted, reverse=True)
+
+
+def test_packed(ran: Path) -> None:
+    assert [each["real"] for each in results(ran / "packed")] == [0.75, 1]
 
 
 @pytest.mark.slow
