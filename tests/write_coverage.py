@@ -32,6 +32,7 @@ class Result(NamedTuple):
     bfloat16: str = "-"
     decoding: str = "-"
     padding: str = "-"
+    packing: str = "-"
     reason: str = ""
 
 
@@ -62,6 +63,7 @@ def try_family(family: str) -> Result:
         word("bfloat16"),
         "no" if "decoding" in broken else "cached" if decodes_cached(tower) else "uncached",
         "no" if "left padding" in broken else "together" if tower.pads_left else "by length",
+        "yes" if tower.packs else "no",
         "; ".join(f"{key}: {one_line(reason)}" for key, reason in broken.items()),
     )
 
@@ -106,7 +108,8 @@ A tiny random model of each of the {len(results)} names in transformers'
 **{count("equal")} of {len(results)}** give the logits of their own forward, bit for bit, layer by layer;
 {count("decoding", "cached")} of them decode with a cache, {count("decoding", "uncached")} without;
 {count("gradients")} have the gradients of their own backward;
-{count("bfloat16")} are bit-equal in bfloat16 too.
+{count("bfloat16")} are bit-equal in bfloat16 too;
+{count("packing")} take packed batches.
 
 Written by `python tests/write_coverage.py` in {seconds:.0f} s on {os.cpu_count()} cores
 ({platform.machine()}), with {versions}.
@@ -119,12 +122,13 @@ Written by `python tests/write_coverage.py` in {seconds:.0f} s on {os.cpu_count(
   does not give what its `forward` gives, so each step starts anew; the latter with a warning.
 - *padding*: rows of unlike length decode "together", padded on the left, or, where the family cannot tell
   padding from tokens, "by length", one length after the other.
+- *packing*: several examples in one row (`multitower.pack`) are scored as each alone.
 
 Decoders that predict several codebooks a step (MusicGen) are refused: a tower predicts one token a step.
 Of Moshi, the main decoder, which predicts text, is a tower.
 
-| family | model | equal | gradients | bfloat16 | decoding | padding | reason |
-| --- | --- | --- | --- | --- | --- | --- | --- |
+| family | model | equal | gradients | bfloat16 | decoding | padding | packing | reason |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- |
 {rows}
 """
 
