@@ -244,7 +244,7 @@ class PeftTower(Tower):
         self.tower = tower
         self.depth, self.width, self.vocab_size = tower.depth, tower.width, tower.vocab_size
         self.begin, self.end = tower.begin, tower.end
-        self.max_length = tower.max_length
+        self.max_length, self.caches = tower.max_length, tower.caches
         self._native = (model,)  # not registered: its parameters are the tower's
 
     @property
@@ -257,9 +257,9 @@ class PeftTower(Tower):
         """See ``Tower``."""
         return self.tower.pads_left
 
-    def embed(self, tokens: Tensor) -> tuple[Tensor, Any]:
-        """See ``Tower.embed``."""
-        return self.tower.embed(tokens)
+    def embed(self, tokens: Tensor, *cache: Any) -> tuple[Tensor, Any]:
+        """See ``Tower.embed``; a cache goes to towers that set ``caches``."""
+        return self.tower.embed(tokens, *cache)
 
     def layer(self, index: int, hidden: Tensor, context: Any) -> Tensor:
         """See ``Tower.layer``."""
