@@ -28,11 +28,11 @@ def run(
     seen = visibilities(model, streams)
     states = States({}, {}, brought_states(model, streams), {})
     steps = model.schedule.needed(wanted, seen, states.given)
-    running = {step.tower for step in steps}
+    towers = {step.tower: model.tower(step.tower) for step in steps}
     rotations = Rotations({name: stream["times"] for name, stream in streams.items()})
     for name, stream in streams.items():
-        if name in running:
-            embedded, states.contexts[name] = model.tower(name).embed(stream["tokens"])
+        if name in towers:
+            embedded, states.contexts[name] = towers[name].embed(stream["tokens"])
             if model._graph.towers[name].train == "none":
                 embedded = embedded.detach()  # transformers' activation checkpointing asks for its gradient
             states.hidden[name] = model.adapt(name, embedded)
@@ -42,7 +42,7 @@ def run(
         if step.taps:
             x = update(model, step.taps, x, rotations, seen, states, output_attentions)
         else:
-            x = model.tower(step.tower).layer(step.layer, x, states.contexts[step.tower])
+            x = towers[step.tower].layer(step.layer, x, states.contexts[step.tower])
             if (step.tower, step.layer) in read_layers:
                 states.given[step.tower, step.layer] = x
         states.hidden[step.tower] = x
