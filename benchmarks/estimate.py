@@ -5,9 +5,11 @@ r"""Estimate what a batch costs before there are weights, beside what is measure
 
 Two towers read each other. The estimate is made of towers on the meta device, the measurements of random ones
 on the CPU: bytes by saved-tensor hooks and by the tensors of real caches, FLOPs by torch's counter on a real
-step, memory by how much the largest resident set of the process grew in its first step. That holds gradients,
-what is saved for the backward, and what passes: compare it with the sum of the first two. Estimate and
-measurement have a process of their own for each setting; by how much the estimate's grew is given as well.
+step, memory by how much the resident set of the process grew at most in its first step. That holds gradients,
+what is saved for the backward, and what passes: compare it with the sum of the first two. Memory is measured
+with a malloc that gives back what is freed and with glibc's as it is, of the fused model and of its trained
+towers run by transformers and peft alone. Estimate and measurements have a process of their own for each
+setting; by how much the estimate's grew is given as well.
 """
 
 from __future__ import annotations
@@ -15,15 +17,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import resource
 import statistics
-import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
+from itertools import product
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import multitower as mt
@@ -31,7 +34,8 @@ from measure import begin, now, options, write
 from models import INTERLEAVE, SIZES, make_model, make_tower
 from multitower.cache import TapCache
 from multitower.estimate import FORMULAS
-from saved_bytes import saved
+from resident import PLAIN_MALLOC, child, forget_peak, peak, resident
+from saved_bytes import saved, saved_by
 
 POLICIES: dict[str, dict[str, Any]] = {  # how both towers are trained, and their input adapters
     "frozen": {"train": "none", "adapter": None},
@@ -41,7 +45,8 @@ POLICIES: dict[str, dict[str, Any]] = {  # how both towers are trained, and thei
 }
 NAMES = ("source", "text")
 COMPARED = ("parameters", "trained", "forward_flops", "step_flops", "saved_bytes", "cache_bytes")
-UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+MALLOCS: dict[str, dict[str, str]] = {"plain": PLAIN_MALLOC, "glibc": {}}
+MIB = 2**20
 
 
 def main() -> None:
@@ -51,28 +56,29 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=256, help="tokens of each tower in a row")
     parser.add_argument("--policy", choices=tuple(POLICIES), help=argparse.SUPPRESS)
-    parser.add_argument("--task", choices=("estimated", "measured"), help=argparse.SUPPRESS)
+    parser.add_argument("--task", choices=tuple(TASKS), help=argparse.SUPPRESS)
     chosen = begin(parser)
     if chosen.device != "cpu":
         parser.error("resident sets say nothing about the memory of other devices than the CPU")
     if chosen.task:
-        print(json.dumps({"estimated": estimated, "measured": measured}[chosen.task](chosen)))
+        print(json.dumps(TASKS[chosen.task](chosen)))
         return
     results = []
     for policy in POLICIES:
-        row = {"policy": policy, **{task: child(policy, task) for task in ("estimated", "measured")}}
+        given = [*sys.argv[1:], "--policy", policy, "--task"]
+        row = {
+            "policy": policy,
+            **{task: child(__file__, [*given, task]) for task in ("estimated", "measured")},
+        }
+        subjects = ("fused",) if POLICIES[policy]["train"] == "none" else ("fused", "native")
+        row["memory"] = {
+            f"{subject}, {malloc}": child(__file__, [*given, subject], MALLOCS[malloc])
+            for subject, malloc in product(subjects, MALLOCS)
+        }
         row["ratio"] = {key: row["estimated"][key] / row["measured"][key] for key in COMPARED}
         results.append(row)
         show(row)
         write(chosen, results)
-
-
-def child(policy: str, task: str) -> dict[str, Any]:
-    """Do a task in a new process; give its figures."""
-    command = [sys.executable, *sys.argv, "--policy", policy, "--task", task]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
 
 
 def estimated(chosen: argparse.Namespace) -> dict[str, Any]:
@@ -87,12 +93,8 @@ def estimated(chosen: argparse.Namespace) -> dict[str, Any]:
 
 def measured(chosen: argparse.Namespace) -> dict[str, Any]:
     """Measure real steps."""
-    first = make_model("tiny", 2)  # loads what torch loads late
-    first(**make_batch(("tower0", "tower1"), SIZES["tiny"]["vocab_size"], 2, 8)).loss.backward()
     model, batch = declared(chosen, empty=False).compile(), batch_of(chosen)
-    before = peak()
     model(**batch).loss.backward()
-    grown = peak() - before
     seconds = []
     for _ in range(chosen.repeats):
         model.zero_grad(set_to_none=True)
@@ -103,15 +105,54 @@ def measured(chosen: argparse.Namespace) -> dict[str, Any]:
     figures = {
         "parameters": sum(counts),
         "trained": sum(each.numel() for each in model.parameters() if each.requires_grad),
-        "gradient_bytes": sum(each.nbytes for each in model.parameters() if each.requires_grad),
         "saved_bytes": saved(model, batch),
         "forward_flops": flops(model, batch, backward=False),
         "step_flops": flops(model, batch, backward=True),
         "cache_bytes": cache_bytes(model, batch),
-        "grown_bytes": grown,
     }
     step = statistics.median(seconds)
     return figures | {"step_seconds": step, "flops_per_second": figures["step_flops"] / step}
+
+
+def fused(chosen: argparse.Namespace) -> dict[str, int]:
+    """Measure the memory of the first step of the fused model."""
+    model, batch = ready(chosen)
+    return memory(model, batch, lambda: [model(**batch).loss])
+
+
+def native(chosen: argparse.Namespace) -> dict[str, int]:
+    """Measure that of its towers alone: all forward, then all backward."""
+    model, batch = ready(chosen)
+
+    def losses() -> list[Tensor]:
+        return [
+            model.unimodal(name)(input_ids=each["tokens"], labels=each["labels"], use_cache=False).loss
+            for name, each in batch["streams"].items()
+        ]
+
+    return memory(model, batch, losses)
+
+
+def ready(chosen: argparse.Namespace) -> tuple[mt.FusedModel, mt.stream.Batch]:
+    """Give model and batch, once another model has loaded what torch loads late."""
+    first = make_model("tiny", 2)
+    first(**make_batch(("tower0", "tower1"), SIZES["tiny"]["vocab_size"], 2, 8)).loss.backward()
+    return declared(chosen, empty=False).compile(), batch_of(chosen)
+
+
+def memory(
+    model: mt.FusedModel, batch: mt.stream.Batch, losses: Callable[[], list[Tensor]]
+) -> dict[str, int]:
+    """Measure the memory of a step; count the bytes that it saves for the backward and those of gradients."""
+    forget_peak()
+    before = resident()
+    torch.autograd.backward(losses())
+    grown = peak() - before
+    gradients = sum(each.grad.nbytes for each in model.parameters() if each.grad is not None)
+    return {"grown_bytes": grown, "expected_bytes": saved_by(losses, model, batch) + gradients}
+
+
+TASKS = {"estimated": estimated, "measured": measured, "fused": fused, "native": native}
 
 
 def declared(chosen: argparse.Namespace, *, empty: bool) -> mt.FusionGraph:
@@ -161,22 +202,17 @@ def cache_bytes(model: mt.FusedModel, batch: mt.stream.Batch) -> int:
     return sum(tensor.nbytes for pair in held for tensor in pair)
 
 
-def peak() -> int:
-    """Give the bytes of the largest resident set of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * UNIT
-
-
 def show(row: dict[str, Any]) -> None:
     """Print a table."""
     estimate, real = row["estimated"], row["measured"]
     print(f"\n{row['policy']}: {'estimated':>20} {'measured':>20} {'ratio':>8}")
     for key in COMPARED:
         print(f"{key:20} {estimate[key]:>20,} {real[key]:>20,} {row['ratio'][key]:>8.4f}")
-    expected = (estimate["saved_bytes"] + real["gradient_bytes"]) / 2**20
-    step, speed = real["step_seconds"], real["flops_per_second"] / 1e9
-    grown, own = real["grown_bytes"] / 2**20, estimate["grown_bytes"] / 2**20
-    print(f"A step took {step:.3f} s, {speed:.1f} GFLOP/s. Memory grew by {grown:.0f} MiB;")
-    print(f"gradients and what is saved are {expected:.0f} MiB.")
+    print(f"A step took {real['step_seconds']:.3f} s, {real['flops_per_second'] / 1e9:.1f} GFLOP/s.")
+    for name, found in row["memory"].items():
+        grown, expected = found["grown_bytes"], found["expected_bytes"]
+        print(f"{name}: memory grew by {grown / MIB:.0f} MiB; saved and gradients {expected / MIB:.0f}")
+    own = estimate["grown_bytes"] / MIB
     print(f"The estimate took {estimate['seconds']:.1f} s and {own:.0f} MiB.", flush=True)
 
 

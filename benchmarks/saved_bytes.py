@@ -10,6 +10,7 @@ docs/performance.md says how the count on paper comes about.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -65,6 +66,11 @@ def make_policy(size: str, policy: str) -> tuple[mt.FusedModel, list[int]]:
 
 def saved(model: mt.FusedModel, batch: mt.stream.Batch) -> int:
     """Count the bytes of what a forward saves."""
+    return saved_by(lambda: [model(**batch).loss], model, batch)
+
+
+def saved_by(losses: Callable[[], list[Tensor]], model: mt.FusedModel, batch: mt.stream.Batch) -> int:
+    """Count the bytes of what several losses of a model save; the backward is run as well."""
     given = [tensor for stream in batch["streams"].values() for tensor in stream.values()]
     own = [*model.parameters(), *model.buffers(), *given]
     known = {tensor.untyped_storage().data_ptr() for tensor in own}
@@ -79,8 +85,8 @@ def saved(model: mt.FusedModel, batch: mt.stream.Batch) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = model(**batch).loss
-    loss.backward()
+        found = losses()
+    torch.autograd.backward(found)
     return sum(sizes.values())
 
 

@@ -30,11 +30,11 @@ def run(
     seen = visibilities(model, streams, flex=model.attn_implementation == FLEX and not output_attentions)
     states = States({}, {}, brought_states(model, streams), {})
     steps = model.schedule.needed(wanted, seen, states.given)
-    running = {step.tower for step in steps}
+    towers = {step.tower: model.tower(step.tower) for step in steps}
     rotations = Rotations({name: stream["times"] for name, stream in streams.items()})
     for name, stream in streams.items():
-        if name in running:
-            embedded, states.contexts[name] = embed(name, model.tower(name), stream)
+        if name in towers:
+            embedded, states.contexts[name] = embed(name, towers[name], stream)
             if model._graph.towers[name].train == "none":
                 embedded = embedded.detach()  # transformers' activation checkpointing asks for its gradient
             states.hidden[name] = model.adapt(name, embedded)
@@ -44,7 +44,7 @@ def run(
         if step.taps:
             x = update(model, step.taps, x, rotations, seen, states, output_attentions)
         else:
-            x = model.tower(step.tower).layer(step.layer, x, states.contexts[step.tower])
+            x = towers[step.tower].layer(step.layer, x, states.contexts[step.tower])
             if (step.tower, step.layer) in read_layers:
                 states.given[step.tower, step.layer] = x
         states.hidden[step.tower] = x

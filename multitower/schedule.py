@@ -114,7 +114,7 @@ class Schedule:
                 continue
             taps = tuple(tap for tap in step.taps if tap.link in links)
             if taps and step.layer < depth:
-                steps.append(replace(step, taps=taps))
+                steps.append(step if taps == step.taps else replace(step, taps=taps))
                 for tap in taps:
                     if (tap.source, tap.source_layer) not in known:
                         deepest[tap.source] = max(tap.source_layer, deepest.get(tap.source, 0))

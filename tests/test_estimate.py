@@ -3,6 +3,7 @@ from __future__ import annotations
 import resource
 
 import accelerate
+import peft
 import pytest
 import torch
 import transformers
@@ -268,9 +269,10 @@ def test_a_head_that_runs_at_labels_alone_is_its_towers(train: str) -> None:
     assert lean.loss.forward_flops == whole.loss.forward_flops == 0
 
 
-def test_a_tower_in_plain_pytorch_that_caches_has_a_cache() -> None:
+@pytest.mark.parametrize("train", ["none", peft.LoraConfig(target_modules=["attention"])])
+def test_a_tower_in_plain_pytorch_that_caches_has_a_cache(train: str | peft.PeftConfig) -> None:
     graph = FusionGraph()
-    graph.add_tower("text", Caches(2, 8, 16), adapter=None)
+    graph.add_tower("text", Caches(2, 8, 16), train=train, adapter=None)
     batch = mt.collate([[segment("text", 6)], [segment("text", 4)]])
     tokens = batch["streams"]["text"]["tokens"].numel()
     found = graph.compile().estimate(batch)

@@ -244,7 +244,7 @@ class PeftTower(Tower):
         self.tower = tower
         self.depth, self.width, self.vocab_size = tower.depth, tower.width, tower.vocab_size
         self.begin, self.end = tower.begin, tower.end
-        self.max_length = tower.max_length
+        self.max_length, self.caches = tower.max_length, tower.caches
         self._native = (model,)  # not registered: its parameters are the tower's
 
     @property
@@ -262,9 +262,11 @@ class PeftTower(Tower):
         """See ``Tower``."""
         return self.tower.packs
 
-    def embed(self, tokens: Tensor, **kept: Any) -> tuple[Tensor, Any]:
-        """See ``Tower.embed``."""
-        return self.tower.embed(tokens, **kept)
+    def embed(self, tokens: Tensor, *cache: Any, **positions: Tensor) -> tuple[Tensor, Any]:
+        """See ``Tower.embed``; a cache goes to towers that set ``caches``, positions to those that pack."""
+        tower: Any = self.tower
+        embedded: tuple[Tensor, Any] = tower.embed(tokens, *cache, **positions)
+        return embedded
 
     def layer(self, index: int, hidden: Tensor, context: Any) -> Tensor:
         """See ``Tower.layer``."""

@@ -217,12 +217,9 @@ def _codebooks(model: nn.Module) -> str:
 def forward_options(model: nn.Module) -> dict[str, bool]:
     """Give the arguments for a forward that computes logits and no more, whatever its config asks for."""
     config: Any = model.config
-    asked = (
-        flag
-        for flag in RECORDED
-        for each in (config, config.get_text_config(decoder=True))
-        if getattr(each, flag, False)
-    )
+    text = config.get_text_config(decoder=True)
+    configs = (config,) if text is config else (config, text)
+    asked = (flag for flag in RECORDED for each in configs if getattr(each, flag, False))
     return {"use_cache": False, **dict.fromkeys(asked, False)}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, NamedTuple
 
@@ -111,7 +112,6 @@ class TransformersTower(Tower):
 
     def embed(self, tokens: Tensor, *, positions: Tensor | None = None) -> tuple[Tensor, Context]:
         """Run what the model does before layer 1; see ``Tower.embed``."""
-        placed = {} if positions is None else {"position_ids": positions}
         script, shell = self._script, self._shell.it
         shell.follow()
         if any(twin.training and getattr(twin, "layerdrop", 0) for twin, _ in shell.copies):
@@ -120,15 +120,20 @@ class TransformersTower(Tower):
                 "after each; load it with layerdrop=0 (in BART decoder_layerdrop=0), or keep it frozen"
             )
         script.calls = []
+        options: dict[str, Any] = {**forward_options(self.model)}
+        if positions is not None:
+            options["position_ids"] = positions
         with suppress(LayersReached):
-            shell.model(input_ids=tokens, **placed, **forward_options(self.model))
+            shell.model(input_ids=tokens, **options)
         calls, script.calls = tuple(script.calls), []
         if len(calls) != self.depth:
             raise TowerError(
                 f"{type(self.model).__name__}: its forward reached {len(calls)} of its {self.depth} layers. "
                 "Was a forward of the model replaced after it was made, or does it skip layers in training?"
             )
-        return self._layers.layout.to_tower(calls[0].hidden), Context(tokens, placed, calls, {})
+        stack = list(self._stack)
+        layers = tuple(stack[place] for place in self._layers.order)
+        return self._layers.layout.to_tower(calls[0].hidden), Context(tokens, options, layers, calls, {})
 
     def layer(self, index: int, hidden: Tensor, context: Context) -> Tensor:
         """Run layer ``index``, counted from 1, with the arguments that the model would give it."""
@@ -137,7 +142,7 @@ class TransformersTower(Tower):
         if context.carried:
             args = tuple(_resolve(value, context) for value in args)
             kwargs = {key: _resolve(value, context) for key, value in kwargs.items()}
-        output = self._layer_module(index)(layout.to_model(hidden), *args, **kwargs)
+        output = context.layers[index - 1](layout.to_model(hidden), *args, **kwargs)
         if self._layers.extras[index - 1]:
             context.carried[index] = as_tuple(output)[1:]
         return layout.to_tower(as_tuple(output)[0])
@@ -148,16 +153,16 @@ class TransformersTower(Tower):
 
     def head_at(self, hidden: Tensor, context: Context, places: Tensor) -> Tensor:
         """Give the logits of some tokens alone, where the model can; see ``Tower.head_at``."""
-        if "logits_to_keep" not in inspect.signature(self.model.forward).parameters:
+        if "logits_to_keep" not in _parameters(type(self.model).forward):
             return super().head_at(hidden, context, places)
         return self._finish(hidden, context, {"logits_to_keep": places})
 
     def _finish(self, hidden: Tensor, context: Context, options: dict[str, Any]) -> Tensor:
-        options = {**forward_options(self.model), **options}
+        options = {**context.options, **options}
         final = self._layers.layout.to_model(hidden)
         self._script.final = (final, *context.carried.get(self.depth, ()))
         try:
-            return logits_of(self._shell.it.model(input_ids=context.tokens, **context.placed, **options))
+            return logits_of(self._shell.it.model(input_ids=context.tokens, **options))
         finally:
             self._script.final = None
 
@@ -204,9 +209,6 @@ class TransformersTower(Tower):
         assert isinstance(stack, nn.ModuleList)
         return stack
 
-    def _layer_module(self, index: int) -> nn.Module:
-        return self._stack[self._layers.order[index - 1]]
-
     def _make_shell(self) -> Shell:
         found = self._layers
         layers = [stand_in(layer, Unexpected(place + 1)) for place, layer in enumerate(self._stack)]
@@ -248,13 +250,15 @@ class Context(NamedTuple):
 
     Attributes:
         tokens: The tokens.
-        placed: Their "position_ids", where several examples share a row.
+        options: The other arguments of the model's forward.
+        layers: The layers that run, in their order.
         calls: With what the model would call each layer.
         carried: What layers gave beside their states so far, by layer.
     """
 
     tokens: Tensor
-    placed: dict[str, Tensor]
+    options: dict[str, Any]
+    layers: tuple[nn.Module, ...]
     calls: tuple[Call, ...]
     carried: dict[int, tuple[Any, ...]]
 
@@ -263,6 +267,11 @@ def _without_values(model: nn.Module) -> AbstractContextManager[Any]:
     """Let a model on the meta device run, whose forward may ask for values that are not there."""
     on_meta = execution_device(model).type == "meta"
     return FakeTensorMode(allow_non_fake_inputs=True) if on_meta else nullcontext()
+
+
+@functools.cache
+def _parameters(function: Callable[..., Any]) -> Collection[str]:
+    return inspect.signature(function).parameters.keys()
 
 
 def _resolve(value: Any, context: Context) -> Any:
