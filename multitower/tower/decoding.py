@@ -18,7 +18,7 @@ def make_decoder(model: nn.Module, found: Layers, inject: Inject) -> Any:
     positions = _Positions()
     layers = list(model.get_submodule(found.path).children())
     for index, place in enumerate(found.order, 1):
-        layers[place] = stand_in(layers[place], _Injected(layers[place], index, inject, positions, found))
+        layers[place] = stand_in(layers[place], _Injected(layers[place], index, inject, positions, found).forward)
     shell = make_shell(model, found.path, layers).model
     prepare = shell.prepare_inputs_for_generation
     recorded = {key: value for key, value in forward_options(model).items() if key != "use_cache"}
@@ -95,7 +95,7 @@ class _Injected:
         self.layer, self.index, self.inject, self.positions = layer, index, inject, positions
         self.layout, self.keyword, self.depth = found.layout, found.keyword, len(found.order)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         hidden, args, kwargs = as_call(args, kwargs, self.keyword)
         if self.index == 1:
             hidden = self._inject(0, hidden)
