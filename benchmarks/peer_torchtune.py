@@ -282,7 +282,7 @@ def bare(source: Any, text: Any, given: Tensor, tokens: Tensor) -> None:
 
 def decode(model: mt.FusedModel, given: Tensor, new: int) -> Tensor:
     """Decode after one source."""
-    limits = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
+    limits = {"max_new_tokens": new, "eos_token_id": None, "do_sample": False}
     ((segment,),) = model.generate([[mt.Segment("source", given[0])]], ["text"], **limits)
     return torch.as_tensor(segment.tokens)
 

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from .rotary import Rotation, rotate
@@ -151,7 +150,7 @@ class GatedCrossAttention(nn.Module):
         states = x.to(self.query.weight)
         query = self._turned(self.query(self.norm(states)), rotation)
         attended = F.scaled_dot_product_attention(query, *source, attn_mask=seen.mask)
-        update = torch.tanh(self.attention_gate) * self.out(rearrange(attended, "b h t d -> b t (h d)"))
+        update = torch.tanh(self.attention_gate) * self.out(attended.transpose(1, 2).flatten(2))
         if self.ffn is not None and self.ffn_norm is not None and self.ffn_gate is not None:
             update = update + torch.tanh(self.ffn_gate) * self.ffn(self.ffn_norm(states + update))
         return (update if seen.sees is None else torch.where(seen.sees, update, 0.0)).to(x)
@@ -175,7 +174,7 @@ class GatedCrossAttention(nn.Module):
         return heads if rotation is None else rotate(heads, rotation)
 
     def _split(self, states: Tensor) -> Tensor:
-        return rearrange(states, "b t (h d) -> b h t d", h=self.heads)
+        return states.view(*states.shape[:2], self.heads, self.head_width).transpose(1, 2)
 
 
 class InputAdapter(nn.Module):
