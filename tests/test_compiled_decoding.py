@@ -16,8 +16,8 @@ import multitower as mt
 from models import causal_lm, pair, segment
 
 
-def compiled(**options: Any) -> dict[str, Any]:
-    config = CompileConfig(backend="eager", mode=None, fullgraph=True)
+def compiled(backend: Any = "eager", **options: Any) -> dict[str, Any]:
+    config = CompileConfig(backend=backend, mode=None, fullgraph=True)
     config._compile_all_devices = True
     return {"cache_implementation": "static", "compile_config": config, "eos_token_id": None, **options}
 
@@ -108,6 +108,18 @@ def test_what_else_is_decoded_makes_no_difference_to_what_is_compiled() -> None:
         with torch.compiler.set_stance("fail_on_recompile"):
             found = decode(model, given(1, seed), output, max_new_tokens=6)
         assert found == eagerly(model, given(1, seed), output, max_new_tokens=6)
+
+
+@pytest.mark.parametrize("link", [{}, {"position": "rotary", "window": 4}])
+def test_a_compiled_step_gives_its_logits_and_leaves_nothing_behind(link: dict[str, Any]) -> None:
+    given_back = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        given_back.append(len(graph.graph.output_node().args[0]))
+        return graph.forward
+
+    decode(fusion(**link), given(2, 0), backend=backend, max_new_tokens=4)
+    assert given_back == [1]
 
 
 @pytest.mark.slow
