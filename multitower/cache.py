@@ -177,13 +177,13 @@ class TapReader:
         self.reads = self.reads_now()
         self.repeated: dict[int, dict[int, list[Read]]] = {}
         self.step: Step | None = None
-        self.late: Step | None = None
+        self.late: dict[int, Step] = {}
         every = [read for reads in self.reads.values() for read in reads]
         self.settled = not any(module.rotary or window is not None for module, _, (_, window, _) in every)
 
     def reads_now(self) -> dict[int, list[Read]]:
         """Give, by the layer that they follow, the taps whose sources have tokens."""
-        links, reads = self.model.graph.links, dict[int, list[Read]]()
+        links, reads = self.model._graph.links, dict[int, list[Read]]()
         for tap in self.model.schedule.taps:
             if tap.target == self.name and tap in self.cache.entries:
                 module = self.model.tap(tap)
@@ -217,14 +217,15 @@ class TapReader:
         return self.times[:, known] + (places - known)
 
     def _step(self, rows: int, positions: Tensor) -> Step:
+        """Begin a step; late ones, which see all there is, share one as long as nothing depends on when."""
         late = self.settled and values_at_hand(positions) and int(positions[0]) >= self.times.shape[1] - 2
-        if late and self.late is not None:
-            return self.late
+        if late and rows in self.late:
+            return self.late[rows]
         times = self.times_of(positions[:1] if late else positions)
         times = times.repeat_interleave(self._copies(rows), 0)
         step = Step(times, Rotations({self.name: times}), {})
         if late:
-            self.late = step
+            self.late[rows] = step
         return step
 
     def _reads(self, rows: int) -> dict[int, list[Read]]:
