@@ -32,7 +32,7 @@ from torch._dynamo.utils import counters
 import multitower as mt
 from measure import begin, in_turn, milliseconds, now, options, plot_ratios, ratio, write
 from models import SIZES, make_reader, random_tokens
-from multitower.attention import Visibility, visibility
+from multitower.attention import visibility
 from multitower.cache import TapCache, TapReader
 from multitower.generate import decode_rows
 from multitower.stream import make_streams
@@ -81,6 +81,9 @@ class Decoding:
             self.cache = TapCache.fill(model, make_streams(examples), ["text"])
         tower, native = model.tower("text"), model.unimodal("text")
         self.times = torch.full((rows, 1), length * len(sources), device=tower.device)
+        self.seen = {
+            tap: visibility(self.times, entry.times, entry.mask) for tap, entry in self.cache.entries.items()
+        }
         self.decoder = tower.decoder(TapReader(model, "text", self.cache, self.times))
         self.native_decoder = copy.copy(native)
         self.link_step = self._link_step
@@ -139,16 +142,13 @@ class Decoding:
         """Run all taps and the input adapter for one token after the other."""
         tower = self.model.tower("text")
         x = torch.randn(self.rows, 1, tower.width, device=tower.device)
-        for token in itertools.count():
-            yield self.link_step(x, self.times + token)
+        while True:
+            yield self.link_step(x)
 
-    def _link_step(self, x: Tensor, times: Tensor) -> Tensor:
+    def _link_step(self, x: Tensor) -> Tensor:
         total = self.model.adapt("text", x)
-        seen: dict[str, Visibility] = {}
         for tap, entry in self.cache.entries.items():
-            if tap.source not in seen:
-                seen[tap.source] = visibility(times, entry.times, entry.mask)
-            total = total + self.model.tap(tap)(x, entry.source, seen[tap.source])
+            total = total + self.model.tap(tap)(x, entry.source, self.seen[tap])
         return total
 
     @torch.no_grad()

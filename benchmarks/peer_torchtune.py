@@ -15,7 +15,8 @@ own there, with the same weights: before anything is timed, the logits of both f
 compared. A fusion layer stands after the same layers as a tap of ours, and has queries, keys, values, output
 and a gated feed-forward of three matrices, whose width gives it as many parameters as the two of ours; a tap
 of ours has a linear projection of the source as well. In both only these are trained. torchtune's own loop
-hands on no encoder, so decoding is a loop over its model with its caches. Both choose greedily.
+hands on no encoder, so decoding is a loop over its model with its caches. Both choose greedily,
+and neither has an end token.
 """
 
 from __future__ import annotations
@@ -282,7 +283,7 @@ def bare(source: Any, text: Any, given: Tensor, tokens: Tensor) -> None:
 
 def decode(model: mt.FusedModel, given: Tensor, new: int) -> Tensor:
     """Decode after one source."""
-    limits = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
+    limits = {"max_new_tokens": new, "eos_token_id": None, "do_sample": False}
     ((segment,),) = model.generate([[mt.Segment("source", given[0])]], ["text"], **limits)
     return torch.as_tensor(segment.tokens)
 

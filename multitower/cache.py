@@ -6,13 +6,14 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import Visibility, visibility
-from .link import KeysValues, add
+from .link import GatedCrossAttention, KeysValues, add
 from .rotary import Rotations
 from .schedule import Tap
-from .stream import Stream
+from .stream import Stream, values_at_hand
 
 if TYPE_CHECKING:
     from .fused import FusedModel
@@ -133,66 +134,116 @@ class TapCache:
         return Entry(source, stream["times"].to(device), stream["mask"].to(device))
 
 
+class Read(NamedTuple):
+    """One tap as each step runs it.
+
+    Attributes:
+        module: The tap.
+        entry: What it reads.
+        sight: What its visibility depends on beside the times of the step: source, window and dtype.
+    """
+
+    module: GatedCrossAttention
+    entry: Entry
+    sight: tuple[str, int | None, torch.dtype]
+
+
+class Step(NamedTuple):
+    """What the taps of one decoding step share.
+
+    Attributes:
+        times: When its tokens stand, int64, shape (batch, length).
+        rotations: Of these times.
+        seen: What they see, by ``Read.sight``.
+    """
+
+    times: Tensor
+    rotations: Rotations
+    seen: dict[tuple[str, int | None, torch.dtype], Visibility]
+
+
 class TapReader:
     """What is done after each layer of one tower while it is decoded: an ``Inject``.
 
     Args:
         model: The model.
         name: The tower.
-        cache: What its taps read.
+        cache: What its taps read, all of it earlier than the last token of the prompts.
         times: When the tokens of its prompts stand, int64, shape (batch, prompt length), padded on the left.
     """
 
     def __init__(self, model: FusedModel, name: str, cache: TapCache, times: Tensor) -> None:
-        self.model, self.name, self.cache, self.times = model, name, cache, times
-        self.windows = {link.name: link.window for link in model.graph.links.values()}
-        self.repeated: dict[tuple[Tap, int], Entry] = {}
-        self.taps: dict[int, list[Tap]] = {}
-        for tap in model.schedule.taps:
-            if tap.target == name:
-                self.taps.setdefault(tap.target_layer, []).append(tap)
+        self.model, self.name, self.cache = model, name, cache
+        self.times = F.pad(times, (1, 0), value=-1)  # for torch.compile, to which a length of 1 is a constant
+        self.reads = self.reads_now()
+        self.repeated: dict[int, dict[int, list[Read]]] = {}
+        self.step: Step | None = None
+        self.late: dict[int, Step] = {}
+        every = [read for reads in self.reads.values() for read in reads]
+        self.settled = not any(module.rotary or window is not None for module, _, (_, window, _) in every)
+
+    def reads_now(self) -> dict[int, list[Read]]:
+        """Give, by the layer that they follow, the taps whose sources have tokens."""
+        links, reads = self.model._graph.links, dict[int, list[Read]]()
+        for tap in self.model.schedule.taps:
+            if tap.target == self.name and tap in self.cache.entries:
+                module = self.model.tap(tap)
+                sight = (tap.source, links[tap.link].window, module.query.weight.dtype)
+                read = Read(module, self.cache.entries[tap], sight)
+                reads.setdefault(tap.target_layer, []).append(read)
+        return reads
 
     def __call__(self, layer: int, x: Tensor, positions: Tensor) -> Tensor:
         """Adapt what is embedded, and let the state after a layer read others."""
         if layer == 0:
-            self.now: Tensor | None = None
-            self.seen: dict[tuple[str, int | None, torch.dtype], Visibility] = {}
-            self.rotations = Rotations({})
+            self.step = self._step(len(x), positions) if self.reads else None
             return self.model.adapt(self.name, x)
-        taps = [tap for tap in self.taps.get(layer, ()) if tap in self.cache.entries]
-        if not taps:
+        if layer not in self.reads:
             return x
-        copies = self._copies(len(x))
-        if self.now is None:
-            self.now = self.times_of(positions).repeat_interleave(copies, 0)
-            self.rotations = Rotations({self.name: self.now})
-        updates = []
-        for tap in taps:
-            module, entry = self.model.tap(tap), self._entry(tap, copies)
-            key = (tap.source, self.windows[tap.link], module.query.weight.dtype)
-            if key not in self.seen:
-                self.seen[key] = visibility(self.now, entry.times, entry.mask, *key[1:])
-            turn = self.rotations.of(self.name, module)
-            updates.append(module(x, entry.source, self.seen[key], turn))
+        step, updates = self.step, []
+        assert step is not None
+        for module, entry, sight in self._reads(len(x))[layer]:
+            if sight not in step.seen:
+                step.seen[sight] = visibility(step.times, entry.times, entry.mask, *sight[1:])
+            turn = step.rotations.of(self.name, module)
+            updates.append(module(x, entry.source, step.seen[sight], turn))
+        if layer == max(self.reads):
+            self.step = None
         return add(x, updates)
 
     def times_of(self, positions: Tensor) -> Tensor:
         """Give the times of tokens: those of the prompt are known, later ones follow one by one."""
-        positions = positions.to(self.times.device)
-        known = positions.clamp(max=self.times.shape[1] - 1)
-        return self.times[:, known] + (positions - known)
+        places = positions.to(self.times.device) + 1
+        known = places.clamp(max=self.times.shape[1] - 1)
+        return self.times[:, known] + (places - known)
 
-    def _entry(self, tap: Tap, copies: int) -> Entry:
-        entry = self.cache.entries[tap]
+    def _step(self, rows: int, positions: Tensor) -> Step:
+        """Begin a step; late ones, which see all there is, share one as long as nothing depends on when."""
+        late = self.settled and values_at_hand(positions) and int(positions[0]) >= self.times.shape[1] - 2
+        if late and rows in self.late:
+            return self.late[rows]
+        times = self.times_of(positions[:1] if late else positions)
+        times = times.repeat_interleave(self._copies(rows), 0)
+        step = Step(times, Rotations({self.name: times}), {})
+        if late:
+            self.late[rows] = step
+        return step
+
+    def _reads(self, rows: int) -> dict[int, list[Read]]:
+        """Give the taps with what they read repeated for as many rows."""
+        copies = self._copies(rows)
         if copies == 1:
-            return entry
-        if (tap, copies) not in self.repeated:
-            self.repeated[tap, copies] = entry.repeat(copies)
-        return self.repeated[tap, copies]
+            return self.reads
+        if copies not in self.repeated:
+            self.repeated[copies] = {
+                layer: [read._replace(entry=read.entry.repeat(copies)) for read in reads]
+                for layer, reads in self.reads.items()
+            }
+        return self.repeated[copies]
 
     def _copies(self, rows: int) -> int:
-        copies, rest = divmod(rows, len(self.times))
-        if rest or not copies:
+        copies = rows // len(self.times)  # divmod would not do: a compiled step may have any number of rows
+        if not copies or rows % len(self.times):
             raise ValueError(
                 f"{rows} rows are decoded where {len(self.times)} were prepared; a decoding loop must keep "
                 "all rows until the last has ended"

@@ -131,14 +131,16 @@ class GrowingReader(TapReader):
 
     def __init__(self, model: FusedModel, name: str, cache: TapCache, times: Tensor, lane: Lane) -> None:
         super().__init__(model, name, cache, times)
-        self.lane = lane
+        self.lane, self.settled = lane, False
         self.readers: dict[int, list[Tap]] = {}
         for tap in cache.readers(name):
             self.readers.setdefault(tap.source_layer, []).append(tap)
 
     def __call__(self, layer: int, x: Tensor, positions: Tensor) -> Tensor:
-        """Note what the layer gave for new tokens; then as ``TapReader``."""
-        begin = self.times.shape[1] - 1
+        """Note what the layer gave for new tokens; then as ``TapReader``, with what there is by now."""
+        if layer == 0:
+            self.reads = self.reads_now()
+        begin = self.lane.prompt - 1
         new = positions >= begin
         for tap in self.readers.get(layer, []):
             stream = {

@@ -99,6 +99,15 @@ def test_packed(ran: Path) -> None:
 
 
 @pytest.mark.slow
+def test_compile_decoding(tmp_path: Path) -> None:
+    script = str(ROOT / "benchmarks" / "compile_decoding.py")
+    few = "--backend eager --rows 2 --calls 6 --longest 40 --source 20 --new 4 --repeats 1"
+    run([sys.executable, script, "--out", str(tmp_path), *few.split()])
+    (found,) = results(tmp_path)
+    assert (found["graph_breaks"], found["recompilations"]) == (0, 0)
+
+
+@pytest.mark.slow
 def test_peak_memory(tmp_path: Path) -> None:
     script = str(ROOT / "benchmarks" / "peak_memory.py")
     run([sys.executable, script, "--repeats", "1", "--out", str(tmp_path), *TWO_POLICIES])

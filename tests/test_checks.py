@@ -96,8 +96,8 @@ def one_after_the_other(
 
 def forgets_a_tap(original: Callable, self: object, *args: object) -> None:
     original(self, *args)
-    if self.taps:
-        self.taps[min(self.taps)].pop()
+    if self.reads:
+        self.reads[min(self.reads)].pop()
 
 
 def forgets_to_refresh_a_tap(original: Callable, self: cache.TapCache, name: str, stream: dict) -> None:

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+import transformers
 from torch._dynamo.testing import CompileCounter
 
 import multitower as mt
@@ -132,6 +133,26 @@ def test_a_step_of_decoding_compiles_as_often_as_the_models_own(
         assert torch.equal(one[0].tokens, other[0].tokens)
     assert [graphs.frame_count for graphs in counters] == [expected.frame_count]
     assert tower.decodes_cached
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("family", COMPILED)
+def test_later_calls_of_generate_compile_nothing(family: str) -> None:
+    torch._dynamo.reset()
+    model = fused(family).eval()
+    config = transformers.CompileConfig(backend="eager", mode=None, fullgraph=True)
+    config._compile_all_devices = True
+    static = {"cache_implementation": "static", "compile_config": config}
+    for number, (text, speech, new) in enumerate(
+        ((2, 7, 12), (4, 3, 15), (3, 11, 18), (5, 8, 9), (6, 17, 11))
+    ):
+        source = [[segment("text", text), segment("speech", speech)]]
+        options = {"max_new_tokens": new, "do_sample": False, "eos_token_id": None}
+        with torch.compiler.set_stance("default" if number < 3 else "fail_on_recompile"):
+            ((found,),) = model.generate(source, output=["text"], **options, **static)
+        ((expected,),) = model.generate(source, output=["text"], **options)
+        assert found.tokens.tolist() == expected.tokens.tolist()
 
 
 @torch.no_grad()

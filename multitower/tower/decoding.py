@@ -18,7 +18,8 @@ def make_decoder(model: nn.Module, found: Layers, inject: Inject) -> Any:
     positions = _Positions()
     layers = list(model.get_submodule(found.path).children())
     for index, place in enumerate(found.order, 1):
-        layers[place] = stand_in(layers[place], _Injected(layers[place], index, inject, positions, found))
+        followed = _Followed(layers[place], index, inject, positions, found)
+        layers[place] = stand_in(layers[place], followed.forward)
     shell = make_shell(model, found.path, layers).model
     prepare = shell.prepare_inputs_for_generation
     recorded = {key: value for key, value in forward_options(model).items() if key != "use_cache"}
@@ -86,8 +87,12 @@ class _Positions:
     now: Tensor | None = None
 
 
-class _Injected:
-    """Stands in for a layer: runs it, then ``inject``."""
+class _Followed:
+    """Stands in for a layer by ``forward``, which runs it, then ``inject``.
+
+    A callable object would do, but torch.compile tells one such from another by its identity, a method by
+    the class and the attributes of its object: so what it compiled for one decoder serves the next.
+    """
 
     def __init__(
         self, layer: nn.Module, index: int, inject: Inject, positions: _Positions, found: Layers
@@ -95,7 +100,7 @@ class _Injected:
         self.layer, self.index, self.inject, self.positions = layer, index, inject, positions
         self.layout, self.keyword, self.depth = found.layout, found.keyword, len(found.order)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         hidden, args, kwargs = as_call(args, kwargs, self.keyword)
         if self.index == 1:
             hidden = self._inject(0, hidden)
