@@ -58,15 +58,22 @@ def visibility(
         window: How many ticks back a query sees; None for all.
         dtype: That of the scores.
     """
-    age = query_times[:, :, None] - key_times.to(query_times.device)[:, None, :]
-    mask = (age > 0) & key_mask.to(query_times.device)[:, None, :]
-    if window is not None:
-        mask = mask & (age <= window)
-    if mask.numel() and values_at_hand(mask) and bool(mask.all()):
+    key_times, key_mask = key_times.to(query_times.device), key_mask.to(query_times.device)
+    if values_at_hand(query_times) and _all_see_all(query_times, key_times, key_mask, window):
         return Visibility(None, None)
+    mask = (query_times[:, :, None] > key_times[:, None, :]) & key_mask[:, None, :]
+    if window is not None:
+        mask = mask & ((query_times - window)[:, :, None] <= key_times[:, None, :])
     sees = mask.any(-1, keepdim=True)
     closed = torch.zeros_like(mask, dtype=dtype).masked_fill(sees & ~mask, float("-inf"))
     return Visibility(closed[:, None], sees)
+
+
+def _all_see_all(query_times: Tensor, key_times: Tensor, key_mask: Tensor, window: int | None) -> bool:
+    if not query_times.numel() or not key_times.numel() or not bool(key_mask.all()):
+        return False
+    later = bool((query_times.amin(1) > key_times.amax(1)).all())
+    return later and (window is None or bool((query_times.amax(1) - key_times.amin(1) <= window).all()))
 
 
 def block_visibility(
@@ -87,11 +94,11 @@ def block_visibility(
     """
     device = query_times.device
     keys, real = key_times.to(device), key_mask.to(device)
-    far = torch.iinfo(torch.int64).max if window is None else window
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         age = query_times[batch, query] - keys[batch, key]
-        return (age > 0) & (age <= far) & real[batch, key]
+        near = age > 0 if window is None else (age > 0) & (age <= window)
+        return near & real[batch, key]
 
     sizes = (len(keys), None, query_times.shape[1], keys.shape[1])
     mask = create_block_mask(sees, *sizes, device=device.type)
