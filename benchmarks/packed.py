@@ -1,4 +1,4 @@
-"""Time a step of training on rows of unlike length: padded, and packed into one row.
+"""Time a step of training on examples of unlike length: padded, and packed several to a row.
 
     python benchmarks/packed.py                     # tiny towers, seconds
     python benchmarks/packed.py --size smollm2      # towers of the shape of SmolLM2-135M, minutes
@@ -6,10 +6,11 @@
 Two frozen towers read each other, all segments with labels; a step is a forward with logits=False and a
 backward. The shortest row has --shortest times the tokens of the longest, the rest lie evenly between; each
 tower has as many tokens as the other. Padded and packed batches, which give the same loss, take turns in one
-process, and each round gives one ratio. sdpa attends over all pairs of tokens of a packed row, closed or not;
-flex_attention leaves blocks of closed pairs out, but has no backward on the CPU (--forward). What is chosen
-is for packed batches; padded ones are run with sdpa. "real" is the share of tokens of a padded batch that
-are no padding. Medians and quartiles go to results.json and ratios.png.
+process, and each round gives one ratio. Packed, no row has more tokens than the longest example; with
+--one-row all are in one. sdpa attends over all pairs of tokens of a row, closed or not; flex_attention leaves
+blocks of closed pairs out, but has no backward on the CPU (--forward). What is chosen is for packed batches;
+padded ones are run with sdpa. "real" is the share of tokens of a padded batch that are no padding. Medians
+and quartiles go to results.json and ratios.png.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ def main() -> None:
     kernels = ("sdpa", "flex_attention")
     parser.add_argument("--links", choices=kernels, default="sdpa", help="how links attend")
     parser.add_argument("--towers", choices=kernels, default="sdpa", help="how towers attend")
+    parser.add_argument("--one-row", action="store_true", help="all examples in one row")
     parser.add_argument("--forward", action="store_true", help="no backward")
     chosen = begin(parser)
     model = make_model(chosen.size, 2).to(chosen.device)
@@ -43,7 +45,7 @@ def main() -> None:
             lengths = torch.linspace(shortest * length, length, chosen.rows).ceil().int().tolist()
             batch = make_batch(model, lengths)
             padded = moved(batch, chosen.device)
-            packed = moved(mt.pack(batch), chosen.device)
+            packed = moved(mt.pack(batch, one_row=chosen.one_row), chosen.device)
             runs = {"padded": partial(run, model, padded, chosen.forward)}
             runs["packed"] = partial(run, model, packed, chosen.forward)
             torch.testing.assert_close(runs["padded"](), runs["packed"]())

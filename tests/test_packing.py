@@ -68,13 +68,26 @@ def test_what_is_not_packed_right_is_refused() -> None:
     with pytest.raises(ValueError, match=r"all be packed or none, but \['text'\] are not"):
         model({**packed, "text": batch["streams"]["text"]})
     text = packed["text"]
-    for change in (
-        {"examples": text["examples"].flip(1)},
-        {"mask": torch.arange(text["mask"].shape[1])[None] < 3},
-        {key: each.repeat(2, 1) for key, each in text.items()},
-    ):
-        with pytest.raises(ValueError, match="stream 'text' is packed, which is one row without padding"):
-            model({"text": {**text, **change}})
+    with pytest.raises(ValueError, match="stream 'text' is packed, but the examples in a row are not in asc"):
+        model({"text": {**text, "examples": text["examples"].flip(1)}})
+
+
+def test_no_row_has_more_tokens_than_the_longest_example() -> None:
+    lengths = {"a": [4, 1, 3, 2, 0, 1], "b": [2, 4, 1, 0, 3, 1]}
+    examples = [
+        [mt.Segment(name, range(2, 2 + of[number])) for name, of in lengths.items() if of[number]]
+        for number in range(6)
+    ]
+    packed = mt.pack(mt.collate(examples))["streams"]
+    rows = {
+        name: [set(row[mask].tolist()) for row, mask in zip(one["examples"], one["mask"], strict=True)]
+        for name, one in packed.items()
+    }
+    assert rows == {"a": [{0}, {1}, {2, 3}, {5}], "b": [{0}, {1}, {2}, {4, 5}]}
+    assert {name: one["tokens"].shape for name, one in packed.items()} == {"a": (4, 5), "b": (4, 4)}
+    alone = mt.pack(mt.collate(examples), one_row=True)["streams"]
+    assert all(one["mask"].all() and len(one["mask"]) == 1 for one in alone.values())
+    assert alone["a"]["examples"].tolist() == [[0, 0, 0, 0, 1, 2, 2, 2, 3, 3, 5]]
 
 
 def test_no_mask_of_a_window_reaches_another_example() -> None:
@@ -98,7 +111,7 @@ def test_kept_states_are_packed_with_the_rest(tmp_path: Path) -> None:
 
 def test_an_estimate_foresees_what_packing_saves() -> None:
     model = pair(causal_lm("llama"))
-    rows = [[segment("speech", 5), segment("text", *range(2, 2 + length), target=True)] for length in (2, 15)]
+    rows = [[segment("speech", 5), segment("text", *range(2, 2 + each), target=True)] for each in (2, 15, 6)]
     batch = mt.collate(rows)
     padded, packed = (model.estimate(each).towers["text"] for each in (batch, mt.pack(batch)))
     assert packed.forward_flops < 0.75 * padded.forward_flops
