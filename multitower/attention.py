@@ -101,7 +101,7 @@ def block_visibility(
         return near & real[batch, key]
 
     sizes = (len(keys), None, query_times.shape[1], keys.shape[1])
-    mask = create_block_mask(sees, *sizes, device=device.type)
+    mask = create_block_mask(sees, *sizes, device=device)
     ordered = torch.where(real, keys, torch.iinfo(torch.int64).max).sort(-1).values
     before = torch.searchsorted(ordered, query_times)
     beyond = torch.zeros_like(before) if window is None else torch.searchsorted(ordered, query_times - window)

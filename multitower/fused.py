@@ -23,7 +23,7 @@ from .schedule import Schedule, Tap, make_schedule
 from .spec import GraphError
 from .stream import Batch, Example, check_streams
 from .tower import Tower
-from .training import gates, parameter_groups, set_trained
+from .training import named_gates, parameter_groups, set_trained
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -234,7 +234,7 @@ class FusedModel(nn.Module):
         >>> tiny_model().gates()["speech->text 1-1 attention"]
         0.0
         """
-        return {name: gate.detach().tanh().item() for name, gate in gates(self).items()}
+        return {name: gate.detach().tanh().item() for name, gate in named_gates(self).items()}
 
     def parameter_groups(self, lr: float, *, gate_lr: float | None = None) -> list[dict[str, Any]]:
         """Give what an optimizer should train: the gates in a group of their own.
@@ -262,9 +262,7 @@ class FusedModel(nn.Module):
 
         The latter leaves out blocks of which nothing is seen, as in packed batches and with short windows;
         on the CPU it has no backward. Towers have their own: ``unimodal(name).set_attn_implementation(...)``.
-
-        Raises:
-            ValueError: There is no such kernel.
+        Raises a ValueError for any other.
         """
         if implementation not in (SDPA, FLEX):
             raise ValueError(f"links attend by {SDPA!r} or {FLEX!r}, not by {implementation!r}")

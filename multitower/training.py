@@ -57,7 +57,7 @@ def set_trained(graph: FusionGraph, towers: Mapping[str, Tower], kept: FusedMode
             warn_of_lost_gradients(name, towers[name])
 
 
-def gates(model: FusedModel) -> dict[str, nn.Parameter]:
+def named_gates(model: FusedModel) -> dict[str, nn.Parameter]:
     """Give the parameter of each gate, by readable name."""
     found: dict[str, Any] = {f"{name} adapter": module.gate for name, module in model.adapters.items()}
     for tap in model.schedule.taps:

@@ -47,8 +47,8 @@ class Tower(nn.Module, ABC):
     values of all by ``cache.update(keys, values, index - 1)``, of shape (batch, heads, length, head width).
 
     One that sets ``packs`` takes rows of several examples: ``embed(tokens, positions=positions)`` is then
-    given where in its example each token stands, int64, shape (1, length), 0 for the first of each, and the
-    layers let no token see another example's. Others are trained on padded batches alone.
+    given where in its example each token stands, int64, shape (batch, length), 0 for the first of each, and
+    the layers let no token see another example's; padding is one more. Others take padded batches alone.
 
     Subclasses set the attributes and the three methods. Streams are padded on the right, so a causal
     tower needs no padding mask.

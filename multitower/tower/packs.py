@@ -6,24 +6,19 @@ import inspect
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .base import Tower
 from .probe import evaluated, probe_tokens
 
 
 @torch.no_grad()
-def tells_examples_apart(tower: Tower, model: Any) -> bool:
-    """Whether a tower scores examples that share a row as it scores each alone.
+def tells_examples_apart(tower: Any) -> bool:
+    """Whether a ``TransformersTower`` scores examples that share a row as it scores each alone.
 
     Families do so that make their masks from "position_ids"; recurrent ones, and those that place tokens in
     another way, do not. Without values to compare, those that take the argument are believed.
-
-    Args:
-        tower: The tower.
-        model: What it was made of.
     """
+    model = tower.model
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return False
     if any(parameter.is_meta or isinstance(parameter, FakeTensor) for parameter in model.parameters()):
@@ -33,17 +28,12 @@ def tells_examples_apart(tower: Tower, model: Any) -> bool:
     positions = torch.cat([torch.arange(len(each), device=tokens.device) for each in examples])[None]
     try:
         with evaluated(model):
-            together = _run(tower, torch.cat(examples)[None], positions=positions)
-            alone = torch.cat([_run(tower, each[None]) for each in examples], 1)
+            hidden, context = tower.embed(torch.cat(examples)[None], positions=positions)
+            for index in range(1, tower.depth + 1):
+                hidden = tower.layer(index, hidden, context)
+            together = tower.head(hidden, context)
+            alone = torch.cat([tower(each[None]) for each in examples], 1)
     except Exception:  # whatever stops it, rows of several examples are out of the question
         return False
     tolerance = torch.finfo(alone.dtype).eps ** 0.5 * alone.abs().max()
     return bool((together - alone).abs().max() <= tolerance)
-
-
-def _run(tower: Any, tokens: Tensor, **positions: Tensor) -> Tensor:
-    hidden, context = tower.embed(tokens, **positions)
-    for index in range(1, tower.depth + 1):
-        hidden = tower.layer(index, hidden, context)
-    logits: Tensor = tower.head(hidden, context)
-    return logits

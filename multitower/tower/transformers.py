@@ -196,7 +196,7 @@ class TransformersTower(Tower):
     @functools.cached_property
     def packs(self) -> bool:  # type: ignore[override]  # asked of the model, only when a batch is packed
         """Whether rows of several examples are scored as each alone; asked of the model once."""
-        return tells_examples_apart(self, self.model)
+        return tells_examples_apart(self)
 
     @functools.cached_property
     def _unfaithful(self) -> str:
