@@ -61,7 +61,7 @@ def main() -> None:
             show(results[-1])
             write(chosen, results)
     what = "forward" if chosen.forward else "step"
-    title = f"{what}, longest and shortest of {chosen.rows} examples; links by {chosen.links}, towers by {chosen.towers}"
+    title = f"{what}, by longest and shortest of {chosen.rows} examples; {chosen.links}, {chosen.towers}"
     plot_ratios(chosen.out / "ratios.png", results, ("length", "shortest"), title, "packed / padded")
 
 
