@@ -81,11 +81,12 @@ class Lane:
         self.tokens, self.prompt = tokens.to(tower.device), tokens.shape[1]
         self.mask = (times >= 0).long().to(tower.device)
         self.attended = self.mask
+        self.end_tokens = torch.tensor(self.ends, dtype=torch.long, device=tower.device)
         self.ended = torch.zeros(len(tokens), dtype=torch.bool, device=tower.device)
         self.reader = GrowingReader(model, name, cache, times.to(tower.device), self)
         self.decoder = tower.decoder(self.reader)
         self.past: Any = None
-        self.finished = False
+        self.all_ended = self.finished = False
 
     def step(self) -> None:
         """Decode one more token of each row; rows that have ended get padding.
@@ -93,7 +94,6 @@ class Lane:
         The row itself may attend to that, for it comes last; no other reads it, as ``mask`` says. One step
         more is made after the last row has ended, so that others can read how it did.
         """
-        self.finished = bool(self.ended.all())
         past = {} if self.past is None else {"past_key_values": self.past}
         padding = self.ends[0] if self.ends else 0
         decoded = self.decoder.generate(
@@ -117,7 +117,8 @@ class Lane:
         self.tokens = torch.cat([self.tokens, new[:, None]], 1)
         self.mask = torch.cat([self.mask, alive[:, None].long()], 1)
         self.attended = torch.cat([self.attended, torch.ones_like(new[:, None])], 1)
-        self.ended = self.ended | torch.isin(new, torch.tensor(self.ends, device=new.device))
+        self.ended = self.ended | torch.isin(new, self.end_tokens)
+        self.finished, self.all_ended = self.all_ended, bool(self.ended.all())
 
     def segments(self, limit: int) -> list[Segment]:
         """Give what was decoded for each row, from its begin token on, of at most ``limit`` new tokens."""
@@ -140,14 +141,12 @@ class GrowingReader(TapReader):
         """Note what the layer gave for new tokens; then as ``TapReader``, with what there is by now."""
         if layer == 0:
             self.reads = self.reads_now()
-        begin = self.lane.prompt - 1
-        new = positions >= begin
+        begin, length = self.lane.prompt - 1, self.lane.tokens.shape[1]
+        start = max(begin, length - x.shape[1])  # x is the states of the last tokens, of which these are new
+        new = slice(start - length, None)
         for tap in self.readers.get(layer, []):
-            stream = {
-                "times": self.times_of(positions[new]),
-                "mask": self.lane.mask[:, positions[new]].bool(),
-            }
-            self.cache.grow(tap, x[:, new], stream, int(positions[new][0]) - begin)
+            stream = {"times": self.times_of(positions[new]), "mask": self.lane.mask[:, new].bool()}
+            self.cache.grow(tap, x[:, new], stream, start - begin)
         return super().__call__(layer, x, positions)
 
 
@@ -181,7 +180,7 @@ def decode_together(
         for lane in lanes:
             if not lane.finished:
                 lane.step()
-        if all(bool(lane.ended.all()) for lane in lanes):
+        if all(lane.all_ended for lane in lanes):
             break
     return list(zip(*(lane.segments(limit) for lane in lanes), strict=True))
 
