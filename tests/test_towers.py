@@ -32,6 +32,21 @@ def test_closed_gates_are_bit_equal_in_a_fusion(family: str) -> None:
     assert torch.equal(model(**batch).logits["text"], text(batch["streams"]["text"]["tokens"]).logits)
 
 
+def test_a_model_that_reads_its_mask_after_its_layers_is_handed_none() -> None:
+    from transformers import LlamaForCausalLM
+
+    class Shifted(LlamaForCausalLM):
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **options):
+            out = super().forward(input_ids, attention_mask=attention_mask, **options)
+            if attention_mask is not None:
+                out.logits = out.logits + attention_mask.float().mean()
+            return out
+
+    model = Shifted(causal_lm("llama").config).eval()
+    tokens = torch.tensor([[0, 3, 4, 5]])
+    assert torch.equal(mt.TransformersTower(model)(tokens), model(tokens, use_cache=False).logits)
+
+
 def test_gradients_flow_as_through_the_model() -> None:
     model = causal_lm("llama")
     tokens = torch.tensor([[0, 3, 4, 5]])

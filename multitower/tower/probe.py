@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -69,6 +69,30 @@ class Layers(NamedTuple):
     extras: tuple[int | None, ...]
     keyword: str
     layout: Layout
+
+
+class Unread(Tensor):
+    """A mask that says its shape and nothing else: what runs with it does not depend on it.
+
+    >>> UNREAD.ndim, len(UNREAD.shape)
+    (4, 4)
+    >>> UNREAD + 1
+    Traceback (most recent call last):
+    ...
+    RuntimeError: a mask is read that should not be
+    """
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Answer for the shape."""
+        if func not in (Tensor.shape.__get__, Tensor.ndim.__get__, Tensor.dim, Tensor.size):  # type: ignore[attr-defined]  # descriptors of C have it
+            raise RuntimeError("a mask is read that should not be")
+        return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]  # torch declares none
+
+
+UNREAD = torch.ones(1, 1, 1, 1, dtype=torch.bool).as_subclass(Unread)  # made here, outside of any mode
 
 
 class Seen(NamedTuple):

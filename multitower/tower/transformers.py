@@ -18,7 +18,17 @@ from .decoding import make_decoder, why_not_faithful
 from .lora import base_model
 from .offload import execution_device
 from .packs import tells_examples_apart
-from .probe import LENGTH, Layers, check_causal, evaluated, forward_options, logits_of, probe, probe_tokens
+from .probe import (
+    LENGTH,
+    UNREAD,
+    Layers,
+    check_causal,
+    evaluated,
+    forward_options,
+    logits_of,
+    probe,
+    probe_tokens,
+)
 from .shell import (
     Call,
     Carried,
@@ -74,6 +84,7 @@ class TransformersTower(Tower):
             self.depth = len(self._layers.order)
             self._script = Script()
             self._shell = _Unregistered(self._make_shell())
+            self._heads_unmasked = False
             self.width, self.vocab_size = self._prove(logits)
 
     def train(self, mode: bool = True) -> TransformersTower:
@@ -159,6 +170,8 @@ class TransformersTower(Tower):
 
     def _finish(self, hidden: Tensor, context: Context, options: dict[str, Any]) -> Tensor:
         options = {**context.options, **options}
+        if self._heads_unmasked:
+            options["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=hidden.device)
         final = self._layers.layout.to_model(hidden)
         self._script.final = (final, *context.carried.get(self.depth, ()))
         try:
@@ -227,6 +240,7 @@ class TransformersTower(Tower):
             width = hidden.shape[-1]
             for index in range(1, self.depth + 1):
                 hidden = self.layer(index, hidden, context)
+            self._heads_unmasked = self._can_head_unmasked(hidden, context)
             logits = self.head(hidden, context)
             if self.native is not self.model:
                 native = logits_of(self.native(input_ids=context.tokens, use_cache=False))
@@ -239,6 +253,20 @@ class TransformersTower(Tower):
                 )
             check_causal(name, native)
         return width, logits.shape[-1]
+
+    def _can_head_unmasked(self, hidden: Tensor, context: Context) -> bool:
+        """Whether norm and head run where the model is handed a mask, of which they read nothing.
+
+        To prepare masks for layers, transformers waits for the device: it looks whether rows are packed.
+        A mask of four dimensions it hands on as it is.
+        """
+        options = {**context.options, "attention_mask": UNREAD}
+        try:
+            with warnings.catch_warnings(action="error"):
+                self.head(hidden, context._replace(options=options))
+        except Exception:  # whatever a model says to such a mask
+            return False
+        return True
 
 
 class _Unregistered(NamedTuple):
