@@ -14,6 +14,10 @@ settings.register_profile("deep", max_examples=500, print_blob=True, **MODELS_TA
 settings.load_profile("ci")
 
 
+# They register a device with torch, for a process of their own; see test_other_device.py.
+collect_ignore = ["other_device.py", "checks_on_other_device.py"]
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

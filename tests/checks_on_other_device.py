@@ -1,0 +1,184 @@
+"""What a fused model does on a device other than the CPU; test_other_device.py runs it in its own process."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch.utils._pytree import tree_map_only
+
+import multitower as mt
+import other_device
+from frozen_sources import data, fused
+from models import EXAMPLES, causal_lm, pair
+from multitower.testing.models import PROMISES
+from other_device import DEVICE, OtherDevice, Wait
+
+NEEDS_STORAGE = {"saved"}  # the simulated tensors have none of their own, which transformers asks for
+
+
+@pytest.fixture
+def device() -> Iterator[OtherDevice]:
+    # Parameters stay the same objects, as they do on real devices, and with them those that are tied.
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    with OtherDevice() as device:
+        yield device
+    torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+def custom() -> mt.FusedModel:
+    return pair(train="all", gates=True)
+
+
+def ready_made() -> mt.FusedModel:
+    return pair(causal_lm("llama", width=8), causal_lm("gpt2", width=12, depth=4, vocab_size=14), gates=True)
+
+
+MODELS = pytest.mark.parametrize("make", [custom, ready_made])
+
+
+def there(batch: Any) -> Any:
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.to(DEVICE), batch)
+
+
+def ours(waits: list[Wait]) -> list[Wait]:
+    """The waits that are not transformers' own."""
+    folders = tuple(str(Path(package.__file__).parent) for package in (mt, transformers))
+    packages = [[line for line in wait.lines if line.startswith(folders)] for wait in waits]
+    return [wait for wait, lines in zip(waits, packages, strict=True) if lines[-1].startswith(folders[0])]
+
+
+def test_devices_do_not_mix(device: OtherDevice) -> None:
+    with pytest.raises(RuntimeError, match=r"add.* mixes devices: \(2,\) on other:0, \(2,\) on cpu"):
+        torch.ones(2, device=DEVICE) + torch.ones(2)
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda tensor: bool((tensor > 0).any()),
+        lambda tensor: tensor.tolist(),
+        torch.Tensor.cpu,
+        torch.nonzero,
+        lambda tensor: tensor[tensor > 0],
+        lambda tensor: torch.ones(2).copy_(tensor),
+    ],
+)
+def test_a_look_at_values_is_a_wait(device: OtherDevice, look: Callable[[torch.Tensor], Any]) -> None:
+    tensor = torch.ones(2).to(DEVICE) + 1
+    assert not device.waits
+    look(tensor)
+    assert any(__file__ in line for line in device.waits[0].lines)
+
+
+@MODELS
+@pytest.mark.parametrize("promise", sorted(PROMISES.keys() - NEEDS_STORAGE))
+def test_promises_hold(device: OtherDevice, make: Callable[[], mt.FusedModel], promise: str) -> None:
+    PROMISES[promise](make().to(DEVICE), EXAMPLES)
+
+
+@MODELS
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_step_is_that_of_the_cpu(
+    device: OtherDevice, make: Callable[[], mt.FusedModel], packed: bool
+) -> None:
+    model, batch = make().train(), mt.collate(EXAMPLES)
+    batch = mt.pack(batch) if packed else batch
+    model(**batch).loss.backward()
+    expected = {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
+    model.zero_grad()
+    model.to(DEVICE)
+    out = model(**there(batch))
+    out.loss.backward()
+    found = {name: each.grad.raw for name, each in model.named_parameters() if each.grad is not None}
+    assert out.loss.device == DEVICE
+    assert found.keys() == expected.keys()
+    torch.testing.assert_close(found, expected)
+
+
+@MODELS
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("logits", [False, True])
+def test_a_step_waits_for_nothing(
+    device: OtherDevice, make: Callable[[], mt.FusedModel], packed: bool, logits: bool
+) -> None:
+    model, batch = make().train().to(DEVICE), mt.collate(EXAMPLES)
+    batch = there(mt.pack(batch) if packed else batch)
+    optimizer = torch.optim.AdamW(model.parameter_groups(lr=1e-3), foreach=True)
+    model(**batch, logits=logits)  # whether a tower packs is asked once
+    device.waits.clear()
+    model(**batch, logits=logits).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    assert not ours(device.waits)
+
+
+def test_a_model_of_transformers_waits_in_a_step_as_often_as_alone(device: OtherDevice) -> None:
+    model = ready_made().to(DEVICE)
+    batch = there(mt.collate(EXAMPLES))
+    model(**batch).loss.backward()
+    fused = len(device.waits)
+    device.waits.clear()
+    for name, stream in batch["streams"].items():
+        model.unimodal(name)(stream["tokens"], use_cache=False)
+    assert fused == len(device.waits) > 0
+
+
+def waits_by_tokens(device: OtherDevice, model: mt.FusedModel, output: list[Any]) -> list[int]:
+    """How often a call waits beyond transformers' own waits, for 4 tokens and for 12."""
+    counts = []
+    for tokens in (4, 4, 12):  # whether a model decodes as it says is asked in the first call
+        device.waits.clear()
+        rows = [row[:1] for row in EXAMPLES[:2]]
+        model.generate(rows, output=output, eos_token_id=None, max_new_tokens=tokens, do_sample=False)
+        counts.append(len(ours(device.waits)))
+    return counts[1:]
+
+
+@MODELS
+def test_decoding_waits_for_nothing_until_its_end(
+    device: OtherDevice, make: Callable[[], mt.FusedModel]
+) -> None:
+    few, many = waits_by_tokens(device, make().eval().to(DEVICE), ["text"])
+    assert few == many == len(EXAMPLES[:2])
+
+
+@MODELS
+def test_towers_side_by_side_wait_once_a_token_to_see_whether_all_rows_have_ended(
+    device: OtherDevice, make: Callable[[], mt.FusedModel]
+) -> None:
+    few, many = waits_by_tokens(device, make().eval().to(DEVICE), [("text", "speech")])
+    assert many - few == 2 * (12 - 4)
+
+
+def test_kept_states_are_those_of_the_cpu(device: OtherDevice, tmp_path: Path) -> None:
+    model, batches = fused(), data()
+    kept = mt.KeptStates.compute(model, batches, tmp_path / "cpu")
+    expected = [model(**kept(batch)).loss for batch in batches]
+    model = copy.deepcopy(model).to(DEVICE)
+    batches = there(batches)
+    kept = mt.KeptStates.compute(model, batches, tmp_path / "other")
+    found = [model(**kept(batch)).loss.cpu() for batch in batches]
+    torch.testing.assert_close(found, expected)
+
+
+def test_vocabulary_expansion_is_that_of_the_cpu(device: OtherDevice) -> None:
+    class Codec:
+        vocab_size, begin, end = 20, 0, 1
+
+    model = mt.VocabularyExpansion(causal_lm("llama"), {"text": Codec(), "speech": Codec()})
+    batch = mt.collate(EXAMPLES)
+    with torch.no_grad():
+        expected = model(**batch).loss
+    torch.testing.assert_close(model.to(DEVICE)(**there(batch)).loss.cpu(), expected)
+
+
+def test_the_simulation_is_documented_by_what_runs() -> None:
+    import doctest
+
+    assert doctest.testmod(other_device).failed == 0

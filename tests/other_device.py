@@ -1,0 +1,151 @@
+"""A simulated device: its tensors say that they are there, and hold their values on the CPU.
+
+It shows, where no accelerator is at hand, what one would: operations that mix devices are refused, and each
+wait of the host for a value of the device is noted. Importing this registers the device with torch for good,
+so a process that does is best used for nothing else.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._mode_utils import no_dispatch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+_setup_privateuseone_for_python_backend("other")
+DEVICE = torch.device("other", 0)
+
+ATEN = torch.ops.aten
+COPIES = {ATEN._to_copy.default, ATEN.copy_.default}
+WAITING = {
+    ATEN._local_scalar_dense.default,
+    ATEN._unique2.default,
+    ATEN.equal.default,
+    ATEN.masked_select.default,
+    ATEN.nonzero.default,
+    ATEN.repeat_interleave.Tensor,
+}
+"""What cannot be known, or whose shape cannot, without a look at values."""
+
+
+class Wait(NamedTuple):
+    """An operation for which the host waits, and the lines of files that ran, the innermost last."""
+
+    operation: str
+    lines: tuple[str, ...]
+
+
+class OtherDevice(TorchDispatchMode):
+    """Makes tensors on the device, and notes waits.
+
+    >>> with OtherDevice() as other:
+    ...     two = torch.ones(2, device=DEVICE).sum().item()
+    >>> [wait.operation for wait in other.waits]
+    ['aten._local_scalar_dense.default']
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[Wait] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if _waits(func, args, kwargs or {}):
+            lines = tuple(f"{each.filename}:{each.lineno}" for each in traceback.extract_stack()[:-1])
+            self.waits.append(Wait(str(func), lines))
+        return _run(func, args, kwargs or {})
+
+
+class Remote(Tensor):
+    """A tensor on the device."""
+
+    raw: Tensor
+
+    @staticmethod
+    def __new__(cls, raw: Tensor) -> Remote:
+        remote = Tensor._make_wrapper_subclass(
+            cls,
+            raw.size(),
+            strides=raw.stride(),
+            storage_offset=raw.storage_offset(),
+            dtype=raw.dtype,
+            device=DEVICE,
+        )
+        remote.raw = raw
+        return remote
+
+    def tolist(self) -> Any:
+        return self.cpu().tolist()
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        return _run(func, args, kwargs or {})
+
+
+def _run(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    remote = [tensor for tensor in tensors if isinstance(tensor, Remote)]
+    local = [tensor for tensor in tensors if not isinstance(tensor, Remote)]
+    if func not in COPIES and remote and any(tensor.dim() for tensor in local):
+        places = ", ".join(f"{tuple(tensor.shape)} on {tensor.device}" for tensor in tensors)
+        raise RuntimeError(f"{func} mixes devices: {places}")
+    there, given_args = _gives_remote(func, args, kwargs), args
+    if kwargs.get("device") is not None:
+        kwargs = {**kwargs, "device": torch.device("cpu")}
+    args, kwargs = tree_map_only(Remote, lambda tensor: tensor.raw, (args, kwargs))
+    result = func(*args, **kwargs)
+    if not there:
+        return result
+    if torch.Tag.inplace_view in func.tags:  # squeeze_ and others change the shape of the tensor itself
+        with no_dispatch():
+            func(*given_args, **kwargs)
+    given = {id(tensor.raw): tensor for tensor in remote}  # what ran in place stays the tensor that it was
+    return tree_map_only(Tensor, lambda raw: given.get(id(raw)) if id(raw) in given else Remote(raw), result)
+
+
+def _waits(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    leaves = tree_leaves((args, kwargs))
+    if not any(isinstance(leaf, Remote) for leaf in leaves):
+        return False
+    by_mask = func is ATEN.index.Tensor and any(
+        each.dtype in (torch.bool, torch.uint8) for each in args[1] if each is not None
+    )
+    return func in WAITING or by_mask or (func in COPIES and not _gives_remote(func, args, kwargs))
+
+
+def _gives_remote(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    device = kwargs.get("device")
+    if device is not None:
+        return torch.device(device).type == DEVICE.type
+    among = args[0] if func in COPIES else (args, kwargs)
+    return any(isinstance(leaf, Remote) for leaf in tree_leaves(among))
+
+
+def _empty(size: Sequence[int], *, dtype: Any = None, **_: Any) -> Tensor:
+    return Remote(torch.empty(size, dtype=dtype))
+
+
+def _empty_strided(size: Sequence[int], stride: Sequence[int], *, dtype: Any = None, **_: Any) -> Tensor:
+    return Remote(torch.empty_strided(size, stride, dtype=dtype))
+
+
+def _copy_from(source: Tensor, into: Tensor, non_blocking: bool = False) -> Tensor:
+    raw, place = (each.raw if isinstance(each, Remote) else each for each in (source, into))
+    place.copy_(raw)
+    return into
+
+
+# torch.tensor(..., device=...) makes its tensor below the reach of a mode.
+LIBRARY = torch.library.Library("aten", "IMPL")
+LIBRARY.impl("empty.memory_format", _empty, "PrivateUse1")
+LIBRARY.impl("empty_strided", _empty_strided, "PrivateUse1")
+LIBRARY.impl("_copy_from", _copy_from, "PrivateUse1")

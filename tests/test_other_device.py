@@ -1,0 +1,18 @@
+"""Fused models run on a device that is not the CPU, mix no devices and hardly wait for one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+CHECKS = Path(__file__).with_name("checks_on_other_device.py")
+
+# The device is registered for good, and torch cannot take it down again when the interpreter ends.
+RUN = "import os, pytest, sys; os._exit(pytest.main(sys.argv[1:]))"
+
+
+def test_checks_on_another_device() -> None:
+    command = [sys.executable, "-c", RUN, "-q", "-p", "no:cacheprovider", str(CHECKS)]
+    run = subprocess.run(command, cwd=CHECKS.parents[1], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
