@@ -129,22 +129,26 @@ def test_a_model_of_transformers_waits_in_a_step_as_often_as_alone(device: Other
     assert fused == len(device.waits) > 0
 
 
-def waits_by_tokens(device: OtherDevice, model: mt.FusedModel, output: list[Any]) -> list[int]:
+def waits_by_tokens(
+    device: OtherDevice, model: mt.FusedModel, output: list[Any], **options: Any
+) -> list[int]:
     """How often a call waits beyond transformers' own waits, for 4 tokens and for 12."""
     counts = []
+    options = {"eos_token_id": None, "do_sample": False, **options}
     for tokens in (4, 4, 12):  # whether a model decodes as it says is asked in the first call
         device.waits.clear()
-        rows = [row[:1] for row in EXAMPLES[:2]]
-        model.generate(rows, output=output, eos_token_id=None, max_new_tokens=tokens, do_sample=False)
+        model.generate([row[:1] for row in EXAMPLES[:2]], output, max_new_tokens=tokens, **options)
         counts.append(len(ours(device.waits)))
     return counts[1:]
 
 
 @MODELS
+@pytest.mark.parametrize("cache", [None, "static"])
 def test_decoding_waits_for_nothing_until_its_end(
-    device: OtherDevice, make: Callable[[], mt.FusedModel]
+    device: OtherDevice, make: Callable[[], mt.FusedModel], cache: str | None
 ) -> None:
-    few, many = waits_by_tokens(device, make().eval().to(DEVICE), ["text"])
+    model = make().eval().to(DEVICE)
+    few, many = waits_by_tokens(device, model, ["text"], cache_implementation=cache)
     assert few == many == len(EXAMPLES[:2])
 
 

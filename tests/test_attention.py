@@ -1,6 +1,6 @@
-"""Links attend by flex_attention as they do by sdpa. On the CPU it has no backward.
+"""Links attend by flex_attention as they do by sdpa.
 
-Uncompiled it computes the same, slowly, without a compiler for C++.
+Uncompiled it computes the same, slowly, without a compiler for C++; compiled it has no backward on the CPU.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.attention import flex_attention
+from torch.utils._pytree import tree_map_only
 
 import multitower as mt
 from models import EXAMPLES, causal_lm, pair, segment
@@ -20,11 +22,16 @@ pytestmark = [
     # while torch itself traces and compiles
     pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
 ]
 
 ROWS = [
-    [segment("speech", *range(2, 13)), segment("text", *range(2, 18)), segment("speech", *range(3, 9))],
-    [segment("text", 5), segment("speech", 7)],
+    [
+        segment("speech", *range(2, 13)),
+        segment("text", *range(2, 18), target=True),
+        segment("speech", *range(3, 9), target=True),
+    ],
+    [segment("text", 5), segment("speech", 7, target=True)],
     [segment("text", 4, 5, 6)],
 ]
 
@@ -135,16 +142,28 @@ def test_one_graph_for_packed_batches_of_any_size() -> None:
     assert len(graphs) == 1
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="its backward needs a GPU")
+@pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("packed", [False, True])
-def test_gradients_are_those_of_sdpa(packed: bool) -> None:
-    model = pair(causal_lm("llama", width=64), causal_lm("qwen3", width=64, vocab_size=14), gates=True).cuda()
+def test_gradients_are_those_of_sdpa(
+    monkeypatch: pytest.MonkeyPatch, window: int | None, packed: bool
+) -> None:
+    # torch refuses a backward on the CPU, for which it has no kernel; uncompiled it needs none.
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda query, key, value: None)
+    check_gradients(pair(gates=True, window=window, position="rotary"), torch.device("cpu"), packed)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="its compiled backward needs a GPU")
+@pytest.mark.parametrize("packed", [False, True])
+def test_compiled_gradients_are_those_of_sdpa(packed: bool) -> None:
+    model = pair(causal_lm("llama", width=64), causal_lm("qwen3", width=64, vocab_size=14), gates=True)
+    check_gradients(model.cuda(), torch.device("cuda"), packed, rtol=1e-3, atol=1e-5)
+
+
+def check_gradients(model: mt.FusedModel, device: torch.device, packed: bool, **tolerance: float) -> None:
     batch = mt.collate(ROWS)
-    batch = mt.pack(batch) if packed else batch
-    streams = {
-        name: {key: each.cuda() for key, each in stream.items()} for name, stream in batch["streams"].items()
-    }
+    batch = tree_map_only(torch.Tensor, lambda each: each.to(device), mt.pack(batch) if packed else batch)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    gradients = [torch.autograd.grad(output.loss, trained) for output in both(model, {"streams": streams})]
-    for found, expected in zip(*gradients, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+    expected, found = (torch.autograd.grad(output.loss, trained) for output in both(model, batch))
+    assert all(gradient.any() for gradient in expected)
+    torch.testing.assert_close(found, expected, **tolerance)
