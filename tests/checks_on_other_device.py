@@ -42,8 +42,8 @@ def ready_made() -> mt.FusedModel:
 MODELS = pytest.mark.parametrize("make", [custom, ready_made])
 
 
-def there(batch: Any) -> Any:
-    return tree_map_only(torch.Tensor, lambda tensor: tensor.to(DEVICE), batch)
+def there(batch: Any, device: torch.device = DEVICE) -> Any:
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), batch)
 
 
 def ours(waits: list[Wait]) -> list[Wait]:
@@ -99,6 +99,31 @@ def test_a_step_is_that_of_the_cpu(
     assert out.loss.device == DEVICE
     assert found.keys() == expected.keys()
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("places", ["other:0", {"speech": "other:0", "text": "cpu"}])
+def test_a_checkpoint_is_loaded_onto_devices(
+    device: OtherDevice, tmp_path: Path, places: str | dict[str, str]
+) -> None:
+    model, rows = ready_made(), [row[:1] for row in EXAMPLES[:2]]
+    model.save_pretrained(tmp_path / "fused")
+    loaded = mt.FusedModel.from_pretrained(tmp_path / "fused", device_map=places)
+    assert all(loaded.tower(name).device.type in str(places) for name in model.towers)
+    batch = mt.collate(EXAMPLES)
+    moved = {name: there(stream, loaded.tower(name).device) for name, stream in batch["streams"].items()}
+    expected, found = model(**batch), loaded(streams=moved)
+    torch.testing.assert_close(found.loss.cpu(), expected.loss)
+    for one in (expected, found):
+        one.loss.backward()
+    for name, parameter in loaded.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad.cpu(), model.get_parameter(name).grad)
+    options = {"output": ["text", "speech"], "max_new_tokens": 5, "do_sample": False}
+    decoded = [
+        [segment.tokens.tolist() for row in one.generate(rows, **options) for segment in row]
+        for one in (model, loaded)
+    ]
+    assert decoded[0] == decoded[1]
 
 
 @MODELS
