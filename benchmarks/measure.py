@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -91,6 +92,15 @@ def in_turn(
             if number:
                 given[name].append(value)
     return given
+
+
+def moved(tensors: Any, device: str) -> Any:
+    """Give tensors on a device, in the dictionaries, lists and tuples that hold them.
+
+    >>> moved({"a": [torch.ones(2)]}, "meta")["a"][0].device.type
+    'meta'
+    """
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), tensors)
 
 
 def now(clock: str = "wall") -> float:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 import multitower as mt
-from measure import begin, interleaved, milliseconds, options, plot_ratios, ratio, write
+from measure import begin, interleaved, milliseconds, moved, options, plot_ratios, ratio, write
 from models import SIZES, make_model, random_tokens
 
 
@@ -99,12 +99,6 @@ def make_batch(model: mt.FusedModel, lengths: list[int]) -> mt.stream.Batch:
 def mask_of(batch: mt.stream.Batch) -> torch.Tensor:
     """Give where the tokens of a tower are none of padding."""
     return next(iter(batch["streams"].values()))["mask"]
-
-
-def moved(batch: mt.stream.Batch, device: str) -> mt.stream.Batch:
-    """Give the batch on a device."""
-    streams = batch["streams"].items()
-    return {"streams": {name: {key: each.to(device) for key, each in one.items()} for name, one in streams}}
 
 
 def run(model: mt.FusedModel, batch: mt.stream.Batch, forward: bool) -> torch.Tensor:

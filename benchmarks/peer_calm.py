@@ -30,7 +30,7 @@ from x_transformers import Decoder, TransformerWrapper
 
 import multitower as mt
 from custom_tower import XTransformersTower
-from measure import begin, interleaved, milliseconds, options, plot_times, ratio, write
+from measure import begin, interleaved, milliseconds, moved, options, plot_times, ratio, write
 
 VOCABULARY = 256
 OURS: dict[str, dict[str, Any]] = {
@@ -47,14 +47,13 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--new", type=int, default=100, help="tokens to decode")
     chosen = begin(parser)
-    source, text = make_tower(), make_tower()
+    source, text = make_tower().to(chosen.device), make_tower().to(chosen.device)
     ours = {name: fuse(source, text, **link) for name, link in OURS.items()}
-    calm = {name: make_calm(source, text, heads) for name, heads in CALM_HEADS.items()}
-    prompt, row = torch.randint(2, VOCABULARY, (2, chosen.rows, chosen.length))
+    calm = {name: make_calm(source, text, heads).to(chosen.device) for name, heads in CALM_HEADS.items()}
+    prompt, row = torch.randint(2, VOCABULARY, (2, chosen.rows, chosen.length)).to(chosen.device)
     pairs = list(zip(prompt, row, strict=True))
-    batch = mt.collate(
-        [[mt.Segment("source", one), mt.Segment("text", two, target=True)] for one, two in pairs]
-    )
+    rows = [[mt.Segment("source", one), mt.Segment("text", two, target=True)] for one, two in pairs]
+    batch = moved(mt.collate(rows), chosen.device)
     first = text.requires_grad_(False).attn_layers.layers[1][-1]
     first.register_forward_hook(lambda module, args, output: output.detach().requires_grad_())
     runs: dict[str, Callable[[], object]] = {"bare towers": partial(bare, source, text, prompt, row)}

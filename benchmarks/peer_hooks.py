@@ -25,7 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import multitower as mt
 from hook_version import Hooked
-from measure import begin, interleaved, milliseconds, options, plot_times, ratio, write
+from measure import begin, interleaved, milliseconds, moved, options, plot_times, ratio, write
 from models import INTERLEAVE, SIZES, make_tower
 from multitower.testing import open_gates
 
@@ -43,16 +43,18 @@ def main() -> None:
     chosen = begin(parser)
     depth, every = SIZES[chosen.size]["num_hidden_layers"], INTERLEAVE[chosen.size]
     taps = [(layer, layer) for layer in range(every, depth + 1, every)]
-    source, target = make_tower(chosen.size, 0), make_tower(chosen.size, 1)
+    source, target = (make_tower(chosen.size, seed).to(chosen.device) for seed in (0, 1))
     ours = fuse(source, target, taps)
     hooked = {
         name: by_hooks(ours, copy.deepcopy(source), copy.deepcopy(target), taps, careful=careful)
         for name, careful in HOOKED.items()
     }
     size = SIZES[chosen.size]["vocab_size"]
-    full = rows_of(torch.full((2, chosen.rows), chosen.length), size)
-    ragged = rows_of(torch.randint(chosen.length // 2, chosen.length + 1, (2, chosen.rows)), size)
-    long, prompt = torch.randint(3, size, (1, chosen.source)), torch.ones(1, 1, dtype=torch.long)
+    lengths = torch.randint(chosen.length // 2, chosen.length + 1, (2, chosen.rows))
+    full = moved(rows_of(torch.full((2, chosen.rows), chosen.length), size), chosen.device)
+    ragged = moved(rows_of(lengths, size), chosen.device)
+    long = torch.randint(3, size, (1, chosen.source)).to(chosen.device)
+    prompt = torch.ones(1, 1, dtype=torch.long, device=chosen.device)
     limits = {"max_new_tokens": chosen.new, "min_new_tokens": chosen.new, "do_sample": False}
     few = {**limits, "max_new_tokens": 8, "min_new_tokens": 8}
     for each in hooked.values():
@@ -105,7 +107,7 @@ def by_hooks(
     hooked = Hooked(source, target, taps, heads=modules[0].heads, careful=careful)
     for own, module in zip(hooked.taps, modules, strict=True):
         own.load_state_dict(module.state_dict())
-    return hooked
+    return hooked.to(source.device)
 
 
 class Rows(NamedTuple):

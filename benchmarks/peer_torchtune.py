@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import multitower as mt
-from measure import begin, interleaved, milliseconds, options, plot_times, ratio, write
+from measure import begin, interleaved, milliseconds, moved, options, plot_times, ratio, write
 from models import INTERLEAVE, SIZES, make_tower
 from multitower.link import default_heads
 
@@ -49,14 +49,13 @@ def main() -> None:
     chosen = begin(parser)
     depth, every = SIZES[chosen.size]["num_hidden_layers"], INTERLEAVE[chosen.size]
     layers = range(every, depth + 1, every)
-    source, text = make_tower(chosen.size, 0), make_tower(chosen.size, 1)
+    source, text = (make_tower(chosen.size, seed).to(chosen.device) for seed in (0, 1))
     ours, peer = fuse(source, text, layers), Peer(source, text, layers)
     size = SIZES[chosen.size]["vocab_size"]
-    given, tokens = torch.randint(3, size, (2, chosen.rows, chosen.length))
+    given, tokens = torch.randint(3, size, (2, chosen.rows, chosen.length)).to(chosen.device)
     pairs = zip(given, tokens, strict=True)
-    batch = mt.collate(
-        [[mt.Segment("source", one), mt.Segment("text", two, target=True)] for one, two in pairs]
-    )
+    rows = [[mt.Segment("source", one), mt.Segment("text", two, target=True)] for one, two in pairs]
+    batch = moved(mt.collate(rows), chosen.device)
     with torch.no_grad():
         torch.testing.assert_close(
             peer.model(tokens, encoder_input={"tokens": given}),
@@ -64,7 +63,7 @@ def main() -> None:
             rtol=1e-3,
             atol=1e-3,
         )
-    long = torch.randint(3, size, (1, chosen.source))
+    long = torch.randint(3, size, (1, chosen.source)).to(chosen.device)
     kinds: dict[str, dict[str, Callable[[], object]]] = {
         f"step, {chosen.rows} rows of {chosen.length}": {
             "multitower": partial(step, ours, batch),
@@ -124,8 +123,8 @@ class Peer:
             own = decoder.layers[layer - 1]
             fusion = cross_attention(text.config)
             decoder.layers[layer - 1] = FusionLayer(layer=own, fusion_layer=fusion, fusion_first=False)
-        self.model: Any = DeepFusionModel(decoder, Encoder(as_torchtune(source)))
-        self.alone = alone.requires_grad_(False)
+        self.model: Any = DeepFusionModel(decoder, Encoder(as_torchtune(source))).to(text.device)
+        self.alone = alone.to(text.device).requires_grad_(False)
         first = self.alone.layers[layers[0] - 1]
         first.register_forward_hook(lambda module, args, output: output.detach().requires_grad_())
 
@@ -151,16 +150,17 @@ class Peer:
             encoder_max_seq_len=given.shape[1],
             decoder_max_seq_len=new,
         ):
-            tokens = torch.ones(1, 1, dtype=torch.long)
-            causal = torch.ones(new, new, dtype=torch.bool).tril()
-            sees = torch.ones(1, 1, given.shape[1], dtype=torch.bool)
+            tokens = torch.ones_like(given[:, :1])
+            causal = torch.ones(new, new, dtype=torch.bool, device=given.device).tril()
+            sees = torch.ones_like(given[:, None], dtype=torch.bool)
+            places = torch.arange(new, device=given.device)
             source: dict[str, Any] = {"encoder_input": {"tokens": given}}
             for place in range(new):
                 logits = self.model(
                     tokens[:, -1:],
                     mask=causal[None, place, None],
                     encoder_mask=sees,
-                    input_pos=torch.tensor([place]),
+                    input_pos=places[place, None],
                     **source,
                 )
                 source = {}
