@@ -13,10 +13,10 @@ DeepFusionModel has one encoder, whose output every fusion layer reads. Here tha
 its head, and the taps of ours all read its last layer. Towers are Llamas of transformers here and torchtune's
 own there, with the same weights: before anything is timed, the logits of both fusions, still closed, are
 compared. A fusion layer stands after the same layers as a tap of ours, and has queries, keys, values, output
-and a gated feed-forward of three matrices, whose width gives it as many parameters as the two of ours; a tap
-of ours has a linear projection of the source as well. In both only these are trained. torchtune's own loop
-hands on no encoder, so decoding is a loop over its model with its caches. Both choose greedily,
-and neither has an end token.
+and a gated feed-forward of three matrices, whose width gives it as many parameters as the two of ours. No
+projection of the source stands before either. In both only these are trained. torchtune's own loop hands on
+no encoder, so decoding is a loop over its model with its caches. Both choose greedily, and neither has an end
+token.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def fuse(source: Any, text: Any, layers: Sequence[int]) -> mt.FusedModel:
     graph.add_tower("source", source, adapter=None)
     graph.add_tower("text", text, adapter=None)
     last = source.config.num_hidden_layers
-    graph.add_link("source", "text", taps=[(last, layer) for layer in layers], projection="linear")
+    graph.add_link("source", "text", taps=[(last, layer) for layer in layers], projection="none")
     return graph.compile()
 
 

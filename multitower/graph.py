@@ -130,8 +130,8 @@ class FusionGraph:
             interleave: ``(i, j)`` joins source layer n*i to target layer n*j for n = 1, 2, ... (Zipper);
                 ``j`` joins every j-th target layer to the source layer at the same relative depth.
             taps: Exactly these pairs (source layer, target layer), counted from 1, instead of interleave.
-            projection: From source to target width: "mlp" (three layers), "linear", or "relu" (a linear
-                layer and a ReLU).
+            projection: What stands before keys and values: "mlp" (three layers), "linear", "relu" (a linear
+                layer and a ReLU), or "none", where they are made of the source's states as these are.
             heads: Attention heads; they must divide the target's width. Default: 32 to 64 channels each.
             position: "rotary" lets queries and keys carry rotary positions of the shared time; None, as in
                 Zipper, leaves it to the towers to know where their tokens stand.

@@ -36,9 +36,9 @@ class GatedCrossAttention(nn.Module):
 
     With x the target's state and h the source's: ``kv = project(norm(h))``;
     ``x = x + tanh(a) * attention(q=norm(x), kv)``; ``x = x + tanh(b) * ffn(norm(x))``; a = b = 0 at the
-    start; ``feed_forward=False`` leaves the second update out. Sources: Alayrac et al., "Flamingo"
-    (arXiv 2204.14198), for the gated block; Zayats et al., "Zipper" (arXiv 2405.18669), for the projection
-    of the source.
+    start; ``feed_forward=False`` leaves the second update out, ``projection="none"`` the projection.
+    Sources: Alayrac et al., "Flamingo" (arXiv 2204.14198), for the gated block; Zayats et al., "Zipper"
+    (arXiv 2405.18669), for the projection of the source.
     """
 
     def __init__(
@@ -65,8 +65,9 @@ class GatedCrossAttention(nn.Module):
         self.project = _projection(projection, source_width, target_width)
         self.norm = nn.LayerNorm(target_width)
         self.query = nn.Linear(target_width, target_width, bias=False)
-        self.key = nn.Linear(target_width, target_width, bias=False)
-        self.value = nn.Linear(target_width, target_width, bias=False)
+        projected = source_width if projection == "none" else target_width
+        self.key = nn.Linear(projected, target_width, bias=False)
+        self.value = nn.Linear(projected, target_width, bias=False)
         self.out = nn.Linear(target_width, target_width, bias=False)
         self.attention_gate = nn.Parameter(torch.zeros(1))
         self.ffn_norm = nn.LayerNorm(target_width) if feed_forward else None
@@ -185,5 +186,7 @@ def _projection(kind: str, source_width: int, target_width: int) -> nn.Module:
             nn.GELU(),
             nn.Linear(target_width, target_width),
         )
+    if kind == "none":
+        return nn.Identity()
     linear = nn.Linear(source_width, target_width)
     return nn.Sequential(linear, nn.ReLU()) if kind == "relu" else linear

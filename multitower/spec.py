@@ -11,7 +11,7 @@ from torch import nn
 
 TRAIN = ("none", "all", "lora")
 ADAPTERS = ("gated", "paper", None)
-PROJECTIONS = ("mlp", "linear", "relu")
+PROJECTIONS = ("mlp", "linear", "relu", "none")
 POSITIONS = ("rotary", None)
 
 Taps = tuple[tuple[int, int], ...]

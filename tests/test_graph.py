@@ -55,7 +55,7 @@ def test_parallel_links_need_a_name(graph: mt.FusionGraph) -> None:
         ({"taps": []}, "taps is empty"),
         ({"taps": [(0, 1)]}, "counted from 1"),
         ({"taps": [(1, 1), (1, 1)]}, "twice"),
-        ({"interleave": 1, "projection": "cubic"}, "choose one of 'mlp', 'linear', 'relu'"),
+        ({"interleave": 1, "projection": "cubic"}, "choose one of 'mlp', 'linear', 'relu', 'none'"),
         ({"interleave": 1, "heads": 0}, "heads=0"),
         ({"interleave": 1, "position": "absolute"}, "choose one of 'rotary', None"),
         ({"interleave": 1, "window": 0}, "window=0 must be a positive whole number of tokens"),

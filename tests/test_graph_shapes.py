@@ -13,7 +13,7 @@ import torch
 import multitower as mt
 from models import causal_lm
 from multitower.schedule import make_schedule
-from multitower.spec import LinkSpec
+from multitower.spec import PROJECTIONS, LinkSpec
 from multitower.testing import open_gates, tiny_tower
 
 Shape = tuple[int, list[tuple[int, int]]]
@@ -183,3 +183,17 @@ def test_a_circle_among_many_towers_shows_only_what_closes_it() -> None:
     assert "after tower2 layer 1, read tower1 layer 4\n" in message
     assert "after tower1 layer 1, read tower2 layer 4\n" in message
     assert len(message) < 1_000
+
+
+@pytest.mark.parametrize("projection", PROJECTIONS)
+def test_keys_are_made_of_what_the_projection_gives(projection: str) -> None:
+    graph = mt.FusionGraph()
+    graph.add_tower("speech", tiny_tower(1, depth=2, width=12))
+    graph.add_tower("text", tiny_tower(2, depth=2, width=8))
+    graph.add_link("speech", "text", interleave=2, projection=projection)
+    model = graph.compile()
+    (tap,) = (model.tap(each) for each in model.schedule.taps)
+    assert tap.key.weight.shape == tap.value.weight.shape == (8, 12 if projection == "none" else 8)
+    linear = 12 * 8 + 8
+    expected = {"mlp": linear + 2 * (8 * 8 + 8), "linear": linear, "relu": linear, "none": 0}
+    assert sum(parameter.numel() for parameter in tap.project.parameters()) == expected[projection]
