@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+from collections import deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass, field, replace
 
 import networkx as nx
 
@@ -64,16 +66,16 @@ class Schedule:
 
     depths: tuple[tuple[str, int], ...]
     stages: tuple[tuple[Step, ...], ...]
+    steps: tuple[Step, ...] = field(init=False, compare=False)
+    """All steps in the order in which they run; see ``_in_turn``."""
 
-    @property
-    def steps(self) -> tuple[Step, ...]:
-        """All steps in the order in which they run."""
-        return tuple(step for stage in self.stages for step in stage)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "steps", _in_turn(self.stages))
 
     @property
     def taps(self) -> tuple[Tap, ...]:
-        """All taps, in the order in which they run."""
-        return tuple(tap for step in self.steps for tap in step.taps)
+        """All taps, by stage."""
+        return tuple(tap for stage in self.stages for step in stage for tap in step.taps)
 
     @property
     def read_layers(self) -> frozenset[Layer]:
@@ -94,7 +96,7 @@ class Schedule:
         >>> from multitower.spec import LinkSpec
         >>> schedule = make_schedule({"a": 3, "b": 2}, [LinkSpec("a", "b", name="a->b", taps=((2, 1),))])
         >>> print(*schedule.needed({"b": 3}, ["a->b"]), sep="; ")
-        run a layer 1; run b layer 1; run a layer 2; after b layer 1, read a layer 2; run b layer 2
+        run a layer 1; run a layer 2; run b layer 1; after b layer 1, read a layer 2; run b layer 2
         >>> print(*schedule.needed({"b": 2}, []), sep="; ")
         run b layer 1; run b layer 2
 
@@ -196,6 +198,26 @@ def make_schedule(depths: Mapping[str, int], links: Iterable[LinkSpec]) -> Sched
     except nx.NetworkXUnfeasible:
         raise GraphError(_describe_cycle(steps)) from None
     return Schedule(tuple(sorted(depths.items())), stages)
+
+
+def _in_turn(stages: Iterable[Iterable[Step]]) -> tuple[Step, ...]:
+    """Order steps so that each tower runs as far as it can before the next.
+
+    A tower that runs alone finds its memory in the caches of the processor.
+    """
+    waiting: dict[str, deque[Step]] = {}
+    for step in itertools.chain.from_iterable(stages):
+        waiting.setdefault(step.tower, deque()).append(step)
+    steps: list[Step] = []
+    done: set[Layer] = set()
+    before = -1
+    while len(steps) > before:
+        before = len(steps)
+        for rest in waiting.values():
+            while rest and all((tap.source, tap.source_layer) in done for tap in rest[0].taps):
+                steps.append(rest.popleft())
+                done.add((steps[-1].tower, steps[-1].layer))
+    return tuple(steps)
 
 
 def _describe_cycle(steps: nx.DiGraph[Step]) -> str:

@@ -220,6 +220,7 @@ def test_an_unknown_row_is_described(folder: Path) -> None:
         kept(batch)
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # on a machine of one core
 def test_workers_of_a_loader_read_the_files(folder: Path) -> None:
     model = fused()
     kept = mt.KeptStates.compute(model, data(2), folder)

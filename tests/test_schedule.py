@@ -47,3 +47,12 @@ def test_sixteen_towers_linked_completely_are_scheduled() -> None:
     schedule = make_schedule(dict.fromkeys(names, 8), links)
     assert len(schedule.stages) == 16
     assert len(schedule.taps) == 16 * 15 * 8
+
+
+def test_each_tower_runs_as_far_as_it_can() -> None:
+    there = LinkSpec("b", "a", name="b->a", taps=((1, 1), (3, 2)))
+    back = LinkSpec("a", "b", name="a->b", taps=((1, 2),))
+    schedule = make_schedule({"a": 3, "b": 4}, [there, back])
+    order = [f"{step.tower}{step.layer}{'+' if step.taps else ''}" for step in schedule.steps]
+    assert order == ["a1", "b1", "b2", "b2+", "b3", "b4", "a1+", "a2", "a2+", "a3"]
+    assert sorted(schedule.steps, key=str) == sorted((s for stage in schedule.stages for s in stage), key=str)
