@@ -101,9 +101,9 @@ class GatedCrossAttention(nn.Module):
         states = x.to(self.query.weight)
         query = self._turned(self.query(self.norm(states)), rotation)
         attended = attend(query, *source, seen.mask)
-        update = torch.tanh(self.attention_gate) * self.out(attended.transpose(1, 2).flatten(2))
+        update = _opening(self.attention_gate, states) * self.out(attended.transpose(1, 2).flatten(2))
         if self.ffn is not None and self.ffn_norm is not None and self.ffn_gate is not None:
-            update = update + torch.tanh(self.ffn_gate) * self.ffn(self.ffn_norm(states + update))
+            update = update + _opening(self.ffn_gate, states) * self.ffn(self.ffn_norm(states + update))
         return (update if seen.sees is None else torch.where(seen.sees, update, 0.0)).to(x)
 
     def weights(
@@ -151,7 +151,7 @@ class InputAdapter(nn.Module):
         adapted: Tensor = self.mlp(embedded.to(weight.dtype)).to(embedded.dtype)
         if self.gate is None:
             return F.relu(adapted)
-        return embedded + torch.tanh(self.gate).to(embedded.dtype) * adapted
+        return embedded + _opening(self.gate, adapted).to(embedded.dtype) * adapted
 
 
 def add(x: Tensor, updates: Iterable[Tensor]) -> Tensor:
@@ -171,6 +171,15 @@ def default_heads(width: int) -> int:
     """
     wanted = max(1, width // 64, min(4, width // 32))
     return next(heads for heads in range(wanted, 0, -1) if width % heads == 0)
+
+
+def _opening(gate: Tensor, states: Tensor) -> Tensor:
+    """Give how far a gate is open, once for each channel of states.
+
+    Its gradient is then summed over tokens first. Summed over all numbers at once, it makes inductor tell
+    short batches from long ones, and compile for each.
+    """
+    return torch.tanh(gate).expand(states.shape[-1])
 
 
 def _feed_forward(width: int) -> nn.Module:
