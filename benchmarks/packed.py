@@ -8,9 +8,9 @@ backward. The shortest row has --shortest times the tokens of the longest, the r
 tower has as many tokens as the other. Padded and packed batches, which give the same loss, take turns in one
 process, and each round gives one ratio. Packed, no row has more tokens than the longest example; with
 --one-row all are in one. sdpa attends over all pairs of tokens of a row, closed or not; flex_attention leaves
-blocks of closed pairs out, but has no backward on the CPU (--forward). What is chosen is for packed batches;
-padded ones are run with sdpa. "real" is the share of tokens of a padded batch that are no padding. Medians
-and quartiles go to results.json and ratios.png.
+blocks of closed pairs out, for links on GPUs only, for towers on the CPU without a backward (--forward). What
+is chosen is for packed batches; padded ones are run with sdpa. "real" is the share of tokens of a padded
+batch that are no padding. Medians and quartiles go to results.json and ratios.png.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ def main() -> None:
     parser.add_argument("--one-row", action="store_true", help="all examples in one row")
     parser.add_argument("--forward", action="store_true", help="no backward")
     chosen = begin(parser)
+    if chosen.links == "flex_attention" and chosen.device == "cpu":
+        parser.error("on the CPU links attend by sdpa")
     model = make_model(chosen.size, 2).to(chosen.device)
     results: list[dict[str, Any]] = []
     for length in chosen.lengths:

@@ -16,6 +16,9 @@ from .stream import values_at_hand
 SDPA, FLEX = "sdpa", "flex_attention"
 """The names that transformers gives them."""
 
+WITHOUT_FLEX = ("cpu", "mps")
+"""Types of devices for which torch's flex_attention has no backward; on the CPU some sizes do not compile."""
+
 
 class Visibility(NamedTuple):
     """Which source tokens each target token may read.
@@ -106,6 +109,15 @@ def block_visibility(
     before = torch.searchsorted(ordered, query_times)
     beyond = torch.zeros_like(before) if window is None else torch.searchsorted(ordered, query_times - window)
     return Visibility(mask, (before > beyond)[:, :, None])
+
+
+def has_flex(device: torch.device) -> bool:
+    """Whether links attend by flex_attention there, if they are to.
+
+    >>> has_flex(torch.device("cpu")), has_flex(torch.device("cuda"))
+    (False, True)
+    """
+    return device.type not in WITHOUT_FLEX
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | BlockMask | None) -> Tensor:

@@ -261,8 +261,8 @@ class FusedModel(nn.Module):
         """Choose how links attend where not every token sees all: by "sdpa", or by "flex_attention".
 
         The latter leaves out blocks of which nothing is seen, as in packed batches and with short windows;
-        on the CPU it has no backward. Towers have their own: ``unimodal(name).set_attn_implementation(...)``.
-        Raises a ValueError for any other.
+        on the CPU and on MPS, where torch has no backward of it, links attend by sdpa all the same. Towers
+        have their own: ``unimodal(name).set_attn_implementation(...)``. Raises a ValueError for any other.
         """
         if implementation not in (SDPA, FLEX):
             raise ValueError(f"links attend by {SDPA!r} or {FLEX!r}, not by {implementation!r}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .attention import FLEX, Visibility, block_visibility, visibility
+from .attention import FLEX, Visibility, block_visibility, has_flex, visibility
 from .frozen import brought_states
 from .link import add
 from .output import FusedOutput, States, head_loss, token_loss
@@ -106,7 +106,8 @@ def visibilities(model: FusedModel, streams: Streams, *, flex: bool = False) -> 
         if key not in alike:
             source = streams[link.source]
             between = (when[link.target], when[link.source], source["mask"], reach(link.window, source))
-            alike[key] = block_visibility(*between) if flex else visibility(*between, dtypes[link.name])
+            blocks = flex and has_flex(when[link.target].device)
+            alike[key] = block_visibility(*between) if blocks else visibility(*between, dtypes[link.name])
         seen[link.name] = alike[key]
     return {name: each for name, each in seen.items() if not each.is_blind()}
 

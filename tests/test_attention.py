@@ -38,6 +38,7 @@ ROWS = [
 
 @pytest.fixture(autouse=True)
 def uncompiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "WITHOUT_FLEX", ())
     if "slow" not in request.keywords:
         monkeypatch.setattr(attention, "_compiled", lambda: attention.flex_attention)
 
@@ -65,12 +66,14 @@ def test_flex_attention_gives_what_sdpa_gives(window: int | None, packed: bool) 
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="compiled it needs a GPU")
 @torch.no_grad()
 def test_compiled_it_gives_the_same_for_all_lengths() -> None:
     torch._dynamo.reset()
-    model = pair(gates=True, window=4, position="rotary")
+    model = pair(gates=True, window=4, position="rotary").cuda()
     for number in range(1, 12):
-        expected, found = both(model, mt.pack(mt.collate(ROWS * number)))
+        batch = mt.pack(mt.collate(ROWS * number))
+        expected, found = both(model, tree_map_only(torch.Tensor, torch.Tensor.cuda, batch))
         torch.testing.assert_close(found.logits, expected.logits)
 
 
@@ -91,11 +94,11 @@ def test_blocks_hold_what_is_seen(window: int | None) -> None:
             assert torch.equal(seen, open_)
 
 
-def test_on_the_cpu_it_cannot_be_trained_and_says_so() -> None:
-    model = pair(gates=True)
-    model.set_attn_implementation("flex_attention")
-    with pytest.raises(NotImplementedError, match="does not support backward on CPU"):
-        model(**mt.collate(ROWS))
+def test_on_the_cpu_links_attend_by_sdpa_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    expected, found = both(pair(gates=True), mt.pack(mt.collate(ROWS)))
+    assert torch.equal(found.loss, expected.loss)
+    found.loss.backward()
 
 
 @torch.no_grad()
