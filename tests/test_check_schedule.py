@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 
 import multitower as mt
+from multitower import schedule
 from multitower.schedule import Schedule, Step
 from multitower.spec import LinkSpec
 from multitower.testing import PROMISES, check_schedule, schedules
@@ -53,6 +54,22 @@ def test_a_wrong_schedule_is_reported(
     change: Callable[[Schedule], Schedule], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     patched(monkeypatch, schedules, "make_schedule", lambda original, *args: change(original(*args)))
+    with pytest.raises(AssertionError, match=message):
+        check_schedule({"a": 2, "b": 2}, [THERE])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda steps: steps[::-1], "which it needs"),
+        (lambda steps: (*steps, steps[-1]), "runs twice"),
+        (lambda steps: steps[:-1], "these never run"),
+    ],
+)
+def test_steps_in_a_wrong_order_are_reported(
+    change: Callable[[tuple[Step, ...]], tuple[Step, ...]], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patched(monkeypatch, schedule, "_in_turn", lambda original, stages: change(original(stages)))
     with pytest.raises(AssertionError, match=message):
         check_schedule({"a": 2, "b": 2}, [THERE])
 

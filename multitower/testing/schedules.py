@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from ..fused import FusedModel
-from ..schedule import Tap, make_schedule
+from ..schedule import Step, Tap, make_schedule
 from ..spec import GraphError, LinkSpec
 from ..stream import Example
 
@@ -64,9 +64,7 @@ def check_schedule(depths: Mapping[str, int], links: Iterable[LinkSpec]) -> None
         for source_layer, target_layer in link.resolve(depths[link.source], depths[link.target])
     )
     assert sorted(schedule.taps) == wanted, f"the taps are {sorted(schedule.taps)}, declared were {wanted}"
-    for step in schedule.steps:
-        for tap in step.taps:
-            assert (tap.target, tap.target_layer) == (step.tower, step.layer), f"{tap} is read at '{step}'"
+    _check_order(schedule.steps, needs)
     turned = make_schedule(dict(reversed(list(depths.items()))), links[::-1])
     assert turned == schedule, "the schedule depends on the order in which towers and links are declared"
 
@@ -107,6 +105,19 @@ def _stages(needs: Mapping[Node, set[Node]]) -> list[list[Node]]:
         stages.append(ready)
         done.update(ready)
     return stages
+
+
+def _check_order(steps: Sequence[Step], needs: Mapping[Node, set[Node]]) -> None:
+    """Check the steps as they run, one after the other, in whatever stage they are."""
+    ran: set[Node] = set()
+    for step in steps:
+        node = Node(step.tower, step.layer, bool(step.taps))
+        assert node not in ran, f"step '{step}' runs twice"
+        assert needs[node] <= ran, f"step '{step}' runs before {sorted(needs[node] - ran)}, which it needs"
+        for tap in step.taps:
+            assert (tap.target, tap.target_layer) == (step.tower, step.layer), f"{tap} is read at '{step}'"
+        ran.add(node)
+    assert ran == set(needs), f"these never run: {sorted(set(needs) - ran)}"
 
 
 def _check_cycle(
