@@ -258,7 +258,7 @@ class FusedModel(nn.Module):
         return self
 
     def set_attn_implementation(self, implementation: str) -> None:
-        """Choose how links attend where not every token sees all: by "sdpa", or by "flex_attention".
+        """Choose how links attend when a batch is run: by "sdpa", or by "flex_attention".
 
         The latter leaves out blocks of which nothing is seen, as in packed batches and with short windows;
         on the CPU and on MPS, where torch has no backward of it, links attend by sdpa all the same. Towers

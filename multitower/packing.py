@@ -41,8 +41,10 @@ def pack(batch: Batch, *, one_row: bool = False) -> Batch:
             together, than the longest example.
 
     Raises:
-        ValueError: The batch is packed already.
+        ValueError: The batch is packed already, or is not one that ``collate`` gives.
     """
+    if "streams" not in batch:
+        raise ValueError(f"pack takes a batch as collate gives it, with 'streams', not {sorted(batch)}")
     streams = batch["streams"]
     for name, stream in streams.items():
         if EXAMPLES in stream:
@@ -67,9 +69,13 @@ def check_packs(name: str, tower: Tower, stream: Mapping[str, Tensor]) -> None:
         ValueError: The stream is packed, and the tower cannot tell examples apart.
     """
     if EXAMPLES in stream and not _packs(tower):
+        config = getattr(tower.native, "config", None)
+        attention = getattr(config, "_attn_implementation", None)
         raise ValueError(
             f"stream {name!r} is packed, but tower {name!r} cannot tell examples in one row apart "
-            f"({type(tower.native).__name__}); leave out multitower.pack"
+            f"({type(tower.native).__name__}{f' by {attention}' if attention else ''}); leave out "
+            "multitower.pack, or, if it is for the way in which the tower attends, choose 'sdpa' by "
+            f"model.unimodal({name!r}).set_attn_implementation"
         )
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 import frozen_sources
@@ -48,8 +50,34 @@ def test_peft_adapters_learn_the_same() -> None:
 @pytest.mark.parametrize("family", ["bloom", "opt", "rwkv"])
 def test_families_that_cannot_tell_examples_apart_are_refused(family: str) -> None:
     text = causal_lm(family, config={"attention_hidden_size": 16} if family == "rwkv" else None)
-    with pytest.raises(ValueError, match=r"tower 'text' cannot tell .* \(\w+ForCausalLM\); leave out multi"):
+    with pytest.raises(ValueError, match=r"'text' cannot tell .* \(\w+ForCausalLM.*\); leave out multi"):
         pair(text)(**mt.pack(mt.collate(EXAMPLES)))
+
+
+def single_row_packing(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, **options: Any
+) -> tuple[Tensor, None]:
+    """Attend as transformers' flash_attention_2 does: examples are told apart in batches of one row alone."""
+    places = options["position_ids"]
+    starts = torch.zeros_like(places) if len(places) > 1 else (places == 0).cumsum(-1)
+    seen = (starts[:, :, None] == starts[:, None]).tril()[:, None]
+    groups = query.shape[1] // key.shape[1]
+    key, value = (each.repeat_interleave(groups, 1) for each in (key, value))
+    attended = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=seen)
+    return attended.transpose(1, 2), None
+
+
+def test_examples_told_apart_in_a_single_row_alone_are_not_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    transformers.AttentionInterface.register("single_row", single_row_packing)
+    transformers.AttentionMaskInterface.register("single_row", lambda *args, **options: None)
+    model, batch = pair(causal_lm("llama"), gates=True), mt.pack(mt.collate(EXAMPLES))
+    expected = model(**batch).loss
+    model.unimodal("text").config._attn_implementation = "single_row"
+    torch.testing.assert_close(model(**mt.collate(EXAMPLES)).loss, expected)
+    with pytest.raises(ValueError, match=r"'text' cannot tell .* by single_row\); .* choose 'sdpa' by"):
+        model(**batch)
+    model.unimodal("text").set_attn_implementation("sdpa")
+    torch.testing.assert_close(model(**batch).loss, expected)
 
 
 def test_a_label_of_a_first_token_is_never_predicted() -> None:
@@ -63,6 +91,8 @@ def test_a_label_of_a_first_token_is_never_predicted() -> None:
 def test_what_is_not_packed_right_is_refused() -> None:
     batch, model = mt.collate(EXAMPLES), pair()
     packed = mt.pack(batch)["streams"]
+    with pytest.raises(ValueError, match=r"a batch as collate gives it, .* not \['speech', 'text'\]"):
+        mt.pack(batch["streams"])
     with pytest.raises(ValueError, match="stream 'speech' is packed already"):
         mt.pack({"streams": packed})
     with pytest.raises(ValueError, match=r"all be packed or none, but \['text'\] are not"):

@@ -135,3 +135,10 @@ def test_closed_gates_are_bit_equal_under_autocast() -> None:
     fused = pair(text)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         assert torch.equal(fused(**BATCH).logits["text"], native(text, TEXT))
+
+
+def test_softmax_in_float32_is_told_from_a_difference_in_float64() -> None:
+    """Eager attention takes it so, whatever the dtype: that is no reason to refuse packed batches."""
+    model = causal_lm("gemma2").double()
+    assert model.config._attn_implementation == "eager"
+    assert mt.TransformersTower(model).packs

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import Inject
-from .probe import Layers, evaluated, forward_options, logits_of, probe_tokens
+from .probe import Layers, evaluated, forward_options, logits_of, probe_tokens, rounding
 from .shell import as_call, as_tuple, make_shell, stand_in
 
 
@@ -71,11 +71,10 @@ def why_not_faithful(model: Any, *, length: int, padding: int = 0) -> str:
             whole = logits_of(model(input_ids=tokens, **forward_options(model)))
     except Exception as error:  # whatever stops it, decoding in this way is out of the question
         return f"{type(error).__name__}: {error}"
-    expected = whole[0, -steps:].float()
-    found = torch.stack([step[0].float() for step in decoded.logits])
+    expected = whole[0, -steps:]
+    found = torch.stack([step[0].to(expected.dtype) for step in decoded.logits])
     worst = (found - expected).abs().max().item()
-    tolerance = torch.finfo(whole.dtype).eps ** 0.5 * expected.abs().max().item()
-    return "" if worst <= tolerance else f"its logits differ by {worst:.2g}"
+    return "" if worst <= rounding(expected) else f"its logits differ by {worst:.2g}"
 
 
 class _Positions:

@@ -184,6 +184,15 @@ def check_causal(name: str, logits: Tensor) -> None:
         )
 
 
+def rounding(logits: Tensor) -> float:
+    """Say by how much the same logits may differ where they are found in another way.
+
+    Whatever the dtype, models take softmax, norms and rotary tables in float32.
+    """
+    eps = max(torch.finfo(each).eps for each in (logits.dtype, torch.float32))
+    return float(eps**0.5 * logits.abs().max().item())
+
+
 @contextmanager
 def evaluated(model: nn.Module) -> Iterator[None]:
     """Put a model in eval mode for a moment."""

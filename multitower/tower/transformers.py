@@ -85,6 +85,7 @@ class TransformersTower(Tower):
             self._script = Script()
             self._shell = _Unregistered(self._make_shell())
             self._heads_unmasked = False
+            self._packs: dict[Any, bool] = {}
             self.width, self.vocab_size = self._prove(logits)
 
     def train(self, mode: bool = True) -> TransformersTower:
@@ -206,10 +207,13 @@ class TransformersTower(Tower):
         """Whether rows with padding on the left decode as they do alone; asked of the model once."""
         return not self.decodes_cached or not why_not_faithful(self.model, length=LENGTH, padding=LENGTH - 1)
 
-    @functools.cached_property
+    @property
     def packs(self) -> bool:  # type: ignore[override]  # asked of the model, only when a batch is packed
-        """Whether rows of several examples are scored as each alone; asked of the model once."""
-        return tells_examples_apart(self)
+        """Whether rows of several examples are scored as each alone; asked once for each way to attend."""
+        attention = getattr(self.model.config, "_attn_implementation", None)
+        if attention not in self._packs:
+            self._packs[attention] = tells_examples_apart(self)
+        return self._packs[attention]
 
     @functools.cached_property
     def _unfaithful(self) -> str:
