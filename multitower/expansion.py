@@ -12,7 +12,7 @@ from .generate import decode_rows
 from .modality import Modality
 from .options import OF_ONE_VOCABULARY, check_named, check_supported, given, options_of
 from .output import FusedOutput, token_loss
-from .stream import IGNORE, Example, Segment, check_streams, place_in_time
+from .stream import EXAMPLES, IGNORE, Example, Segment, check_streams, place_in_time
 
 
 class VocabularyExpansion(nn.Module):
@@ -142,7 +142,9 @@ SIMULTANEOUS = "segments run at the same time, for which one row of tokens has n
 
 
 def _check_one_at_a_time(streams: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Check, on the CPU alone, that no two tokens of a row have the same time."""
+    """Check that rows are not packed and, on the CPU alone, that no two tokens of one have the same time."""
+    if any(EXAMPLES in stream for stream in streams.values()):
+        raise ValueError("the batch is packed, for which one row has no place; leave out multitower.pack")
     times = torch.cat([stream["times"] for stream in streams.values()], 1)
     if times.device.type == "cpu":
         times = times.sort(1).values

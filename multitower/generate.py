@@ -26,7 +26,7 @@ from .options import (
     options_of,
     setting,
 )
-from .stream import Example, Segment, make_streams, place_in_time
+from .stream import Example, Segment, check_examples, make_streams, place_in_time
 from .together import check_stepwise, decode_together
 from .tower import Tower
 from .tower.offload import execution_device
@@ -228,6 +228,7 @@ def decode_rows(
 def _check_examples(model: FusedModel, examples: Sequence[Example]) -> None:
     if len(examples) == 0:
         raise ValueError("there are no examples to decode from")
+    check_examples(examples)
     for number, example in enumerate(examples):
         for segment, _ in place_in_time(example, number):
             _check_tower(model, segment.tower)

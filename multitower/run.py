@@ -27,6 +27,7 @@ def run(
     model: FusedModel, streams: Streams, wanted: Mapping[str, int], *, output_attentions: bool = False
 ) -> States:
     """Run the steps that are needed; see ``FusedModel.run``."""
+    _check_wanted(model, streams, wanted)
     seen = visibilities(model, streams, flex=model.attn_implementation == FLEX and not output_attentions)
     states = States({}, {}, brought_states(model, streams), {})
     steps = model.schedule.needed(wanted, seen, states.given)
@@ -119,6 +120,21 @@ def with_labels(streams: Streams) -> Collection[str]:
     """
     labelled = [name for name, stream in streams.items() if "labels" in stream]
     return [name for name in labelled if _may_have_any(streams[name]["labels"])] or labelled
+
+
+def _check_wanted(model: FusedModel, streams: Streams, wanted: Mapping[str, int]) -> None:
+    for name, layer in wanted.items():
+        if name not in streams:
+            raise ValueError(
+                f"layer {layer} of {name!r} is wanted, but the batch has streams for {', '.join(streams)} "
+                "alone"
+            )
+        depth = model.tower(name).depth
+        if not 0 <= layer <= depth + 1:
+            raise ValueError(
+                f"layer {layer} of {name!r} is wanted, which has the layers 1 to {depth} (0 means none of "
+                f"them, {depth + 1} the state that enters the head)"
+            )
 
 
 def _may_have_any(labels: Tensor) -> bool:

@@ -82,12 +82,32 @@ def collate(examples: Sequence[Example]) -> Batch:
     """
     if len(examples) == 0:
         raise ValueError("the batch is empty; collate needs at least one example")
+    check_examples(examples)
     for number, example in enumerate(examples):
-        if isinstance(example, Segment) or not all(isinstance(entry, Segment | tuple) for entry in example):
-            raise ValueError(f"example {number} must be a list of multitower.Segment, or of tuples of them")
         if len(example) == 0:
             raise ValueError(f"example {number} has no segments")
     return {"streams": make_streams(examples)}
+
+
+def check_examples(examples: Sequence[Example]) -> None:
+    """Check that each example is a list of segments, or of tuples of them; it may be empty.
+
+    >>> check_examples([Segment("text", [1])])
+    Traceback (most recent call last):
+    ValueError: example 0 must be a list of multitower.Segment, or of tuples of them, where there is a Segment
+
+    Raises:
+        ValueError: One is not.
+    """
+    for number, example in enumerate(examples):
+        entries = list(example) if isinstance(example, Sequence) else []
+        segments = [each for entry in entries for each in (entry if isinstance(entry, tuple) else (entry,))]
+        wrong = [each for each in segments if not isinstance(each, Segment)]
+        if wrong or not isinstance(example, Sequence):
+            raise ValueError(
+                f"example {number} must be a list of multitower.Segment, or of tuples of them, where there "
+                f"is a {type(wrong[0] if wrong else example).__name__}"
+            )
 
 
 def make_streams(examples: Sequence[Example]) -> dict[str, Stream]:

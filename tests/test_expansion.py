@@ -71,6 +71,8 @@ def test_bad_streams_are_refused(model: mt.VocabularyExpansion) -> None:
         model(**mt.collate([[mt.Segment("music", [1])]]))
     with pytest.raises(ValueError, match="vocabulary of 14"):
         model(**mt.collate([[mt.Segment("speech", [0, 14])]]))
+    with pytest.raises(ValueError, match="the batch is packed"):
+        model(**mt.pack(mt.collate([[mt.Segment("speech", [0, 1])]])))
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,21 @@ def test_a_link_that_sees_nothing_makes_its_source_needless() -> None:
     assert {what.split()[0] for what in ran} == {"text"}
 
 
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ({"voice": 1}, "layer 1 of 'voice' is wanted, but the batch has streams for text, speech alone"),
+        ({"image": 1}, "layer 1 of 'image' is wanted, but"),
+        ({"text": 6}, "layer 6 of 'text' is wanted, which has the layers 1 to 4 .* 5 the state that enters"),
+        ({"text": -1}, "layer -1 of 'text' is wanted"),
+    ],
+)
+def test_layers_that_are_not_there_cannot_be_wanted(wanted: dict[str, int], message: str) -> None:
+    batch = mt.collate([[segment("text", 3), segment("speech", 3)]])
+    with pytest.raises(ValueError, match=message):
+        chain().run(batch["streams"], wanted=wanted)
+
+
 @pytest.mark.parametrize("wanted", [{"a": 1}, {"a": 4}, {"b": 2}, {"b": 3}, {"a": 2, "b": 1}])
 def test_what_is_needed_is_what_a_search_backwards_finds(wanted: dict[str, int]) -> None:
     links = [

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -84,3 +86,13 @@ def test_segments_in_a_tuple_begin_at_the_same_time() -> None:
 def test_entries_that_cannot_run_at_the_same_time(entry: object, message: str) -> None:
     with pytest.raises(ValueError, match=f"example 1.*{message}"):
         mt.collate([[mt.Segment("text", [1])], [entry]])
+
+
+@pytest.mark.parametrize("call", [mt.collate, lambda rows: pair().generate(rows, output=["text"])])
+@pytest.mark.parametrize(
+    ("entry", "kind"),
+    [(segment("text", 3), "Segment"), ([("text",)], "str"), (["text"], "str"), ("text", "str"), ([3], "int")],
+)
+def test_what_is_no_list_of_segments_is_named(call: Callable, entry: object, kind: str) -> None:
+    with pytest.raises(ValueError, match=f"example 1 must be a list of multitower.Segment.* a {kind}$"):
+        call([[segment("text", 3)], entry])
