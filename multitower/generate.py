@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .cache import TapCache, TapReader
 from .options import (
+    alike_when_padded,
     as_ids,
     begin_token,
     check_batches,
@@ -23,8 +24,9 @@ from .options import (
     filled,
     given,
     groups,
+    length_limit,
+    most_new,
     options_of,
-    setting,
 )
 from .stream import Example, Segment, check_examples, make_streams, place_in_time
 from .together import check_stepwise, decode_together
@@ -33,10 +35,6 @@ from .tower.offload import execution_device
 
 if TYPE_CHECKING:
     from .fused import FusedModel
-
-MAX_NEW_TOKENS = 1024
-"""How long a segment may grow when neither the caller nor the tower says so."""
-
 
 Entry = str | tuple[str, ...]
 """A tower to decode, or several to decode at the same time."""
@@ -135,12 +133,13 @@ def _decode_side_by_side(
     options: Mapping[str, Any],
 ) -> list[tuple[Segment, ...]]:
     """Decode several towers at the same time, rows together where no padding gets in the way."""
-    check_stepwise(options)
     towers = {name: model.tower(name) for name in names}
+    check_stepwise(options, towers)
     own = {name: options_of(name, options) for name in names}
     prompts = [{name: _prompt(row, name, _begin(towers[name], own[name])) for name in names} for row in rows]
     lengths = [tuple(len(tokens) for tokens, _ in prompt.values()) for prompt in prompts]
-    apart = not all(tower.pads_left for tower in towers.values())
+    longest = dict(zip(names, map(max, zip(*lengths, strict=True)), strict=True))
+    apart = not all(alike_when_padded(towers[name], own[name], longest[name]) for name in names)
     decoded: dict[int, tuple[Segment, ...]] = {}
     batches = sorted(set(lengths)) if apart else [None]
     check_batches(len(batches), options)
@@ -153,12 +152,7 @@ def _decode_side_by_side(
             )
             for name in names
         }
-        limit = min(
-            setting(tower, own[name], "max_new_tokens")
-            or length_limit(tower.native, own[name], padded[name][0].shape[1], tower.max_length)
-            or MAX_NEW_TOKENS
-            for name, tower in towers.items()
-        )
+        limit = min(most_new(name, towers[name], own[name], padded[name][0].shape[1]) for name in names)
         segments = decode_together(model, cache.of_rows(chosen), padded, own, limit)
         decoded |= zip(chosen, segments, strict=True)
     return [decoded[row] for row in range(len(rows))]
@@ -209,6 +203,10 @@ def decode_rows(
     length = tokens.shape[1]
     config = decoder.config.get_text_config(decoder=True)
     limit = length_limit(decoder, options, length, getattr(config, "max_position_embeddings", None))
+    if limit is not None:
+        options = {
+            key: value for key, value in options.items() if key not in ("max_new_tokens", "max_length")
+        }
     settings = filled(
         options,
         {
@@ -289,20 +287,3 @@ def _until_end(tokens: Tensor, end: Sequence[int]) -> Tensor:
     """Cut a segment after its first end token; the begin token at its front may be the same id."""
     is_end = torch.isin(tokens[1:], torch.tensor(end, dtype=tokens.dtype))
     return tokens[: int(is_end.int().argmax()) + 2] if bool(is_end.any()) else tokens
-
-
-def length_limit(model: Any, options: Mapping[str, Any], prompt: int, most: int | None) -> int | None:
-    """Say how long a segment may grow where neither the caller nor the model does; None where one does.
-
-    Args:
-        model: A causal LM, or whatever a tower was made of.
-        options: Options of ``generate``.
-        prompt: How many tokens stand before the segment's second.
-        most: How many tokens a row may have; None or a negative number where there is no limit.
-    """
-    own = getattr(model, "generation_config", None)
-    for key in ("max_new_tokens", "max_length"):
-        if given(options, key) is not None or getattr(own, key, None) is not None:
-            return None
-    room = MAX_NEW_TOKENS if most is None or most < 0 else most - prompt
-    return max(1, min(MAX_NEW_TOKENS, room))

@@ -13,6 +13,9 @@ from .tower import Tower
 
 Options = Mapping[str, Any]
 
+MAX_NEW_TOKENS = 1024
+"""How long a segment may grow when neither the caller nor the tower says so."""
+
 RESERVED = (
     "input_ids",
     "inputs",
@@ -62,7 +65,7 @@ OF_ONE_VOCABULARY = (
 )
 """Options that mean the tokens of one tower."""
 
-MAPPINGS = ("cache_config", "sequence_bias", "watermarking_config")
+MAPPINGS = ("cache_config", "watermarking_config")
 """Options that are mappings by themselves."""
 
 OF_THE_BATCH = ("logits_processor", "prefix_allowed_tokens_fn")
@@ -157,8 +160,11 @@ def is_by_tower(key: str, value: Any) -> bool:
 
     >>> is_by_tower("max_new_tokens", {"text": 40, "speech": 400})
     True
+    >>> is_by_tower("sequence_bias", {(3, 4): -10.0})
+    False
     """
-    return isinstance(value, Mapping) and key not in MAPPINGS
+    named = isinstance(value, Mapping) and all(isinstance(name, str) for name in value)
+    return named and key not in MAPPINGS
 
 
 def options_of(name: str, options: Options) -> dict[str, Any]:
@@ -259,7 +265,7 @@ def groups(tower: Tower, lengths: Sequence[int], options: Options) -> list[list[
     together = [list(rows)]
     if any(setting(tower, options, key) for key in STOPS):
         together = [[row] for row in rows]
-    elif len(set(lengths)) > 1 and (_sees_padding(tower, options) or not tower.pads_left):
+    elif len(set(lengths)) > 1 and not alike_when_padded(tower, options, max(lengths)):
         together = [[row for row in rows if lengths[row] == length] for length in sorted(set(lengths))]
     check_batches(len(together), options)
     return together
@@ -279,7 +285,53 @@ def check_batches(count: int, options: Options) -> None:
             )
 
 
-def _sees_padding(tower: Tower, options: Options) -> bool:
+def alike_when_padded(tower: Tower, options: Options, longest: int) -> bool:
+    """Whether rows that are padded on the left to ``longest`` tokens become what they would alone."""
     limited = setting(tower, options, "max_new_tokens") is not None
     keys = OF_THE_WHOLE_ROW if limited else (*OF_THE_WHOLE_ROW, "max_length")
-    return any(setting(tower, options, key) for key in keys)
+    if any(setting(tower, options, key) for key in keys):
+        return False
+    roomy = limited or tower.max_length is None or longest + MAX_NEW_TOKENS <= tower.max_length
+    return roomy and tower.pads_left
+
+
+def most_new(name: str, tower: Tower, options: Options, prompt: int) -> int:
+    """Say how many tokens a segment may get after its begin token.
+
+    Args:
+        name: The tower.
+        tower: The tower.
+        options: The options.
+        prompt: How many tokens its row has so far.
+
+    Raises:
+        ValueError: The row is as long as it may be.
+    """
+    told: int | None = setting(tower, options, "max_new_tokens")
+    if told is not None:
+        return told
+    whole = setting(tower, options, "max_length")
+    if whole is not None and whole <= prompt:
+        raise ValueError(
+            f"tower {name!r} is to have rows of {whole} tokens (max_length), {prompt} are there already; "
+            "pass max_new_tokens"
+        )
+    limit = length_limit(tower.native, options, prompt, tower.max_length)
+    return whole - prompt if limit is None else limit
+
+
+def length_limit(model: Any, options: Options, prompt: int, most: int | None) -> int | None:
+    """Say how long a segment may grow where neither the caller nor the model does; None where one does.
+
+    Args:
+        model: A causal LM, or whatever a tower was made of.
+        options: Options of ``generate``.
+        prompt: How many tokens stand before the segment's second.
+        most: How many tokens a row may have; None or a negative number where there is no limit.
+    """
+    own = getattr(model, "generation_config", None)
+    for key in ("max_new_tokens", "max_length"):
+        if given(options, key) is not None or (key not in options and getattr(own, key, None) is not None):
+            return None
+    room = MAX_NEW_TOKENS if most is None or most < 0 else most - prompt
+    return max(1, min(MAX_NEW_TOKENS, room))

@@ -9,23 +9,35 @@ import torch
 from torch import Tensor
 
 from .cache import TapCache, TapReader
-from .options import as_ids, given, is_by_tower
+from .options import as_ids, is_by_tower, setting
 from .schedule import Tap
 from .stream import Segment
+from .tower import Tower
 
 if TYPE_CHECKING:
     from .fused import FusedModel
 
 STEPWISE = (
+    "bad_words_ids",
+    "begin_suppress_tokens",
     "bos_token_id",
     "do_sample",
     "eos_token_id",
     "epsilon_cutoff",
     "eta_cutoff",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
     "logits_processor",
     "max_new_tokens",
+    "min_length",
+    "min_new_tokens",
     "min_p",
+    "no_repeat_ngram_size",
+    "remove_invalid_values",
+    "renormalize_logits",
     "repetition_penalty",
+    "sequence_bias",
+    "suppress_tokens",
     "temperature",
     "top_h",
     "top_k",
@@ -35,9 +47,33 @@ STEPWISE = (
 )
 """Options of ``generate`` that mean the same token by token."""
 
+ONLY_ALONE = {
+    "constraints": None,
+    "dola_layers": None,
+    "encoder_no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1,
+    "exponential_decay_length_penalty": None,
+    "force_words_ids": None,
+    "guidance_scale": 1,
+    "max_time": None,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "penalty_alpha": None,
+    "stop_strings": None,
+    "token_healing": None,
+    "watermarking_config": None,
+}
+"""Settings of a tower itself that have no meaning token by token, with what turns them off."""
 
-def check_stepwise(options: Mapping[str, Any]) -> None:
-    """Check that all options make sense for towers that are decoded together.
+PLACED = ("begin_suppress_tokens", "forced_eos_token_id", "min_length", "min_new_tokens")
+"""Options that hold for some steps alone."""
+
+FASTER_ALONE = ("cache_implementation", "prefill_chunk_size", "prompt_lookup_num_tokens")
+"""Settings that change how a tower decodes by itself, not what: here they are left out."""
+
+
+def check_stepwise(options: Mapping[str, Any], towers: Mapping[str, Tower]) -> None:
+    """Check that all options make sense for towers that are decoded together, and what they set themselves.
 
     Raises:
         ValueError: Some need a tower to be decoded by itself.
@@ -52,6 +88,15 @@ def check_stepwise(options: Mapping[str, Any]) -> None:
         raise ValueError(
             "max_new_tokens: towers that are decoded at the same time share one limit; give a number"
         )
+    for name, tower in towers.items():
+        for key, neutral in ONLY_ALONE.items():
+            value = setting(tower, {}, key)
+            if value not in (None, False, neutral):
+                raise ValueError(
+                    f"tower {name!r} has {key}={value!r} in its generation_config, which has no meaning "
+                    "where towers are decoded at the same time, token by token; decode it by itself, or set "
+                    f"model.unimodal({name!r}).generation_config.{key} = {neutral}"
+                )
 
 
 class Lane:
@@ -64,6 +109,7 @@ class Lane:
         tokens: The prompts, int64, shape (batch, length), padded on the left, the begin token last.
         times: When they stand, -1 at padding.
         options: Options of ``generate`` for this tower, those in ``STEPWISE``.
+        limit: How many tokens each row may get.
     """
 
     def __init__(
@@ -74,9 +120,10 @@ class Lane:
         tokens: Tensor,
         times: Tensor,
         options: Mapping[str, Any],
+        limit: int,
     ) -> None:
         tower = model.tower(name)
-        self.name, self.options = name, options
+        self.name, self.tower, self.options, self.limit = name, tower, options, limit
         self.ends = as_ids(options["eos_token_id"]) if "eos_token_id" in options else tower.end
         self.tokens, self.prompt = tokens.to(tower.device), tokens.shape[1]
         self.mask = (times >= 0).long().to(tower.device)
@@ -101,9 +148,10 @@ class Lane:
             attention_mask=self.attended,
             **{
                 **self.options,
+                **self._of_this_step(),
+                **dict.fromkeys(FASTER_ALONE),
+                "eos_token_id": list(self.ends) or None,
                 "max_new_tokens": 1,
-                "min_new_tokens": None,
-                "min_length": 0,
                 "num_beams": 1,
                 "num_return_sequences": 1,
                 "pad_token_id": padding,
@@ -120,10 +168,23 @@ class Lane:
         self.ended = self.ended | torch.isin(new, self.end_tokens)
         self.finished, self.all_ended = self.all_ended, bool(self.ended.all())
 
-    def segments(self, limit: int) -> list[Segment]:
-        """Give what was decoded for each row, from its begin token on, of at most ``limit`` new tokens."""
-        rows = self.tokens[:, self.prompt - 1 : self.prompt + limit].cpu()
-        real = self.mask[:, self.prompt - 1 : self.prompt + limit].bool().cpu()
+    def _of_this_step(self) -> dict[str, Any]:
+        """Give what holds for some steps alone, the first, the last or a number of them."""
+        length = self.tokens.shape[1]
+        new = length - self.prompt
+        told = {key: setting(self.tower, self.options, key) for key in PLACED}
+        more = new < (told["min_new_tokens"] or 0) or length < (told["min_length"] or 0)
+        return {
+            "begin_suppress_tokens": told["begin_suppress_tokens"] if new == 0 else None,
+            "forced_eos_token_id": told["forced_eos_token_id"] if new == self.limit - 1 else None,
+            "min_length": 0,
+            "min_new_tokens": 1 if more else None,
+        }
+
+    def segments(self) -> list[Segment]:
+        """Give what was decoded for each row, from its begin token on."""
+        rows = self.tokens[:, self.prompt - 1 : self.prompt + self.limit].cpu()
+        real = self.mask[:, self.prompt - 1 : self.prompt + self.limit].bool().cpu()
         return [Segment(self.name, row[mask]) for row, mask in zip(rows, real, strict=True)]
 
 
@@ -173,7 +234,7 @@ def decode_together(
         For each row a tuple of segments, in the order of ``prompts``.
     """
     lanes = [
-        Lane(model, name, cache, tokens, times, _those_given(options[name]))
+        Lane(model, name, cache, tokens, times, options[name], limit)
         for name, (tokens, times) in prompts.items()
     ]
     for _ in range(limit):
@@ -182,11 +243,7 @@ def decode_together(
                 lane.step()
         if all(lane.all_ended for lane in lanes):
             break
-    return list(zip(*(lane.segments(limit) for lane in lanes), strict=True))
-
-
-def _those_given(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in options.items() if given(options, key) is not None}
+    return list(zip(*(lane.segments() for lane in lanes), strict=True))
 
 
 def _reusable(decoded: Any, length: int) -> Any:

@@ -25,7 +25,7 @@ from decoding import (
     text_model,
 )
 from families import tiny
-from models import pair, segment
+from models import causal_lm, pair, segment
 from multitower.testing import tiny_tower
 
 
@@ -100,7 +100,7 @@ def test_a_tower_that_decodes_without_a_cache_keeps_its_settings() -> None:
 
 
 def test_a_generation_config_is_not_changed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("multitower.generate.MAX_NEW_TOKENS", 30)
+    monkeypatch.setattr("multitower.options.MAX_NEW_TOKENS", 30)
     config = transformers.GenerationConfig(num_beams=2)
     before = config.to_dict()
     model = fused("llama", gates=True)
@@ -129,13 +129,48 @@ def test_rows_that_grow_to_the_last_position_stop_there() -> None:
     torch.manual_seed(0)
     model = pair(Short(2, 8, 20), gates=True)
     found = decode(model, [[segment("text", 4)], []], eos_token_id=None)
-    assert [len(tokens) for tokens in found] == [3, 3]
-    assert len(decode(model, [[]], eos_token_id=None)[0]) == 6
+    assert [len(tokens) for tokens in found] == [3, 6]
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [({}, [19, 12]), ({"max_length": 12}, [11, 4]), ({"max_new_tokens": 4}, [5, 5])],
+)
+def test_a_limit_is_that_of_a_row_alone(
+    setting: dict, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, speech = (causal_lm("gpt2", vocab_size=size, config={"n_positions": 20}) for size in (20, 14))
+    text.generation_config.eos_token_id = text.config.eos_token_id = None
+    speech.generation_config.eos_token_id = speech.config.eos_token_id = None
+    for key, value in setting.items():
+        monkeypatch.setattr(text.generation_config, key, value)
+    model = pair(text, speech, gates=True)
+    given = [[segment("text", 4)], [segment("text", *range(2, 10))]]
+    for output in (["text"], [("text", "speech")]):
+        lengths = [
+            len(part.tokens)
+            for rows in (given, given[:1], given[1:])
+            for (entry,) in model.generate(rows, output=output)
+            for part in (entry if isinstance(entry, tuple) else (entry,))
+            if part.tower == "text"
+        ]
+        assert (
+            lengths[:2]
+            == lengths[2:]
+            == {"max_length": [9, 2], "max_new_tokens": [5, 5]}.get(next(iter(setting), ""), [17, 10])
+        )
+
+
+def test_a_row_that_is_too_long_already_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = causal_lm("llama")
+    monkeypatch.setattr(text.generation_config, "max_length", 4)
+    with pytest.raises(ValueError, match=r"'text' is to have rows of 4 tokens \(max_length\), 7 are there"):
+        pair(text).generate([[segment("text", 4, 5, 6, 7)]], output=[("text", "speech")])
 
 
 @pytest.mark.filterwarnings("ignore:XLNetLMHeadModel decodes without its cache")
 def test_a_family_that_says_it_has_no_last_position_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("multitower.generate.MAX_NEW_TOKENS", 5)
+    monkeypatch.setattr("multitower.options.MAX_NEW_TOKENS", 5)
     xlnet = tiny("xlnet")
     assert xlnet.config.max_position_embeddings == -1
     model = pair(xlnet)

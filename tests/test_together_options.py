@@ -1,0 +1,67 @@
+"""What options of generate do to towers that are decoded at the same time, against one decoded alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from decoding import GIVEN, STEPS, decode, fused, text_model
+from multitower.together import ONLY_ALONE, STEPWISE
+from test_generate_matrix import GREEDY
+
+ONE_BY_ONE = [name for name, options in GREEDY.items() if set(options) <= set(STEPWISE)]
+CALLERS_ONLY = ("no end",)
+
+
+def set_own(model: torch.nn.Module, options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, value in options.items():
+        monkeypatch.setattr(model.generation_config, key, value)
+
+
+@pytest.mark.parametrize("name", ONE_BY_ONE)
+@pytest.mark.parametrize("own", [False, True])
+def test_options_mean_the_same_token_by_token(name: str, own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under closed gates a tower decodes beside others as by itself, whoever set the option."""
+    text, model = text_model("llama"), fused("llama", gates=False)
+    options = {} if own else {key: {"text": value} for key, value in GREEDY[name].items()}
+    if own and name not in CALLERS_ONLY:
+        set_own(text, GREEDY[name], monkeypatch)
+    alone = decode(model, GIVEN, max_new_tokens=STEPS, **options)
+    together = model.generate(GIVEN, output=[("text", "speech")], max_new_tokens=STEPS, **options)
+    assert [text.tokens.tolist() for ((text, _),) in together] == alone
+
+
+ALONE_SETTINGS = {
+    "num_beams": 3,
+    "num_return_sequences": 2,
+    "max_time": 1.0,
+    "encoder_repetition_penalty": 1.8,
+    "encoder_no_repeat_ngram_size": 1,
+    "exponential_decay_length_penalty": (2, 40.0),
+}
+
+
+@pytest.mark.parametrize("key", ALONE_SETTINGS)
+def test_what_has_no_meaning_token_by_token_is_refused(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, model = text_model("llama"), fused("llama", gates=False)
+    set_own(text, {key: ALONE_SETTINGS[key], "do_sample": True}, monkeypatch)
+    neutral = ONLY_ALONE[key]
+    message = (
+        "num_return_sequences > 1 needs a single output"
+        if key == "num_return_sequences"
+        else rf"'text' has {key}=.* set model.unimodal\('text'\).generation_config.{key} = {neutral}"
+    )
+    with pytest.raises(ValueError, match=message):
+        model.generate(GIVEN, output=[("text", "speech")], max_new_tokens=STEPS)
+    set_own(text, {key: neutral}, monkeypatch)
+    model.generate(GIVEN, output=[("text", "speech")], max_new_tokens=1)
+
+
+@pytest.mark.parametrize("own", [{"cache_implementation": "static"}, {"prompt_lookup_num_tokens": 2}])
+def test_what_is_for_speed_alone_changes_nothing(own: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, model = text_model("llama"), fused("llama", gates=True)
+    expected = model.generate(GIVEN, output=[("text", "speech")], max_new_tokens=STEPS)
+    set_own(text, own, monkeypatch)
+    found = model.generate(GIVEN, output=[("text", "speech")], max_new_tokens=STEPS)
+    tokens = [[[part.tokens.tolist() for part in entry] for (entry,) in each] for each in (found, expected)]
+    assert tokens[0] == tokens[1]
