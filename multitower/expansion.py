@@ -87,26 +87,30 @@ class VocabularyExpansion(nn.Module):
         decoded: list[list[Segment]] = [[] for _ in rows]
         training = self.training
         self.eval()
-        for name in output:
-            modality, offset = self.modalities[name], self.offsets[name]
-            prompts = [self._flatten(row, offset + modality.begin) for row in rows]
-            vocabulary = self.model.config.get_text_config().vocab_size
-            own = range(offset, offset + modality.vocab_size)
-            sequences = decode_rows(
-                self.model,
-                prompts,
-                begin=offset + modality.begin,
-                end=(offset + modality.end,),
-                options={
-                    "suppress_tokens": [i for i in range(vocabulary) if i not in own],
-                    **options_of(name, options),
-                },
-            )
-            segments = [Segment(name, sequence - offset) for sequence in sequences]
-            decoded = [[*before, segment] for before, segment in zip(decoded, segments, strict=True)]
-            rows = [[*row, segment] for row, segment in zip(rows, segments, strict=True)]
-        self.train(training)
+        try:
+            for name in output:
+                segments = self._decode(rows, name, options)
+                decoded = [[*before, segment] for before, segment in zip(decoded, segments, strict=True)]
+                rows = [[*row, segment] for row, segment in zip(rows, segments, strict=True)]
+        finally:
+            self.train(training)
         return decoded
+
+    def _decode(self, rows: Sequence[Example], name: str, options: Mapping[str, Any]) -> list[Segment]:
+        modality, offset = self.modalities[name], self.offsets[name]
+        own = range(offset, offset + modality.vocab_size)
+        vocabulary = self.model.config.get_text_config().vocab_size
+        sequences = decode_rows(
+            self.model,
+            [self._flatten(row, offset + modality.begin) for row in rows],
+            begin=offset + modality.begin,
+            end=(offset + modality.end,),
+            options={
+                "suppress_tokens": [token for token in range(vocabulary) if token not in own],
+                **options_of(name, options),
+            },
+        )
+        return [Segment(name, sequence - offset) for sequence in sequences]
 
     def _check(self, output: Sequence[str], options: Mapping[str, Any]) -> None:
         check_supported(options)

@@ -92,3 +92,12 @@ def test_options_that_cannot_be_passed_on_are_refused(
         model.generate([[]], output=["text"], **options)
     with pytest.raises(ValueError, match="no modality 'music'; they are"):
         model.generate([[]], output=["music"])
+
+
+def test_the_mode_comes_back_whatever_happens(model: mt.VocabularyExpansion) -> None:
+    model.train()
+    with pytest.raises(ValueError, match="temperature"):
+        model.generate([[mt.Segment("text", [3])]], ["text"], do_sample=True, temperature=-1.0)
+    assert model.training
+    model.generate([[mt.Segment("text", [3])]], ["text"], max_new_tokens=1)
+    assert model.training
