@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 
 def to_json(value: Any) -> Any:
-    """Give data as what JSON can hold without loss: tuples and mappings are named as such.
+    """Give data as what JSON can hold without loss: tuples, mappings and infinities are named as such.
 
-    >>> import json
-    >>> value = {"betas": (0.9, 0.999), 30: None}
+    >>> import json, math
+    >>> value = {"betas": (0.9, 0.999), 30: None, "best": -math.inf}
     >>> from_json(json.loads(json.dumps(to_json(value)))) == value
     True
 
@@ -19,6 +20,8 @@ def to_json(value: Any) -> Any:
         TypeError: There is something else in it than None, booleans, numbers, strings, lists, tuples and
             mappings of these.
     """
+    if type(value) is float and not math.isfinite(value):
+        return {"float": repr(value)}
     if value is None or type(value) in (bool, int, float, str):
         return value
     if type(value) is list:
@@ -43,6 +46,8 @@ def from_json(value: Any) -> Any:
         return value
     try:
         ((kind, content),) = value.items()
+        if kind == "float":
+            return float(content)
         if kind == "tuple":
             return tuple(from_json(each) for each in content)
         return {"dict": dict, "counter": Counter}[kind](

@@ -98,6 +98,7 @@ def save_training(
             "step": step,
             "optimizer": to_json(settings),
             "scheduler": None if scheduler is None else to_json(scheduler.state_dict()),
+            "scheduler_class": None if scheduler is None else type(scheduler).__name__,
             "tensors": {name: described(tensor) for name, tensor in tensors.items()},
             "frozen": frozen_fingerprints(model),
         }
@@ -107,7 +108,8 @@ def save_training(
         target.parent.mkdir(parents=True, exist_ok=True)
         with _replacing(target) as fresh, _distributed_checkpoint() as checkpoint:
             if not is_distributed() or dist.get_rank() == 0:
-                (fresh / TRAINING).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+                text = json.dumps(document, indent=1, allow_nan=False)
+                (fresh / TRAINING).write_text(text + "\n", encoding="utf-8")
             checkpoint.save(
                 tensors | random_state(),
                 storage_writer=writer(str(fresh), save_distributed=True),
@@ -152,6 +154,9 @@ def load_training(
         problems += unlike_settings(model, optimizer, settings)
         if (scheduler is None) != (document["scheduler"] is None):
             problems.append("a scheduler was saved" if scheduler is None else "no scheduler was saved")
+        kind, saved = type(scheduler).__name__, document.get("scheduler_class")
+        if scheduler is not None and saved is not None and kind != saved:
+            problems.append(f"the scheduler is {kind}; {saved} was saved")
     problems += [f"missing: {name}" for name in wanted if name not in listed]
     problems += [f"unexpected: {name}" for name in listed if name not in wanted]
     problems += [

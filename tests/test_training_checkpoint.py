@@ -153,6 +153,31 @@ def test_nothing_is_pickled_and_no_frozen_tower_copied(tmp_path: Path) -> None:
     assert len(stored) == len(trained_state(model)) == len(set(map(id, trained_state(model).values())))
 
 
+def test_what_a_scheduler_keeps_may_be_infinite(tmp_path: Path) -> None:
+    model = build()
+    optimizer = adam(model)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+    scheduler.step(float("nan"))
+    save_training(tmp_path / "run", model, optimizer, scheduler=scheduler, step=2)
+    other = adam(model)
+    loaded = torch.optim.lr_scheduler.ReduceLROnPlateau(other)
+    loaded.best = 3.0
+    assert load_training(tmp_path / "run", model, other, scheduler=loaded) == 2
+    assert str(loaded.state_dict()) == str(scheduler.state_dict())
+    assert "inf" in str(loaded.state_dict())
+
+
+def test_another_scheduler_is_refused_before_anything_is_changed(tmp_path: Path) -> None:
+    model = build()
+    optimizer = adam(model)
+    save_training(tmp_path / "run", model, optimizer, scheduler=at_milestones(optimizer))
+    with torch.no_grad():
+        model.tower("speech").native.lm_head.weight.zero_()
+    with pytest.raises(mt.CheckpointError, match="the scheduler is LambdaLR; MultiStepLR was saved"):
+        load_training(tmp_path / "run", model, optimizer, scheduler=warm_up(optimizer))
+    assert not model.tower("speech").native.lm_head.weight.any()
+
+
 def test_what_does_not_fit_is_all_listed_and_nothing_changed(tmp_path: Path) -> None:
     model = build()
     optimizer = adam(model)
