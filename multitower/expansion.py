@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .generate import decode_rows
+from .generate import check_given, decode_rows
 from .modality import Modality
-from .options import OF_ONE_VOCABULARY, check_named, check_supported, given, options_of
+from .options import OF_ONE_VOCABULARY, check_named, check_supported, given, groups, options_of
 from .output import FusedOutput, token_loss
 from .stream import EXAMPLES, IGNORE, Example, Segment, check_streams, place_in_time
+from .tower.decoding import why_not_faithful
+from .tower.probe import LENGTH, evaluated
 
 
 class VocabularyExpansion(nn.Module):
@@ -48,6 +51,12 @@ class VocabularyExpansion(nn.Module):
         self.modalities = dict(modalities)
         self.offsets: dict[str, int] = {}
         size = int(native.config.get_text_config().vocab_size)
+        first = next(iter(modalities), "")
+        if first and modalities[first].vocab_size > size:
+            raise ValueError(
+                f"the model has a vocabulary of {size}, but its own modality {first!r} one of "
+                f"{modalities[first].vocab_size}: give first the modality that the model was trained with"
+            )
         for number, (name, modality) in enumerate(modalities.items()):
             self.offsets[name] = size if number else 0
             size += modality.vocab_size if number else 0
@@ -82,39 +91,43 @@ class VocabularyExpansion(nn.Module):
         Raises:
             ValueError: A modality is unknown, or an option cannot be passed on.
         """
-        self._check(output, options)
+        self._check(examples, output, options)
         rows = [list(example) for example in examples]
         decoded: list[list[Segment]] = [[] for _ in rows]
-        training = self.training
-        self.eval()
-        try:
+        with evaluated(self):
             for name in output:
                 segments = self._decode(rows, name, options)
                 decoded = [[*before, segment] for before, segment in zip(decoded, segments, strict=True)]
                 rows = [[*row, segment] for row, segment in zip(rows, segments, strict=True)]
-        finally:
-            self.train(training)
         return decoded
 
     def _decode(self, rows: Sequence[Example], name: str, options: Mapping[str, Any]) -> list[Segment]:
         modality, offset = self.modalities[name], self.offsets[name]
         own = range(offset, offset + modality.vocab_size)
         vocabulary = self.model.config.get_text_config().vocab_size
-        sequences = decode_rows(
-            self.model,
-            [self._flatten(row, offset + modality.begin) for row in rows],
-            begin=offset + modality.begin,
-            end=(offset + modality.end,),
-            options={
-                "suppress_tokens": [token for token in range(vocabulary) if token not in own],
-                **options_of(name, options),
-            },
-        )
-        return [Segment(name, sequence - offset) for sequence in sequences]
+        taken = {
+            "suppress_tokens": [token for token in range(vocabulary) if token not in own],
+            **options_of(name, options),
+        }
+        prompts = [self._flatten(row, offset + modality.begin) for row in rows]
+        decoded: dict[int, Segment] = {}
+        for group in groups(_Native(self.model), [len(prompt) for prompt in prompts], taken):
+            sequences = decode_rows(
+                self.model,
+                [prompts[row] for row in group],
+                begin=offset + modality.begin,
+                end=(offset + modality.end,),
+                options=taken,
+            )
+            decoded |= zip(group, (Segment(name, each - offset) for each in sequences), strict=True)
+        return [decoded[row] for row in range(len(rows))]
 
-    def _check(self, output: Sequence[str], options: Mapping[str, Any]) -> None:
+    def _check(self, examples: Sequence[Example], output: Sequence[str], options: Mapping[str, Any]) -> None:
         check_supported(options)
         check_named(options, self.modalities)
+        check_given(examples, {name: each.vocab_size for name, each in self.modalities.items()})
+        if isinstance(output, str) or not output:
+            raise ValueError(f"output must be a list of names, as in output=['text'], not {output!r}")
         for name in output:
             if name not in self.modalities:
                 raise ValueError(f"there is no modality {name!r}; they are {', '.join(self.modalities)}")
@@ -140,6 +153,22 @@ class VocabularyExpansion(nn.Module):
             raise ValueError(SIMULTANEOUS)
         pieces = [torch.as_tensor(segment.tokens) + self.offsets[segment.tower] for segment, _ in timed]
         return torch.cat([*pieces, torch.tensor([begin])])
+
+
+class _Native:
+    """What ``groups`` asks of a tower, asked of the model by itself."""
+
+    def __init__(self, model: Any) -> None:
+        self.native = model
+
+    @property
+    def max_length(self) -> int | None:
+        limit = getattr(self.native.config.get_text_config(), "max_position_embeddings", None)
+        return limit if limit is not None and limit > 0 else None
+
+    @functools.cached_property
+    def pads_left(self) -> bool:
+        return not why_not_faithful(self.native, length=LENGTH, padding=LENGTH - 1)
 
 
 SIMULTANEOUS = "segments run at the same time, for which one row of tokens has no place; give them in turn"

@@ -6,7 +6,7 @@ Then a copy of that tower, whose layers are followed by the taps, is to transfor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,6 +32,7 @@ from .stream import Example, Segment, check_examples, make_streams, place_in_tim
 from .together import check_stepwise, decode_together
 from .tower import Tower
 from .tower.offload import execution_device
+from .tower.probe import evaluated
 
 if TYPE_CHECKING:
     from .fused import FusedModel
@@ -58,12 +59,10 @@ def generate(
         ValueError: Nothing is to be decoded, a tower is unknown or has no begin token, an example holds
             a target, or an option cannot be passed on.
     """
-    _check_examples(model, examples)
+    check_given(examples, {name: model.tower(name).vocab_size for name in model.towers})
     check_named(options, model.graph.towers)
     rows = [list(example) for example in examples]
-    training = model.training
-    model.eval()
-    try:
+    with evaluated(model):
         if callable(output):
             return _follow(model, rows, output, options)
         _check_output(model, output, options, len(rows))
@@ -76,8 +75,6 @@ def generate(
                 rows = [[*row, each] for row, each in zip(rows, new, strict=True)]
                 cache = _after(model, cache, rows, [entry])
         return decoded
-    finally:
-        model.train(training)
 
 
 def _follow(
@@ -94,6 +91,8 @@ def _follow(
             if entry is not None:
                 wanted.setdefault(entry, []).append(row)
         decoded: dict[int, Segment | tuple[Segment, ...]] = {}
+        stopped = len(rows) > sum(map(len, wanted.values()))
+        check_batches(len(wanted) + stopped if wanted else 0, options)
         for entry, chosen in wanted.items():
             _check_output(model, [entry], options, len(chosen))
             new = _decode(model, cache.of_rows(chosen), [rows[row] for row in chosen], entry, options)
@@ -223,17 +222,29 @@ def decode_rows(
     return [_until_end(sequence[length - 1 :].cpu(), ends) for sequence in sequences]
 
 
-def _check_examples(model: FusedModel, examples: Sequence[Example]) -> None:
+def check_given(examples: Sequence[Example], vocabularies: Mapping[str, int]) -> None:
+    """Check examples that are to be decoded from, against the vocabulary sizes of all that may stand in them.
+
+    Raises:
+        ValueError: There are none, they are no segments or hold a target, or a name or token is unknown.
+    """
     if len(examples) == 0:
         raise ValueError("there are no examples to decode from")
     check_examples(examples)
     for number, example in enumerate(examples):
         for segment, _ in place_in_time(example, number):
-            _check_tower(model, segment.tower)
+            _check_name(segment.tower, vocabularies)
             if segment.target:
                 raise ValueError(
                     f"example {number} holds a target segment: give generate only what is known, without "
                     "answers"
+                )
+            low, high = map(int, torch.as_tensor(segment.tokens).aminmax())
+            size = vocabularies[segment.tower]
+            if low < 0 or high >= size:
+                raise ValueError(
+                    f"example {number} holds token {low if low < 0 else high} of {segment.tower!r}, which "
+                    f"has a vocabulary of {size} (ids 0 to {size - 1}); was it encoded for another tower?"
                 )
 
 
@@ -244,7 +255,7 @@ def _check_output(
         raise ValueError(f"output must be a list of towers to decode, as in output=['text'], not {output!r}")
     names = _names(output)
     for name in names:
-        _check_tower(model, name)
+        _check_name(name, model.graph.towers)
     for entry in output:
         if not isinstance(entry, str) and len(set(entry)) < len(entry):
             raise ValueError(f"a tower stands twice in {entry}: at one time it can take only one token")
@@ -255,9 +266,9 @@ def _names(output: Sequence[Entry]) -> list[str]:
     return [name for entry in output for name in ((entry,) if isinstance(entry, str) else entry)]
 
 
-def _check_tower(model: FusedModel, name: str) -> None:
-    if name not in model.towers:
-        raise ValueError(f"there is no tower {name!r}; the towers are {', '.join(model.towers)}")
+def _check_name(name: str, towers: Collection[str]) -> None:
+    if name not in towers:
+        raise ValueError(f"there is no tower {name!r}; the towers are {', '.join(towers)}")
 
 
 def _begin(tower: Tower, options: Mapping[str, Any]) -> int:

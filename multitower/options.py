@@ -7,11 +7,28 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from .tower import Tower
 
 Options = Mapping[str, Any]
+
+
+class Decoder(Protocol):
+    """What options are asked against: a tower, or whatever decodes as one."""
+
+    @property
+    def native(self) -> Any:
+        """What may have a ``generation_config``."""
+
+    @property
+    def max_length(self) -> int | None:
+        """How many tokens a row may have."""
+
+    @property
+    def pads_left(self) -> bool:
+        """Whether rows with padding on the left decode as they do alone."""
+
 
 MAX_NEW_TOKENS = 1024
 """How long a segment may grow when neither the caller nor the tower says so."""
@@ -207,7 +224,7 @@ def given(options: Options, key: str) -> Any:
     return options[key] if key in options else getattr(options.get("generation_config"), key, None)
 
 
-def setting(tower: Tower, options: Options, key: str) -> Any:
+def setting(tower: Decoder, options: Options, key: str) -> Any:
     """Give an option as ``generate`` will take it: the caller's, or else the tower's own."""
     value = given(options, key)
     own = getattr(tower.native, "generation_config", None)
@@ -246,7 +263,7 @@ def filled(options: Options, defaults: Options) -> dict[str, Any]:
     return {**options, "generation_config": config}
 
 
-def groups(tower: Tower, lengths: Sequence[int], options: Options) -> list[list[int]]:
+def groups(tower: Decoder, lengths: Sequence[int], options: Options) -> list[list[int]]:
     """Say which rows can be decoded together so that each becomes what it would alone.
 
     >>> from multitower.testing import tiny_tower
@@ -285,7 +302,7 @@ def check_batches(count: int, options: Options) -> None:
             )
 
 
-def alike_when_padded(tower: Tower, options: Options, longest: int) -> bool:
+def alike_when_padded(tower: Decoder, options: Options, longest: int) -> bool:
     """Whether rows that are padded on the left to ``longest`` tokens become what they would alone."""
     limited = setting(tower, options, "max_new_tokens") is not None
     keys = OF_THE_WHOLE_ROW if limited else (*OF_THE_WHOLE_ROW, "max_length")

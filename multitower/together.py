@@ -173,9 +173,11 @@ class Lane:
         length = self.tokens.shape[1]
         new = length - self.prompt
         told = {key: setting(self.tower, self.options, key) for key in PLACED}
+        # As transformers has it, a forced first token of a row is no place for what is suppressed.
+        first = int(self.prompt == 1 and setting(self.tower, self.options, "forced_bos_token_id") is not None)
         more = new < (told["min_new_tokens"] or 0) or length < (told["min_length"] or 0)
         return {
-            "begin_suppress_tokens": told["begin_suppress_tokens"] if new == 0 else None,
+            "begin_suppress_tokens": told["begin_suppress_tokens"] if new == first else None,
             "forced_eos_token_id": told["forced_eos_token_id"] if new == self.limit - 1 else None,
             "min_length": 0,
             "min_new_tokens": 1 if more else None,

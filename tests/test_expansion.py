@@ -101,3 +101,41 @@ def test_the_mode_comes_back_whatever_happens(model: mt.VocabularyExpansion) -> 
     assert model.training
     model.generate([[mt.Segment("text", [3])]], ["text"], max_new_tokens=1)
     assert model.training
+
+
+def test_a_first_modality_of_more_ids_than_the_model_is_refused(native: torch.nn.Module) -> None:
+    with pytest.raises(ValueError, match="vocabulary of 20, but its own modality 'text' one of 21"):
+        mt.VocabularyExpansion(native, {"text": Codec(21), "speech": Codec(14)})
+
+
+@pytest.mark.parametrize(
+    ("examples", "output", "message"),
+    [
+        ([], ["text"], "no examples"),
+        ([[mt.Segment("text", [20])]], ["text"], "token 20 of 'text', which has a vocabulary of 20"),
+        ([[mt.Segment("music", [2])]], ["text"], "there is no tower 'music'"),
+        ([[mt.Segment("text", [2], target=True)]], ["text"], "example 0 holds a target"),
+        ([[mt.Segment("text", [2])]], [], "must be a list of names"),
+        ([[mt.Segment("text", [2])]], "text", "must be a list of names"),
+    ],
+)
+def test_bad_examples_are_refused(
+    model: mt.VocabularyExpansion, examples: list, output: list, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        model.generate(examples, output)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "mamba"])
+@pytest.mark.parametrize("limit", [{}, {"max_length": 14}, {"max_new_tokens": 6}])
+def test_a_batch_is_its_rows_one_by_one(family: str, limit: dict) -> None:
+    config = {"gpt2": {"n_positions": 24}, "opt": {"max_position_embeddings": 24, "word_embed_proj_dim": 16}}
+    limit = limit or ({"max_new_tokens": 9} if family in ("llama", "mamba") else {})
+    native = causal_lm(family, config=config.get(family))
+    model = mt.VocabularyExpansion(native, {"text": Codec(20), "speech": Codec(14)}).eval()
+    rows = [[mt.Segment("text", range(3, 3 + length))] for length in (2, 9, 2)]
+
+    def lengths(examples: list) -> list[list[int]]:
+        return [row[0].tokens.tolist() for row in model.generate(examples, ["speech"], **limit)]
+
+    assert lengths(rows) == [tokens for row in rows for tokens in lengths([row])]

@@ -159,3 +159,22 @@ def test_a_row_that_has_ended_keeps_its_place_for_towers_without_a_cache(seed: i
         [mt.Segment("text", [2, 0, 4, 3])],
     ]
     check_decoding(graph.compile(), rows)
+
+
+@pytest.mark.parametrize("policy", [{"speech": "text", "text": "speech"}, {"speech": "text"}])
+def test_functions_that_count_rows_are_refused_where_rows_part(policy: dict[str, str]) -> None:
+    """They would be told places among the rows that are decoded together, not among all."""
+    given = [[segment("speech", 5)], [segment("text", 4)]]
+    options = {"prefix_allowed_tokens_fn": lambda row, tokens: [row + 5], "max_new_tokens": 2}
+    with pytest.raises(ValueError, match="prefix_allowed_tokens_fn would see these examples in 2 batches"):
+        pair().generate(given, lambda row: policy.get(row[-1].tower), **options)
+
+
+@pytest.mark.parametrize("output", [["text"], [("text", "speech")]])
+def test_every_module_gets_its_own_mode_back(output: list) -> None:
+    model = pair(train="all").train()
+    model.unimodal("text").eval()
+    modes = {name: each.training for name, each in model.named_modules()}
+    assert set(modes.values()) == {False, True}
+    model.generate(GIVEN, output, max_new_tokens=2)
+    assert {name: each.training for name, each in model.named_modules()} == modes

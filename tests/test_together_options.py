@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from decoding import GIVEN, STEPS, decode, fused, text_model
+from models import segment
 from multitower.together import ONLY_ALONE, STEPWISE
 from test_generate_matrix import GREEDY
 
@@ -65,3 +66,14 @@ def test_what_is_for_speed_alone_changes_nothing(own: dict, monkeypatch: pytest.
     found = model.generate(GIVEN, output=[("text", "speech")], max_new_tokens=STEPS)
     tokens = [[[part.tokens.tolist() for part in entry] for (entry,) in each] for each in (found, expected)]
     assert tokens[0] == tokens[1]
+
+
+def test_what_is_suppressed_at_the_beginning_comes_after_a_forced_first_token() -> None:
+    model, given = fused("llama", gates=False), [[segment("speech", 5, 6)], []]
+    options = {"forced_bos_token_id": {"text": 6}, "max_new_tokens": STEPS}
+    after = {tokens[2] for tokens in decode(model, given, **options)}
+    options["begin_suppress_tokens"] = {"text": sorted(after)}
+    alone = decode(model, given, **options)
+    together = model.generate(given, output=[("text", "speech")], **options)
+    assert [text.tokens.tolist() for ((text, _),) in together] == alone
+    assert not after & {tokens[2] for tokens in alone}
