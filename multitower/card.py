@@ -209,7 +209,9 @@ def _how_to_load(
 ) -> str:
     found = {name: describe(modality) for name, modality in modalities.items()}
     packages = dict.fromkeys(record["package"] for record in found.values() if record["package"])
-    extras = "transformers,lora" if any(map(_has_adapters, model.towers.values())) else "transformers"
+    ours = {str(each["modality"]) for each in found.values() if each["package"] == "multitower"}
+    extras = ["transformers", *sorted({name.partition("_")[0] for name in ours})]
+    extras += ["lora"] if any(map(_has_adapters, model.towers.values())) else []
     others = "".join(f" {package}" for package in packages if package != "multitower")
     missing = [name for name in model.graph.towers if _has_to_be_given(model, name, embed_towers)]
     foreign = [name for name, record in found.items() if record["package"] is None]
@@ -225,7 +227,8 @@ def _how_to_load(
     call += ["modalities=modalities"] if foreign else []
     kind, variable = ("Pipeline", "pipe") if modalities else ("FusedModel", "model")
     lines.append(f"{variable} = mt.{kind}.from_pretrained({', '.join(call)})")
-    return f"    pip install 'multitower[{extras}]'{others}\n\n```python\n" + "\n".join(lines) + "\n```"
+    install = f"    pip install 'multitower[{','.join(extras)}]'{others}"
+    return f"{install}\n\n```python\n" + "\n".join(lines) + "\n```"
 
 
 def _has_to_be_given(model: FusedModel, name: str, embed_towers: bool) -> bool:

@@ -16,9 +16,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; give its exit status.
 
     >>> main(["modalities"])                            # doctest: +SKIP
-    modality  package     version  accepts
-    speech    multitower  0.1.0    str, PathLike, ndarray, tuple
-    text      multitower  0.1.0    str
+    modality       package     version  accepts
+    speech         multitower  0.1.0    str, PathLike, bytes, ndarray, Tensor, tuple
+    speech_codec   multitower  0.1.0    str, PathLike, bytes, ndarray, Tensor, tuple
+    speech_hubert  multitower  0.1.0    str, PathLike, bytes, ndarray, Tensor, tuple
+    text           multitower  0.1.0    str
     <BLANKLINE>
     no installed package offers a tower loader
     0

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from .fused import FusedModel
+from .sharing import shared_with
 from .stream import Segment, Stream, collate
 from .tower.offload import is_offloaded
+from .tower.probe import evaluated
 
 KEYS = ("tokens", "times", "mask")
 
@@ -65,21 +67,22 @@ def export_tower(model: FusedModel, name: str) -> ExportedProgram:
     rows = Dim("rows")
     sizes = [{0: rows, 1: Dim(f"length_{number}")} for number, _ in enumerate(towers)]
     dynamic = {tower: dict.fromkeys(KEYS, size) for tower, size in zip(towers, sizes, strict=True)}
-    mode = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            try:
-                exported = torch.export.export(
-                    program, (_example(model, towers, 2),), dynamic_shapes=(dynamic,), strict=False
+    with evaluated(model), torch.no_grad():
+        try:
+            exported = torch.export.export(
+                program, (_example(model, towers, 2),), dynamic_shapes=(dynamic,), strict=False
+            )
+        except Exception as error:  # whatever tracing somebody's model brings up
+            same = shared_with({each: model.tower(each) for each in towers})
+            raise ExportError(
+                f"torch.export cannot trace {_names(model, towers)} for every batch and length: {error}"
+                + "".join(
+                    f"\n{one!r} and {other!r} share one model, which may be the reason: declare each with a "
+                    "model of its own"
+                    for one, other in same.items()
                 )
-            except Exception as error:  # whatever tracing somebody's model brings up
-                raise ExportError(
-                    f"torch.export cannot trace {_names(model, towers)} for every batch and length: {error}"
-                ) from error
-            _prove(program, exported, [_example(model, towers, number) for number in (3, 1)])
-    finally:
-        model.train(mode)
+            ) from error
+        _prove(program, exported, [_example(model, towers, number) for number in (3, 1)])
     _strip(exported)
     return exported
 

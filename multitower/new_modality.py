@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 import os
 import re
 import tempfile
@@ -155,7 +156,7 @@ def new_modality(name: str, folder: str | os.PathLike[str] | None = None) -> Pat
         FileNotFoundError: The folder that it should be in is missing.
     """
     module = f"multitower_{name}"
-    if not NAME.fullmatch(name):
+    if not NAME.fullmatch(name) or keyword.iskeyword(name):
         raise ValueError(
             f"{name!r} cannot be the name of a modality: give letters a-z, digits and single underscores, "
             "a letter first, as in 'smell' or 'brain_waves'"

@@ -15,7 +15,7 @@ from .checkpoint.modalities import check_modalities, load_modalities
 from .fused import FusedModel
 from .hub import find_checkpoint
 from .modality import Modality
-from .options import given, options_of
+from .options import begin_token, check_named, given, options_of
 from .publish import push_to_hub
 from .raw import Raw, by_tower, leaves, read_example, replaced
 from .seal import steadily
@@ -140,8 +140,10 @@ class Pipeline:
                 f"tower {output!r} gives {type(nothing).__name__}, not text, and only text can be had in "
                 "pieces; call the pipeline instead"
             )
+        check_named(options, list(self.model.towers))
+        own = options_of(output, self._with_edges(options))
         generate = partial(self.model.generate, self._encode([example]), [output])
-        return stream_text(generate, modality, options_of(output, self._with_edges(options)))
+        return stream_text(generate, modality, begin_token(self.model.tower(output), own), own)
 
     def save_pretrained(
         self,

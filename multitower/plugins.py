@@ -55,6 +55,8 @@ def installed(group: str = MODALITIES) -> list[Plugin]:
     >>> for plugin in installed():                      # doctest: +SKIP
     ...     print(plugin.name, plugin.package, plugin.version, plugin.error or "")
     speech multitower 0.1.0
+    speech_codec multitower 0.1.0
+    speech_hubert multitower 0.1.0
     text multitower 0.1.0
 
     Args:

@@ -15,7 +15,7 @@ from .modality import Modality
 
 
 def stream_text(
-    generate: Callable[..., object], modality: Modality, options: Mapping[str, Any]
+    generate: Callable[..., object], modality: Modality, begin: int | None, options: Mapping[str, Any]
 ) -> Iterator[str]:
     """Give the text of a segment piece by piece, while ``generate`` decodes it in a thread.
 
@@ -24,13 +24,14 @@ def stream_text(
     Args:
         generate: Called with options of transformers' ``generate``.
         modality: What makes text of the tokens.
+        begin: The token that opens the segment.
         options: The options; what stops and follows the decoding is added.
 
     Raises:
         Exception: Whatever ``generate`` raises.
     """
     transformers = require("transformers", "transformers")
-    streamer = transformers.TextIteratorStreamer(TokenizerOf(modality), skip_prompt=True)
+    streamer = transformers.TextIteratorStreamer(TokenizerOf(modality, begin), skip_prompt=True)
     closed = Event()
 
     def is_closed(tokens: Tensor, scores: Any, **_: Any) -> Tensor:
@@ -69,9 +70,9 @@ class TokenizerOf:
     ('one \n', ' two')
     """
 
-    def __init__(self, modality: Modality) -> None:
+    def __init__(self, modality: Modality, begin: int | None = None) -> None:
         self._modality = modality
-        self._lines: list[int] = []
+        self._lines = [] if begin is None else [begin]
         self._length_of_lines = 0
 
     def decode(self, tokens: list[int]) -> str:

@@ -13,6 +13,7 @@ from letters import Letters
 from models import causal_lm, pair
 from multitower.card import _label, is_generated, mermaid, model_card
 from multitower.testing import tiny_model, tiny_tower
+from multitower_text import TextModality
 
 
 def code(card: str) -> str:
@@ -54,6 +55,8 @@ def test_adapters_and_shared_towers_are_told() -> None:
     assert f"frozen, with trained adapters (LORA: {learnt:,} parameters)" in card
     assert "| `answer` | the model of `question` |" in card
     assert "pip install 'multitower[transformers,lora]'" in card
+    with_text = model_card(model, "me/tiny", modalities={"text": TextModality()})
+    assert "pip install 'multitower[transformers,text,lora]'" in with_text
 
 
 def test_words_that_mermaid_keeps_for_itself_are_only_labels() -> None:

@@ -150,7 +150,7 @@ def test_the_new_package_is_found_when_it_is_installed(
 
 
 @pytest.mark.parametrize(
-    "name", ["Smell", "brain-waves", "2d", "_smell", "smell_", "brain__waves", "", "é", "a b"]
+    "name", ["Smell", "brain-waves", "2d", "_smell", "smell_", "brain__waves", "", "é", "a b", "lambda"]
 )
 def test_a_name_that_cannot_be_one_is_refused(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

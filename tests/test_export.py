@@ -158,3 +158,12 @@ def test_what_cannot_be_exported_is_refused(how: Callable[[Tensor], Tensor], mes
 def test_an_unknown_tower_is_named() -> None:
     with pytest.raises(KeyError, match="there is no tower 'txt'"):
         export_tower(pair(), "txt")
+
+
+def test_towers_that_share_a_model_are_named_where_it_cannot_be_traced() -> None:
+    graph, one = mt.FusionGraph(), causal_lm("llama")
+    graph.add_tower("text", one)
+    graph.add_tower("speech", one)
+    graph.add_link("speech", "text", interleave=1)
+    with pytest.raises(ExportError, match=r"'speech' and 'text' share one model.* a model of its own"):
+        export_tower(graph.compile(), "text")

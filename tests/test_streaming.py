@@ -92,6 +92,14 @@ def test_a_stream_of_other_edges() -> None:
     assert "".join(other_edges.stream(given, "text", **STEPS)) == other_edges(given, "text", **STEPS)
 
 
+def test_a_stream_opens_with_what_its_begin_token_says() -> None:
+    pipe, given = mt.Pipeline(pair(gates=True), {"text": Words()}), [segment("speech", 5, 6)]
+    options = {"bos_token_id": {"text": 7}, "max_new_tokens": 5}
+    whole = pipe(given, "text", **options)
+    assert whole.startswith("w7 ")
+    assert "".join(pipe.stream(given, "text", **options)) == whole
+
+
 @pytest.mark.parametrize(
     ("output", "options", "error", "reason"),
     [
@@ -99,6 +107,7 @@ def test_a_stream_of_other_edges() -> None:
         (["text"], {}, TypeError, "give its name as output"),
         ("smell", {}, ValueError, "there is no tower 'smell'"),
         ("text", {"streamer": object()}, ValueError, "stream has a streamer of its own"),
+        ("text", {"max_new_tokens": {"txt": 3}}, ValueError, "'txt': ...}: there is no such tower"),
     ],
 )
 def test_a_stream_that_cannot_be_is_refused_at_once(
