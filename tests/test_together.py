@@ -167,13 +167,13 @@ def test_functions_that_count_rows_are_refused_where_rows_part(policy: dict[str,
     given = [[segment("speech", 5)], [segment("text", 4)]]
     options = {"prefix_allowed_tokens_fn": lambda row, tokens: [row + 5], "max_new_tokens": 2}
     with pytest.raises(ValueError, match="prefix_allowed_tokens_fn would see these examples in 2 batches"):
-        pair().generate(given, lambda row: policy.get(row[-1].tower), **options)
+        pair().generate(given, lambda row: policy.get(row[-1].tower) if len(row) < 3 else None, **options)
 
 
 @pytest.mark.parametrize("output", [["text"], [("text", "speech")]])
 def test_every_module_gets_its_own_mode_back(output: list) -> None:
     model = pair(train="all").train()
-    model.unimodal("text").eval()
+    model.unimodal("speech").eval()
     modes = {name: each.training for name, each in model.named_modules()}
     assert set(modes.values()) == {False, True}
     model.generate(GIVEN, output, max_new_tokens=2)
