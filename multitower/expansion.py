@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .batching import groups
 from .generate import check_given, decode_rows
 from .modality import Modality
-from .options import OF_ONE_VOCABULARY, check_named, check_supported, given, groups, options_of
+from .options import OF_ONE_VOCABULARY, check_named, check_supported, given, options_of
 from .output import FusedOutput, token_loss
 from .stream import EXAMPLES, IGNORE, Example, Segment, check_streams, place_in_time
 from .tower.decoding import why_not_faithful
-from .tower.probe import LENGTH, evaluated
+from .tower.probe import LENGTH, evaluated, last_position
 
 
 class VocabularyExpansion(nn.Module):
@@ -89,7 +89,8 @@ class VocabularyExpansion(nn.Module):
         each example and name.
 
         Raises:
-            ValueError: A modality is unknown, or an option cannot be passed on.
+            ValueError: An example holds a target or what the modalities do not have, a modality is unknown,
+                or an option cannot be passed on.
         """
         self._check(examples, output, options)
         rows = [list(example) for example in examples]
@@ -163,10 +164,9 @@ class _Native:
 
     @property
     def max_length(self) -> int | None:
-        limit = getattr(self.native.config.get_text_config(), "max_position_embeddings", None)
-        return limit if limit is not None and limit > 0 else None
+        return last_position(self.native)
 
-    @functools.cached_property
+    @property
     def pads_left(self) -> bool:
         return not why_not_faithful(self.native, length=LENGTH, padding=LENGTH - 1)
 

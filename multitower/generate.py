@@ -13,26 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from .batching import alike_when_padded, check_batches, groups, length_limit, most_new
 from .cache import TapCache, TapReader
-from .options import (
-    alike_when_padded,
-    as_ids,
-    begin_token,
-    check_batches,
-    check_named,
-    check_options,
-    filled,
-    given,
-    groups,
-    length_limit,
-    most_new,
-    options_of,
-)
+from .options import as_ids, begin_token, check_named, check_options, filled, given, options_of
 from .stream import Example, Segment, check_examples, make_streams, place_in_time
 from .together import check_stepwise, decode_together
 from .tower import Tower
 from .tower.offload import execution_device
-from .tower.probe import evaluated
+from .tower.probe import evaluated, last_position
 
 if TYPE_CHECKING:
     from .fused import FusedModel
@@ -92,7 +80,7 @@ def _follow(
                 wanted.setdefault(entry, []).append(row)
         decoded: dict[int, Segment | tuple[Segment, ...]] = {}
         stopped = len(rows) > sum(map(len, wanted.values()))
-        check_batches(len(wanted) + stopped if wanted else 0, options)
+        check_batches(len(wanted) + stopped, options)
         for entry, chosen in wanted.items():
             _check_output(model, [entry], options, len(chosen))
             new = _decode(model, cache.of_rows(chosen), [rows[row] for row in chosen], entry, options)
@@ -200,8 +188,7 @@ def decode_rows(
     tokens = pad_left(prompts, begin)
     mask = pad_left([torch.ones_like(prompt) for prompt in prompts], 0)
     length = tokens.shape[1]
-    config = decoder.config.get_text_config(decoder=True)
-    limit = length_limit(decoder, options, length, getattr(config, "max_position_embeddings", None))
+    limit = length_limit(decoder, options, length, last_position(decoder))
     if limit is not None:
         options = {
             key: value for key, value in options.items() if key not in ("max_new_tokens", "max_length")

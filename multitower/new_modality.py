@@ -159,7 +159,7 @@ def new_modality(name: str, folder: str | os.PathLike[str] | None = None) -> Pat
     if not NAME.fullmatch(name) or keyword.iskeyword(name):
         raise ValueError(
             f"{name!r} cannot be the name of a modality: give letters a-z, digits and single underscores, "
-            "a letter first, as in 'smell' or 'brain_waves'"
+            "a letter first, no keyword of Python, as in 'smell' or 'brain_waves'"
         )
     for entry in entry_points(group=MODALITIES, name=name):
         owner = entry.dist.name if entry.dist else entry.value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,9 +65,6 @@ ONLY_ALONE = {
     "watermarking_config": None,
 }
 """Settings of a tower itself that have no meaning token by token, with what turns them off."""
-
-PLACED = ("begin_suppress_tokens", "forced_eos_token_id", "min_length", "min_new_tokens")
-"""Options that hold for some steps alone."""
 
 FASTER_ALONE = ("cache_implementation", "prefill_chunk_size", "prompt_lookup_num_tokens")
 """Settings that change how a tower decodes by itself, not what: here they are left out."""
@@ -152,8 +150,6 @@ class Lane:
                 **dict.fromkeys(FASTER_ALONE),
                 "eos_token_id": list(self.ends) or None,
                 "max_new_tokens": 1,
-                "num_beams": 1,
-                "num_return_sequences": 1,
                 "pad_token_id": padding,
                 "return_dict_in_generate": True,
             },
@@ -170,15 +166,15 @@ class Lane:
 
     def _of_this_step(self) -> dict[str, Any]:
         """Give what holds for some steps alone, the first, the last or a number of them."""
+        told = partial(setting, self.tower, self.options)
         length = self.tokens.shape[1]
         new = length - self.prompt
-        told = {key: setting(self.tower, self.options, key) for key in PLACED}
         # As transformers has it, a forced first token of a row is no place for what is suppressed.
-        first = int(self.prompt == 1 and setting(self.tower, self.options, "forced_bos_token_id") is not None)
-        more = new < (told["min_new_tokens"] or 0) or length < (told["min_length"] or 0)
+        first = int(self.prompt == 1 and told("forced_bos_token_id") is not None)
+        more = new < (told("min_new_tokens") or 0) or length < (told("min_length") or 0)
         return {
-            "begin_suppress_tokens": told["begin_suppress_tokens"] if new == first else None,
-            "forced_eos_token_id": told["forced_eos_token_id"] if new == self.limit - 1 else None,
+            "begin_suppress_tokens": told("begin_suppress_tokens") if new == first else None,
+            "forced_eos_token_id": told("forced_eos_token_id") if new == self.limit - 1 else None,
             "min_length": 0,
             "min_new_tokens": 1 if more else None,
         }

@@ -100,7 +100,7 @@ def test_a_tower_that_decodes_without_a_cache_keeps_its_settings() -> None:
 
 
 def test_a_generation_config_is_not_changed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("multitower.options.MAX_NEW_TOKENS", 30)
+    monkeypatch.setattr("multitower.batching.MAX_NEW_TOKENS", 30)
     config = transformers.GenerationConfig(num_beams=2)
     before = config.to_dict()
     model = fused("llama", gates=True)
@@ -134,7 +134,7 @@ def test_rows_that_grow_to_the_last_position_stop_there() -> None:
 
 @pytest.mark.parametrize(
     ("setting", "expected"),
-    [({}, [19, 12]), ({"max_length": 12}, [11, 4]), ({"max_new_tokens": 4}, [5, 5])],
+    [({}, [17, 10]), ({"max_length": 12}, [9, 2]), ({"max_new_tokens": 4}, [5, 5])],
 )
 def test_a_limit_is_that_of_a_row_alone(
     setting: dict, expected: list[int], monkeypatch: pytest.MonkeyPatch
@@ -154,11 +154,7 @@ def test_a_limit_is_that_of_a_row_alone(
             for part in (entry if isinstance(entry, tuple) else (entry,))
             if part.tower == "text"
         ]
-        assert (
-            lengths[:2]
-            == lengths[2:]
-            == {"max_length": [9, 2], "max_new_tokens": [5, 5]}.get(next(iter(setting), ""), [17, 10])
-        )
+        assert lengths[:2] == lengths[2:] == expected
 
 
 def test_a_row_that_is_too_long_already_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +166,7 @@ def test_a_row_that_is_too_long_already_is_named(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.filterwarnings("ignore:XLNetLMHeadModel decodes without its cache")
 def test_a_family_that_says_it_has_no_last_position_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("multitower.options.MAX_NEW_TOKENS", 5)
+    monkeypatch.setattr("multitower.batching.MAX_NEW_TOKENS", 5)
     xlnet = tiny("xlnet")
     assert xlnet.config.max_position_embeddings == -1
     model = pair(xlnet)

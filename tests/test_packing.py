@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import Tensor
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import frozen_sources
 import multitower as mt
@@ -68,8 +69,8 @@ def single_row_packing(
 
 
 def test_examples_told_apart_in_a_single_row_alone_are_not_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    transformers.AttentionInterface.register("single_row", single_row_packing)
-    transformers.AttentionMaskInterface.register("single_row", lambda *args, **options: None)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "single_row", single_row_packing)
+    monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS, "single_row", lambda *args, **options: None)
     model, batch = pair(causal_lm("llama"), gates=True), mt.pack(mt.collate(EXAMPLES))
     expected = model(**batch).loss
     model.unimodal("text").config._attn_implementation = "single_row"

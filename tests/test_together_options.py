@@ -11,7 +11,7 @@ from multitower.together import ONLY_ALONE, STEPWISE
 from test_generate_matrix import GREEDY
 
 ONE_BY_ONE = [name for name, options in GREEDY.items() if set(options) <= set(STEPWISE)]
-CALLERS_ONLY = ("no end",)
+CASES = [(name, own) for name in ONE_BY_ONE for own in (False, True) if (name, own) != ("no end", True)]
 
 
 def set_own(model: torch.nn.Module, options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -19,13 +19,12 @@ def set_own(model: torch.nn.Module, options: dict, monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(model.generation_config, key, value)
 
 
-@pytest.mark.parametrize("name", ONE_BY_ONE)
-@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize(("name", "own"), CASES)
 def test_options_mean_the_same_token_by_token(name: str, own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under closed gates a tower decodes beside others as by itself, whoever set the option."""
     text, model = text_model("llama"), fused("llama", gates=False)
     options = {} if own else {key: {"text": value} for key, value in GREEDY[name].items()}
-    if own and name not in CALLERS_ONLY:
+    if own:
         set_own(text, GREEDY[name], monkeypatch)
     alone = decode(model, GIVEN, max_new_tokens=STEPS, **options)
     together = model.generate(GIVEN, output=[("text", "speech")], max_new_tokens=STEPS, **options)

@@ -184,6 +184,12 @@ def check_causal(name: str, logits: Tensor) -> None:
         )
 
 
+def last_position(model: Any) -> int | None:
+    """Say how many tokens a row may have by ``max_position_embeddings``; some models say -1 for no limit."""
+    limit: int | None = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return limit if limit is not None and limit > 0 else None
+
+
 def rounding(logits: Tensor) -> float:
     """Say by how much the same logits may differ where they are found in another way.
 

@@ -25,6 +25,7 @@ from .probe import (
     check_causal,
     evaluated,
     forward_options,
+    last_position,
     logits_of,
     probe,
     probe_tokens,
@@ -111,10 +112,8 @@ class TransformersTower(Tower):
 
     @property
     def max_length(self) -> int | None:  # type: ignore[override]  # read from the model
-        """The model's ``max_position_embeddings``; some say -1 where there is no limit."""
-        config: Any = self.model.config
-        limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-        return limit if limit is not None and limit > 0 else None
+        """The model's ``max_position_embeddings``."""
+        return last_position(self.model)
 
     @property
     def native(self) -> nn.Module:
