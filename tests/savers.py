@@ -61,9 +61,9 @@ def _save(
 ) -> None:
     torch.set_num_threads(1)
     if not exchange:
-        atomic._exchange = lambda one, other: False  # type: ignore[assignment]
+        atomic._exchange = lambda one, other: False  # type: ignore[assignment]  # on purpose
     if not flush:
-        os.fsync = lambda handle: None  # type: ignore[assignment]
+        os.fsync = lambda handle: None  # type: ignore[assignment]  # on purpose
     models = [tiny_model(seed) for seed in (0, 1)]
     rounds = range(saves) if saves is not None else itertools.count()
     pipe.send("begins")

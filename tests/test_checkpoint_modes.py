@@ -20,6 +20,7 @@ from multitower.testing import open_gates, tiny_tower
 from tampering import reseal
 from test_checkpoint_format import BLANKS, assert_same, blanks, document
 
+# peft 0.21 asks transformers 5.23 in the old way.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 

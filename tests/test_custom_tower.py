@@ -11,6 +11,7 @@ import multitower as mt
 from multitower.testing import check_decoding, check_tower, open_gates
 
 with warnings.catch_warnings():
+    # x-transformers asks for it when it is imported.
     warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")
     pytest.importorskip("x_transformers", reason="the example fuses one of its decoders")
 

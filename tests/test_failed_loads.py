@@ -15,6 +15,7 @@ import multitower as mt
 from models import causal_lm
 from multitower.testing import open_gates, tiny_tower
 
+# peft 0.21 asks transformers 5.23 in the old way.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 

@@ -23,6 +23,7 @@ REPRESENTATIVE = {
     "qwen3_next": "hybrid of linear and full attention",
     "gemma3n_text": "several residual streams, before the batch; shared keys",
     "hy_v4": "layers that hand on more than a state",
+    # Which families do stands in docs/coverage.md.
     "xlnet": "length before batch; decodes without its cache",
     "falcon": "layers that return tuples",
     "bert": "no _no_split_modules",
@@ -50,6 +51,7 @@ REFUSED = {
 @pytest.mark.parametrize("family", REPRESENTATIVE)
 def test_family_gives_every_guarantee(family: str) -> None:
     with warnings.catch_warnings():
+        # Which families do stands in docs/coverage.md.
         warnings.filterwarnings("ignore", message=".*decodes without its cache")
         check_tower(mt.TransformersTower(tiny(family)))
 
@@ -78,6 +80,7 @@ def segment(tower: str, length: int, *, target: bool = False) -> mt.Segment:
     return mt.Segment(tower, torch.randint(FIRST_TOKEN, VOCAB_SIZE, (length,)), target=target)
 
 
+# torch says so of its own parts while it compiles.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("family", COMPILED)
 def test_a_step_of_training_compiles_once_for_all_lengths_and_numbers_of_rows(family: str) -> None:
@@ -102,6 +105,7 @@ def test_a_step_of_training_compiles_once_for_all_lengths_and_numbers_of_rows(fa
     assert graphs.frame_count == 1
 
 
+# torch says so of its own parts while it compiles.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("family", COMPILED)
 def test_a_step_of_decoding_compiles_as_often_as_the_models_own(
@@ -136,6 +140,7 @@ def test_a_step_of_decoding_compiles_as_often_as_the_models_own(
 
 
 @pytest.mark.slow
+# torch says so of its own parts while it compiles.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("family", COMPILED)
 def test_later_calls_of_generate_compile_nothing(family: str) -> None:
@@ -164,6 +169,7 @@ def greedy_by_hand(model: mt.FusedModel, example: list[mt.Segment], steps: int) 
     return tokens
 
 
+# Which families do stands in docs/coverage.md.
 @pytest.mark.filterwarnings("ignore:.*decodes without its cache")
 @pytest.mark.parametrize("family", REPRESENTATIVE)
 def test_a_fused_family_decodes_rows_of_unlike_length_as_it_does_each_by_hand(family: str) -> None:

@@ -164,6 +164,7 @@ def test_a_row_that_is_too_long_already_is_named(monkeypatch: pytest.MonkeyPatch
         pair(text).generate([[segment("text", 4, 5, 6, 7)]], output=[("text", "speech")])
 
 
+# It stands in docs/coverage.md; the limit is what is looked at.
 @pytest.mark.filterwarnings("ignore:XLNetLMHeadModel decodes without its cache")
 def test_a_family_that_says_it_has_no_last_position_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("multitower.batching.MAX_NEW_TOKENS", 5)

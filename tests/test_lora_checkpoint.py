@@ -128,6 +128,7 @@ def test_plain_peft_loads_the_adapters(origin: Path, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
+# peft says so of VeRA without its projections.
 @pytest.mark.filterwarnings("ignore:Specified to not (save|load) vera_A")
 def test_other_configs(tmp_path: Path, folder: Path, kind: str) -> None:
     config = CONFIGS[kind]()
@@ -250,6 +251,7 @@ def test_adapters_of_another_model_are_refused(origin: Path, folder: Path) -> No
         ("fusion.json", {"active_adapters": ["other"]}, "no adapters .'other'. to activate"),
     ],
 )
+# peft says so of a damaged config before it is refused.
 @pytest.mark.filterwarnings("ignore:Unexpected keyword arguments")
 def test_damaged_files_are_refused(
     origin: Path, folder: Path, file: str, change: dict[str, Any], message: str

@@ -81,6 +81,7 @@ def test_a_dropped_tower_is_freed() -> None:
     assert gone() is None
 
 
+# peft 0.21 asks transformers 5.23 in the old way.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 def test_a_tower_that_is_taken_out_is_an_ordinary_model_again(tmp_path: Path) -> None:
     text = causal_lm("llama")

@@ -12,7 +12,7 @@ from models import EXAMPLES, causal_lm, pair
 
 
 def test_transformers_trainer_trains_and_evaluates(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="the Trainer is of transformers")
     pytest.importorskip("accelerate", reason="the Trainer needs accelerate")
     model = pair(causal_lm("llama"), causal_lm("gpt2", depth=4, vocab_size=14), train="all")
     arguments = transformers.TrainingArguments(

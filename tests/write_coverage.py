@@ -79,7 +79,7 @@ def decodes_cached(tower: mt.TransformersTower) -> bool:
         return state
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # the same
         tower.decoder(count).generate(
             prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=steps, min_new_tokens=steps
         )

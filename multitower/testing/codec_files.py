@@ -110,7 +110,7 @@ def _behaviour(case: Case, modality: Modality) -> dict[str, Any]:
 def _check_refused(case: Case, folder: Path, what: str, unless_same: bool = False) -> None:
     kind = type(case.modality)
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings(action="ignore"):  # its errors are asked for here
             loaded = kind.from_pretrained(folder)
             fine = unless_same and same(_behaviour(case, loaded), _behaviour(case, case.modality))
     except CheckpointError:
