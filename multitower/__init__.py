@@ -14,6 +14,7 @@
 """
 
 from .checkpoint import load_tower
+from .corruption import corrupt_history
 from .cost import Estimate
 from .draw import draw_graph
 from .expansion import VocabularyExpansion
@@ -49,6 +50,7 @@ __all__ = [
     "TransformersTower",
     "VocabularyExpansion",
     "collate",
+    "corrupt_history",
     "draw_graph",
     "load_tower",
     "pack",
