@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .batching import groups
+from .extras import require
 from .generate import check_given, decode_rows
 from .modality import Modality
 from .options import OF_ONE_VOCABULARY, check_named, check_supported, given, options_of
@@ -16,6 +18,9 @@ from .output import FusedOutput, token_loss
 from .stream import EXAMPLES, IGNORE, Example, Segment, check_streams, place_in_time
 from .tower.decoding import why_not_faithful
 from .tower.probe import LENGTH, evaluated, last_position
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 
 class VocabularyExpansion(nn.Module):
@@ -36,21 +41,26 @@ class VocabularyExpansion(nn.Module):
     ['other', 'text']
 
     It takes the same batches and examples as ``FusedModel``, so that the two can be compared on the same
-    data. This is the "Single Decoder" of Zipper (arXiv 2405.18669); all parameters are tuned.
+    data. With ``train="all"`` this is the "Single Decoder" of Zipper (arXiv 2405.18669).
 
     Args:
         model: The decoder; it is used as it is, and its embeddings are resized.
         modalities: The modality of each stream. The first one is the model's own: its ids stay as they
             are; those of the others follow the model's vocabulary.
+        train: What learns: "all" parameters; "new", the embedding and head rows of the new tokens alone; or
+            a ``peft.PeftConfig`` with ``trainable_token_indices`` left open, as ``LoraConfig()``, whose
+            adapters then learn beside these rows. The last two need the extra "lora".
     """
 
-    def __init__(self, model: nn.Module, modalities: Mapping[str, Modality]) -> None:
+    def __init__(
+        self, model: nn.Module, modalities: Mapping[str, Modality], *, train: str | PeftConfig = "all"
+    ) -> None:
         super().__init__()
         native: Any = model
         self.model = native
         self.modalities = dict(modalities)
         self.offsets: dict[str, int] = {}
-        size = int(native.config.get_text_config().vocab_size)
+        own = size = int(native.config.get_text_config().vocab_size)
         first = next(iter(modalities), "")
         if first and modalities[first].vocab_size > size:
             raise ValueError(
@@ -61,7 +71,10 @@ class VocabularyExpansion(nn.Module):
             self.offsets[name] = size if number else 0
             size += modality.vocab_size if number else 0
         native.resize_token_embeddings(size)
-        native.requires_grad_(True)
+        if train == "all":
+            native.requires_grad_(True)
+        else:
+            self.model = _with_new_rows(native, list(range(own, size)), train)
 
     def forward(self, streams: Mapping[str, Mapping[str, Tensor]]) -> FusedOutput:
         """Put the streams into one row by their times and run the decoder over it.
@@ -154,6 +167,21 @@ class VocabularyExpansion(nn.Module):
             raise ValueError(SIMULTANEOUS)
         pieces = [torch.as_tensor(segment.tokens) + self.offsets[segment.tower] for segment, _ in timed]
         return torch.cat([*pieces, torch.tensor([begin])])
+
+
+def _with_new_rows(model: Any, new: list[int], train: str | PeftConfig) -> Any:
+    """Have peft train the rows of new tokens in the embedding and, unless it is tied to that, in the head."""
+    peft = require("peft", "lora")
+    tables = [model.get_input_embeddings(), model.get_output_embeddings()]
+    tied = tables[1] is None or tables[0].weight is tables[1].weight
+    names = [name for name, module in model.named_modules() if module in tables[: 1 if tied else 2]]
+    if train == "new":
+        return peft.get_peft_model(model, peft.TrainableTokensConfig(token_indices=new, target_modules=names))
+    if not hasattr(train, "trainable_token_indices"):
+        raise ValueError(f"train must be 'all', 'new' or a peft config as LoraConfig(), not {train!r}")
+    config = copy.deepcopy(train)
+    config.trainable_token_indices = dict.fromkeys(names, new)
+    return peft.get_peft_model(model, config)
 
 
 class _Native:
