@@ -31,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import multitower as mt
 from measure import begin, now, options, write
-from models import INTERLEAVE, SIZES, make_model, make_tower
+from models import INTERLEAVE, SIZES, ZIPPER, make_model, make_tower
 from multitower.cache import TapCache
 from multitower.estimate import FORMULAS
 from resident import PLAIN_MALLOC, child, forget_peak, peak, resident
@@ -162,7 +162,7 @@ def declared(chosen: argparse.Namespace, *, empty: bool) -> mt.FusionGraph:
         with torch.device("meta") if empty else nullcontext():
             graph.add_tower(name, make_tower(chosen.size, number), **POLICIES[chosen.policy])
     for source, target in (NAMES, NAMES[::-1]):
-        graph.add_link(source, target, interleave=INTERLEAVE[chosen.size])
+        graph.add_link(source, target, interleave=INTERLEAVE[chosen.size], **ZIPPER)
     return graph
 
 

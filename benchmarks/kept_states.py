@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import multitower as mt
 from measure import begin, interleaved, milliseconds, options, plot_ratios, ratio, write
-from models import INTERLEAVE, SIZES, make_batch, make_tower
+from models import INTERLEAVE, SIZES, ZIPPER, make_batch, make_tower
 
 
 def main() -> None:
@@ -81,7 +81,8 @@ def make_pair(chosen: Any, train: str) -> mt.FusedModel:
     graph = mt.FusionGraph()
     graph.add_tower("source", make_tower(chosen.size, 0), adapter=None)
     graph.add_tower("text", make_tower(chosen.reader, 1), train=train, adapter=None)
-    graph.add_link("source", "text", interleave=chosen.interleave or INTERLEAVE[chosen.reader])
+    interleave = chosen.interleave or INTERLEAVE[chosen.reader]
+    graph.add_link("source", "text", interleave=interleave, **ZIPPER)
     return graph.compile()
 
 

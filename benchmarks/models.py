@@ -35,6 +35,9 @@ SIZES = {
 }
 INTERLEAVE = {"tiny": 2, "smollm2": 6}
 
+ZIPPER: dict[str, Any] = {"gate": "tanh", "projection": "mlp", "feed_forward": True, "position": None}
+"""The form of links whose cost the benchmarks measure: that of the paper, which has the most parameters."""
+
 
 @functools.cache
 def make_tower(size: str, seed: int) -> LlamaForCausalLM:
@@ -56,7 +59,7 @@ def make_model(
         graph.add_tower(name, make_tower(size, number), train=train, adapter=adapter)
     step = interleave or INTERLEAVE[size]
     for source, target in zip(names, [*names[1:], names[0]], strict=True):
-        graph.add_link(source, target, interleave=step)
+        graph.add_link(source, target, interleave=step, **ZIPPER)
     return graph.compile()
 
 
@@ -76,7 +79,7 @@ def make_reader(
         graph.add_tower(name, make_tower(source_size or size, number), adapter=adapter)
     graph.add_tower("text", make_tower(size, sources), train=train, adapter=adapter)
     for name in names:
-        graph.add_link(name, "text", taps=list(taps))
+        graph.add_link(name, "text", taps=list(taps), **ZIPPER)
     return graph.compile()
 
 

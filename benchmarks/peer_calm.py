@@ -31,6 +31,7 @@ from x_transformers import Decoder, TransformerWrapper
 import multitower as mt
 from custom_tower import XTransformersTower
 from measure import begin, interleaved, milliseconds, moved, options, plot_times, ratio, write
+from models import ZIPPER
 
 VOCABULARY = 256
 OURS: dict[str, dict[str, Any]] = {
@@ -120,7 +121,7 @@ def fuse(source: TransformerWrapper, text: TransformerWrapper, **link: Any) -> m
     graph = mt.FusionGraph()
     graph.add_tower("source", XTransformersTower(copy.deepcopy(source)), adapter=None)
     graph.add_tower("text", XTransformersTower(copy.deepcopy(text)), adapter=None)
-    graph.add_link("source", "text", taps=[(layer, layer) for layer in (1, 3, 5, 7)], **link)
+    graph.add_link("source", "text", taps=[(layer, layer) for layer in (1, 3, 5, 7)], **{**ZIPPER, **link})
     return graph.compile()
 
 

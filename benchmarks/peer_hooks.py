@@ -26,8 +26,8 @@ from torch.nn.utils.rnn import pad_sequence
 import multitower as mt
 from hook_version import Hooked
 from measure import begin, interleaved, milliseconds, moved, options, plot_times, ratio, write
-from models import INTERLEAVE, SIZES, make_tower
-from multitower.testing import open_gates
+from models import INTERLEAVE, SIZES, ZIPPER, make_tower
+from multitower.testing import open_links
 
 HOOKED = {"hooks": False, "careful hooks": True}
 
@@ -95,8 +95,8 @@ def fuse(source: Any, target: Any, taps: Sequence[tuple[int, int]]) -> mt.FusedM
     graph = mt.FusionGraph()
     graph.add_tower("source", source, adapter=None)
     graph.add_tower("text", target, adapter=None)
-    graph.add_link("source", "text", taps=taps)
-    return open_gates(graph.compile())
+    graph.add_link("source", "text", taps=taps, **ZIPPER)
+    return open_links(graph.compile())
 
 
 def by_hooks(

@@ -93,7 +93,14 @@ def fuse(source: Any, text: Any, layers: Sequence[int]) -> mt.FusedModel:
     graph.add_tower("source", source, adapter=None)
     graph.add_tower("text", text, adapter=None)
     last = source.config.num_hidden_layers
-    graph.add_link("source", "text", taps=[(last, layer) for layer in layers], projection="none")
+    graph.add_link(
+        "source",
+        "text",
+        taps=[(last, layer) for layer in layers],
+        gate="tanh",
+        feed_forward=True,
+        position=None,
+    )
     return graph.compile()
 
 

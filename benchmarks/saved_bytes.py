@@ -18,7 +18,7 @@ from torch import Tensor
 
 import multitower as mt
 from measure import begin, options, write
-from models import SIZES, make_batch, make_tower
+from models import SIZES, ZIPPER, make_batch, make_tower
 from multitower.link import default_heads
 
 POLICIES = {  # how text is trained, its input adapter, where its first tap stands (of all its layers)
@@ -60,7 +60,7 @@ def make_policy(size: str, policy: str) -> tuple[mt.FusedModel, list[int]]:
     graph = mt.FusionGraph()
     graph.add_tower("source", make_tower(size, 0), adapter=None)
     graph.add_tower("text", make_tower(size, 1), train=train, adapter=adapter)
-    graph.add_link("source", "text", taps=[(layer, layer) for layer in layers])
+    graph.add_link("source", "text", taps=[(layer, layer) for layer in layers], **ZIPPER)
     return graph.compile(), layers
 
 

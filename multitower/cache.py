@@ -80,7 +80,9 @@ class TapCache:
         cache = cls(model, targets, {})
         placed = {name: _placed(model, name, stream) for name, stream in streams.items()}
         taps = [tap for name in placed for tap in cache.readers(name)]
-        wanted = {name: _last_read(taps, name) for name in placed}
+        wanted: dict[str, int] = {}
+        for tap in taps:
+            wanted[tap.source] = max(tap.source_layer, wanted.get(tap.source, 0))
         given = model.run(placed, wanted=wanted).given if placed else {}
         rotations = Rotations({name: stream["times"] for name, stream in placed.items()})
         entries = {
@@ -112,13 +114,13 @@ class TapCache:
         rotations = Rotations({name: stream["times"]})
         positions = torch.arange(stream["tokens"].shape[1], device=tower.device)
         embedded, context = tower.embed(stream["tokens"])
-        x = reader(0, embedded, positions)
+        x = model.adapt(name, embedded)
         new: dict[Tap, Entry] = {}
-        for layer in range(1, _last_read(readers, name) + 1):
-            x = tower.layer(layer, x, context)
+        for layer in range(max(tap.source_layer for tap in readers) + 1):
+            x = tower.layer(layer, x, context) if layer else x
             here = [tap for tap in readers if tap.source_layer == layer]
             new |= {tap: self._read(tap, x, stream, rotations) for tap in here}
-            x = reader(layer, x, positions)
+            x = reader.update(layer, x, positions)
         self.entries |= new
 
     def grow(self, tap: Tap, states: Tensor, stream: Stream, place: int) -> None:
@@ -195,9 +197,12 @@ class TapReader:
 
     def __call__(self, layer: int, x: Tensor, positions: Tensor) -> Tensor:
         """Adapt what is embedded, and let the state after a layer read others."""
+        return self.update(layer, x if layer else self.model.adapt(self.name, x), positions)
+
+    def update(self, layer: int, x: Tensor, positions: Tensor) -> Tensor:
+        """Let the state that a layer gave read others."""
         if layer == 0:
             self.step = self._step(len(x), positions) if self.reads else None
-            return self.model.adapt(self.name, x)
         if layer not in self.reads:
             return x
         step, updates = self.step, []
@@ -254,7 +259,3 @@ class TapReader:
 def _placed(model: FusedModel, name: str, stream: Stream) -> Stream:
     device = model.tower(name).device
     return {key: value.to(device) for key, value in stream.items() if key != "labels"}
-
-
-def _last_read(taps: Sequence[Tap], name: str) -> int:
-    return max((tap.source_layer for tap in taps if tap.source == name), default=0)

@@ -183,6 +183,7 @@ def _links(model: FusedModel) -> str:
                 f"`{spec.target}`",
                 len(taps),
                 _taps(model, name, most=12),
+                spec.gate or "none",
                 spec.projection,
                 taps[0].heads,
                 spec.position or "none",
@@ -191,7 +192,18 @@ def _links(model: FusedModel) -> str:
                 f"{_count(taps):,}",
             )
         )
-    named = ("link", "source", "target", "taps", "layers", "projection", "heads", "position", "window")
+    named = (
+        "link",
+        "source",
+        "target",
+        "taps",
+        "layers",
+        "gate",
+        "projection",
+        "heads",
+        "position",
+        "window",
+    )
     return _table((*named, "feed-forward", "parameters"), rows)
 
 

@@ -29,7 +29,7 @@ def draw_graph(model: FusedModel) -> Any:
     names = list(model.graph.towers)
     deepest = max(model.tower(name).depth for name in names)
     figure = figure_module.Figure(
-        figsize=(1.2 + 2.4 * len(names), 1.6 + 0.45 * deepest), layout="constrained"
+        figsize=(1.2 + 2.4 * len(names), 1.9 + 0.45 * deepest), layout="constrained"
     )
     axes = figure.add_subplot()
     axes.set_axis_off()
@@ -37,21 +37,22 @@ def draw_graph(model: FusedModel) -> Any:
     for name in names:
         tower, spec = model.tower(name), model.graph.towers[name]
         trained = spec.train != "none"
-        for layer in range(1, tower.depth + 1):
+        for layer in range(tower.depth + 1):
             corner = (centre[name] - 0.8, layer * LAYER_HEIGHT - 0.32)
             box = patches.FancyBboxPatch(
                 corner,
                 1.6,
                 0.64,
                 boxstyle="round,pad=0,rounding_size=0.12",
-                facecolor="#fde9c8" if trained else "#e4eaf1",
+                facecolor=("#fde9c8" if trained else "#e4eaf1") if layer else "white",
                 edgecolor="#c98a1b" if trained else "#7d8ea3",
             )
             axes.add_patch(box)
-            axes.text(centre[name], layer * LAYER_HEIGHT, f"layer {layer}", ha="center", va="center", size=8)
+            words = f"layer {layer}" if layer else "embedding"
+            axes.text(centre[name], layer * LAYER_HEIGHT, words, ha="center", va="center", size=8)
         adapter = f", {spec.adapter} adapter" if spec.adapter else ""
         label = f"{name}\nwidth {tower.width}, {'trained' if trained else 'frozen'}{adapter}"
-        axes.text(centre[name], 0.3, label, ha="center", va="top", size=9)
+        axes.text(centre[name], -0.5 * LAYER_HEIGHT, label, ha="center", va="top", size=9)
     colours = colormaps["tab10"]
     handles = []
     for number, link in enumerate(model.graph.links):
@@ -76,7 +77,7 @@ def draw_graph(model: FusedModel) -> Any:
             axes.add_patch(arrow)
         handles.append(patches.Patch(color=colour, label=f"{link}: {len(taps)} taps"))
     axes.set_xlim(-1.4, centre[names[-1]] + 1.4)
-    axes.set_ylim(-0.5, (deepest + 1) * LAYER_HEIGHT)
+    axes.set_ylim(-1.3, (deepest + 1) * LAYER_HEIGHT)
     if handles:
         figure.legend(handles=handles, loc="outside upper center", ncols=2, frameon=False, fontsize=8)
     return figure

@@ -51,10 +51,10 @@ def brought_states(model: FusedModel, streams: Mapping[str, Mapping[str, Tensor]
             raise ValueError(
                 f"{what}, so that tower {name!r} does not run, and has labels; give it one of both"
             )
-        layers = {f"{STATES}{layer}": layer for layer in range(1, tower.depth + 1)}
+        layers = {f"{STATES}{layer}": layer for layer in range(tower.depth + 1)}
         for key, value in states.items():
             if key not in layers:
-                raise ValueError(f"{what} of {key!r}, but tower {name!r} has layers 1 to {tower.depth}")
+                raise ValueError(f"{what} of {key!r}, but tower {name!r} has layers 0 to {tower.depth}")
             if value.shape[-1] != tower.width:
                 raise ValueError(
                     f"{what} of shape {tuple(value.shape)}, but tower {name!r} is {tower.width} wide"

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from . import publish
 from .attention import FLEX, SDPA
+from .contributions import contributions
 from .frozen import brings_states
 from .graph import FusionGraph
 from .hub import find_checkpoint
-from .link import GatedCrossAttention
+from .link import GatedCrossAttention, is_open
 from .output import FusedOutput, States
 from .parts import make_adapters, make_links
 from .run import run, score, with_labels
@@ -228,26 +229,86 @@ class FusedModel(nn.Module):
         return self.adapters[name](embedded) if name in self.adapters else embedded
 
     def gates(self) -> dict[str, float]:
-        """Give how far each gate is open: tanh of its parameter, by readable name.
+        """Return how far each gate is open: tanh of its parameter, by readable name.
 
-        >>> from multitower.testing import tiny_model
-        >>> tiny_model().gates()["speech->text 1-1 attention"]
-        0.0
+        >>> import multitower as mt
+        >>> from multitower.testing import tiny_tower
+        >>> graph = mt.FusionGraph()
+        >>> graph.add_tower("speech", tiny_tower(seed=0))
+        >>> graph.add_tower("text", tiny_tower(seed=1))
+        >>> graph.add_link("speech", "text", interleave=2, gate="tanh")
+        >>> graph.compile().gates()
+        {'speech->text 2-2 attention': 0.0}
+
+        Only links with ``gate="tanh"`` and adapters of the form "gated" have gates. ``contributions`` says
+        for every form how much it changes.
         """
         return {name: gate.detach().tanh().item() for name, gate in named_gates(self).items()}
 
-    def parameter_groups(self, lr: float, *, gate_lr: float | None = None) -> list[dict[str, Any]]:
-        """Give what an optimizer should train: the gates in a group of their own.
+    def contributions(self, streams: Mapping[str, Mapping[str, Tensor]]) -> dict[str, float]:
+        """Return how much each tap and input adapter changes the states of its tower on a batch.
+
+        >>> import multitower as mt
+        >>> from multitower.testing import tiny_model
+        >>> batch = mt.collate([[mt.Segment("speech", [0, 5, 1]), mt.Segment("text", [0, 7])]])
+        >>> tiny_model().contributions(**batch)
+        {'speech->text 1-1': 0.0, 'speech->text 3-2': 0.0}
+
+        That is the norm of its update over the norm of the state to which it is added, over all tokens that
+        see something; 0 at the start of training. A gate alone would not say it: an open one in front of
+        small weights changes nothing.
+
+        Args:
+            streams: As in ``forward``. Taps that see nothing in them are left out.
+        """
+        return contributions(self, streams)
+
+    def is_open(self, name: str) -> bool:
+        """Whether a link, or the input adapter of a tower, has left the identity that it was at the start.
 
         >>> from multitower.testing import tiny_model
-        >>> optimizer = torch.optim.AdamW(tiny_model().parameter_groups(lr=1e-3))
-        >>> [group["lr"] for group in optimizer.param_groups]
-        [0.001, 0.01]
+        >>> tiny_model().is_open("speech->text")
+        False
 
-        Gates start closed and pass no gradient on until they open, so they learn faster: ``gate_lr`` is
-        ten times ``lr`` unless given, without weight decay.
+        Raises:
+            KeyError: There is no link of that name, nor a tower.
         """
-        return parameter_groups(self, lr, gate_lr)
+        if name in self.links:
+            return any(map(is_open, self._link(name).values()))
+        self.tower(name)
+        return name in self.adapters and is_open(self.adapters[name])
+
+    def parameter_groups(
+        self,
+        lr: float,
+        *,
+        towers: float | Mapping[str, float] | None = None,
+        links: float | Mapping[str, float] | None = None,
+        adapters: float | Mapping[str, float] | None = None,
+        gates: float | None = None,
+    ) -> list[dict[str, Any]]:
+        """Return what an optimizer should train, with a learning rate for each part.
+
+        >>> from multitower.testing import tiny_model
+        >>> groups = tiny_model().parameter_groups(lr=3e-3, towers={"speech": 1e-3})
+        >>> optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
+        >>> [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+        [(0.001, 0.01), (0.001, 0.0), (0.003, 0.0), (0.003, 0.01)]
+
+        Norms, biases and gates come without weight decay.
+
+        Args:
+            lr: For all that is not named below.
+            towers: For the trained parameters of towers, peft's among them: one rate, or rates by tower.
+            links: For links: one rate, or rates by link.
+            adapters: For input adapters: one rate, or rates by tower.
+            gates: For the gates of ``gate="tanh"`` and of "gated" adapters. They begin at zero and scale the
+                gradients of all behind them, so they learn at ten times ``lr`` unless this is given.
+
+        Raises:
+            ValueError: A name is that of no part which is trained.
+        """
+        return parameter_groups(self, lr, {"towers": towers, "links": links, "adapters": adapters}, gates)
 
     def train(self, mode: bool = True) -> FusedModel:
         """Set training mode; frozen towers stay in eval mode."""

@@ -65,7 +65,7 @@ class FusionGraph:
         source: str | os.PathLike[str] | nn.Module,
         *,
         train: str | PeftConfig = "none",
-        adapter: str | None = "gated",
+        adapter: str | None = None,
     ) -> None:
         """Add a pretrained decoder.
 
@@ -81,9 +81,11 @@ class FusionGraph:
             train: "none" keeps the tower frozen, "all" trains it, "lora" trains peft adapters on it: LoRA on
                 all linear layers, or what another ``peft.PeftConfig`` says that is given instead, or those
                 that a PeftModel given as source has. The model is changed in place.
-            adapter: What stands between the embedding h and layer 1 in a fused run: "gated" for
-                ``h + tanh(g) * mlp(h)`` with g = 0 at the start, "paper" for ``relu(mlp(h))`` as Zipper
-                prints it (not the identity at the start), None for nothing.
+            adapter: What stands between the embedding h and layer 1 in a fused run: None for nothing;
+                "residual" for ``h + mlp(h)``, whose last layer is zero at the start; "gated" for
+                ``h + tanh(g) * mlp(h)`` with g = 0 at the start; "paper" for ``relu(mlp(h))`` as Zipper
+                prints it (not the identity at the start). With an adapter every training step runs backward
+                through the tower, frozen or not, and its states cannot be kept (``KeptStates``).
 
         Raises:
             GraphError: The name is taken or not a name, an option is unknown, or the adapters of a config
@@ -115,11 +117,13 @@ class FusionGraph:
         *,
         interleave: int | tuple[int, int] | None = None,
         taps: Iterable[tuple[int, int]] | None = None,
-        projection: str = "mlp",
+        embeddings: bool = False,
+        gate: str | None = None,
+        projection: str = "none",
         heads: int | None = None,
-        position: str | None = None,
+        position: str | None = "rotary",
         window: int | None = None,
-        feed_forward: bool = True,
+        feed_forward: bool = False,
         name: str | None = None,
     ) -> None:
         """Let the target tower read the source tower.
@@ -130,14 +134,20 @@ class FusionGraph:
             interleave: ``(i, j)`` joins source layer n*i to target layer n*j for n = 1, 2, ... (Zipper);
                 ``j`` joins every j-th target layer to the source layer at the same relative depth.
             taps: Exactly these pairs (source layer, target layer), counted from 1, instead of interleave.
-            projection: What stands before keys and values: "mlp" (three layers), "linear", "relu" (a linear
-                layer and a ReLU), or "none", where they are made of the source's states as these are.
+                Layer 0 is what enters layer 1: the embedded tokens, after the input adapter if there is one.
+            embeddings: Whether ``interleave`` counts from n = 0, which adds the tap (0, 0): before its first
+                layer the target then reads the source's embedded tokens.
+            gate: How a tap begins as the identity. None: the last linear layers of its attention and of its
+                feed-forward are zero at the start (as B in LoRA, arXiv 2106.09685). "tanh": each is
+                multiplied by ``tanh`` of a learned gate that is zero at the start (Flamingo and Zipper).
+            projection: What stands before keys and values: "mlp" (three layers, Zipper), "linear", "relu" (a
+                linear layer and a ReLU), or "none", where they are made of the source's states as these are.
             heads: Attention heads; they must divide the target's width. Default: 32 to 64 channels each.
-            position: "rotary" lets queries and keys carry rotary positions of the shared time; None, as in
-                Zipper, leaves it to the towers to know where their tokens stand.
+            position: "rotary" lets queries and keys carry rotary positions of the shared time, and needs an
+                even head width; None, as in Zipper, leaves it to the towers to know where their tokens stand.
             window: How many ticks of the shared time back a query sees; None for all.
-            feed_forward: Whether a gated feed-forward follows the attention, as in Flamingo; without, a tap
-                has about half the parameters.
+            feed_forward: Whether a feed-forward follows the attention, as in Flamingo and Zipper; a tap then
+                has about three times the parameters.
             name: Needed only to tell apart several links between the same pair; "source->target" otherwise.
 
         Raises:
@@ -155,7 +165,18 @@ class FusionGraph:
             raise GraphError(f"there is a {what} {name!r} already; give this link a name=... of its own")
         pairs: Any = None if taps is None else tuple(tuple(tap) for tap in taps)
         self._links[name] = LinkSpec(
-            source, target, name, interleave, pairs, projection, heads, position, window, feed_forward
+            source,
+            target,
+            name,
+            interleave=interleave,
+            taps=pairs,
+            embeddings=embeddings,
+            gate=gate,
+            projection=projection,
+            heads=heads,
+            position=position,
+            window=window,
+            feed_forward=feed_forward,
         )
 
     def to_networkx(self) -> nx.MultiDiGraph[str]:
@@ -232,17 +253,17 @@ class FusionGraph:
         >>> import multitower as mt
         >>> from multitower.testing import tiny_tower
         >>> graph = FusionGraph()
-        >>> graph.add_tower("speech", tiny_tower(), adapter=None)
-        >>> graph.add_tower("text", tiny_tower(), adapter=None)
+        >>> graph.add_tower("speech", tiny_tower())
+        >>> graph.add_tower("text", tiny_tower())
         >>> graph.add_link("speech", "text", taps=[(1, 2)])
         >>> pair = [mt.Segment("speech", [0, 5, 1]), mt.Segment("text", [0, 7, 1], target=True)]
         >>> print(graph.estimate(mt.collate([pair])))
                            parameters  trained      forward         step     saved  cache
         tower speech            1,200        0   6.72 kFLOP   6.72 kFLOP       0 B    0 B
         tower text              1,200        0   6.72 kFLOP   7.49 kFLOP     120 B    0 B
-        link speech->text       1,074    1,074   6.05 kFLOP  18.29 kFLOP  2.43 KiB  192 B
+        link speech->text         288      288   1.82 kFLOP   5.62 kFLOP    1020 B  192 B
         loss                        0        0       0 FLOP       0 FLOP     228 B    0 B
-        total                   3,474    1,074  19.49 kFLOP  32.50 kFLOP  2.77 KiB  192 B
+        total                   2,688      288  15.26 kFLOP  19.82 kFLOP  1.34 KiB  192 B
 
         Of a tower that is a folder or a Hub id only the config is read; given modules are left as they are.
         What a plugin loads it loads as ever.
@@ -273,8 +294,8 @@ class FusionGraph:
         >>> graph.add_tower("music", tiny_tower(seed=5))
         >>> graph.add_link("music", "text", interleave=1)
         >>> bigger = graph.extend(model)
-        >>> bigger.tower("text") is model.tower("text"), bigger.gates()["music->text 1-1 attention"]
-        (True, 0.0)
+        >>> bigger.tower("text") is model.tower("text"), bigger.is_open("music->text")
+        (True, False)
 
         Towers, input adapters and links of the model are the same modules in both, not copies, so that the
         model that is not used any further costs nothing. Until something is trained, the logits of the old
@@ -313,6 +334,7 @@ class FusionGraph:
             lines.append(f"  tower {tower.name}: {tower.source or 'a module'}, train={tower.train}{kind}")
         for link in self._links.values():
             taps = "taps " + ", ".join(map(str, link.taps)) if link.taps else f"interleave {link.interleave}"
+            taps += " and embeddings" if link.embeddings else ""
             lines.append(f"  link {link.name}: {taps}")
         return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""The modules that a fusion adds between towers: gated cross-attention and input adapters."""
+"""The modules that a fusion adds to its towers: cross-attention and input adapters."""
 
 from __future__ import annotations
 
@@ -31,14 +31,17 @@ class GatedCrossAttention(nn.Module):
     >>> from multitower.attention import visibility
     >>> seen = visibility(torch.tensor([[0, 2, 4]]), torch.tensor([[1, 3]]), real)
     >>> update = tap(x, tap.read(h), seen)
-    >>> bool((update == 0).all())                   # the gates are closed at the start
+    >>> bool((update == 0).all())                   # the identity at the start
     True
 
     With x the target's state and h the source's: ``kv = project(norm(h))``;
-    ``x = x + tanh(a) * attention(q=norm(x), kv)``; ``x = x + tanh(b) * ffn(norm(x))``; a = b = 0 at the
-    start; ``feed_forward=False`` leaves the second update out, ``projection="none"`` the projection.
-    Sources: Alayrac et al., "Flamingo" (arXiv 2204.14198), for the gated block; Zayats et al., "Zipper"
-    (arXiv 2405.18669), for the projection of the source.
+    ``x = x + attention(q=norm(x), kv)``; with ``feed_forward=True`` then ``x = x + ffn(norm(x))``. The last
+    linear layers of attention and ffn are zero at the start; with ``gate="tanh"`` they are not, but what
+    they give is multiplied by ``tanh(a)`` and ``tanh(b)``, a = b = 0 at the start. ``projection="none"``
+    leaves the projection out.
+    Sources: Alayrac et al., "Flamingo" (arXiv 2204.14198), for the block and its gates; Zayats et al.,
+    "Zipper" (arXiv 2405.18669), for the projection of the source; Zhang et al., "Fixup" (arXiv 1901.09321),
+    for last layers that are zero at the start.
     """
 
     def __init__(
@@ -47,19 +50,23 @@ class GatedCrossAttention(nn.Module):
         target_width: int,
         *,
         heads: int | None = None,
-        projection: str = "mlp",
+        gate: str | None = None,
+        projection: str = "none",
         position: str | None = None,
-        feed_forward: bool = True,
+        feed_forward: bool = False,
     ) -> None:
         super().__init__()
         self.heads = heads or default_heads(target_width)
         self.head_width = target_width // self.heads
         self.rotary = position == "rotary"
         if target_width % self.heads:
-            raise ValueError(f"{self.heads} heads do not divide the target width {target_width}")
+            raise ValueError(
+                f"{self.heads} heads do not divide the target width {target_width}; choose another heads=..."
+            )
         if self.rotary and self.head_width % 2:
             raise ValueError(
-                f"rotary positions need an even head width, not {target_width} / {self.heads} heads"
+                f"rotary positions need an even head width, not {target_width} / {self.heads} heads; choose "
+                "another heads=..., or position=None"
             )
         self.source_norm = nn.LayerNorm(source_width)
         self.project = _projection(projection, source_width, target_width)
@@ -69,10 +76,18 @@ class GatedCrossAttention(nn.Module):
         self.key = nn.Linear(projected, target_width, bias=False)
         self.value = nn.Linear(projected, target_width, bias=False)
         self.out = nn.Linear(target_width, target_width, bias=False)
-        self.attention_gate = nn.Parameter(torch.zeros(1))
         self.ffn_norm = nn.LayerNorm(target_width) if feed_forward else None
         self.ffn = _feed_forward(target_width) if feed_forward else None
-        self.ffn_gate = nn.Parameter(torch.zeros(1)) if feed_forward else None
+        gated = gate == "tanh"
+        self.attention_gate = nn.Parameter(torch.zeros(1)) if gated else None
+        self.ffn_gate = nn.Parameter(torch.zeros(1)) if gated and feed_forward else None
+        _set_to_zero(self.zero_at_start())
+
+    def zero_at_start(self) -> list[nn.Parameter]:
+        """Return the parameters that are zero at the start, which makes the tap the identity."""
+        if self.attention_gate is not None:
+            return [gate for gate in (self.attention_gate, self.ffn_gate) if gate is not None]
+        return [self.out.weight, *(() if self.ffn is None else self.ffn[-1].parameters())]
 
     def read(self, source: Tensor, rotation: Rotation | None = None) -> KeysValues:
         """Project the source's states to keys and values.
@@ -101,9 +116,9 @@ class GatedCrossAttention(nn.Module):
         states = x.to(self.query.weight)
         query = self._turned(self.query(self.norm(states)), rotation)
         attended = attend(query, *source, seen.mask)
-        update = _opening(self.attention_gate, states) * self.out(attended.transpose(1, 2).flatten(2))
-        if self.ffn is not None and self.ffn_norm is not None and self.ffn_gate is not None:
-            update = update + _opening(self.ffn_gate, states) * self.ffn(self.ffn_norm(states + update))
+        update = _gated(self.attention_gate, self.out(attended.transpose(1, 2).flatten(2)))
+        if self.ffn is not None and self.ffn_norm is not None:
+            update = update + _gated(self.ffn_gate, self.ffn(self.ffn_norm(states + update)))
         return (update if seen.sees is None else torch.where(seen.sees, update, 0.0)).to(x)
 
     def weights(
@@ -134,24 +149,31 @@ class InputAdapter(nn.Module):
 
     >>> adapter = InputAdapter(8)
     >>> h = torch.randn(1, 3, 8)
-    >>> torch.equal(adapter(h), h)                  # "gated": h + tanh(g) * mlp(h), g = 0 at the start
+    >>> torch.equal(adapter(h), h)                  # "residual": h + mlp(h), the last layer zero at the start
     True
 
-    "paper" is ``relu(mlp(h))``, as Zipper (arXiv 2405.18669) prints it: not the identity at the start.
+    "gated" is ``h + tanh(g) * mlp(h)`` with g = 0 at the start; "paper" is ``relu(mlp(h))``, as Zipper (arXiv
+    2405.18669) prints it: not the identity at the start.
     """
 
-    def __init__(self, width: int, form: str = "gated") -> None:
+    def __init__(self, width: int, form: str = "residual") -> None:
         super().__init__()
+        self.form = form
         self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
         self.gate = nn.Parameter(torch.zeros(1)) if form == "gated" else None
+        _set_to_zero(self.zero_at_start())
+
+    def zero_at_start(self) -> list[nn.Parameter]:
+        """Return the parameters that are zero at the start, which makes the adapter the identity."""
+        if self.gate is not None:
+            return [self.gate]
+        return list(self.mlp[-1].parameters()) if self.form == "residual" else []
 
     def forward(self, embedded: Tensor) -> Tensor:
         """Adapt embedded tokens, shape (batch, length, width)."""
         weight = next(self.mlp.parameters())
         adapted: Tensor = self.mlp(embedded.to(weight.dtype)).to(embedded.dtype)
-        if self.gate is None:
-            return F.relu(adapted)
-        return embedded + _opening(self.gate, adapted).to(embedded.dtype) * adapted
+        return F.relu(adapted) if self.form == "paper" else embedded + _gated(self.gate, adapted)
 
 
 def add(x: Tensor, updates: Iterable[Tensor]) -> Tensor:
@@ -173,16 +195,32 @@ def default_heads(width: int) -> int:
     return next(heads for heads in range(wanted, 0, -1) if width % heads == 0)
 
 
-def _opening(gate: Tensor, states: Tensor) -> Tensor:
-    """Give how far a gate is open, once for each channel of states.
+def is_open(module: nn.Module) -> bool:
+    """Whether a tap or an input adapter has left the identity that it was at the start.
 
-    Its gradient is then summed over tokens first. Summed over all numbers at once, it makes inductor tell
-    short batches from long ones, and compile for each.
+    >>> is_open(InputAdapter(8)), is_open(InputAdapter(8, "paper"))
+    (False, True)
     """
-    return torch.tanh(gate).expand(states.shape[-1])
+    assert isinstance(module, GatedCrossAttention | InputAdapter)
+    parameters = module.zero_at_start()
+    return not parameters or any(bool(parameter.any()) for parameter in parameters)
 
 
-def _feed_forward(width: int) -> nn.Module:
+def _set_to_zero(parameters: Iterable[nn.Parameter]) -> None:
+    for parameter in parameters:
+        nn.init.zeros_(parameter)
+
+
+def _gated(gate: nn.Parameter | None, update: Tensor) -> Tensor:
+    """Multiply an update by tanh of its gate, if it has one.
+
+    The gate is repeated for each channel, so that its gradient is summed over tokens first. Summed over all
+    numbers at once, it makes inductor tell short batches from long ones, and compile for each.
+    """
+    return update if gate is None else torch.tanh(gate).expand(update.shape[-1]).to(update.dtype) * update
+
+
+def _feed_forward(width: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
 

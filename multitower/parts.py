@@ -23,7 +23,7 @@ def make_adapters(
     """Give the input adapter of each tower that is declared to have one.
 
     >>> from multitower.testing import tiny_tower
-    >>> specs = {"text": TowerSpec("text", None), "speech": TowerSpec("speech", None, adapter=None)}
+    >>> specs = {"text": TowerSpec("text", None, adapter="residual"), "speech": TowerSpec("speech", None)}
     >>> list(make_adapters(specs, {"text": tiny_tower(), "speech": tiny_tower()}, None))
     ['text']
 
@@ -45,7 +45,7 @@ def make_adapters(
 def make_links(
     specs: Mapping[str, LinkSpec], schedule: Schedule, towers: Mapping[str, Tower], kept: FusedModel | None
 ) -> dict[str, dict[str, nn.Module]]:
-    """Give the modules of each link by the keys of its taps; new ones have closed gates.
+    """Give the modules of each link by the keys of its taps; new ones are the identity.
 
     Args:
         specs: The links as declared.
@@ -71,12 +71,13 @@ def _make_tap(tap: Tap, spec: LinkSpec, towers: Mapping[str, Tower]) -> GatedCro
             source.width,
             target.width,
             heads=spec.heads,
+            gate=spec.gate,
             projection=spec.projection,
             position=spec.position,
             feed_forward=spec.feed_forward,
         )
     except ValueError as error:
-        raise GraphError(f"link {tap.link!r}: {error}; choose another heads=...") from error
+        raise GraphError(f"link {tap.link!r}: {error}") from error
     return module.to(**_placement(target))
 
 

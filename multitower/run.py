@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from .packing import embed, moments, reach
 from .rotary import Rotations
 from .schedule import Tap
 from .stream import IGNORE, values_at_hand
+from .tower import Tower
 
 if TYPE_CHECKING:
     from .fused import FusedModel
@@ -33,23 +34,27 @@ def run(
     steps = model.schedule.needed(wanted, seen, states.given)
     towers = {step.tower: model.tower(step.tower) for step in steps}
     rotations = Rotations({name: stream["times"] for name, stream in streams.items()})
-    for name, stream in streams.items():
-        if name in towers:
-            embedded, states.contexts[name] = embed(name, towers[name], stream)
-            if model._graph.towers[name].train == "none":
-                embedded = embedded.detach()  # transformers' activation checkpointing asks for its gradient
-            states.hidden[name] = model.adapt(name, embedded)
     read_layers = model.schedule.read_layers
     for step in steps:
-        x = states.hidden[step.tower]
+        name, layer = step.tower, step.layer
         if step.taps:
-            x = update(model, step.taps, x, rotations, seen, states, output_attentions)
+            x = update(model, step.taps, states.hidden[name], rotations, seen, states, output_attentions)
+        elif layer:
+            x = towers[name].layer(layer, states.hidden[name], states.contexts[name])
         else:
-            x = towers[step.tower].layer(step.layer, x, states.contexts[step.tower])
-            if (step.tower, step.layer) in read_layers:
-                states.given[step.tower, step.layer] = x
-        states.hidden[step.tower] = x
+            x, states.contexts[name] = embedded(model, name, towers[name], streams[name])
+        if not step.taps and (name, layer) in read_layers:
+            states.given[name, layer] = x
+        states.hidden[name] = x
     return states
+
+
+def embedded(model: FusedModel, name: str, tower: Tower, stream: Mapping[str, Tensor]) -> tuple[Tensor, Any]:
+    """Return what enters a tower's first layer, input adapter included, and the context of its layers."""
+    x, context = embed(name, tower, stream)
+    if model._graph.towers[name].train == "none":
+        x = x.detach()  # transformers' activation checkpointing asks for its gradient
+    return model.adapt(name, x), context
 
 
 def score(
@@ -132,8 +137,8 @@ def _check_wanted(model: FusedModel, streams: Streams, wanted: Mapping[str, int]
         depth = model.tower(name).depth
         if not 0 <= layer <= depth + 1:
             raise ValueError(
-                f"layer {layer} of {name!r} is wanted, which has the layers 1 to {depth} (0 means none of "
-                f"them, {depth + 1} the state that enters the head)"
+                f"layer {layer} of {name!r} is wanted, which has the layers 1 to {depth} (0 is what enters "
+                f"layer 1, {depth + 1} the state that enters the head)"
             )
 
 

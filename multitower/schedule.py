@@ -18,7 +18,10 @@ Layer = tuple[str, int]
 
 @dataclass(frozen=True, order=True)
 class Tap:
-    """One crossing of a link: after ``target_layer``, the target reads what ``source_layer`` gave."""
+    """One crossing of a link: after ``target_layer``, the target reads what ``source_layer`` gave.
+
+    Layer 0 is the embedding: it gives what enters layer 1.
+    """
 
     link: str
     source: str
@@ -34,7 +37,10 @@ class Tap:
 
 @dataclass(frozen=True)
 class Step:
-    """Run one layer of one tower, or, where there are taps, let the state after it read others."""
+    """Run one layer of one tower, or, where there are taps, let the state after it read others.
+
+    Layer 0 embeds the tokens, and adapts them if the tower has an input adapter.
+    """
 
     tower: str
     layer: int
@@ -42,9 +48,9 @@ class Step:
 
     def __str__(self) -> str:
         if not self.taps:
-            return f"run {self.tower} layer {self.layer}"
-        reads = _some([f"{tap.source} layer {tap.source_layer}" for tap in self.taps], " and ", most=3)
-        return f"after {self.tower} layer {self.layer}, read {reads}"
+            return f"run {self.tower} layer {self.layer}" if self.layer else f"embed {self.tower}"
+        reads = _some([_layer(tap.source, tap.source_layer) for tap in self.taps], " and ", most=3)
+        return f"after {_layer(self.tower, self.layer)}, read {reads}"
 
 
 @dataclass(frozen=True, repr=False)
@@ -55,10 +61,11 @@ class Schedule:
     >>> there = LinkSpec("speech", "text", name="speech->text", taps=((1, 2),))
     >>> back = LinkSpec("text", "speech", name="text->speech", taps=((2, 1),))
     >>> print(make_schedule({"speech": 2, "text": 2}, [there, back]))
-    stage 1: run speech layer 1; run text layer 1
-    stage 2: run text layer 2
-    stage 3: after speech layer 1, read text layer 2; after text layer 2, read speech layer 1
-    stage 4: run speech layer 2
+    stage 1: embed speech; embed text
+    stage 2: run speech layer 1; run text layer 1
+    stage 3: run text layer 2
+    stage 4: after speech layer 1, read text layer 2; after text layer 2, read speech layer 1
+    stage 5: run speech layer 2
 
     A tap reads what a layer gave before any tap updated it, so the two directions of a pair do not
     wait for each other.
@@ -96,9 +103,9 @@ class Schedule:
         >>> from multitower.spec import LinkSpec
         >>> schedule = make_schedule({"a": 3, "b": 2}, [LinkSpec("a", "b", name="a->b", taps=((2, 1),))])
         >>> print(*schedule.needed({"b": 3}, ["a->b"]), sep="; ")
-        run a layer 1; run a layer 2; run b layer 1; after b layer 1, read a layer 2; run b layer 2
+        embed a; run a layer 1; run a layer 2; embed b; run b layer 1; ...; run b layer 2
         >>> print(*schedule.needed({"b": 2}, []), sep="; ")
-        run b layer 1; run b layer 2
+        embed b; run b layer 1; run b layer 2
 
         Args:
             wanted: For each tower in question the layer of which the output is wanted, before any tap updates
@@ -109,7 +116,7 @@ class Schedule:
         deepest = dict(wanted)
         steps: list[Step] = []
         for step in reversed(self.steps):
-            depth = deepest.get(step.tower, 0)
+            depth = deepest.get(step.tower, -1)
             if not step.taps:
                 if step.layer <= depth:
                     steps.append(step)
@@ -119,7 +126,7 @@ class Schedule:
                 steps.append(step if taps == step.taps else replace(step, taps=taps))
                 for tap in taps:
                     if (tap.source, tap.source_layer) not in known:
-                        deepest[tap.source] = max(tap.source_layer, deepest.get(tap.source, 0))
+                        deepest[tap.source] = max(tap.source_layer, deepest.get(tap.source, -1))
         return tuple(reversed(steps))
 
     def __str__(self) -> str:
@@ -165,7 +172,7 @@ def make_schedule(depths: Mapping[str, int], links: Iterable[LinkSpec]) -> Sched
     r"""Order every layer and every tap so that each comes after all that it needs, in the fewest stages.
 
     >>> str(make_schedule({"text": 2}, []))
-    'stage 1: run text layer 1\nstage 2: run text layer 2'
+    'stage 1: embed text\nstage 2: run text layer 1\nstage 3: run text layer 2'
 
     Args:
         depths: Number of layers of each tower.
@@ -182,7 +189,7 @@ def make_schedule(depths: Mapping[str, int], links: Iterable[LinkSpec]) -> Sched
     steps: nx.DiGraph[Step] = nx.DiGraph()
     for tower, depth in depths.items():
         chain = []
-        for index in range(1, depth + 1):
+        for index in range(depth + 1):
             chain.append(Step(tower, index))
             if (tower, index) in crossings:
                 chain.append(Step(tower, index, tuple(sorted(crossings[tower, index]))))
@@ -218,6 +225,10 @@ def _in_turn(stages: Iterable[Iterable[Step]]) -> tuple[Step, ...]:
                 steps.append(rest.popleft())
                 done.add((steps[-1].tower, steps[-1].layer))
     return tuple(steps)
+
+
+def _layer(tower: str, layer: int) -> str:
+    return f"{tower} layer {layer}" if layer else f"the embedding of {tower}"
 
 
 def _describe_cycle(steps: nx.DiGraph[Step]) -> str:

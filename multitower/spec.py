@@ -10,8 +10,9 @@ from typing import Any
 from torch import nn
 
 TRAIN = ("none", "all", "lora")
-ADAPTERS = ("gated", "paper", None)
+ADAPTERS = ("residual", "gated", "paper", None)
 PROJECTIONS = ("mlp", "linear", "relu", "none")
+GATES = ("tanh", None)
 POSITIONS = ("rotary", None)
 
 Taps = tuple[tuple[int, int], ...]
@@ -28,7 +29,7 @@ class TowerSpec:
     name: str
     source: str | None
     train: str = "none"
-    adapter: str | None = "gated"
+    adapter: str | None = None
     peft: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -52,11 +53,13 @@ class LinkSpec:
     name: str
     interleave: int | tuple[int, int] | None = None
     taps: Taps | None = None
-    projection: str = "mlp"
+    embeddings: bool = False
+    gate: str | None = None
+    projection: str = "none"
     heads: int | None = None
-    position: str | None = None
+    position: str | None = "rotary"
     window: int | None = None
-    feed_forward: bool = True
+    feed_forward: bool = False
 
     def __post_init__(self) -> None:
         where = f"link {self.name!r}"
@@ -81,14 +84,18 @@ class LinkSpec:
             if not self.taps:
                 raise GraphError(f"{where}: taps is empty; give at least one (source layer, target layer)")
             for tap in self.taps:
-                if not (
-                    isinstance(tap, tuple) and len(tap) == 2 and all(_is_positive(layer) for layer in tap)
-                ):
+                if not (isinstance(tap, tuple) and len(tap) == 2 and all(_is_layer(layer) for layer in tap)):
                     raise GraphError(
-                        f"{where}: tap {tap!r} must be a pair (source layer, target layer), counted from 1"
+                        f"{where}: tap {tap!r} must be a pair (source layer, target layer), counted from 1; "
+                        "0 is what enters layer 1"
                     )
             if len(set(self.taps)) < len(self.taps):
                 raise GraphError(f"{where}: the same tap stands twice in {list(self.taps)}")
+        if not isinstance(self.embeddings, bool):
+            raise GraphError(f"{where}: embeddings={self.embeddings!r} must be True or False")
+        if self.embeddings and self.taps is not None:
+            raise GraphError(f"{where}: embeddings=True adds a tap to interleave; add (0, 0) to taps instead")
+        _one_of(f"{where}: gate", self.gate, GATES)
         _one_of(f"{where}: projection", self.projection, PROJECTIONS)
         _one_of(f"{where}: position", self.position, POSITIONS)
         if self.heads is not None and not _is_positive(self.heads):
@@ -99,14 +106,17 @@ class LinkSpec:
             raise GraphError(f"{where}: feed_forward={self.feed_forward!r} must be True or False")
 
     def resolve(self, source_depth: int, target_depth: int) -> Taps:
-        """Give the taps as pairs (source layer, target layer), counted from 1, for towers of these depths.
+        """Return the taps as pairs (source layer, target layer), counted from 1, for towers of these depths.
 
         >>> LinkSpec("a", "b", name="a->b", interleave=(1, 2)).resolve(4, 6)
         ((1, 2), (2, 4), (3, 6))
         >>> LinkSpec("a", "b", name="a->b", interleave=2).resolve(3, 6)
         ((1, 2), (2, 4), (3, 6))
+        >>> LinkSpec("a", "b", name="a->b", interleave=(1, 2), embeddings=True).resolve(4, 6)
+        ((0, 0), (1, 2), (2, 4), (3, 6))
 
-        A single number takes the source layer at the same relative depth, rounded down (at least 1), so
+        Layer 0 is what enters layer 1: the embedded tokens, after the input adapter if there is one. A single
+        number takes the source layer at the same relative depth, rounded down (at least 1), so
         that links declared in this way can never make a cycle among layers.
 
         Raises:
@@ -121,7 +131,7 @@ class LinkSpec:
                     if layer > depth:
                         raise GraphError(
                             f"link {self.name!r}: tap {(source_layer, target_layer)} names layer {layer} of "
-                            f"tower {tower!r}, which has layers 1 to {depth}"
+                            f"tower {tower!r}, which has layers 1 to {depth} (0 is what enters layer 1)"
                         )
             return tuple(sorted(self.taps))
         if isinstance(self.interleave, tuple):
@@ -139,7 +149,7 @@ class LinkSpec:
                 f"{self.source!r} has {source_depth} layers and {self.target!r} has {target_depth}; "
                 "use smaller steps"
             )
-        return taps
+        return ((0, 0), *taps) if self.embeddings else taps
 
 
 def is_name(value: object) -> bool:
@@ -158,6 +168,10 @@ def _not_reserved(what: str, name: str) -> None:
 
 def _is_positive(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_layer(value: object) -> bool:
+    return (value == 0 and isinstance(value, int) and not isinstance(value, bool)) or _is_positive(value)
 
 
 def _one_of(what: str, value: object, allowed: tuple[object, ...]) -> None:

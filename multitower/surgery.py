@@ -145,7 +145,7 @@ def swap(
     if towers[name].depth != old.depth:
         graph = _with_exact_taps(model, graph, name)
     swapped = FusedModel(graph, towers, model)
-    _warn_of_open_gates(model, name)
+    _warn_of_open_links(model, name)
     return swapped
 
 
@@ -184,20 +184,19 @@ def _with_exact_taps(model: FusedModel, graph: FusionGraph, name: str) -> Fusion
             taps = [
                 (tap.source_layer, tap.target_layer) for tap in model.schedule.taps if tap.link == link.name
             ]
-            graph = redeclared(graph, [link.name], interleave=None, taps=sorted(taps))
+            graph = redeclared(graph, [link.name], interleave=None, embeddings=False, taps=sorted(taps))
     return graph
 
 
-def _warn_of_open_gates(model: FusedModel, name: str) -> None:
+def _warn_of_open_links(model: FusedModel, name: str) -> None:
     links = [link.name for link in model.graph.links.values() if name in (link.source, link.target)]
-    opened = {gate.split(" ")[0] for gate, value in model.gates().items() if value}
-    trained = [link for link in links if link in opened]
-    if model.gates().get(f"{name} adapter"):
+    trained = [link for link in links if model.is_open(link)]
+    if model.is_open(name):
         trained.append(f"the input adapter of {name}")
     if trained:
         warnings.warn(
-            f"{', '.join(trained)} learnt with the old tower {name!r}, and the gates are open; train them "
-            "with the new one before you rely on them",
+            f"{', '.join(trained)} learnt with the old tower {name!r}; train them with the new one before "
+            "you rely on them",
             stacklevel=4,
         )
 

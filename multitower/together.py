@@ -196,7 +196,7 @@ class GrowingReader(TapReader):
         for tap in cache.readers(name):
             self.readers.setdefault(tap.source_layer, []).append(tap)
 
-    def __call__(self, layer: int, x: Tensor, positions: Tensor) -> Tensor:
+    def update(self, layer: int, x: Tensor, positions: Tensor) -> Tensor:
         """Note what the layer gave for new tokens; then as ``TapReader``, with what there is by now."""
         if layer == 0:
             self.reads = self.reads_now()
@@ -206,7 +206,7 @@ class GrowingReader(TapReader):
         for tap in self.readers.get(layer, []):
             stream = {"times": self.times_of(positions[new]), "mask": self.lane.mask[:, new].bool()}
             self.cache.grow(tap, x[:, new], stream, start - begin)
-        return super().__call__(layer, x, positions)
+        return super().update(layer, x, positions)
 
 
 def decode_together(

@@ -58,7 +58,7 @@ def set_trained(graph: FusionGraph, towers: Mapping[str, Tower], kept: FusedMode
 
 
 def named_gates(model: FusedModel) -> dict[str, nn.Parameter]:
-    """Give the parameter of each gate, by readable name."""
+    """Return the parameter of each tanh gate, by readable name."""
     found: dict[str, Any] = {f"{name} adapter": module.gate for name, module in model.adapters.items()}
     for tap in model.schedule.taps:
         module = model.tap(tap)
@@ -67,17 +67,32 @@ def named_gates(model: FusedModel) -> dict[str, nn.Parameter]:
     return {name: gate for name, gate in found.items() if gate is not None}
 
 
-def parameter_groups(model: nn.Module, lr: float, gate_lr: float | None) -> list[dict[str, Any]]:
-    """Give what an optimizer should train, gates in a group of their own; see ``FusedModel``."""
-    gates: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            is_gate = name.startswith(("links.", "adapters.")) and name.endswith("gate")
-            (gates if is_gate else others).append(parameter)
+def parameter_groups(
+    model: nn.Module,
+    lr: float,
+    rates: Mapping[str, float | Mapping[str, float] | None],
+    gate_lr: float | None,
+) -> list[dict[str, Any]]:
+    """Return optimizer groups, one for each learning rate with and without decay; see ``FusedModel``."""
+    unused = {(kind, name) for kind, given in rates.items() if isinstance(given, Mapping) for name in given}
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for path, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        kind, name, *_ = path.split(".")
+        unused.discard((kind, name))
+        given = rates[kind]
+        rate = given.get(name) if isinstance(given, Mapping) else given
+        if kind != "towers" and path.endswith("gate"):
+            rate = 10 * lr if gate_lr is None else gate_lr
+        decays = parameter.dim() > 1
+        groups.setdefault((lr if rate is None else rate, decays), []).append(parameter)
+    if unused:
+        named = ", ".join(f"{kind}: {name!r}" for kind, name in sorted(unused))
+        raise ValueError(f"there is a learning rate for what has no trained parameters ({named})")
     return [
-        {"params": others, "lr": lr},
-        {"params": gates, "lr": 10 * lr if gate_lr is None else gate_lr, "weight_decay": 0.0},
+        {"params": parameters, "lr": rate, **({} if decays else {"weight_decay": 0.0})}
+        for (rate, decays), parameters in groups.items()
     ]
 
 

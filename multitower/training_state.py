@@ -23,7 +23,7 @@ def trained_state(model: FusedModel) -> dict[str, Tensor]:
 
     >>> from multitower.testing import tiny_model
     >>> sorted({name.partition(".")[0] for name in trained_state(tiny_model())})
-    ['adapters', 'links', 'towers']
+    ['links', 'towers']
     >>> any(name.startswith("towers.text.") for name in trained_state(tiny_model()))    # it is frozen
     False
     """

@@ -11,7 +11,7 @@ from torch import nn
 
 import multitower as mt
 from models import EXAMPLES, causal_lm
-from multitower.testing import open_gates
+from multitower.testing import open_links
 
 CONFIGS: dict[str, Callable[[], peft.PeftConfig]] = {
     "lora": lambda: peft.LoraConfig(r=4, target_modules={"v_proj", "q_proj"}, task_type="CAUSAL_LM"),
@@ -43,7 +43,7 @@ def fused(text: Any, train: Any = "lora", *, trained: bool = True) -> mt.FusedMo
     graph.add_link("text", "speech", interleave=(1, 2))
     torch.manual_seed(5)
     model = graph.compile().eval()
-    return randomise(open_gates(model, seed=7)) if trained else model
+    return randomise(open_links(model, seed=7)) if trained else model
 
 
 def randomise(model: mt.FusedModel) -> mt.FusedModel:

@@ -14,7 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import multitower as mt
 from models import causal_lm, pair, segment
-from multitower.testing import open_gates
+from multitower.testing import open_links
 
 STEPS = 7
 FAMILIES = {
@@ -53,7 +53,7 @@ def fused(family: str, *, gates: bool) -> mt.FusedModel:
     model = pair(text_model(family), causal_lm("llama", depth=4, vocab_size=14, seed=1))
     if not model.tower("text").decodes_cached:
         pytest.skip(f"transformers {transformers.__version__} decodes {family} otherwise than its forward")
-    return open_gates(model, seed=7, scale=3.0) if gates else model
+    return open_links(model, seed=7, scale=3.0) if gates else model
 
 
 def prompt(example: list[mt.Segment]) -> list[int]:

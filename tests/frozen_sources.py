@@ -9,7 +9,7 @@ import torch
 import multitower as mt
 from models import segment
 from multitower.stream import Batch
-from multitower.testing import open_gates, tiny_tower
+from multitower.testing import open_links, tiny_tower
 
 
 def fused(
@@ -30,7 +30,7 @@ def fused(
     graph.add_link("speech", "text", taps=[(layers[0], 1)], name="again", position="rotary")
     graph.add_link("image", "text", taps=[(2, 3)], window=5)
     torch.manual_seed(5)
-    return open_gates(graph.compile(), seed=7)
+    return open_links(graph.compile(), seed=7)
 
 
 def row(seed: int) -> list[mt.Segment]:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import multitower as mt
-from multitower.testing import open_gates, tiny_tower
+from multitower.testing import open_links, tiny_tower
 
 transformers_families = ("llama", "gpt2", "qwen3", "gemma3_text", "bloom", "phi3")
 
@@ -52,15 +52,17 @@ def pair(
     position: str | None = None,
     window: int | None = None,
 ) -> mt.FusedModel:
-    """Speech and text, linked in both directions; speech of unlike width and depth."""
+    """Speech and text, linked in both directions as in Zipper; speech of unlike width and depth."""
     graph = mt.FusionGraph()
-    graph.add_tower("speech", speech or tiny_tower(1, depth=4, width=12, vocab_size=14), train=train)
-    graph.add_tower("text", text or tiny_tower(2, depth=2, width=8, vocab_size=20))
-    graph.add_link("speech", "text", interleave=(2, 1), position=position, window=window)
-    graph.add_link("text", "speech", interleave=(1, 2), position=position, window=window)
+    speech = speech or tiny_tower(1, depth=4, width=12, vocab_size=14)
+    graph.add_tower("speech", speech, train=train, adapter="gated")
+    graph.add_tower("text", text or tiny_tower(2, depth=2, width=8, vocab_size=20), adapter="gated")
+    link = {"gate": "tanh", "projection": "mlp", "feed_forward": True, "position": position, "window": window}
+    graph.add_link("speech", "text", interleave=(2, 1), **link)
+    graph.add_link("text", "speech", interleave=(1, 2), **link)
     torch.manual_seed(5)
     model = graph.compile().eval()
-    return open_gates(model, seed=7) if gates else model
+    return open_links(model, seed=7) if gates else model
 
 
 def segment(tower: str, *tokens: int, target: bool = False) -> mt.Segment:

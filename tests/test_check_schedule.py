@@ -43,7 +43,7 @@ def unread(schedule: Schedule) -> Schedule:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (late, "and could in stage 4"),
+        (late, "and could in stage 5"),
         (turned, "which it needs"),
         (twice, "runs twice"),
         (cut, "these never run"),

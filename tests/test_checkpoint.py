@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import multitower as mt
 from models import EXAMPLES, causal_lm, pair
 from multitower.fingerprint import fingerprint
-from multitower.testing import open_gates, tiny_tower
+from multitower.testing import open_links, tiny_tower
 from tampering import reseal
 
 
@@ -29,7 +29,7 @@ def model(text_folder: Path) -> mt.FusedModel:
     graph.add_tower("text", text_folder)
     graph.add_link("speech", "text", interleave=(2, 1))
     graph.add_link("text", "speech", interleave=(1, 2))
-    model = open_gates(graph.compile().eval())
+    model = open_links(graph.compile().eval())
     with torch.no_grad():
         model.unimodal("speech").lm_head.weight.add_(0.1)
     return model

@@ -169,7 +169,7 @@ def test_a_link_of_another_graph_is_listed_tap_by_tap(tmp_path: Path) -> None:
     pair(gates=True, train="all").save_pretrained(tmp_path)
     said = document(tmp_path)
     said["graph"]["links"][0]["taps"] = [[1, 2], [2, 1]]
-    said["graph"]["links"][0]["interleave"] = None
+    said["graph"]["links"][0] |= {"interleave": None, "embeddings": False}
     said["schedule"] = None
     rewrite(tmp_path, **said)
     with pytest.raises(mt.CheckpointError) as caught:

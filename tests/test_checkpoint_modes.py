@@ -16,7 +16,7 @@ from torch import nn
 
 import multitower as mt
 from models import causal_lm, pair
-from multitower.testing import open_gates, tiny_tower
+from multitower.testing import open_links, tiny_tower
 from tampering import reseal
 from test_checkpoint_format import BLANKS, assert_same, blanks, document
 
@@ -34,11 +34,12 @@ def origin(tmp_path: Path) -> Path:
 def model(origin: Path) -> mt.FusedModel:
     """Text is referred to, speech is stored."""
     graph = mt.FusionGraph()
-    graph.add_tower("speech", causal_lm("gpt2", depth=4, vocab_size=14), train="all")
-    graph.add_tower("text", origin)
+    speech = causal_lm("gpt2", depth=4, vocab_size=14)
+    graph.add_tower("speech", speech, train="all", adapter="residual")
+    graph.add_tower("text", origin, adapter="gated")
     graph.add_link("speech", "text", interleave=(2, 1))
-    graph.add_link("text", "speech", interleave=(1, 2))
-    return open_gates(graph.compile().eval(), seed=7)
+    graph.add_link("text", "speech", interleave=(1, 2), gate="tanh")
+    return open_links(graph.compile().eval(), seed=7)
 
 
 def test_one_changed_value_is_noticed(model: mt.FusedModel, origin: Path, tmp_path: Path) -> None:
@@ -287,7 +288,7 @@ def test_every_dtype_comes_back_bit_for_bit(tmp_path: Path, dtype: torch.dtype, 
     graph.add_tower("speech", tmp_path / "speech", train="all")
     graph.add_tower("text", tmp_path / "text")
     graph.add_link("speech", "text", interleave=(2, 1))
-    model = open_gates(graph.compile().eval())
+    model = open_links(graph.compile().eval())
     with torch.no_grad():
         model.unimodal("speech").lm_head.weight.mul_(1.1)
     model.save_pretrained(tmp_path / "fused", embed_towers=embed)

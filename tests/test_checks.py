@@ -7,6 +7,8 @@ import functools
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +26,7 @@ from multitower.testing import (
     check_gradients,
     check_model,
     model_report,
-    open_gates,
+    open_links,
     tiny_tower,
 )
 
@@ -37,11 +39,13 @@ EXAMPLES = [
 
 def make_model(text: torch.nn.Module | None = None) -> mt.FusedModel:
     graph = mt.FusionGraph()
-    graph.add_tower("speech", tiny_tower(0, depth=3, width=12), train="all")
-    graph.add_tower("text", text or tiny_tower(1), adapter=None)
+    graph.add_tower("speech", tiny_tower(0, depth=3, width=12), train="all", adapter="residual")
+    graph.add_tower("text", text or tiny_tower(1))
     graph.add_tower("music", tiny_tower(2, depth=1), adapter="paper")
-    graph.add_link("speech", "text", interleave=1, window=2)
-    graph.add_link("text", "speech", interleave=1, position="rotary")
+    graph.add_link("speech", "text", interleave=1, embeddings=True, window=2, feed_forward=True)
+    graph.add_link(
+        "text", "speech", interleave=1, position="rotary", gate="tanh", projection="mlp", feed_forward=True
+    )
     graph.add_link("text", "music", taps=[(2, 1)])
     graph.add_link("speech", "music", taps=[(1, 1), (2, 1)], name="again")
     torch.manual_seed(5)
@@ -94,6 +98,25 @@ def one_after_the_other(
     return x
 
 
+def reads_before_the_adapter(
+    original: Callable,
+    model: mt.FusedModel,
+    taps: tuple,
+    x: Tensor,
+    rotations: Any,
+    seen: Any,
+    states: Any,
+    *rest: object,
+) -> Tensor:
+    table = model.tower("speech").table.weight
+    embedded = states.given.get(("speech", 0))
+    if embedded is None:
+        return original(model, taps, x, rotations, seen, states, *rest)
+    bare = table[torch.cdist(embedded.detach(), table).argmin(-1)]
+    states = replace(states, given={**states.given, ("speech", 0): bare})
+    return original(model, taps, x, rotations, seen, states, *rest)
+
+
 def forgets_a_tap(original: Callable, self: object, *args: object) -> None:
     original(self, *args)
     if self.reads:
@@ -138,7 +161,7 @@ def leaks_when_closed(
 
 
 def loads_closed_gates(original: Callable, *args: object, **options: object) -> mt.FusedModel:
-    return open_gates(original(*args, **options), scale=0.0)
+    return open_links(original(*args, **options), scale=0.0)
 
 
 def trains_all(original: Callable, self: mt.FusedModel, *args: object) -> None:
@@ -164,6 +187,7 @@ BREAKAGES = {
     "no window": ((run, "visibility", without_a_window), {"definition"}),
     "no window in decoding": ((cache, "visibility", without_a_window), {"decoding"}),
     "links in sequence": ((run, "update", one_after_the_other), {"order", "definition"}),
+    "embeddings are read before the adapter": ((run, "update", reads_before_the_adapter), {"definition"}),
     "a tap forgotten in decoding": ((cache.TapReader, "__init__", forgets_a_tap), {"decoding"}),
     "a tap not refreshed between outputs": (
         (cache.TapCache, "refresh", forgets_to_refresh_a_tap),
@@ -197,7 +221,7 @@ def test_rounding_in_half_precision_breaks_no_promise(seed: int) -> None:
     graph.add_tower("speech", tiny_tower(0))
     graph.add_tower("text", tiny_tower(1, depth=4, width=11).to(torch.bfloat16))
     graph.add_tower("music", tiny_tower(2))
-    graph.add_link("speech", "text", interleave=1)
+    graph.add_link("speech", "text", interleave=1, position=None)
     graph.add_link("text", "music", interleave=1)
     torch.manual_seed(seed)
     rows = [

@@ -159,8 +159,9 @@ def test_each_part_has_its_own_flops():
     width, inner, vocabulary, rows, length = 16, 32, 20, 2, 5
     graph = FusionGraph()
     graph.add_tower("speech", causal_lm("llama"), adapter=None)
-    graph.add_tower("text", causal_lm("llama", seed=1))
-    graph.add_link("speech", "text", taps=[(1, 2)], heads=2)
+    graph.add_tower("text", causal_lm("llama", seed=1), adapter="residual")
+    link = {"projection": "mlp", "feed_forward": True, "position": None}
+    graph.add_link("speech", "text", taps=[(1, 2)], heads=2, **link)
     speech, text = (mt.Segment(name, [3] * length, target=name == "text") for name in ("speech", "text"))
     found = graph.estimate(mt.collate([[speech, text]] * rows))
     tokens, pairs = rows * length, rows * length**2

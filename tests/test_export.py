@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import multitower as mt
 from models import EXAMPLES, causal_lm, pair
 from multitower.export import ExportError, export_tower
-from multitower.testing import open_gates, tiny_tower
+from multitower.testing import open_links, tiny_tower
 
 # torch's own export warns of its own parts.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:torch", "ignore::DeprecationWarning:torch")
@@ -93,7 +93,7 @@ def test_only_what_is_read_is_part_of_it(tmp_path: Path) -> None:
     graph.add_link("music", "speech", interleave=1)
     graph.add_link("speech", "text", interleave=1)
     graph.add_link("text", "dance", interleave=1)
-    model = open_gates(graph.compile())
+    model = open_links(graph.compile())
     program = export_tower(model, "text")
     names = ("music", "speech", "text")
     streams = streams_of([[mt.Segment(name, [0, 4, 5]) for name in names], [mt.Segment("text", [0])]])
@@ -118,7 +118,7 @@ def test_adapters_dtype_and_mode_are_kept() -> None:
     graph.add_tower("speech", tiny_tower(1).bfloat16())
     graph.add_tower("text", causal_lm("llama"), train=peft.LoraConfig(r=2, init_lora_weights=False))
     graph.add_link("speech", "text", interleave=1)
-    model = open_gates(graph.compile()).train()
+    model = open_links(graph.compile()).train()
     streams = streams_of([[mt.Segment("speech", [0, 5, 1]), mt.Segment("text", [0, 5, 6])]])
     run = export_tower(model, "text").module()
     assert model.training

@@ -13,7 +13,7 @@ from torch import nn
 
 import multitower as mt
 from models import causal_lm
-from multitower.testing import open_gates, tiny_tower
+from multitower.testing import open_links, tiny_tower
 
 # peft 0.21 asks transformers 5.23 in the old way.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -43,7 +43,7 @@ def test_a_failed_load_leaves_given_modules_as_they_were(
     graph.add_tower("plain", tiny_tower(1), train=peft.LoraConfig(target_modules=["attention"]))
     graph.add_tower("text", causal_lm("llama"), train="lora")
     graph.add_link("plain", "text", interleave=1)
-    model = open_gates(graph.compile().eval())
+    model = open_links(graph.compile().eval())
     model.save_pretrained(tmp_path)
     given = {"plain": tiny_tower(2).train(), "text": causal_lm("llama").train()}
     before = {name: snapshot(module) for name, module in given.items()}

@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounter
 
 import multitower as mt
 from families import FIRST_TOKEN, VOCAB_SIZE, families, tiny
-from multitower.testing import check_tower, open_gates
+from multitower.testing import check_tower, open_links
 
 REPRESENTATIVE = {
     "llama": "rotary positions, grouped keys",
@@ -73,7 +73,7 @@ def fused(family: str) -> mt.FusedModel:
     graph.add_link("speech", "text", interleave=2, position="rotary")
     graph.add_link("text", "speech", interleave=2)
     torch.manual_seed(5)
-    return open_gates(graph.compile())
+    return open_links(graph.compile())
 
 
 def segment(tower: str, length: int, *, target: bool = False) -> mt.Segment:

@@ -27,7 +27,7 @@ from decoding import (
     text_model,
 )
 from models import causal_lm, pair, segment
-from multitower.testing import open_gates, tiny_tower
+from multitower.testing import open_links, tiny_tower
 
 
 def skip_unless_offered(family: str, options: dict) -> None:
@@ -264,7 +264,7 @@ def test_wide_beams_find_the_best_of_all_sequences(tower: str, copies: int) -> N
     size, steps = 6, 3
     plain = tiny_tower(3, vocab_size=size)
     text = plain if tower == "plain" else causal_lm(tower, vocab_size=size, seed=5)
-    model = open_gates(pair(text), seed=7, scale=3.0)
+    model = open_links(pair(text), seed=7, scale=3.0)
     examples = [[segment("speech", 5, 6, 7, 8)], [segment("text", 4, 5, 2), segment("speech", 9, 3)]]
     options = {"max_new_tokens": steps, "eos_token_id": None, "num_beams": size**2}
     found = decode(model, examples, **options, num_return_sequences=copies)

@@ -17,9 +17,9 @@ def graph() -> mt.FusionGraph:
 
 
 def test_json_round_trip(graph: mt.FusionGraph) -> None:
-    graph.add_link("speech", "text", interleave=(1, 2), projection="relu")
-    graph.add_link("text", "speech", interleave=2, heads=4, feed_forward=False)
-    graph.add_link("text", "speech", taps=[(1, 1)], name="extra")
+    graph.add_link("speech", "text", interleave=(1, 2), embeddings=True, projection="relu", gate="tanh")
+    graph.add_link("text", "speech", interleave=2, heads=4, feed_forward=True)
+    graph.add_link("text", "speech", taps=[(0, 1)], name="extra")
     again = mt.FusionGraph.from_json(graph.to_json())
     assert again == graph
     assert list(again.links) == ["speech->text", "text->speech", "extra"]
@@ -53,7 +53,11 @@ def test_parallel_links_need_a_name(graph: mt.FusionGraph) -> None:
         ({}, "give either interleave"),
         ({"interleave": 1, "taps": [(1, 1)]}, "give either interleave"),
         ({"taps": []}, "taps is empty"),
-        ({"taps": [(0, 1)]}, "counted from 1"),
+        ({"taps": [(-1, 1)]}, "counted from 1; 0 is what enters layer 1"),
+        ({"taps": [(1, True)]}, "counted from 1; 0 is what enters layer 1"),
+        ({"taps": [(1, 1)], "embeddings": True}, r"add \(0, 0\) to taps instead"),
+        ({"interleave": 1, "embeddings": 1}, "embeddings=1 must be True or False"),
+        ({"interleave": 1, "gate": "sigmoid"}, "gate='sigmoid' is unknown; choose one of 'tanh', None"),
         ({"taps": [(1, 1), (1, 1)]}, "twice"),
         ({"interleave": 1, "projection": "cubic"}, "choose one of 'mlp', 'linear', 'relu', 'none'"),
         ({"interleave": 1, "heads": 0}, "heads=0"),

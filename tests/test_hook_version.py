@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import multitower as mt
 from models import causal_lm
-from multitower.testing import open_gates
+from multitower.testing import open_links
 
 TAPS = [(1, 2), (2, 1), (3, 4)]
 LENGTHS = {"full": ((6, 6, 6), (5, 5, 5)), "ragged": ((6, 3, 4), (5, 7, 2))}
@@ -24,8 +24,9 @@ def both(*, careful: bool) -> tuple[mt.FusedModel, Any, list[Any]]:
     graph = mt.FusionGraph()
     graph.add_tower("source", causal_lm("llama", depth=3, seed=1), adapter=None)
     graph.add_tower("text", causal_lm("llama", depth=4, seed=2), adapter=None)
-    graph.add_link("source", "text", taps=TAPS)
-    model = open_gates(graph.compile())
+    zipper = {"gate": "tanh", "projection": "mlp", "feed_forward": True, "position": None}
+    graph.add_link("source", "text", taps=TAPS, **zipper)
+    model = open_links(graph.compile())
     modules = {(tap.source_layer, tap.target_layer): model.tap(tap) for tap in model.schedule.taps}
     taps = [modules[pair] for pair in TAPS]
     hooked_class = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "hook_version.py"))["Hooked"]

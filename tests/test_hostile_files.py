@@ -22,7 +22,7 @@ from victims import Base, at_most
 def small(folder: Path) -> mt.FusedModel:
     """Save a model whose one tower is stored as a transformers checkpoint."""
     graph = mt.FusionGraph()
-    graph.add_tower("text", causal_lm("llama", width=8), train="all")
+    graph.add_tower("text", causal_lm("llama", width=8), train="all", adapter="residual")
     graph.compile().save_pretrained(folder)
     return mt.FusedModel.from_pretrained(folder)
 

@@ -20,7 +20,7 @@ from frozen_sources import brought, data, fused, row
 from models import causal_lm, segment
 from multitower.graph import redeclared
 from multitower.stream import Batch
-from multitower.testing import open_gates
+from multitower.testing import open_links
 from multitower.testing.strategies import examples, graphs
 
 FEWER = settings(max_examples=settings().max_examples // 2)
@@ -158,7 +158,7 @@ def cases(draw: st.DrawFn) -> tuple[mt.FusedModel, list[Batch]]:
     model = mt.FusedModel(redeclared(declared, sources, train="none", adapter=None), towers)  # type: ignore[arg-type]  # a ModuleDict's values are towers here
     vocabularies = {name: tower.vocab_size for name, tower in towers.items()}
     rows = draw(st.lists(examples(vocabularies), min_size=1, max_size=3))
-    return open_gates(model, seed=1), list(map(mt.collate, rows))
+    return open_links(model, seed=1), list(map(mt.collate, rows))
 
 
 @FEWER

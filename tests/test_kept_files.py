@@ -102,7 +102,7 @@ def test_a_model_without_such_sources_is_told_why(folder: Path) -> None:
         ("layer 3", (3, 5, 12), r"layer 3 has shape \(3, 5, 12\) and tokens has .* \(batch, length, width\)"),
         ("layer 3", None, r"stream 'speech': layer 3 has shape"),
         ("layer 3", 11, r"brings states of shape .*, but tower 'speech' is 12 wide"),
-        ("layer 5", 12, r"brings states of 'layer 5', but tower 'speech' has layers 1 to 4"),
+        ("layer 5", 12, r"brings states of 'layer 5', but tower 'speech' has layers 0 to 4"),
         ("layer one", 12, r"brings states of 'layer one'"),
     ],
 )

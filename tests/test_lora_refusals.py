@@ -129,7 +129,7 @@ for build in (graph.compile, lambda: mt.FusedModel.from_pretrained({str(folder)!
     except ImportError as error:
         print(error)
 plain = mt.FusionGraph()
-plain.add_tower("text", {str(origin)!r})
+plain.add_tower("text", {str(origin)!r}, adapter="gated")
 print(plain.compile().gates())
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -12,7 +12,7 @@ from torch import nn
 
 import multitower as mt
 from models import EXAMPLES, causal_lm, pair
-from multitower.testing import open_gates, tiny_tower
+from multitower.testing import open_links, tiny_tower
 
 BATCH = mt.collate(EXAMPLES)
 TEXT = BATCH["streams"]["text"]["tokens"]
@@ -39,7 +39,7 @@ def test_tied_embeddings_train_and_come_back_tied(family: str, tmp_path: Path) -
     graph.add_tower("speech", tiny_tower(1, vocab_size=14))
     graph.add_tower("text", tied(family), train="all")
     graph.add_link("speech", "text", interleave=1)
-    fused = open_gates(graph.compile())
+    fused = open_links(graph.compile())
     groups = fused.parameter_groups(lr=1e-2)
     trained = [id(parameter) for group in groups for parameter in group["params"]]
     assert len(trained) == len(set(trained))
@@ -108,7 +108,7 @@ def test_models_that_record_their_layers(family: str, flag: str, before: bool) -
     fused = pair(model)
     setattr(model.config, flag, True)
     assert torch.equal(fused(**BATCH).logits["text"], wanted.logits)
-    assert decoded(open_gates(fused, seed=7)) == expected
+    assert decoded(open_links(fused, seed=7)) == expected
     fused(**BATCH).loss.backward()
     found = model(TEXT, use_cache=False)
     key = flag.removeprefix("output_")

@@ -13,7 +13,7 @@ from multitower.cache import TapCache
 from multitower.schedule import make_schedule
 from multitower.spec import LinkSpec
 from multitower.stream import make_streams
-from multitower.testing import open_gates, tiny_tower
+from multitower.testing import open_links, tiny_tower
 
 
 def chain() -> mt.FusedModel:
@@ -23,7 +23,7 @@ def chain() -> mt.FusedModel:
         graph.add_tower(name, tiny_tower(seed, depth=4), train="all", adapter=None)
     graph.add_link("image", "speech", taps=[(1, 1), (3, 3)])
     graph.add_link("speech", "text", taps=[(2, 2)])
-    return open_gates(graph.compile().eval())
+    return open_links(graph.compile().eval())
 
 
 def counted(model: mt.FusedModel) -> Counter[str]:
@@ -121,7 +121,7 @@ def test_what_is_needed_is_what_a_search_backwards_finds(wanted: dict[str, int])
     runs, reads = set(), set()
 
     def given(name: str, layer: int) -> None:
-        if layer > 1:
+        if layer:
             updated(name, layer - 1)
         if layer <= dict(schedule.depths)[name]:
             runs.add((name, layer))

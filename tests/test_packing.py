@@ -41,7 +41,7 @@ def test_peft_adapters_learn_the_same() -> None:
     config = peft.LoraConfig(target_modules=["attention"])
     graph.add_tower("text", mt.testing.tiny_tower(vocab_size=20), train=config)
     graph.add_link("speech", "text", interleave=1)
-    model, batch = mt.testing.open_gates(graph.compile()).eval(), mt.collate(EXAMPLES)
+    model, batch = mt.testing.open_links(graph.compile()).eval(), mt.collate(EXAMPLES)
     expected, found = gradients(model, batch), gradients(model, mt.pack(batch))
     assert any("lora" in name for name in expected)
     for name, each in expected.items():

@@ -15,7 +15,7 @@ from torch import nn
 import multitower as mt
 from models import EXAMPLES, causal_lm, pair
 from multitower.fingerprint import fingerprint
-from multitower.testing import open_gates
+from multitower.testing import open_links
 from multitower.tower.lora import base_state
 
 BATCH = mt.collate(EXAMPLES)
@@ -196,7 +196,7 @@ def test_a_tower_half_on_a_gpu(rest: str, tmp_path: Path) -> None:
     assert torch.equal(tower(TEXT.cuda()), placed(TEXT.cuda(), use_cache=False).logits)
     streams = {name: {k: v.cuda() for k, v in part.items()} for name, part in BATCH["streams"].items()}
     fused = pair(placed, causal_lm("gpt2", depth=4, vocab_size=14).cuda())
-    open_gates(fused)(streams).loss.backward()
+    open_links(fused)(streams).loss.backward()
     for name, parameter in fused.named_parameters():
         if name.startswith(("links.", "adapters.")):
             assert parameter.device == torch.device("cuda", 0)
@@ -209,7 +209,7 @@ def test_a_tower_on_two_gpus() -> None:
     places = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.norm": 1, "lm_head": 1}
     places |= {f"model.layers.{layer}": int(layer > 1) for layer in range(4)}
     placed = accelerate.dispatch_model(causal_lm("llama", depth=4), places)
-    fused = open_gates(pair(placed, causal_lm("gpt2", depth=4, vocab_size=14).cuda()))
+    fused = open_links(pair(placed, causal_lm("gpt2", depth=4, vocab_size=14).cuda()))
     streams = {name: {k: v.cuda() for k, v in part.items()} for name, part in BATCH["streams"].items()}
     fused(streams).loss.backward()
     assert all(parameter.grad is not None for parameter in fused.links.parameters())

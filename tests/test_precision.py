@@ -8,7 +8,7 @@ from torch import nn
 
 import multitower as mt
 from models import EXAMPLES, causal_lm, pair
-from multitower.testing import open_gates
+from multitower.testing import open_links
 
 BATCH = mt.collate(EXAMPLES)
 TEXT = BATCH["streams"]["text"]["tokens"]
@@ -59,7 +59,7 @@ def test_flex_attention() -> None:
     model.set_attn_implementation("flex_attention")
     tokens = TEXT.cuda()
     assert torch.equal(mt.TransformersTower(model)(tokens), native(model, tokens))
-    fused = open_gates(pair(model))
+    fused = open_links(pair(model))
     streams = {name: {k: v.cuda() for k, v in part.items()} for name, part in BATCH["streams"].items()}
     fused.tower("speech").cuda()
     fused.links.cuda()
@@ -80,7 +80,7 @@ def test_towers_of_any_two_dtypes(family: str, text_dtype: torch.dtype, speech_d
     assert torch.equal(logits["text"], native(text, TEXT))
     assert torch.equal(logits["speech"], native(speech, SPEECH))
     alone = fused.run(BATCH["streams"]).hidden
-    open_gates(fused)
+    open_links(fused)
     together = fused.run(BATCH["streams"]).hidden
     for name, states in alone.items():
         assert states.dtype == together[name].dtype
@@ -99,7 +99,7 @@ def test_generating_reads_a_source_of_another_dtype(text_dtype: torch.dtype) -> 
     other = torch.bfloat16 if text_dtype == torch.float32 else torch.float32
     fused = pair(causal_lm("llama").to(text_dtype), causal_lm("gpt2", depth=4, vocab_size=14).to(other))
     ((closed,),) = fused.generate([[EXAMPLES[0][0]]], ["text"], max_new_tokens=6, min_new_tokens=6)
-    ((opened,),) = open_gates(fused, scale=3).generate(
+    ((opened,),) = open_links(fused, scale=3).generate(
         [[EXAMPLES[0][0]]], ["text"], max_new_tokens=6, min_new_tokens=6
     )
     assert len(closed.tokens) == len(opened.tokens) == 7

@@ -15,7 +15,7 @@ from torch import nn
 import multitower as mt
 from models import EXAMPLES, causal_lm, pair
 from multitower.fingerprint import fingerprint
-from multitower.testing import open_gates, tiny_tower
+from multitower.testing import open_links, tiny_tower
 
 BATCH = mt.collate(EXAMPLES)
 TEXT = BATCH["streams"]["text"]["tokens"]
@@ -243,7 +243,7 @@ def test_a_quantised_tower_that_nothing_feeds_may_quantise_activations() -> None
     graph.add_tower("text", model, adapter=None)
     graph.add_tower("speech", tiny_tower(1, vocab_size=14))
     graph.add_link("text", "speech", interleave=1)
-    open_gates(graph.compile())(**BATCH).losses["speech"].backward()
+    open_links(graph.compile())(**BATCH).losses["speech"].backward()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="bitsandbytes is run on a GPU here")

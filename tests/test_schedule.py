@@ -17,7 +17,7 @@ def test_both_directions_of_a_pair_share_a_stage() -> None:
     schedule = make_schedule(
         {"a": 3, "b": 3}, [link("a", "b", interleave=(1, 1)), link("b", "a", interleave=(1, 1))]
     )
-    assert len(schedule.stages) == 6
+    assert len(schedule.stages) == 7
 
 
 def test_cycle_among_layers_is_shown() -> None:
@@ -30,6 +30,21 @@ def test_cycle_among_layers_is_shown() -> None:
     assert "after a layer 1, read b layer 3" in message
     assert "To break the circle" in message
     assert "tap (3, 1) of link" in message
+
+
+def test_embeddings_are_read_before_the_first_layer() -> None:
+    schedule = make_schedule({"a": 2, "b": 2}, [link("a", "b", interleave=(2, 1), embeddings=True)])
+    assert [str(step) for step in schedule.stages[1]] == [
+        "run a layer 1",
+        "after the embedding of b, read the embedding of a",
+    ]
+    assert [(tap.source_layer, tap.target_layer) for tap in sorted(schedule.taps)] == [(0, 0), (2, 1)]
+
+
+def test_a_tap_into_the_embedding_may_be_in_a_cycle() -> None:
+    links = [link("a", "b", taps=((1, 0),)), link("b", "a", taps=((2, 0),))]
+    with pytest.raises(mt.GraphError, match="after the embedding of b, read a layer 1"):
+        make_schedule({"a": 2, "b": 2}, links)
 
 
 def test_explanation_names_everything() -> None:
@@ -45,7 +60,7 @@ def test_sixteen_towers_linked_completely_are_scheduled() -> None:
     names = [f"tower{number}" for number in range(16)]
     links = [link(a, b, interleave=1) for a, b in itertools.permutations(names, 2)]
     schedule = make_schedule(dict.fromkeys(names, 8), links)
-    assert len(schedule.stages) == 16
+    assert len(schedule.stages) == 17
     assert len(schedule.taps) == 16 * 15 * 8
 
 
@@ -54,5 +69,5 @@ def test_each_tower_runs_as_far_as_it_can() -> None:
     back = LinkSpec("a", "b", name="a->b", taps=((1, 2),))
     schedule = make_schedule({"a": 3, "b": 4}, [there, back])
     order = [f"{step.tower}{step.layer}{'+' if step.taps else ''}" for step in schedule.steps]
-    assert order == ["a1", "b1", "b2", "b2+", "b3", "b4", "a1+", "a2", "a2+", "a3"]
+    assert order == ["a0", "a1", "b0", "b1", "b2", "b2+", "b3", "b4", "a1+", "a2", "a2+", "a3"]
     assert sorted(schedule.steps, key=str) == sorted((s for stage in schedule.stages for s in stage), key=str)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import multitower as mt
 from models import causal_lm, segment
-from multitower.testing import open_gates, tiny_tower
+from multitower.testing import open_links, tiny_tower
 from tampering import reseal
 
 DIALOGUE = [
@@ -78,7 +78,7 @@ def test_closed_gates_leave_both_towers_as_the_model_is(family: str) -> None:
 def test_a_shared_model_gives_what_two_copies_give(family: str, output: list) -> None:
     module = tiny_tower(depth=4, vocab_size=20) if family == "tiny" else causal_lm("llama", depth=4)
     shared, apart = dialogue(module, module), dialogue(copy.deepcopy(module), copy.deepcopy(module))
-    open_gates(shared, 3), open_gates(apart, 3)
+    open_links(shared, 3), open_links(apart, 3)
     assert_same(shared, apart)
     given = [[segment("ask", 5, 6)], [segment("answer", 3), segment("ask", 4)]]
     decoded = []
@@ -180,7 +180,7 @@ def test_a_shared_model_is_stored_once_and_shared_when_loaded(folder: str, tmp_p
         module = tiny_tower(depth=4, vocab_size=20) if kind == "plain" else causal_lm("llama", depth=4)
         model = dialogue(module, module, "lora" if kind == "lora" else "all")
         steps(model)
-    open_gates(model)
+    open_links(model)
     model.save_pretrained(tmp_path / "fused", embed_towers=kind == "embedded")
     records = json.loads((tmp_path / "fused/fusion.json").read_text())["towers"]
     assert records["answer"] == {"shared_with": "ask"}
@@ -196,7 +196,7 @@ def test_a_shared_model_is_stored_once_and_shared_when_loaded(folder: str, tmp_p
 
 
 def test_a_given_tower_is_taken_for_all_that_share(folder: str, tmp_path: Path) -> None:
-    model = open_gates(dialogue(folder, folder))
+    model = open_links(dialogue(folder, folder))
     model.save_pretrained(tmp_path / "fused")
     moved = str(Path(folder).rename(tmp_path / "moved"))
     again = mt.FusedModel.from_pretrained(tmp_path / "fused", towers={"answer": moved})
@@ -210,7 +210,7 @@ def test_a_given_tower_is_taken_for_all_that_share(folder: str, tmp_path: Path) 
 
 
 def test_a_checkpoint_from_before_loads_without_sharing(folder: str, tmp_path: Path) -> None:
-    model = open_gates(dialogue(folder, folder))
+    model = open_links(dialogue(folder, folder))
     model.save_pretrained(tmp_path / "fused")
     reseal(tmp_path / "fused", lambda saved: saved["towers"].update(answer=saved["towers"]["ask"]))
     assert_same(model, mt.FusedModel.from_pretrained(tmp_path / "fused"))

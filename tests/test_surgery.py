@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import multitower as mt
 from grown import WITH_MUSIC, assert_same, music, steps, trained_pair, with_music, without
 from models import EXAMPLES, causal_lm, pair, segment
-from multitower.testing import open_gates, tiny_tower
+from multitower.testing import open_links, tiny_tower
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def test_dropping_is_the_inverse_of_adding(data: st.DataObject) -> None:
     for source, target in ((a, b) for a in names for b in names if a != b):
         if data.draw(st.booleans()):
             graph.add_link(source, target, interleave=1)
-    model = open_gates(graph.compile().eval(), seed=1)
+    model = open_links(graph.compile().eval(), seed=1)
     graph = model.graph
     graph.add_tower("new", tiny_tower(9, depth=2, width=4, vocab_size=12))
     for name in names:
@@ -49,14 +49,14 @@ def test_dropping_is_the_inverse_of_adding(data: st.DataObject) -> None:
     rest = without(examples, "new")
     expected = model(streams=rest).logits
     assert_same(bigger(**mt.collate(examples)).logits, expected)
-    smaller = open_gates(bigger, seed=2).drop("new")
+    smaller = open_links(bigger, seed=2).drop("new")
     assert smaller.graph == model.graph
     assert_same(smaller(streams=rest).logits, model(streams=rest).logits)
     assert_same(bigger(streams=rest).logits, model(streams=rest).logits)
 
 
 def test_what_is_dropped_takes_its_links_along_and_the_rest_stays(trained: mt.FusedModel) -> None:
-    bigger = open_gates(with_music(trained))
+    bigger = open_links(with_music(trained))
     smaller = bigger.drop("music")
     assert smaller.graph == trained.graph
     assert set(smaller.state_dict()) == set(trained.state_dict())
@@ -86,7 +86,7 @@ def test_a_dropped_tower_is_freed() -> None:
 def test_a_tower_that_is_taken_out_is_an_ordinary_model_again(tmp_path: Path) -> None:
     text = causal_lm("llama")
     plain = causal_lm("llama")
-    model = open_gates(pair(text, train="all"))
+    model = open_links(pair(text, train="all"))
     steps(model.train())
     taken, model = model.unimodal("text"), model.drop("text")
     assert taken is text
@@ -132,7 +132,7 @@ def test_a_trained_tower_is_used_again_in_another_fusion(train: str) -> None:
     graph.add_tower("speech", tiny_tower(1, depth=4, width=12, vocab_size=14))
     graph.add_tower("text", text, train=train)
     graph.add_link("speech", "text", interleave=1)
-    first = open_gates(graph.compile())
+    first = open_links(graph.compile())
     before = first.unimodal("text")(torch.tensor([[0, 5, 6]])).logits.detach()
     steps(first.train())
     taken = first.eval().unimodal("text")
@@ -231,7 +231,7 @@ def test_changed_models_are_saved_and_loaded(trained: mt.FusedModel, surgery: st
         old = {name: fresh[name] for name in trained.towers}
         changed = with_music(mt.FusedModel.from_pretrained(tmp_path / "old", towers=old))
         assert_same(changed(**mt.collate(EXAMPLES)).logits, trained(**mt.collate(EXAMPLES)).logits)
-        open_gates(changed)
+        open_links(changed)
         examples = WITH_MUSIC
         fresh["speech"], fresh["text"] = copy.deepcopy(fresh["speech"]), copy.deepcopy(fresh["text"])
     elif surgery == "drop":

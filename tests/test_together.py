@@ -7,7 +7,7 @@ import torch
 
 import multitower as mt
 from models import causal_lm, pair, segment
-from multitower.testing import check_decoding, open_gates, tiny_tower
+from multitower.testing import check_decoding, open_links, tiny_tower
 
 GIVEN = [
     [segment("speech", 5, 6, 7, 8)],
@@ -84,7 +84,7 @@ def test_three_towers_one_of_them_new() -> None:
         graph.add_tower(name, tiny_tower(number))
     for source, target in ("ab", "bc", "ca", "cb"):
         graph.add_link(source, target, interleave=1)
-    model = open_gates(graph.compile().eval(), seed=3)
+    model = open_links(graph.compile().eval(), seed=3)
     row = [mt.Segment("a", [0, 5, 1]), mt.Segment("b", [0, 6, 7, 1])]
     ((first, second),) = model.generate([row], output=["a", ("c", "b")], max_new_tokens=4)
     assert first.tokens.tolist() == by_hand(model, row, ("a",), 4)[0]

@@ -10,7 +10,7 @@ import torch
 
 import multitower as mt
 from models import EXAMPLES, causal_lm, pair, transformers_families
-from multitower.testing import open_gates
+from multitower.testing import open_links
 from multitower.tower import as_tower
 
 
@@ -88,7 +88,7 @@ def test_wrapping_leaves_the_model_as_it_was() -> None:
 
 def test_compiled_as_one_graph() -> None:
     torch._dynamo.reset()
-    model = open_gates(pair(causal_lm("llama"), causal_lm("gpt2", depth=4, vocab_size=14)))
+    model = open_links(pair(causal_lm("llama"), causal_lm("gpt2", depth=4, vocab_size=14)))
     batch = mt.collate(EXAMPLES)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(**batch).logits, model(**batch).logits)

@@ -12,7 +12,7 @@ from torch import nn
 
 import multitower as mt
 from models import EXAMPLES, causal_lm, pair
-from multitower.testing import open_gates, tiny_tower
+from multitower.testing import open_links, tiny_tower
 
 BATCH = mt.collate(EXAMPLES)
 TEXT = BATCH["streams"]["text"]["tokens"]
@@ -26,7 +26,7 @@ def fuse(text: nn.Module, train: str = "all") -> mt.FusedModel:
     graph.add_link("speech", "text", interleave=1)
     graph.add_link("text", "speech", interleave=1)
     torch.manual_seed(3)
-    return open_gates(graph.compile())
+    return open_links(graph.compile())
 
 
 def gradients(model: mt.FusedModel) -> dict[str, torch.Tensor]:

@@ -105,6 +105,7 @@ def check_links(links: Mapping[str, LinkSpec], towers: Mapping[str, Tower], stor
                     source.width,
                     target.width,
                     heads=link.heads,
+                    gate=link.gate,
                     projection=link.projection,
                     feed_forward=link.feed_forward,
                 )

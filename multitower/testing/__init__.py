@@ -12,7 +12,7 @@ from .forward import check_causality, check_identity, check_sight, check_unimoda
 from .modalities import MODALITY_PROMISES, check_modality, modality_report
 from .models import PROMISES, check_model, model_report
 from .schedules import check_schedule
-from .tiny import TinyTower, open_gates, tiny_model, tiny_tower
+from .tiny import TinyTower, open_links, tiny_model, tiny_tower
 from .towers import check_tower, tower_report
 from .training import check_frozen, check_gradients, check_losses
 
@@ -41,7 +41,7 @@ __all__ = [
     "check_unimodal",
     "modality_report",
     "model_report",
-    "open_gates",
+    "open_links",
     "tiny_model",
     "tiny_tower",
     "tower_report",

@@ -14,7 +14,7 @@ from ..spec import LinkSpec
 from ..stream import Example, Stream, collate
 from ..tower import Tower, TransformersTower
 from ..tower.lora import base_model
-from .tiny import open_gates
+from .tiny import open_links
 
 Streams = Mapping[str, Stream]
 
@@ -64,12 +64,12 @@ def native_logits(module: nn.Module) -> Callable[[Tensor], Tensor]:
 
 def closed(model: FusedModel) -> FusedModel:
     """Give a copy in eval mode with every gate closed."""
-    return open_gates(copy.deepcopy(model).eval(), scale=0.0)
+    return open_links(copy.deepcopy(model).eval(), scale=0.0)
 
 
 def opened(model: FusedModel) -> FusedModel:
     """Give a copy in eval mode with every gate open, each by another width."""
-    return open_gates(copy.deepcopy(model).eval(), seed=1)
+    return open_links(copy.deepcopy(model).eval(), seed=1)
 
 
 def streams_of(model: FusedModel, examples: Sequence[Example]) -> dict[str, Stream]:

@@ -54,12 +54,12 @@ def defined_logits(model: FusedModel, streams: Streams) -> dict[str, Tensor]:
 
     @functools.cache
     def given(name: str, layer: int) -> Tensor:
+        if layer == 0:
+            return model.adapt(name, embedded[name][0])
         return towers[name].layer(layer, updated(name, layer - 1), embedded[name][1])
 
     @functools.cache
     def updated(name: str, layer: int) -> Tensor:
-        if layer == 0:
-            return model.adapt(name, embedded[name][0])
         x = given(name, layer)
         update = torch.zeros_like(x)
         for link, source_layer, target_layer in taps:
@@ -87,10 +87,10 @@ def _read(module: GatedCrossAttention, x: Tensor, source: Tensor, streams: Strea
                 value = _split(module, values[row, seen])
                 scores = torch.einsum("qhd,khd->hk", query, key) / query.shape[-1] ** 0.5
                 read = module.out(torch.einsum("hk,khd->hd", scores.softmax(-1), value).flatten())
-                added = module.attention_gate.tanh() * read
-                ffn, norm, gate = module.ffn, module.ffn_norm, module.ffn_gate
-                if ffn is not None and norm is not None and gate is not None:
-                    added = added + gate.tanh() * ffn(norm(state + added))
+                added = read * _opening(module.attention_gate)
+                ffn, norm = module.ffn, module.ffn_norm
+                if ffn is not None and norm is not None:
+                    added = added + ffn(norm(state + added)) * _opening(module.ffn_gate)
                 update[row, place] = added.to(x.dtype)
     return update
 
@@ -106,6 +106,10 @@ def _heads(module: GatedCrossAttention, states: Tensor, times: Tensor) -> Tensor
     numbers = torch.complex(*heads.to(wide).chunk(2, -1))
     turned = numbers * torch.complex(angles.cos().to(wide), angles.sin().to(wide))
     return torch.cat([turned.real, turned.imag], -1).to(heads.dtype)
+
+
+def _opening(gate: Tensor | None) -> Tensor | float:
+    return 1.0 if gate is None else gate.tanh()
 
 
 def _split(module: GatedCrossAttention, states: Tensor) -> Tensor:

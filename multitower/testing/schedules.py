@@ -89,9 +89,9 @@ def _needs(depths: Mapping[str, int], links: Iterable[LinkSpec]) -> dict[Node, s
             read.setdefault((link.target, target_layer), set()).add(Node(link.source, source_layer, False))
     needs: dict[Node, set[Node]] = {}
     for tower, depth in depths.items():
-        for layer in range(1, depth + 1):
+        for layer in range(depth + 1):
             before = (tower, layer - 1)
-            needs[Node(tower, layer, False)] = {Node(*before, before in read)} if layer > 1 else set()
+            needs[Node(tower, layer, False)] = {Node(*before, before in read)} if layer else set()
             if (tower, layer) in read:
                 needs[Node(tower, layer, True)] = {Node(tower, layer, False), *read[tower, layer]}
     return needs
@@ -145,6 +145,10 @@ def _check_cycle(
 def _as_node(line: str) -> Node:
     if run := re.fullmatch(r"  run (\S+) layer (\d+)", line):
         return Node(run[1], int(run[2]), False)
-    read = re.fullmatch(r"  after (\S+) layer (\d+), read .+", line)
-    assert read is not None, f"this line of the error names no step: {line!r}"
-    return Node(read[1], int(read[2]), True)
+    if embed := re.fullmatch(r"  embed (\S+)", line):
+        return Node(embed[1], 0, False)
+    if read := re.fullmatch(r"  after (\S+) layer (\d+), read .+", line):
+        return Node(read[1], int(read[2]), True)
+    first = re.fullmatch(r"  after the embedding of (\S+), read .+", line)
+    assert first is not None, f"this line of the error names no step: {line!r}"
+    return Node(first[1], 0, True)

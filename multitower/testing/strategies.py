@@ -15,7 +15,7 @@ from ..fused import FusedModel
 from ..graph import FusionGraph
 from ..link import default_heads
 from ..schedule import make_schedule
-from ..spec import ADAPTERS, PROJECTIONS, GraphError, LinkSpec
+from ..spec import ADAPTERS, GATES, PROJECTIONS, GraphError, LinkSpec
 from ..stream import Example, Segment
 from ..tower import Tower
 from .tiny import TinyTower, tiny_tower
@@ -101,6 +101,8 @@ def graphs(
             name=link.name,
             interleave=link.interleave,
             taps=link.taps,
+            embeddings=link.embeddings,
+            gate=draw(st.sampled_from(GATES)),
             projection=draw(st.sampled_from(PROJECTIONS)),
             heads=heads,
             position=draw(st.sampled_from(["rotary", None])) if even else None,
@@ -189,10 +191,11 @@ def _links_among(draw: st.DrawFn, depths: Mapping[str, int], *, least: int = 0) 
 def _crossings(source_depth: int, target_depth: int) -> st.SearchStrategy[dict[str, Any]]:
     """Draw where a link crosses: ``interleave`` or ``taps``, as ``add_link`` takes them."""
     source, target = st.integers(1, source_depth), st.integers(1, target_depth)
-    taps = st.lists(st.tuples(source, target), unique=True, min_size=1, max_size=4).map(tuple)
+    tap = st.tuples(st.integers(0, source_depth), st.integers(0, target_depth))
+    taps = st.lists(tap, unique=True, min_size=1, max_size=4).map(tuple)
     return st.one_of(
-        st.fixed_dictionaries({"interleave": target}),
-        st.fixed_dictionaries({"interleave": st.tuples(source, target)}),
+        st.fixed_dictionaries({"interleave": target, "embeddings": st.booleans()}),
+        st.fixed_dictionaries({"interleave": st.tuples(source, target), "embeddings": st.booleans()}),
         st.fixed_dictionaries({"taps": taps}),
     )
 

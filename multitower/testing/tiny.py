@@ -88,15 +88,20 @@ def tiny_model(seed: int = 0) -> FusedModel:
         return graph.compile()
 
 
-def open_gates(model: FusedModel, seed: int = 0, *, scale: float = 1.0) -> FusedModel:
-    """Set every gate to a random value, as training would; give the same model.
+def open_links(model: FusedModel, seed: int = 0, *, scale: float = 1.0) -> FusedModel:
+    """Make links and input adapters contribute, as training would; return the same model.
 
-    >>> any(open_gates(tiny_model()).gates().values())
+    >>> open_links(tiny_model()).is_open("speech->text")
     True
+
+    What is zero at the start gets random values, of about the size that torch gives to other weights; with
+    ``scale=0.0`` it is zero again.
     """
     generator = torch.Generator().manual_seed(seed)
+    modules = [module for link in model.links.values() for module in link.values()]  # type: ignore[operator]  # ModuleDicts
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.startswith(("links.", "adapters.")) and name.endswith("gate"):
-                parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+        for module in (*model.adapters.values(), *modules):
+            for parameter in module.zero_at_start():
+                size = scale / parameter.shape[-1] ** 0.5
+                parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
     return model

@@ -77,8 +77,10 @@ def check_frozen(model: FusedModel, examples: Sequence[Example]) -> None:
     for name, spec in model.graph.towers.items():
         if spec.train != "none" or name not in streams:
             continue
-        first = 0 if spec.adapter is not None else _first_layer_fed(model, streams, name, seen=True)
-        possible = 0 if spec.adapter is not None else _first_layer_fed(model, streams, name, seen=False)
+        first, possible = (
+            -1 if spec.adapter is not None else _first_layer_fed(model, streams, name, seen=seen)
+            for seen in (True, False)
+        )
         outputs = {layer: state for (tower, layer), state in states.given.items() if tower == name}
         outputs[model.tower(name).depth + 1] = states.hidden[name]
         for layer, state in outputs.items():
