@@ -154,7 +154,7 @@ class XTransformersTower(mt.Tower):
         return self.model.to_logits(self.model.attn_layers(hidden, layers_execute_order=()))
 
     def _before(self, index: int, cache: DynamicCache | None) -> LayerIntermediates | None:
-        """Give what a layer keeps of earlier tokens as x-transformers takes it."""
+        """Return what a layer keeps of earlier tokens as x-transformers takes it."""
         if cache is None or not cache.get_seq_length(index - 1):
             return None
         kept = cache.layers[index - 1]
@@ -195,13 +195,13 @@ def phrases(count: int, length: int = 8) -> Tensor:
 
 
 def translated(letters: Tensor) -> Tensor:
-    """Give the same phrases in signs: what each letter means is nowhere but in pairs."""
+    """Return the same phrases in signs: what each letter means is nowhere but in pairs."""
     meaning = torch.randperm(SYMBOLS, generator=torch.Generator().manual_seed(7)) + 2
     return torch.cat([torch.tensor([BEGIN, END]), meaning])[letters]
 
 
 def pretrain(model: nn.Module, corpus: Tensor, steps: int, batch: int = 64) -> float:
-    """Teach a decoder its own language; give the last loss."""
+    """Teach a decoder its own language; return the last loss."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     for _ in range(steps):
         rows = corpus[torch.randint(len(corpus), (batch,))]
@@ -217,8 +217,8 @@ def fuse(letters: mt.Tower, signs: mt.Tower) -> mt.FusedModel:
     graph = mt.FusionGraph()
     graph.add_tower("letters", letters)
     graph.add_tower("signs", signs)
-    graph.add_link("letters", "signs", interleave=1, position="rotary")
-    graph.add_link("signs", "letters", interleave=1, position="rotary")
+    graph.add_link("letters", "signs", interleave=1)
+    graph.add_link("signs", "letters", interleave=1)
     return graph.compile()
 
 
@@ -284,7 +284,7 @@ def main() -> None:
     print(f"signs, alone: loss {pretrain(signs.model, translated(corpus), options.steps):.3f}")
 
     model = fuse(letters, signs)
-    print(f"fused, gates closed: {losses(model)}")
+    print(f"fused, before training: {losses(model)}")
     train(model, options.steps)
     print(f"fused, links trained: {losses(model)}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from phrases import DIGITS
 from spoken_corpus import SAMPLE_RATE, clean_transcript
 
 PADDING = 3 * SAMPLE_RATE // 10  # whisper loses a first consonant that starts without silence before it
+RESAMPLES = 1000
 
 
 class Judge:
@@ -20,7 +22,7 @@ class Judge:
 
     >>> judge = Judge()                                                # doctest: +SKIP
     >>> heard = judge.transcribe([utterance.waveform])                 # doctest: +SKIP
-    >>> word_error_rate([utterance.transcript], heard)                 # doctest: +SKIP
+    >>> word_errors([utterance.transcript], heard).rate                # doctest: +SKIP
     0.0
 
     Args:
@@ -84,8 +86,23 @@ def normalise(text: str) -> str:
     return clean_transcript(spelt)
 
 
-def word_error_rate(references: Sequence[str], hypotheses: Sequence[str]) -> float:
+@dataclass(frozen=True)
+class WordErrors:
+    """A word error rate in per cent, and its 95 % interval by bootstrap over utterances."""
+
+    rate: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.rate:.1f} ({self.low:.1f} to {self.high:.1f})"
+
+
+def word_errors(references: Sequence[str], hypotheses: Sequence[str]) -> WordErrors:
     """Return the word errors of all hypotheses, in per cent of the words of all references, both normalised.
+
+    >>> str(word_errors(["four two", "nine one"], ["42", "nine"]))
+    '25.0 (0.0 to 50.0)'
 
     Raises:
         ImportError: jiwer is not installed.
@@ -100,4 +117,23 @@ def word_error_rate(references: Sequence[str], hypotheses: Sequence[str]) -> flo
     expected = [normalise(reference) for reference in references]
     if not expected or not all(expected):
         raise ValueError("every reference needs at least one word, and there must be at least one reference")
-    return 100.0 * jiwer.wer(expected, [normalise(hypothesis) for hypothesis in hypotheses])
+    found = [jiwer.process_words(*pair) for pair in zip(expected, map(normalise, hypotheses), strict=True)]
+    errors = [each.substitutions + each.deletions + each.insertions for each in found]
+    words = [len(reference.split()) for reference in expected]
+    return WordErrors(100 * sum(errors) / sum(words), *interval(errors, words))
+
+
+def interval(errors: Sequence[int], words: Sequence[int]) -> tuple[float, float]:
+    """Return a 95 % interval of the word error rate in per cent, by bootstrap over utterances.
+
+    >>> interval([0, 0, 0], [3, 3, 3])
+    (0.0, 0.0)
+
+    Args:
+        errors: word errors of each utterance.
+        words: words of the reference of each utterance.
+    """
+    draws = np.random.default_rng(0).integers(len(words), size=(RESAMPLES, len(words)))
+    rates = 100 * np.asarray(errors)[draws].sum(1) / np.asarray(words)[draws].sum(1)
+    low, high = np.percentile(rates, [2.5, 97.5])
+    return float(low), float(high)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 LENGTH_SHARES = {1: 0.05, 2: 0.10, 3: 0.25, 4: 0.30, 5: 0.30}
@@ -78,7 +78,9 @@ PATTERNS = (
 )
 
 
-def number_phrases(count: int, seed: int, exclude: Collection[str] = ()) -> list[str]:
+def number_phrases(
+    count: int, seed: int, exclude: Collection[str] = (), *, lengths: Mapping[int, float] | None = None
+) -> list[str]:
     """Draw distinct strings of 1 to 5 spoken digits, such as "four two nine one", in random order.
 
     Every length is drawn often, because a model stumbles on lengths it rarely met; there are only ten phrases
@@ -88,14 +90,15 @@ def number_phrases(count: int, seed: int, exclude: Collection[str] = ()) -> list
         count: how many phrases.
         seed: the same seed gives the same phrases.
         exclude: phrases that may not be drawn.
+        lengths: how often each number of digits is drawn; 1 to 5 unless given.
 
     Raises:
         ValueError: fewer than `count` different phrases could be found.
     """
-    lengths, shares = zip(*LENGTH_SHARES.items(), strict=True)
+    sizes, shares = zip(*(lengths or LENGTH_SHARES).items(), strict=True)
 
     def draw(rng: random.Random) -> str:
-        return " ".join(rng.choices(DIGITS, k=rng.choices(lengths, shares)[0]))
+        return " ".join(rng.choices(DIGITS, k=rng.choices(sizes, shares)[0]))
 
     return _draw_distinct(draw, count, seed, exclude)
 

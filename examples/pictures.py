@@ -1,4 +1,4 @@
-"""The pictures of the example: losses, gates, attention and error rates, each drawn to a file."""
+"""The pictures of the example: losses, contributions, attention and error rates, each drawn to a file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from matplotlib.lines import Line2D
 
 SAMPLE_RATE = 16_000
 COLOURS = ("#0b6e99", "#d9730d", "#4d8b31", "#9b51a0", "#c0392b", "#8a6d3b")
-GATE_NAME = re.compile(r"(?P<link>\S+) (?P<tap>.+) (?P<kind>\S+)")
+TAP_NAME = re.compile(r"(?P<link>\S+) (?P<source>\d+)-(?P<target>\d+)")
+PANELS = 3  # beside each other
 
 History = Sequence[Mapping[str, float]]
 
@@ -47,12 +48,14 @@ def plot_losses(history: History, path: str | Path, *, title: str = "Training lo
     return _write(figure, path)
 
 
-def plot_gates(history: History, path: str | Path, *, title: str = "How far the gates opened") -> Path:
-    """Draw the gates: one panel for each link, a colour for each tap, a line style for each kind.
+def plot_contributions(
+    history: History, path: str | Path, *, title: str = "How much each link contributes"
+) -> Path:
+    """Draw how much each tap changes the state it is added to: a panel for each link, a colour for each tap.
 
     Args:
-        history: entries such as `{"step": 10, "speech->text tap 2 attention": 0.03}`, where a gate's name is
-            its link, its tap and its kind.
+        history: entries such as `{"step": 10, "speech->text 1-1": 0.03}`, where a name is that of a link and,
+            for one of its taps, the source's layer and the target's; layer 0 is the embeddings.
         path: the picture to write.
         title: stands above it.
 
@@ -60,30 +63,29 @@ def plot_gates(history: History, path: str | Path, *, title: str = "How far the 
         The path written.
 
     Raises:
-        ValueError: the history is empty, or a gate's name has fewer than three words.
+        ValueError: the history is empty, or a name is not that of a tap.
     """
-    curves = {_gate(name): curve for name, curve in _curves(history).items()}
-    links = list(dict.fromkeys(link for link, _, _ in curves))
-    figure = _figure(1 + 4.6 * len(links), 4)
+    links: dict[str, dict[tuple[int, int], tuple[list[float], list[float]]]] = {}
+    for name, curve in _curves(history).items():
+        link, *layers = _tap(name)
+        links.setdefault(link, {})[layers[0], layers[1]] = curve
+    columns = min(len(links), PANELS)
+    rows = -(-len(links) // columns)
+    figure = _figure(1 + 4.6 * columns, 0.4 + 3.6 * rows)
     figure.suptitle(title)
-    panels = figure.subplots(1, len(links), sharey=True, squeeze=False)[0]
-    for link, axes in zip(links, panels, strict=True):
-        taps = list(dict.fromkeys(tap for owner, tap, _ in curves if owner == link))
-        kinds = list(dict.fromkeys(kind for owner, _, kind in curves if owner == link))
-        shades = dict(
-            zip(taps, matplotlib.colormaps["viridis"](np.linspace(0, 0.88, len(taps))), strict=True)
-        )
-        styles = dict(zip(kinds, cycle(("-", "--", ":", "-.")), strict=False))
-        for (owner, tap, kind), (steps, values) in curves.items():
-            if owner == link:
-                axes.plot(steps, values, color=shades[tap], linestyle=styles[kind], linewidth=1.6)
-        axes.axhline(0, color="black", linewidth=0.8)
+    panels = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    for axes in panels.flat[len(links) :]:
+        axes.set_axis_off()
+    for (link, taps), axes in zip(links.items(), panels.flat, strict=False):
+        shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.88, len(taps)))
+        for ((source, target), (steps, values)), shade in zip(sorted(taps.items()), shades, strict=True):
+            label = "embeddings" if source == target == 0 else f"layer {source} → {target}"
+            axes.plot(steps, values, color=shade, linewidth=1.6, label=label)
         axes.set(title=link.replace("->", " → "), xlabel="step")
-        keys = [Line2D([], [], color=shade, label=tap) for tap, shade in shades.items()]
-        keys += [Line2D([], [], color="grey", linestyle=style, label=kind) for kind, style in styles.items()]
-        columns = 1 + len(keys) // 9
-        axes.legend(handles=keys, frameon=False, fontsize="x-small", ncols=columns, loc="best")
-    panels[0].set_ylabel("gate (0 = closed)")
+        axes.legend(frameon=False, fontsize="x-small", ncols=1 + len(taps) // 9, loc="best")
+    for axes in panels[:, 0]:
+        axes.set_ylabel("norm of the update / norm of the state")
+    panels[0, 0].set_ylim(bottom=0)
     return _write(figure, path)
 
 
@@ -183,7 +185,7 @@ def plot_comparison(
     axes.set_xticks(range(len(measures)), measures)
     axes.margins(y=0.12)
     keys = [Line2D([], [], color=colour, linewidth=7, label=str(name)) for name, colour in colours.items()]
-    axes.legend(handles=keys, frameon=False)
+    figure.legend(handles=keys, frameon=False, fontsize="small", ncols=len(keys), loc="outside lower center")
     return _write(figure, path)
 
 
@@ -215,10 +217,10 @@ def _curves(history: History) -> dict[str, tuple[list[float], list[float]]]:
     return curves
 
 
-def _gate(name: str) -> tuple[str, str, str]:
-    if not (match := GATE_NAME.fullmatch(name)):
-        raise ValueError(f"cannot read the gate {name!r}: expected a name such as 'a->b tap 2 attention'")
-    return match["link"], match["tap"], match["kind"]
+def _tap(name: str) -> tuple[str, int, int]:
+    if not (match := TAP_NAME.fullmatch(name)):
+        raise ValueError(f"cannot read the tap {name!r}: expected a name such as 'speech->text 1-1'")
+    return match["link"], int(match["source"]), int(match["target"])
 
 
 def _smooth(values: Sequence[float]) -> np.ndarray:

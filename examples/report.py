@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,27 @@ import transformers
 from torch import Tensor
 
 import multitower as mt
-from judge import Judge, word_error_rate
+from judge import Judge, word_errors
 from multitower_speech import SpeechModality
 from multitower_text import TextModality
-from pictures import plot_attention, plot_comparison, plot_gates, plot_losses
+from pictures import plot_attention, plot_comparison, plot_contributions, plot_losses
 from spoken_corpus import SAMPLE_RATE, Utterance
 from training import Run
 
 SHOWN = 8
+COLUMNS = {
+    "system": "held-out utterances",
+    "ASR": "ASR WER %",
+    "TTS": "TTS WER %",
+    "text before": "text perplexity before",
+    "text after": "after",
+}
+NOTES = """\
+ASR WER: word errors in what a system hears; TTS WER: in what whisper hears when it speaks; each with the
+95 % interval over {count} utterances. Original audio: whisper's own errors in the recordings; true units: in
+audio made from their speech units, the best that TTS can be expected to reach. Text perplexity: of the text
+decoder alone, before and after training on pairs.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +65,7 @@ class Corpus:
         return [pair.text for pair in self.held_out]
 
     def longest(self, name: str) -> int:
-        """Give a generous limit for what is decoded."""
+        """Return a generous limit for what is decoded."""
         return 10 + max(len(getattr(pair, name)) for pair in [*self.pairs, *self.held_out])
 
 
@@ -98,7 +111,7 @@ def write_report(
     *,
     untouched: float,
 ) -> list[dict[str, Any]]:
-    """Judge all that was said, print the table and some transcripts, write audio and pictures.
+    """Judge all that was said, print the table and some transcripts; write the table, audio and pictures.
 
     `untouched` is the perplexity of the text decoder before anything was trained on pairs.
     """
@@ -110,29 +123,30 @@ def write_report(
     heard = {}
     for name, waveforms in (("original audio", originals), ("true units", resynthesised)):
         heard[name] = judge.transcribe(waveforms)
-        rows.append({"system": name, "TTS": word_error_rate(truth, heard[name])})
+        rows.append({"system": name, "TTS": word_errors(truth, heard[name])})
     for system in systems:
         heard[system.name] = judge.transcribe(system.waveforms)
         rows.append(
             {
                 "system": system.name,
-                "ASR": word_error_rate(truth, system.transcripts),
-                "TTS": word_error_rate(truth, heard[system.name]),
+                "ASR": word_errors(truth, system.transcripts),
+                "TTS": word_errors(truth, heard[system.name]),
                 "text before": untouched,
                 "text after": system.perplexity,
             }
         )
-    _print(rows, truth, systems, heard)
+    table = as_table(rows, count=len(truth))
+    print(f"\n{table}", end="")
+    (out / "table.md").write_text(table)
+    _print_examples(truth, systems, heard)
     _write_audio(out / "audio", originals, resynthesised, systems)
     pictures = out / "pictures"
     pictures.mkdir(exist_ok=True)
     mt.draw_graph(model).savefig(pictures / "graph.png", dpi=150)
     plot_losses(run.history, pictures / "losses.png")
-    gates = [{name: gate for name, gate in entry.items() if "adapter" not in name} for entry in run.gates]
-    plot_gates(gates, pictures / "gates.png")
-    plot_comparison(
-        [{k: row[k] for k in ("system", "ASR", "TTS") if k in row} for row in rows], pictures / "wer.png"
-    )
+    plot_contributions(run.contributions, pictures / "contributions.png")
+    bars = [{"system": row["system"], **{k: row[k].rate for k in ("ASR", "TTS") if k in row}} for row in rows]
+    plot_comparison(bars, pictures / "wer.png")
     draw_alignment(model, corpus, pictures)
     return rows
 
@@ -184,7 +198,33 @@ def write_results(out: Path, settings: dict[str, Any], **results: Any) -> None:
         "threads": torch.get_num_threads(),
     }
     found = {"settings": settings, "machine": machine, **results}
-    (out / "results.json").write_text(json.dumps(found, indent=2) + "\n")
+    (out / "results.json").write_text(json.dumps(found, indent=2, default=asdict) + "\n")
+
+
+def as_table(rows: Sequence[dict[str, Any]], *, count: int) -> str:
+    """Return the rows as a Markdown table, with what its words mean below it."""
+    cells = [
+        [
+            f"{row[key]:.2f}" if key.startswith("text") and key in row else str(row.get(key, ""))
+            for key in COLUMNS
+        ]
+        for row in rows
+    ]
+    return f"{aligned([[*COLUMNS.values()], *cells], numbers=4)}\n{NOTES.format(count=count)}"
+
+
+def aligned(lines: Sequence[Sequence[str]], *, numbers: int) -> str:
+    """Return a Markdown table, aligned in plain text too; so many last columns are set flush right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    sides = ["<"] * (len(widths) - numbers) + [">"] * numbers
+    rule = [
+        "-" * (width - (side == ">")) + ":" * (side == ">") for width, side in zip(widths, sides, strict=True)
+    ]
+    rows = [
+        [f"{cell:{side}{width}}" for cell, side, width in zip(line, sides, widths, strict=True)]
+        for line in lines
+    ]
+    return "".join(f"| {' | '.join(line)} |\n" for line in (rows[0], rule, *rows[1:]))
 
 
 def _steadiness(weights: Tensor) -> float:
@@ -200,17 +240,7 @@ def _steadiness(weights: Tensor) -> float:
     return float(correlation.nan_to_num() * sharpness.mean())
 
 
-def _print(
-    rows: Sequence[dict[str, Any]],
-    truth: Sequence[str],
-    systems: Sequence[System],
-    heard: dict[str, list[str]],
-) -> None:
-    columns = {"ASR": "ASR WER %", "TTS": "TTS WER %", "text before": "text PPL", "text after": "after"}
-    print(f"\n{'held-out':24}" + "".join(f"{title:>12}" for title in columns.values()))
-    for row in rows:
-        cells = (f"{row[name]:12.2f}" if name in row else " " * 12 for name in columns)
-        print(f"{row['system']:24}" + "".join(cells))
+def _print_examples(truth: Sequence[str], systems: Sequence[System], heard: dict[str, list[str]]) -> None:
     for number in range(min(SHOWN, len(truth))):
         print(f"\nsaid:  {truth[number]}")
         for system in systems:

@@ -2,7 +2,7 @@
 
     python examples/speech_text.py                      # spoken digits, about ten minutes on two CPU cores
     python examples/speech_text.py --quick              # the same path in a minute, too short to learn
-    python examples/speech_text.py --task sentences --minutes 60
+    python examples/speech_text.py --task sentences --steps 6000
     python examples/speech_text.py --corpus my-recordings --text-model path/or/hub-id
 
 From nothing: a neural voice speaks, speech units are fitted, a small text decoder and a small speech decoder
@@ -16,8 +16,8 @@ import argparse
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -32,15 +32,20 @@ from phrases import number_phrases, sentences
 from report import Corpus, Pair, System, evaluate, write_report, write_results
 from spoken_corpus import Utterance, read_corpus, speak, split
 from training import (
-    Budget,
+    FOR_TRAINING,
+    WATCHED,
+    Example,
     Run,
     directed,
     endless,
+    estimated_steps,
     in_turn,
     perplexity,
     pretrain_decoders,
     target_losses,
+    to_device,
     train,
+    watching,
 )
 
 SPEECH_DEPTH = 4
@@ -48,34 +53,34 @@ SPEECH_DEPTH = 4
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything; times are shares of the minutes that the caller allows."""
+    """How much of everything: utterances, units, steps of training (of each decoder, and on pairs)."""
 
-    pairs_per_minute: int = 500
-    unpaired_per_minute: int = 100
+    pairs: int = 5000
+    unpaired: int = 1000
     unpaired_texts: int = 20_000
-    held_out: int = 60
+    held_out: int = 100
     units: int = 512
     unit_clips: int = 300
     rate: float = 50 / 3
     width: int = 128
     depth: int = SPEECH_DEPTH
     batch: int = 32
-    lr: float = 1.5e-3
-    pretraining: float = 0.03
-    zipping: float = 0.82
-    steps: int | None = None
-
-    def pretraining_budget(self, minutes: float) -> Budget:
-        """Say how long each decoder is pretrained, of a run of so many minutes."""
-        return Budget(60 * minutes * self.pretraining, self.steps)
-
-    def zipping_budget(self, seconds_left: float) -> Budget:
-        """Say how long the pairs are trained on; the rest of the time is for the report."""
-        return Budget(None if self.steps else self.zipping * seconds_left, self.steps)
+    pretraining: int = 300
+    zipping: int = 1600
+    lr: float = 3e-3
+    rival_lr: float = 3e-3
+    noise: float = 0.15
 
 
 QUICK = Size(
-    pairs_per_minute=100, unpaired_per_minute=30, unpaired_texts=400, held_out=6, units=64, width=64, steps=20
+    pairs=100,
+    unpaired=30,
+    unpaired_texts=400,
+    held_out=6,
+    units=64,
+    width=64,
+    pretraining=20,
+    zipping=20,
 )
 
 
@@ -92,6 +97,7 @@ class Data:
 def main() -> None:
     options = parse()
     size = QUICK if options.quick else Size()
+    size = replace(size, zipping=options.steps or size.zipping)
     torch.manual_seed(options.seed)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -106,14 +112,16 @@ def main() -> None:
     print(f"\n{model.graph}\n\n{model.schedule.explain()}\n")
 
     untouched = perplexity(model.unimodal("text"), corpus.held_out_text, options.device)
-    left = 60 * options.minutes - (time.monotonic() - started)
-    run = fit(model, corpus, options, size, size.zipping_budget(left), title="zipping")
+    if options.minutes is not None:
+        left = 60 * options.minutes - (time.monotonic() - started)
+        size = replace(size, zipping=steps_within(FOR_TRAINING * left, model, corpus, options, size))
+    run = fit(model, corpus, options, size)
     pipe = mt.Pipeline(model, {"speech": corpus.speech, "text": corpus.text})
     pipe.save_pretrained(out / "fused")
     zipped = perplexity(model.unimodal("text"), corpus.held_out_text, options.device)
     systems = [evaluate("zipper", model, corpus, perplexity=zipped)]
     if options.compare:
-        systems.append(train_rival(folders["text"], corpus, options, size, run, out))
+        systems.append(train_rival(folders["text"], corpus, options, size, out))
     rows = write_report(out, model, run, systems, corpus, untouched=untouched)
     check_in_a_new_process(pipe, corpus, out)
     seconds = round(time.monotonic() - started)
@@ -133,7 +141,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--text-model", help="a decoder to use for text: Hub id or folder (default: train one)"
     )
-    parser.add_argument("--minutes", type=float, default=10, help="about how long the whole run takes")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument(
+        "--steps",
+        type=int,
+        help=f"steps on pairs (default: {Size.zipping}; all takes about ten minutes on two free CPU cores)",
+    )
+    length.add_argument(
+        "--minutes", type=float, help="choose the steps so that all but --compare takes about so long here"
+    )
     parser.add_argument("--quick", action="store_true", help="a smoke run of the whole path")
     parser.add_argument(
         "--compare", action="store_true", help="also train vocabulary expansion, on the same data"
@@ -145,8 +161,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="runs/speech_text", help="where to keep everything")
     options = parser.parse_args()
-    if options.quick:
-        options.minutes = 1.0
+    if options.steps is not None and options.steps < 1:
+        parser.error("--steps must be at least 1")
     return options
 
 
@@ -156,8 +172,8 @@ def make_data(options: argparse.Namespace, size: Size) -> Data:
         pairs, held_out = split(recordings, min(size.held_out, len(recordings) // 5), options.seed)
         return Data(pairs, held_out, [one.transcript for one in pairs], pairs)
     draw = number_phrases if options.task == "digits" else sentences
-    paired = draw(int(size.pairs_per_minute * options.minutes) + size.held_out, seed=options.seed)
-    alone = draw(int(size.unpaired_per_minute * options.minutes), seed=options.seed + 1, exclude=paired)
+    paired = draw(size.pairs + size.held_out, seed=options.seed)
+    alone = draw(size.unpaired, seed=options.seed + 1, exclude=paired)
     texts = draw(size.unpaired_texts, seed=options.seed + 2, exclude=paired)
     spoken = speak([*paired, *alone], seed=options.seed)
     pairs, held_out = split(spoken[: len(paired)], size.held_out, options.seed)
@@ -201,7 +217,7 @@ def pretrain_towers(
         jobs["text"] = (corpus.text, corpus.unpaired_text)
     folders = pretrain_decoders(
         jobs,
-        size.pretraining_budget(options.minutes),
+        size.pretraining,
         out,
         width=size.width,
         depth=size.depth,
@@ -218,45 +234,66 @@ def zip_towers(folders: dict[str, str], position: str | None) -> mt.FusedModel:
     graph.add_tower("speech", folders["speech"], train="all")
     graph.add_tower("text", folders["text"])
     depth = transformers.AutoConfig.from_pretrained(folders["text"]).num_hidden_layers
-    graph.add_link("speech", "text", interleave=(1, max(1, depth // SPEECH_DEPTH)), position=position)
-    graph.add_link("text", "speech", interleave=1, position=position)
+    step = max(1, depth // SPEECH_DEPTH)
+    graph.add_link("speech", "text", interleave=(1, step), embeddings=True, position=position)
+    graph.add_link("text", "speech", interleave=1, embeddings=True, position=position)
     return graph.compile()
 
 
-def fit(
-    model: mt.FusedModel | mt.VocabularyExpansion,
-    corpus: Corpus,
-    options: argparse.Namespace,
-    size: Size,
-    budget: Budget,
-    *,
-    title: str,
-) -> Run:
-    """Train recognition and synthesis together: every pair both ways."""
-    spoken = [(one.speech, one.text) for one in corpus.pairs]
-    written = [(one.text, one.speech) for one in corpus.pairs]
-    tasks = [directed(spoken, "speech", "text"), directed(written, "text", "speech")]
-    batches = in_turn(*(endless(task, size.batch, options.seed, options.device) for task in tasks))
-    if isinstance(model, mt.FusedModel):
-        groups = model.parameter_groups(lr=size.lr)
-    else:
-        groups = [{"params": list(model.parameters()), "lr": size.lr}]
-
-    return train(model, target_losses(model), batches, groups, budget, title=title)
+def examples(pairs: Sequence[Pair]) -> list[list[Example]]:
+    """Make the two tasks, recognition and synthesis: every pair both ways."""
+    spoken = [(one.speech, one.text) for one in pairs]
+    written = [(one.text, one.speech) for one in pairs]
+    return [directed(spoken, "speech", "text"), directed(written, "text", "speech")]
 
 
-def train_rival(
-    folder: str,
-    corpus: Corpus,
-    options: argparse.Namespace,
-    size: Size,
-    zipper: Run,
-    out: Path,
-) -> System:
+def training_batches(
+    corpus: Corpus, options: argparse.Namespace, size: Size, *, noise: float
+) -> Iterator[dict]:
+    """Yield a batch of each task in turn; so much of the speech that speech is continued from is noise."""
+    generator = torch.Generator().manual_seed(options.seed)
+    tasks = examples(corpus.pairs)
+    for batch in in_turn(*(endless(task, size.batch, options.seed, options.device) for task in tasks)):
+        yield mt.corrupt_history(batch, {"speech": noise}, generator=generator)
+
+
+def fit(model: mt.FusedModel, corpus: Corpus, options: argparse.Namespace, size: Size) -> Run:
+    """Train on the pairs, and watch what the links contribute on held-out ones."""
+    watched = [to_device(mt.collate(task), options.device) for task in examples(corpus.held_out[:WATCHED])]
+    return train(
+        model,
+        target_losses(model),
+        training_batches(corpus, options, size, noise=size.noise),
+        model.parameter_groups(lr=size.lr),
+        size.zipping,
+        title="zipping",
+        watch=watching(model, watched),
+    )
+
+
+def steps_within(
+    seconds: float, model: mt.FusedModel, corpus: Corpus, options: argparse.Namespace, size: Size
+) -> int:
+    """Estimate how many steps of `fit` take so long."""
+    batches = training_batches(corpus, options, size, noise=size.noise)
+    return estimated_steps(
+        seconds, model, target_losses, batches, lambda twin: twin.parameter_groups(lr=size.lr)
+    )
+
+
+def train_rival(folder: str, corpus: Corpus, options: argparse.Namespace, size: Size, out: Path) -> System:
     """Train vocabulary expansion on the same pairs for the same number of steps, all parameters tuned."""
     native = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    model = mt.VocabularyExpansion(native, {"text": corpus.text, "speech": corpus.speech}).to(options.device)
-    fit(model, corpus, options, size, Budget(steps=zipper.steps), title="vocabulary expansion")
+    modalities = {"text": corpus.text, "speech": corpus.speech}
+    model = mt.VocabularyExpansion(native, modalities, train="all").to(options.device)
+    train(
+        model,
+        target_losses(model),
+        training_batches(corpus, options, size, noise=0.0),
+        [{"params": list(model.parameters()), "lr": size.rival_lr}],
+        size.zipping,
+        title="vocabulary expansion",
+    )
     native.save_pretrained(out / "vocabulary-expansion")
     expanded = perplexity(native, corpus.held_out_text, options.device)
     return evaluate("vocabulary expansion", model, corpus, perplexity=expanded)

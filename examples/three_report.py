@@ -15,10 +15,16 @@ from torch import Tensor
 
 import multitower as mt
 from digit_images import SIDE, ImageJudge
-from judge import Judge, word_error_rate
+from judge import Judge, word_errors
+from report import aligned
 from spoken_corpus import SAMPLE_RATE
 
 SHOWN = 8
+NOTES = """\
+Word errors: in texts, and in what whisper hears in sounds and a classifier reads in images, each with the
+95 % interval over {count} phrases. Original: in the true sounds and images; true tokens: in those made from
+their tokens.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,8 +95,8 @@ class Answer:
     read: list[str]
 
     def row(self, phrases: Sequence[Phrase]) -> dict[str, Any]:
-        """Give a line of the table."""
-        errors = word_error_rate([phrase.words for phrase in phrases], self.read)
+        """Return a line of the table."""
+        errors = word_errors([phrase.words for phrase in phrases], self.read)
         found = {"direction": self.title, "way": self.way, "pairs in training": self.trained}
         return {**found, "word errors %": errors}
 
@@ -148,20 +154,13 @@ def follow(
     return Answer(route.title, route.way, route.is_trained(paired), tower, raws, read)
 
 
-def as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Give the rows as a table for people, aligned in plain text too."""
+def as_markdown(rows: Sequence[Mapping[str, Any]], *, count: int) -> str:
+    """Return the rows as a Markdown table, with what its words mean below it."""
     lines = [["held-out phrases", "way", "pairs in training", "word errors %"]]
     for row in rows:
         trained = {None: "", True: "yes", False: "none"}[row["pairs in training"]]
-        lines.append([row["direction"], row["way"], trained, f"{row['word errors %']:.1f}"])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, ["-" * width for width in widths[:-1]] + ["-" * (widths[-1] - 1) + ":"])
-    sides = "<<<>"
-    cells = [
-        [f"{cell:{side}{width}}" for cell, side, width in zip(line, sides, widths, strict=True)]
-        for line in lines
-    ]
-    return "".join(f"| {' | '.join(line)} |\n" for line in cells)
+        lines.append([row["direction"], row["way"], trained, str(row["word errors %"])])
+    return f"{aligned(lines, numbers=1)}\n{NOTES.format(count=count)}"
 
 
 def write_audio(folder: Path, phrases: Sequence[Phrase], answers: Sequence[Answer]) -> None:

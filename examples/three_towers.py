@@ -13,8 +13,8 @@ from __future__ import annotations
 import argparse
 import random
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import transformers
 from threadpoolctl import threadpool_limits
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import multitower as mt
@@ -33,21 +33,25 @@ from judge import Judge
 from multitower_speech import SpeechModality
 from multitower_text import TextModality
 from phrases import number_phrases
-from pictures import plot_losses
+from pictures import plot_contributions, plot_losses
 from report import write_results
 from spoken_corpus import speak
 from three_report import ROUTES, Phrase, Readers, as_markdown, ceilings, draw_answers, follow, write_audio
 from training import (
-    Budget,
+    FOR_TRAINING,
+    WATCHED,
     Example,
     Run,
     directed,
     endless,
+    estimated_steps,
     in_turn,
     perplexity,
     pretrain_decoders,
     target_losses,
+    to_device,
     train,
+    watching,
 )
 
 PAIRED = (("speech", "text"), ("text", "image"))
@@ -55,13 +59,13 @@ PAIRED = (("speech", "text"), ("text", "image"))
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything; times are shares of the minutes that the caller allows."""
+    """How much of everything: phrases, tokens, steps of training (of each decoder, and on pairs)."""
 
-    spoken_per_minute: int = 250
-    unpaired_speech_per_minute: int = 40
-    drawn: int = 5_000
+    spoken: int = 3750
+    unpaired_speech: int = 600
+    drawn: int = 5000
     unpaired_texts: int = 20_000
-    unpaired_images: int = 5_000
+    unpaired_images: int = 5000
     held_out: int = 60
     units: int = 512
     unit_clips: int = 300
@@ -71,15 +75,15 @@ class Size:
     width: int = 128
     depth: int = 4
     batch: int = 32
-    lr: float = 1.5e-3
-    pretraining: float = 0.03
-    fusing: float = 0.75
-    steps: int | None = None
+    pretraining: int = 300
+    fusing: int = 1500
+    lr: float = 3e-3
+    noise: float = 0.15
 
 
 QUICK = Size(
-    spoken_per_minute=60,
-    unpaired_speech_per_minute=20,
+    spoken=60,
+    unpaired_speech=20,
     drawn=60,
     unpaired_texts=200,
     unpaired_images=60,
@@ -87,7 +91,8 @@ QUICK = Size(
     units=64,
     strips=32,
     width=64,
-    steps=12,
+    pretraining=12,
+    fusing=12,
 )
 
 
@@ -102,13 +107,14 @@ class Corpus:
 
     @property
     def longest(self) -> int:
-        """Give a generous limit for what is decoded."""
+        """Return a generous limit for what is decoded."""
         return 10 + max(len(row) for phrase in self.held_out for row in phrase.tokens.values())
 
 
 def main() -> None:
     options = parse()
     size = QUICK if options.quick else Size()
+    size = replace(size, fusing=options.steps or size.fusing)
     torch.manual_seed(options.seed)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -119,7 +125,7 @@ def main() -> None:
     corpus, image_judge = make_corpus(options, size)
     folders = pretrain_decoders(
         {name: (corpus.modalities[name], rows) for name, rows in corpus.unpaired.items()},
-        Budget(60 * options.minutes * size.pretraining, size.steps),
+        size.pretraining,
         out,
         width=size.width,
         depth=size.depth,
@@ -133,23 +139,25 @@ def main() -> None:
     texts = [phrase.tokens["text"] for phrase in corpus.held_out]
     before = {key: value.clone() for key, value in model.state_dict().items()}
     untouched = perplexity(model.unimodal("text"), texts, options.device)
-    left = 60 * options.minutes - (time.monotonic() - started)
-    budget = Budget(None if size.steps else size.fusing * left, size.steps)
-    run = fit(model, corpus, budget, size, options)
+    if options.minutes is not None:
+        left = 60 * options.minutes - (time.monotonic() - started)
+        size = replace(size, fusing=steps_within(FOR_TRAINING * left, model, corpus, size, options))
+    run = fit(model, corpus, size, options)
     reuse = {
         "text perplexity before": untouched,
         "text perplexity after": perplexity(model.unimodal("text"), texts, options.device),
         "tensors that changed": changed(model, before),
-        "widest gate": widest_gates(model),
+        "largest contribution": largest_contributions(run.contributions[-1]),
     }
     model.save_pretrained(out / "fused", modalities=corpus.modalities)
-    table = report(model, corpus, Readers(image_judge, Judge()), out)
+    rows = report(model, corpus, Readers(image_judge, Judge()), out)
     print_reuse(reuse)
     mt.draw_graph(model).savefig(out / "pictures/graph.png", dpi=150)
     plot_losses(run.history, out / "pictures/losses.png", title="Losses of the four directions")
+    plot_contributions(run.contributions, out / "pictures/contributions.png")
     seconds = round(time.monotonic() - started)
     settings = {**vars(options), **asdict(size), "steps": run.steps, "seconds": seconds}
-    write_results(out, settings, table=table, reuse=reuse)
+    write_results(out, settings, table=rows, reuse=reuse)
     print(f"\n{seconds} s in all. Audio, pictures, checkpoints and figures are in {out}/")
 
 
@@ -157,27 +165,32 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--minutes", type=float, default=15, help="about how long the whole run takes")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument(
+        "--steps",
+        type=int,
+        help=f"steps on pairs (default: {Size.fusing}; all takes a quarter of an hour on two free CPU cores)",
+    )
+    length.add_argument(
+        "--minutes", type=float, help="choose the steps so that the whole run takes about so long here"
+    )
     parser.add_argument("--quick", action="store_true", help="a smoke run of the whole path")
     parser.add_argument("--device", default="cpu", help="where to train: cpu, cuda, ...")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="runs/three_towers", help="where to keep everything")
     options = parser.parse_args()
-    if options.quick:
-        options.minutes = 1.0
+    if options.steps is not None and options.steps < 1:
+        parser.error("--steps must be at least 1")
     return options
 
 
 def make_corpus(options: argparse.Namespace, size: Size) -> tuple[Corpus, ImageJudge]:
     """Deal out phrases so that none is both spoken and drawn, speak and draw them, and encode everything."""
-    spoken = int(size.spoken_per_minute * options.minutes)
-    paired = number_phrases(spoken + size.drawn + size.held_out, seed=options.seed)
+    spoken, held_out_from = size.spoken, size.spoken + size.drawn
+    paired = number_phrases(held_out_from + size.held_out, seed=options.seed)
     random.Random(options.seed).shuffle(paired)
-    held_out_from = spoken + size.drawn
     to_speak, to_draw, unseen = paired[:spoken], paired[spoken:held_out_from], paired[held_out_from:]
-    alone = number_phrases(
-        int(size.unpaired_speech_per_minute * options.minutes), seed=options.seed + 1, exclude=paired
-    )
+    alone = number_phrases(size.unpaired_speech, seed=options.seed + 1, exclude=paired)
     texts = number_phrases(size.unpaired_texts, seed=options.seed + 2, exclude=unseen)
     rows = number_phrases(size.unpaired_images, seed=options.seed + 3, exclude=unseen)
 
@@ -217,12 +230,12 @@ def fuse(folders: dict[str, str]) -> mt.FusedModel:
     graph.add_tower("text", folders["text"])
     graph.add_tower("image", folders["image"], train="all")
     for source, target in permutations(graph.towers, 2):
-        graph.add_link(source, target, interleave=1, position="rotary")
+        graph.add_link(source, target, interleave=1, embeddings=True)
     return graph.compile()
 
 
-def fit(model: mt.FusedModel, corpus: Corpus, budget: Budget, size: Size, options: argparse.Namespace) -> Run:
-    """Train the four directions that have pairs, in turn: each batch holds two of the three towers."""
+def direction_losses(model: nn.Module) -> Callable[[dict], dict[str, Tensor]]:
+    """Return what `train` asks for: the loss of each direction that a batch has targets for."""
     by_tower = target_losses(model)
 
     def losses(batch: dict) -> dict[str, Tensor]:
@@ -232,12 +245,45 @@ def fit(model: mt.FusedModel, corpus: Corpus, budget: Budget, size: Size, option
             for source in set(batch["streams"]) - {target}
         }
 
+    return losses
+
+
+def training_batches(corpus: Corpus, size: Size, options: argparse.Namespace) -> Iterator[dict]:
+    """Yield the four directions that have pairs, in turn: each batch holds two of the three towers."""
     tasks: list[list[Example]] = []
     for (one, other), pairs in corpus.pairs.items():
         tasks.append(directed(pairs, one, other))
         tasks.append(directed([(second, first) for first, second in pairs], other, one))
-    supply = in_turn(*(endless(task, size.batch, options.seed, options.device) for task in tasks))
-    return train(model, losses, supply, model.parameter_groups(lr=size.lr), budget, title="fusing")
+    generator = torch.Generator().manual_seed(options.seed)
+    for batch in in_turn(*(endless(task, size.batch, options.seed, options.device) for task in tasks)):
+        yield mt.corrupt_history(batch, {"speech": size.noise, "image": size.noise}, generator=generator)
+
+
+def fit(model: mt.FusedModel, corpus: Corpus, size: Size, options: argparse.Namespace) -> Run:
+    """Train on the pairs, and watch what every link contributes, those without pairs too."""
+    watched = []
+    for source, target in permutations(model.graph.towers, 2):
+        pairs = [(phrase.tokens[source], phrase.tokens[target]) for phrase in corpus.held_out[:WATCHED]]
+        watched.append(to_device(mt.collate(directed(pairs, source, target)), options.device))
+    return train(
+        model,
+        direction_losses(model),
+        training_batches(corpus, size, options),
+        model.parameter_groups(lr=size.lr),
+        size.fusing,
+        title="fusing",
+        watch=watching(model, watched),
+    )
+
+
+def steps_within(
+    seconds: float, model: mt.FusedModel, corpus: Corpus, size: Size, options: argparse.Namespace
+) -> int:
+    """Estimate how many steps of `fit` take so long."""
+    batches = training_batches(corpus, size, options)
+    return estimated_steps(
+        seconds, model, direction_losses, batches, lambda twin: twin.parameter_groups(lr=size.lr)
+    )
 
 
 def changed(model: mt.FusedModel, before: Mapping[str, Tensor]) -> dict[str, str]:
@@ -249,17 +295,22 @@ def changed(model: mt.FusedModel, before: Mapping[str, Tensor]) -> dict[str, str
     return {part: f"{sum(differ)} of {len(differ)}" for part, differ in counts.items()}
 
 
-def widest_gates(model: mt.FusedModel) -> dict[str, float]:
-    """Give, for each link, how far the widest of its gates is open."""
-    widest: dict[str, float] = dict.fromkeys(model.graph.links, 0.0)
-    for name, gate in model.gates().items():
-        if (link := name.split()[0]) in widest:
-            widest[link] = max(widest[link], abs(gate))
-    return widest
+def largest_contributions(taps: Mapping[str, float]) -> dict[str, float]:
+    """Return, for each link, what the tap that contributes most adds to the state of its tower.
+
+    >>> largest_contributions({"step": 9, "a->b 0-0": 0.1, "a->b 1-1": 0.3, "b->a 0-0": 0.0})
+    {'a->b': 0.3, 'b->a': 0.0}
+    """
+    largest: dict[str, float] = {}
+    for name, value in taps.items():
+        link, _, tap = name.partition(" ")
+        if tap:
+            largest[link] = max(largest.get(link, 0.0), value)
+    return largest
 
 
 def report(model: mt.FusedModel, corpus: Corpus, readers: Readers, out: Path) -> list[dict[str, Any]]:
-    """Follow every route, print the table, draw the images, write the sounds."""
+    """Follow every route, print and write the table, draw the images, write the sounds."""
     phrases, modalities = corpus.held_out, corpus.modalities
     answers = ceilings(phrases, modalities, readers)
     for route in ROUTES:
@@ -267,7 +318,9 @@ def report(model: mt.FusedModel, corpus: Corpus, readers: Readers, out: Path) ->
             follow(model, route, phrases, modalities, readers, limit=corpus.longest, paired=PAIRED)
         )
     rows = [answer.row(phrases) for answer in answers]
-    print(f"\n{as_markdown(rows)}")
+    table = as_markdown(rows, count=len(phrases))
+    print(f"\n{table}", end="")
+    (out / "table.md").write_text(table)
     draw_answers(phrases, answers, out / "pictures/digits.png")
     write_audio(out / "audio", phrases, answers)
     return rows
@@ -276,10 +329,11 @@ def report(model: mt.FusedModel, corpus: Corpus, readers: Readers, out: Path) ->
 def print_reuse(reuse: Mapping[str, Any]) -> None:
     before, after = reuse["text perplexity before"], reuse["text perplexity after"]
     print(f"\nperplexity of the text decoder: {before:.4f} before, {after:.4f} after")
-    print(f"\n{'part':24}{'tensors that changed':>22}{'widest gate':>14}")
+    print(f"\n{'part':24}{'tensors that changed':>22}{'largest contribution':>22}")
     for part, count in reuse["tensors that changed"].items():
-        gate = reuse["widest gate"].get(part.removeprefix("links/"))
-        print(f"{part:24}{count:>22}" + ("" if gate is None else f"{gate:14.3f}"))
+        value = reuse["largest contribution"].get(part.removeprefix("links/"))
+        print(f"{part:24}{count:>22}" + ("" if value is None else f"{value:22.3f}"))
+    print("contribution: the norm of what a tap of the link adds over the norm of the state it is added to")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 import time
@@ -19,24 +20,19 @@ import multitower as mt
 
 Example = list[mt.Segment]
 POOL = 16  # batches that are sorted by length together, so that little is padded
-
-
-@dataclass(frozen=True)
-class Budget:
-    """When to stop: after some seconds or after some steps, whichever is given."""
-
-    seconds: float | None = None
-    steps: int | None = None
+WATCHED = 16  # held-out examples of each direction on which contributions are watched
+FOR_TRAINING = 0.8  # of the time that is left before training; the rest is for the report
+WARM_UP, TIMED = 4, 8  # steps; where two or four tasks take turns, each has as many of them as another
 
 
 @dataclass
 class Run:
-    """What a training run left behind: its number of steps, its seconds and what was logged."""
+    """What a training run left behind: its steps and seconds, and what was logged on the way."""
 
     steps: int = 0
     seconds: float = 0.0
     history: list[dict[str, float]] = field(default_factory=list)
-    gates: list[dict[str, float]] = field(default_factory=list)
+    contributions: list[dict[str, float]] = field(default_factory=list)
 
 
 def train(
@@ -44,33 +40,37 @@ def train(
     losses: Callable[[dict], dict[str, Tensor]],
     batches: Iterator[dict],
     groups: list[dict],
-    budget: Budget,
+    steps: int,
     *,
     title: str,
     clip: float = 1.0,
     warmup: float = 0.03,
+    watch: Callable[[], dict[str, float]] | None = None,
 ) -> Run:
     """Train with AdamW; the learning rate warms up, then falls along a cosine to a tenth.
 
+    Nothing depends on how long a step takes, so that a busy machine finds the same as an idle one.
+
     Args:
         module: what is trained; in train mode while it lasts, in eval mode afterwards.
-        losses: gives the losses of a batch by name; their sum is minimised.
+        losses: returns the losses of a batch by name; their sum is minimised.
         batches: an endless supply.
         groups: optimizer parameter groups, each with its own learning rate.
-        budget: when to stop; the schedule is stretched over it.
+        steps: how many batches are taken; the schedule is stretched over them.
         title: stands before the progress bar.
         clip: largest norm of the gradient.
-        warmup: share of the budget in which the learning rate rises.
+        warmup: share of the steps in which the learning rate rises.
+        watch: returns values by name, kept as the run's `contributions`; called about fifty times in all, and
+            after the last step, with the module in eval mode.
     """
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.01)
     rates = [group["lr"] for group in optimizer.param_groups]
     parameters = [parameter for group in groups for parameter in group["params"]]
     run, started, shown = Run(), time.monotonic(), {}
     module.train()
-    with tqdm(
-        total=1000, desc=title, bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed} {postfix}"
-    ) as bar:
-        while (progress := _progress(run.steps, time.monotonic() - started, budget)) < 1:
+    with tqdm(total=steps, desc=title, unit="step") as bar:
+        while run.steps < steps:
+            progress = run.steps / steps
             scale = min(1.0, progress / warmup) * (0.55 + 0.45 * math.cos(math.pi * progress))
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * scale
@@ -82,24 +82,55 @@ def train(
             run.steps += 1
             values = {name: loss.item() for name, loss in parts.items()}
             run.history.append({"step": run.steps, **values})
-            if run.steps % 5 == 1 and isinstance(module, mt.FusedModel):
-                run.gates.append({"step": run.steps, **module.gates()})
-            bar.update(round(1000 * progress) - bar.n)
+            if watch and (run.steps % max(1, steps // 50) == 0 or run.steps == steps):
+                module.eval()
+                run.contributions.append({"step": run.steps, **watch()})
+                module.train()
             shown |= {name: f"{value:.3f}" for name, value in values.items()}
-            bar.set_postfix({"step": run.steps, **shown})
-        bar.update(1000 - bar.n)
+            bar.set_postfix(shown, refresh=False)
+            bar.update()
     run.seconds = time.monotonic() - started
     module.eval()
     return run
 
 
-def _progress(steps: int, seconds: float, budget: Budget) -> float:
-    shares = []
-    if budget.seconds is not None:
-        shares.append(seconds / max(budget.seconds, 1e-9))
-    if budget.steps is not None:
-        shares.append(steps / max(budget.steps, 1))
-    return max(shares)
+def estimated_steps(
+    seconds: float,
+    module: nn.Module,
+    make_losses: Callable[[nn.Module], Callable[[dict], dict[str, Tensor]]],
+    batches: Iterator[dict],
+    make_groups: Callable[[nn.Module], list[dict]],
+) -> int:
+    """Return how many steps of `train` fit into so many seconds, at least one, by timing some on a copy.
+
+    Args:
+        seconds: how long training may take.
+        module: what is to be trained; it stays as it is.
+        make_losses: returns `losses` for a copy of the module.
+        batches: a supply of their own: some are used up.
+        make_groups: returns `groups` for a copy of the module.
+    """
+    twin = copy.deepcopy(module)
+    losses = make_losses(twin)
+    with torch.random.fork_rng():
+        train(twin, losses, batches, make_groups(twin), WARM_UP, title="warming up")
+        timed = train(twin, losses, batches, make_groups(twin), TIMED, title="timing")
+    each = timed.seconds / TIMED
+    steps = max(1, int(seconds / each))
+    print(f"a step takes {each:.3f} s here, so {seconds:.0f} s are enough for {steps} steps", flush=True)
+    return steps
+
+
+def watching(model: mt.FusedModel, batches: Sequence[dict]) -> Callable[[], dict[str, float]]:
+    """Return what `train` may watch: how much each tap of each link contributes on these batches."""
+
+    def watch() -> dict[str, float]:
+        found: dict[str, float] = {}
+        for batch in batches:
+            found |= model.contributions(**batch)
+        return {name: value for name, value in found.items() if not name.endswith(" adapter")}
+
+    return watch
 
 
 def in_turn(*supplies: Iterator[dict]) -> Iterator[dict]:
@@ -109,7 +140,7 @@ def in_turn(*supplies: Iterator[dict]) -> Iterator[dict]:
 
 
 def endless(examples: Sequence[Example], size: int, seed: int, device: str) -> Iterator[dict]:
-    """Give batches of about equally long examples for ever, in a new order each time round."""
+    """Yield batches of about equally long examples for ever, in a new order each time round."""
     rng = random.Random(seed)
     while True:
         order = rng.sample(range(len(examples)), len(examples))
@@ -136,7 +167,7 @@ def directed(pairs: Iterable[tuple[Tensor, Tensor]], source: str, target: str) -
 
 
 def target_losses(model: nn.Module) -> Callable[[dict], dict[str, Tensor]]:
-    """Give what `train` asks for: the loss of each tower that a batch has targets for."""
+    """Return what `train` asks for: the loss of each tower that a batch has targets for."""
     lean = {"logits": False} if isinstance(model, mt.FusedModel) else {}  # only what the losses need is run
 
     def losses(batch: dict) -> dict[str, Tensor]:
@@ -166,7 +197,7 @@ def small_decoder(modality: mt.Modality, *, width: int, depth: int) -> transform
 
 def pretrain_decoders(
     jobs: Mapping[str, tuple[mt.Modality, Sequence[Tensor]]],
-    budget: Budget,
+    steps: int,
     out: Path,
     *,
     width: int,
@@ -183,13 +214,13 @@ def pretrain_decoders(
     folders = {}
     for name, (modality, rows) in jobs.items():
         model = small_decoder(modality, width=width, depth=depth).to(device)
-        pretrain(model, name, rows, budget, lr=2e-3, batch=batch, seed=seed, device=device)
+        pretrain(model, name, rows, steps, lr=2e-3, batch=batch, seed=seed, device=device)
         folders[name] = str(out / f"{name}-decoder")
         model.save_pretrained(folders[name])
     return folders
 
 
-def pretrain(model: nn.Module, name: str, rows: Sequence[Tensor], budget: Budget, **options) -> Run:
+def pretrain(model: nn.Module, name: str, rows: Sequence[Tensor], steps: int, **options) -> Run:
     """Teach a decoder to predict its own modality: rows of tokens, nothing paired."""
     examples = [[mt.Segment(name, row, target=True)] for row in rows]
     batches = endless(examples, options["batch"], options["seed"], options["device"])
@@ -199,12 +230,12 @@ def pretrain(model: nn.Module, name: str, rows: Sequence[Tensor], budget: Budget
         return {name: model(input_ids=stream["tokens"], labels=stream["labels"], use_cache=False).loss}
 
     groups = [{"params": list(model.parameters()), "lr": options["lr"]}]
-    return train(model, losses, batches, groups, budget, title=f"pretraining {name}")
+    return train(model, losses, batches, groups, steps, title=f"pretraining {name}")
 
 
 @torch.no_grad()
 def perplexity(model: nn.Module, rows: Sequence[Tensor], device: str) -> float:
-    """Give the perplexity per token of rows of tokens, the first of each being given."""
+    """Return the perplexity per token of rows of tokens, the first of each being given."""
     total, count = 0.0, 0
     for row in rows:
         tokens = row[None].to(device)

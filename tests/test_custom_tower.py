@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import multitower as mt
-from multitower.testing import check_decoding, check_tower, open_gates
+from multitower.testing import check_decoding, check_tower, open_links
 
 with warnings.catch_warnings():
     # x-transformers asks for it when it is imported.
@@ -131,7 +131,7 @@ def opened(caches: bool) -> mt.FusedModel:
     letters, signs = towers()
     if not caches:
         letters.caches = signs.caches = False
-    return open_gates(fuse(letters, signs), scale=3.0)
+    return open_links(fuse(letters, signs), scale=3.0)
 
 
 GIVEN = [
@@ -212,7 +212,7 @@ def test_links_learn_and_are_saved(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     lines = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
     before, after = (
         [float(part.split()[1]) for part in lines[key].split(", ")]
-        for key in ("fused, gates closed", "fused, links trained")
+        for key in ("fused, before training", "fused, links trained")
     )
     assert max(after) < 0.5 * min(before)
     assert lines["saved and loaded"] == lines["read as signs"]

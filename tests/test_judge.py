@@ -6,7 +6,7 @@ pytest.importorskip(
     "soundfile", reason="the judge shares its sample rate with the corpora, which need soundfile"
 )
 
-from judge import Judge, normalise, word_error_rate
+from judge import Judge, WordErrors, interval, normalise, word_errors
 
 
 @pytest.mark.parametrize(
@@ -24,21 +24,46 @@ def test_spellings_of_the_same_words_agree(written, words):
     assert normalise(written) == words
 
 
-def test_word_error_rate_counts_over_the_whole_corpus():
+def test_word_errors_are_counted_over_the_whole_corpus():
     pytest.importorskip("jiwer", reason="word error rates need the examples extra")
-    assert word_error_rate(["four two", "nine one"], ["42", "9, 1."]) == 0.0
-    assert word_error_rate(["four two", "nine one"], ["4", "9 1 1"]) == pytest.approx(50.0)
-    assert word_error_rate(["four two", "nine one"], ["", ""]) == pytest.approx(100.0)
+    assert word_errors(["four two", "nine one"], ["42", "9, 1."]) == WordErrors(0.0, 0.0, 0.0)
+    assert word_errors(["four two", "nine one"], ["4", "9 1 1"]).rate == pytest.approx(50.0)
+    assert word_errors(["four two", "nine one"], ["", ""]) == WordErrors(100.0, 100.0, 100.0)
+    assert word_errors(["four", "nine one six"], ["five", "9 1 6"]).rate == pytest.approx(25.0)
 
 
-def test_word_error_rate_refuses_what_cannot_be_scored():
+def test_word_errors_agree_with_jiwer():
+    jiwer = pytest.importorskip("jiwer", reason="word error rates need the examples extra")
+    rng = np.random.default_rng(0)
+    words = np.array(["one", "two", "three"])
+    truth, heard = (
+        [" ".join(rng.choice(words, size)) for size in sizes] for sizes in ((2, 5, 1, 4), (4, 3, 0, 4))
+    )
+    assert word_errors(truth, heard).rate == pytest.approx(100 * jiwer.wer(truth, heard))
+
+
+def test_the_interval_narrows_with_utterances_and_stays_the_same():
+    pytest.importorskip("jiwer", reason="word error rates need the examples extra")
+    few, many = (word_errors(["four two"] * 2 * n, ["four two", "four one"] * n) for n in (5, 500))
+    assert few.rate == many.rate == 25.0
+    assert 0 <= few.low < many.low < 25 < many.high < few.high <= 50
+    assert few == word_errors(["four two"] * 10, ["four two", "four one"] * 5)
+    assert str(few) == f"25.0 ({few.low:.1f} to {few.high:.1f})"
+
+
+def test_utterances_are_drawn_with_their_words():
+    assert interval([0, 3], [1, 3]) == (0.0, 100.0)
+    assert interval([2], [8]) == (25.0, 25.0)
+
+
+def test_word_errors_refuse_what_cannot_be_scored():
     pytest.importorskip("jiwer", reason="word error rates need the examples extra")
     with pytest.raises(ValueError, match="1 references for 2"):
-        word_error_rate(["one"], ["one", "two"])
+        word_errors(["one"], ["one", "two"])
     with pytest.raises(ValueError, match="at least one word"):
-        word_error_rate(["one", "?"], ["one", ""])
+        word_errors(["one", "?"], ["one", ""])
     with pytest.raises(ValueError, match="at least one reference"):
-        word_error_rate([], [])
+        word_errors([], [])
 
 
 def test_whisper_hears_hibari_and_no_words_in_silence():

@@ -7,7 +7,8 @@ pytest.importorskip("librosa", reason="the spectrogram needs the speech extra")
 import matplotlib
 import matplotlib.image
 
-from pictures import plot_attention, plot_comparison, plot_gates, plot_losses
+import pictures
+from pictures import plot_attention, plot_comparison, plot_contributions, plot_losses
 
 HISTORY = [{"step": step, "text": 3.0 / (1 + step), "speech": 5.0 / (1 + step)} for step in range(50)]
 WAVEFORM = np.sin(np.arange(8000) / 20).astype(np.float32)
@@ -31,26 +32,43 @@ def test_a_single_step_and_a_loss_that_starts_late_can_be_drawn(tmp_path):
     assert drawn(plot_losses([*HISTORY, {"step": 50, "image": 2.0}], tmp_path / "late.png"))
 
 
-def test_gates_get_one_panel_for_each_link(tmp_path):
-    names = [
-        f"{link} tap {tap} {kind}"
-        for link in ("a->b", "b->a")
-        for tap in (1, 2)
-        for kind in ("attention", "ffn")
-    ]
+def test_contributions_get_one_panel_for_each_link(tmp_path):
+    names = [f"{link} {tap}" for link in ("a->b", "b->a") for tap in ("0-0", "1-1")]
     history = [{"step": step, **dict.fromkeys(names, 0.01 * step)} for step in range(5)]
-    both = matplotlib.image.imread(plot_gates(history, tmp_path / "both.png"))
+    both = matplotlib.image.imread(plot_contributions(history, tmp_path / "both.png"))
     one = [{name: value for name, value in entry.items() if not name.startswith("b")} for entry in history]
-    single = matplotlib.image.imread(plot_gates(one, tmp_path / "single.png"))
+    single = matplotlib.image.imread(plot_contributions(one, tmp_path / "single.png"))
     assert both.shape[1] > 1.5 * single.shape[1]
 
 
-def test_a_gate_without_a_link_is_refused_by_name(tmp_path):
-    with pytest.raises(ValueError, match="'attention'"):
-        plot_gates([{"step": 0, "attention": 0.1}], tmp_path / "gates.png")
+def test_contributions_are_labelled_for_people(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(pictures, "_write", lambda figure, path: figures.append(figure))
+    links = ("a->b", "b->a", "a->c", "c->a")
+    names = [f"{link} {tap}" for link in links for tap in ("0-0", "10-5", "2-1")]
+    values = {name: 0.1 * place for place, name in enumerate(names)}
+    plot_contributions([{"step": step, **values} for step in (3, 5)], tmp_path / "links.png")
+    (figure,) = figures
+    panels = [axes for axes in figure.axes if axes.lines]
+    assert figure.get_suptitle() == "How much each link contributes"
+    assert [axes.get_title() for axes in panels] == ["a → b", "b → a", "a → c", "c → a"]
+    labels = ["embeddings", "layer 2 → 1", "layer 10 → 5"]
+    for axes in panels:
+        assert [text.get_text() for text in axes.get_legend().get_texts()] == labels
+        assert len({tuple(line.get_color()) for line in axes.lines}) == 3
+        bottom, top = axes.get_ylim()
+        assert bottom == 0
+        assert top > max(values.values())
+    assert panels[0].get_ylabel() == "norm of the update / norm of the state"
+    assert not any(axes.axison for axes in figure.axes[len(links) :])
 
 
-@pytest.mark.parametrize("draw", [plot_losses, plot_gates])
+def test_a_contribution_without_a_link_is_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match="'speech adapter'"):
+        plot_contributions([{"step": 0, "speech adapter": 0.1}], tmp_path / "contributions.png")
+
+
+@pytest.mark.parametrize("draw", [plot_losses, plot_contributions])
 def test_an_empty_history_is_refused(draw, tmp_path):
     with pytest.raises(ValueError, match="nothing to draw"):
         draw([], tmp_path / "none.png")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from itertools import permutations
+from itertools import islice, permutations
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +22,7 @@ from models import causal_lm
 from multitower.testing import check_modality
 from phrases import DIGITS
 from three_report import ROUTES, Answer, Phrase, Readers, Route, as_markdown, draw_answers, follow
-from three_towers import PAIRED, Corpus, Size, changed, fit, widest_gates
-from training import Budget
+from three_towers import PAIRED, Corpus, Size, changed, fit, largest_contributions, training_batches
 
 WORDS = ("four seven", "one", "zero two nine")
 
@@ -71,7 +70,7 @@ def model() -> mt.FusedModel:
             tower.generation_config.bos_token_id, tower.generation_config.eos_token_id = 18, 19
         graph.add_tower(name, tower, train="none" if name == "text" else "all")
     for source, target in permutations(graph.towers, 2):
-        graph.add_link(source, target, interleave=1, position="rotary")
+        graph.add_link(source, target, interleave=1, embeddings=True, position="rotary")
     return graph.compile()
 
 
@@ -153,7 +152,7 @@ def test_a_batch_leaves_the_tower_that_it_does_not_hold_as_it_was(model, corpus)
         optimizer.step()
     assert set(ran) == {"speech", "text"}
     untouched = {part for part, count in changed(model, before).items() if count.startswith("0 of")}
-    assert {"towers/text", "towers/image", "adapters/image"} < untouched
+    assert {"towers/text", "towers/image"} < untouched
     assert {"links/speech->image", "links/image->speech", "links/text->image"} < untouched
     assert "towers/speech" not in untouched
     assert "links/text->speech" not in untouched
@@ -162,14 +161,38 @@ def test_a_batch_leaves_the_tower_that_it_does_not_hold_as_it_was(model, corpus)
 def test_pairs_with_text_train_all_but_the_links_without_pairs(model, corpus, capsys):
     before = {key: value.clone() for key, value in model.state_dict().items()}
     options = argparse.Namespace(seed=0, device="cpu")
-    run = fit(model, corpus, Budget(steps=12), Size(batch=3, lr=1e-2), options)
+    run = fit(model, corpus, Size(batch=3, lr=1e-2, fusing=12), options)
     named = {name for entry in run.history for name in entry} - {"step"}
     assert named == {"speech→text", "text→speech", "text→image", "image→text"}
     untouched = {part for part, count in changed(model, before).items() if count.startswith("0 of")}
     assert untouched == {"towers/text", "links/speech->image", "links/image->speech"}
-    opened = widest_gates(model)
-    assert opened.pop("speech->image") == opened.pop("image->speech") == 0
-    assert all(opened.values())
+    last = run.contributions[-1]
+    assert last.keys() - {"step"} == {f"{tap.link} {tap.key}" for tap in model.schedule.taps}
+    largest = largest_contributions(last)
+    assert list(largest) == list(model.links)
+    assert largest.pop("speech->image") == largest.pop("image->speech") == 0
+    assert all(largest.values())
+
+
+def test_the_largest_contribution_of_a_link_is_that_of_one_tap():
+    taps = {"step": 9, "a->b 0-0": 0.1, "a->b 1-1": 0.3, "a->b 2-2": 0.2, "b->a 0-0": 0.0}
+    assert largest_contributions(taps) == {"a->b": 0.3, "b->a": 0.0}
+
+
+def test_speech_and_images_are_noisy_where_they_are_continued(corpus):
+    options = argparse.Namespace(seed=0, device="cpu")
+    drawn = {}
+    for noise in (0.0, 1.0):
+        batches = training_batches(corpus, Size(batch=3, noise=noise), options)
+        drawn[noise] = [batch["streams"] for batch in islice(batches, 40)]
+    differ = set()
+    for clean, noisy in zip(drawn[0.0], drawn[1.0], strict=True):
+        for name in clean:
+            assert torch.equal(clean[name]["labels"], noisy[name]["labels"])
+            if not torch.equal(clean[name]["tokens"], noisy[name]["tokens"]):
+                assert (clean[name]["labels"] >= 0).any()
+                differ.add(name)
+    assert differ == {"speech", "image"}
 
 
 def test_routes_say_where_they_lead():
@@ -231,11 +254,15 @@ def test_the_report_counts_and_draws(corpus, tmp_path: Path):
     images = [phrase.raw["image"] for phrase in phrases]
     answer = Answer("text → image", "directly", True, "image", images, ["four seven", "", "zero two six"])
     row = answer.row(phrases)
-    assert row["word errors %"] == pytest.approx(100 * 2 / 6)
-    assert as_markdown([row]).splitlines() == [
-        "| held-out phrases | way      | pairs in training | word errors % |",
-        "| ---------------- | -------- | ----------------- | ------------: |",
-        "| text → image     | directly | yes               |          33.3 |",
+    errors = row["word errors %"]
+    assert errors.rate == pytest.approx(100 * 2 / 6)
+    assert 0 == errors.low < errors.rate < errors.high == 100
+    lines = as_markdown([row], count=3).splitlines()
+    assert lines[:3] == [
+        "| held-out phrases | way      | pairs in training |       word errors % |",
+        "| ---------------- | -------- | ----------------- | ------------------: |",
+        "| text → image     | directly | yes               | 33.3 (0.0 to 100.0) |",
     ]
+    assert "95 % interval over 3 phrases" in " ".join(lines[4:])
     draw_answers(phrases, [answer], tmp_path / "digits.png")
     assert (tmp_path / "digits.png").stat().st_size > 1000
