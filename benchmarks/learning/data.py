@@ -1,0 +1,178 @@
+"""What the runs learn from, made once: spoken digits as tokens, and two small pretrained decoders.
+
+    pip install -c constraints.txt -e '.[examples,lora]'
+    export PYTHONPATH=examples
+    python benchmarks/learning/data.py runs/learning/short             # phrases of 1 to 5 digits
+    python benchmarks/learning/data.py runs/learning/long --digits 30 --pairs 3000
+
+A folder then holds the modalities, both decoders as transformers checkpoints, the tokens of every phrase
+(``corpus.json``), and, for the held-out ones, what whisper hears in the original audio and in audio made from
+the true units: the floor and the ceiling of synthesis.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from threadpoolctl import threadpool_limits
+from torch import Tensor
+from tqdm import tqdm
+
+from judge import Judge
+from multitower_speech import SpeechModality
+from multitower_text import TextModality
+from phrases import number_phrases
+from spoken_corpus import Utterance, speak
+from training import pretrain_decoders
+
+CORPUS = "corpus.json"
+UNITS, RATE, UNIT_CLIPS = 512, 50 / 3, 300
+WIDTH, DEPTH, BATCH, PRETRAINING = 128, 4, 32, 300
+HELD_OUT = {"dev": 100, "test": 200}
+JUDGED = 100
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """A phrase, and its tokens in both modalities, int64, shape (length,)."""
+
+    transcript: str
+    text: Tensor
+    speech: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """Modalities, folders of pretrained decoders, and phrases: to train on, to choose by, to test on."""
+
+    text: TextModality
+    speech: SpeechModality
+    decoders: dict[str, str]
+    train: list[Pair]
+    dev: list[Pair]
+    test: list[Pair]
+    unpaired: dict[str, list[Tensor]]
+    heard: dict[str, list[str]]
+
+    def longest(self, name: str) -> int:
+        """Return a generous limit for what is decoded."""
+        return 10 + max(len(getattr(pair, name)) for pair in (*self.train, *self.dev, *self.test))
+
+
+def load_corpus(folder: str | Path) -> Corpus:
+    """Read what ``make_corpus`` wrote."""
+    root = Path(folder)
+    data = json.loads((root / CORPUS).read_text())
+    splits = {name: [_pair(entry) for entry in data[name]] for name in ("train", *HELD_OUT)}
+    return Corpus(
+        TextModality.from_pretrained(root / "text"),
+        SpeechModality.from_pretrained(root / "speech"),
+        {name: str(root / f"{name}-decoder") for name in ("text", "speech")},
+        **splits,
+        unpaired={name: [torch.tensor(row) for row in rows] for name, rows in data["unpaired"].items()},
+        heard=data["heard"],
+    )
+
+
+def make_corpus(
+    folder: Path, *, digits: int, pairs: int, unpaired: int, texts: int, pretraining: int, seed: int
+) -> None:
+    """Speak, fit units, encode, pretrain both decoders, and have the held-out audio judged."""
+    folder.mkdir(parents=True, exist_ok=True)
+    held_out = sum(HELD_OUT.values())
+    lengths = None if digits == 5 else dict.fromkeys(range(1, digits + 1), 1.0)
+    paired = number_phrases(pairs + held_out, seed, lengths=lengths)
+    alone = number_phrases(unpaired, seed + 1, exclude=paired, lengths=lengths)
+    unspoken = number_phrases(texts, seed + 2, exclude=paired, lengths=lengths)
+    spoken = speak([*paired, *alone], seed=seed)
+    pool, others = spoken[: len(paired)], spoken[len(paired) :]
+    random.Random(seed).shuffle(pool)
+
+    speech = SpeechModality.fit(
+        [one.waveform for one in [*others, *pool[held_out:]][:UNIT_CLIPS]], units=UNITS, rate=RATE, seed=seed
+    )
+    text = TextModality()
+    text.save_pretrained(folder / "text")
+    speech.save_pretrained(folder / "speech")
+    encoded = {name: _encoded(part, text, speech) for name, part in (("pairs", pool), ("others", others))}
+    rows = {
+        "text": [text.encode(line) for line in unspoken],
+        "speech": [torch.tensor(entry["speech"]) for entry in encoded["others"]],
+    }
+    pretrain_decoders(
+        {"text": (text, rows["text"]), "speech": (speech, rows["speech"])},
+        pretraining,
+        folder,
+        width=WIDTH,
+        depth=DEPTH,
+        batch=BATCH,
+        seed=seed,
+        device="cpu",
+    )
+    test = slice(HELD_OUT["dev"], held_out)
+    judged = pool[test][:JUDGED]
+    judge = Judge(workers=1)
+    heard = {
+        "original audio": judge.transcribe([one.waveform for one in judged]),
+        "true units": judge.transcribe(
+            [speech.decode(torch.tensor(entry["speech"])) for entry in encoded["pairs"][test][:JUDGED]]
+        ),
+    }
+    corpus = {
+        "made of": {"digits": digits, "pairs": pairs, "unpaired": unpaired, "texts": texts, "seed": seed},
+        "dev": encoded["pairs"][: HELD_OUT["dev"]],
+        "test": encoded["pairs"][test],
+        "train": encoded["pairs"][held_out:],
+        "unpaired": {name: [row.tolist() for row in each] for name, each in rows.items()},
+        "heard": heard,
+    }
+    (folder / CORPUS).write_text(json.dumps(corpus))
+
+
+def _encoded(
+    utterances: Sequence[Utterance], text: TextModality, speech: SpeechModality
+) -> list[dict[str, Any]]:
+    with threadpool_limits(1):
+        return [
+            {
+                "transcript": one.transcript,
+                "text": text.encode(one.transcript).tolist(),
+                "speech": speech.encode(one.waveform).tolist(),
+            }
+            for one in tqdm(utterances, desc="encoding", unit="clip")
+        ]
+
+
+def _pair(entry: dict[str, Any]) -> Pair:
+    return Pair(entry["transcript"], torch.tensor(entry["text"]), torch.tensor(entry["speech"]))
+
+
+def main() -> None:
+    """Make a folder of data as the command line says."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--digits", type=int, default=5, help="how many digits a phrase has at most")
+    parser.add_argument("--pairs", type=int, default=5000)
+    parser.add_argument("--unpaired", type=int, default=1000, help="clips that only the speech decoder hears")
+    parser.add_argument("--texts", type=int, default=20_000)
+    parser.add_argument("--pretraining", type=int, default=PRETRAINING, help="steps for each decoder")
+    parser.add_argument("--seed", type=int, default=0)
+    options = vars(parser.parse_args())
+    torch.manual_seed(options["seed"])
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    make_corpus(**options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""Tables and pictures of what the runs found: ``docs/learning.md`` and ``docs/images/learning*.png``.
+
+    export PYTHONPATH=examples
+    python benchmarks/learning/report.py
+
+The tables stand in the document between comments that name them, and are written anew; the prose is left
+alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from score import KINDS, interval
+from train import RESULTS, TASKS, read_results
+from variants import VARIANTS
+
+ROOT = Path(__file__).parents[2]
+DOCUMENT = ROOT / "docs/learning.md"
+IMAGES = ROOT / "docs/images"
+COLOURS = {"base": "#0072b2", "before": "#e69f00", "all": "#d55e00", "lora": "#cc79a7", "new": "#999999"}
+
+Run = Mapping[str, Any]
+
+
+def group(runs: Iterable[Run]) -> dict[tuple[Any, ...], list[Run]]:
+    """Put together the seeds of each variant, data, number of pairs and number of steps."""
+    grouped: dict[tuple[Any, ...], list[Run]] = {}
+    for run in runs:
+        key = tuple(run[name] for name in ("data", "pairs", "split", "steps", "variant"))
+        grouped.setdefault(key, []).append(run)
+    return grouped
+
+
+def rate(runs: Sequence[Run], task: str) -> tuple[float, float, float]:
+    """Return the word error rate of all seeds together, in per cent, and its 95 % interval."""
+    errors, words = ([count for run in runs for count in run[task][key]] for key in ("errors", "words"))
+    return 100 * sum(errors) / sum(words), *interval(errors, words)
+
+
+def cells(runs: Sequence[Run]) -> list[str]:
+    """Return what a table says of the seeds of one variant."""
+    rates = ["{:.1f} ({:.1f} to {:.1f})".format(*rate(runs, task)) for task in TASKS]
+    seconds = np.mean([run["seconds"] for run in runs])
+    perplexity = np.mean([run["text perplexity"] for run in runs])
+    trained = runs[0]["trained"] / 1e6
+    return [*rates, f"{seconds:.0f}", f"{trained:.2f}", f"{perplexity:.2f}", str(len(runs))]
+
+
+HEADS = ["", "ASR WER %", "TTS WER %", "s", "M trained", "text perplexity", "seeds"]
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    aligned = ["---", *["---:"] * (len(heads) - 1)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (heads, aligned, *rows))
+
+
+def by_variant(runs: Sequence[Run], *, data: str, steps: int, pairs: int | None = None) -> str:
+    """Return the table of all variants of one setting on the test phrases, in the order of ``VARIANTS``."""
+    found = group(runs)
+    keys = [(data, pairs, "test", steps, name) for name in VARIANTS]
+    return table(HEADS, ([key[-1], *cells(found[key])] for key in keys if key in found))
+
+
+def by_steps(
+    runs: Sequence[Run],
+    names: Iterable[str],
+    *,
+    data: str = "short",
+    pairs: int | None = None,
+    split: str = "test",
+) -> str:
+    """Return the table of some variants at all numbers of steps."""
+    names = list(names)
+    found = group(run for run in runs if run["split"] == split)
+    keys = sorted(key for key in found if key[:2] == (data, pairs) and key[-1] in names)
+    keys.sort(key=lambda key: (names.index(key[-1]), key[3]))
+    return table(["", "steps", *HEADS[1:]], ([key[-1], str(key[3]), *cells(found[key])] for key in keys))
+
+
+def by_length(runs: Sequence[Run], names: Sequence[str], *, data: str) -> str:
+    """Return word error rates by the number of words of a phrase, and the kinds of errors."""
+    rows = []
+    for (_, _, _, steps, name), seeds in group(run for run in runs if run["data"] == data).items():
+        if name not in names:
+            continue
+        for task in TASKS:
+            words = np.concatenate([run[task]["words"] for run in seeds])
+            errors = np.concatenate([run[task]["errors"] for run in seeds])
+            edges = [(1, 5), (6, 10), (11, 20), (21, 30)]
+            rates = [
+                f"{100 * errors[chosen].sum() / words[chosen].sum():.1f}" if chosen.any() else ""
+                for low, high in edges
+                for chosen in [(words >= low) & (words <= high)]
+            ]
+            shares = [f"{100 * sum(run[task][kind] for run in seeds) / words.sum():.1f}" for kind in KINDS]
+            rows.append([f"{name}, {task.upper()}", str(steps), *rates, *shares])
+    heads = ["", "steps", "1 to 5 words", "6 to 10", "11 to 20", "21 to 30", *(f"% {kind}" for kind in KINDS)]
+    return table(heads, rows)
+
+
+def draw_progress(runs: Sequence[Run], names: Mapping[str, str], file: Path) -> None:
+    """Draw errors against steps and against processor time."""
+    figure, panels = plt.subplots(2, 2, figsize=(9, 6), sharey="row", layout="constrained")
+    axes: Mapping[str, Callable[[Run], float]] = {
+        "steps": lambda run: run["steps"],
+        "seconds of one core": lambda run: run["seconds"],
+    }
+    chosen = [run for run in runs if (run["data"], run["pairs"], run["split"]) == ("short", None, "test")]
+    for row, task in zip(panels, TASKS, strict=True):
+        for panel, (label, x) in zip(row, axes.items(), strict=True):
+            for name, title in names.items():
+                found = [seeds for key, seeds in sorted(group(chosen).items()) if key[-1] == name]
+                if found:
+                    places = [np.mean([x(run) for run in seeds]) for seeds in found]
+                    rates = np.array([rate(seeds, task) for seeds in found])
+                    colour = next(value for key, value in COLOURS.items() if key in name)
+                    panel.plot(places, rates[:, 0], "o-", color=colour, label=title)
+                    panel.fill_between(places, rates[:, 1], rates[:, 2], color=colour, alpha=0.2)
+            panel.set(xlabel=label, ylim=(0, 60))
+        row[0].set_ylabel(f"{task.upper()} WER %")
+    panels[0, 0].legend(frameon=False)
+    figure.savefig(file, dpi=130)
+
+
+def filled(document: str, tables: Mapping[str, str]) -> str:
+    """Put each table between the comments that name it."""
+    for name, text in tables.items():
+        begin, end = f"<!-- {name} -->\n", "<!-- end -->"
+        pattern = f"{re.escape(begin)}.*?{end}"
+        document, count = re.subn(pattern, lambda _, new=f"{begin}{text}\n{end}": new, document, flags=re.S)
+        if count != 1:
+            raise ValueError(f"{DOCUMENT} has {count} places for the table {name!r}")
+    return document
+
+
+def main() -> None:
+    """Write the tables into the document, and draw the picture."""
+    runs = read_results(RESULTS)
+    best = {
+        "base": "fusion",
+        "before": "fusion as it was",
+        "expansion all, lr 0.003": "vocabulary expansion",
+    }
+    tables = {
+        "methods": by_steps(runs, best),
+        "rates": by_steps(runs, (name for name in VARIANTS if "expansion" in name), split="dev"),
+        "switches": by_variant(runs, data="short", steps=800),
+        "few pairs": by_steps(runs, VARIANTS, pairs=250),
+        "length": by_length(runs, list(VARIANTS), data="long"),
+    }
+    DOCUMENT.write_text(filled(DOCUMENT.read_text(), tables))
+    draw_progress(runs, best, IMAGES / "learning.png")
+
+
+if __name__ == "__main__":
+    main()

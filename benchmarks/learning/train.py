@@ -1,0 +1,229 @@
+"""Train one variant for a number of steps, decode held-out phrases, and add the result to a file.
+
+    export PYTHONPATH=examples OMP_NUM_THREADS=1
+    python benchmarks/learning/train.py --data runs/learning/short --variant base --steps 800 --seed 0
+
+Recognition and synthesis take turns, a batch each. A result is one line of JSON: the settings, the losses on
+the way, those of held-out pairs, word errors in both directions, what each link contributes, and the seconds
+of processor time. A run whose line is there already is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import trials
+from data import BATCH, JUDGED, Corpus, Pair, load_corpus
+from score import score
+from torch import Tensor, nn
+from variants import VARIANTS, Variant
+
+import multitower as mt
+from judge import Judge
+from training import directed, endless, in_turn, target_losses, train
+
+RESULTS = Path(__file__).with_name("results.jsonl")
+TASKS = {"asr": ("speech", "text"), "tts": ("text", "speech")}
+DECODED = 50
+
+
+def run(
+    corpus: Corpus, variant: Variant, *, steps: int, seed: int, pairs: int | None, split: str, judged: int
+) -> Any:
+    """Train and score one variant; return what is found."""
+    trials.change_library(variant.trials, corpus)
+    torch.manual_seed(seed)
+    model = make_model(corpus, variant)
+    data = corpus.train[:pairs]
+    groups = (
+        model.parameter_groups(variant.lr, **variant.rates)
+        if isinstance(model, mt.FusedModel)
+        else [{"params": [each for each in model.parameters() if each.requires_grad], "lr": variant.lr}]
+    )
+    batches = training_batches(data, variant, seed)
+    losses = target_losses(model)
+    if "alignment" in variant.trials:
+        losses = trials.aligned_losses(model, variant.trials["alignment"], steps)
+    began = time.process_time()
+    done = train(model, losses, batches, groups, steps, title=str(steps))
+    seconds = time.process_time() - began
+    held_out = getattr(corpus, split)
+    found = {
+        "seconds": round(seconds, 1),
+        "trained": sum(each.numel() for each in model.parameters() if each.requires_grad),
+        "curve": averaged(done.history),
+        "held-out loss": {task: held_out_loss(model, held_out, *ends) for task, ends in TASKS.items()},
+        "text perplexity": text_perplexity(model, held_out),
+    }
+    if isinstance(model, mt.FusedModel):
+        found["contributions"] = contributions(model, held_out)
+    truth = [pair.transcript for pair in held_out]
+    written = decoded(model, held_out, "speech", "text", corpus.longest("text"))
+    found["asr"] = score(truth, [corpus.text.decode(each) for each in written])
+    options = trials.guidance(model, variant.trials["guidance"]) if "guidance" in variant.trials else {}
+    spoken = decoded(model, held_out[:judged], "text", "speech", corpus.longest("speech"), **options)
+    waveforms = [corpus.speech.decode(each) for each in spoken]
+    found["tts"] = score(truth[:judged], Judge(workers=1).transcribe(waveforms, progress=False))
+    return found
+
+
+def make_model(corpus: Corpus, variant: Variant) -> mt.FusedModel | mt.VocabularyExpansion:
+    """Join the decoders as a variant says."""
+    method, _, what = variant.method.partition(" ")
+    if method == "expansion":
+        native = transformers.AutoModelForCausalLM.from_pretrained(corpus.decoders["text"])
+        train: Any = what
+        if what == "lora":
+            from peft import LoraConfig
+
+            train = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+        return mt.VocabularyExpansion(native, {"text": corpus.text, "speech": corpus.speech}, train=train)
+    graph = mt.FusionGraph()
+    for name, folder in corpus.decoders.items():
+        graph.add_tower(name, folder, train=variant.train[name], adapter=variant.adapter)
+    for source, target in TASKS.values():
+        graph.add_link(source, target, **variant.link)
+    model = graph.compile()
+    if variant.trials.get("warm start"):
+        trials.start_warm(model)
+    return model
+
+
+def training_batches(pairs: Sequence[Pair], variant: Variant, seed: int) -> Iterator[dict]:
+    """Yield batches of recognition and of synthesis in turn."""
+    generator = torch.Generator().manual_seed(seed)
+    supplies = [
+        endless(
+            directed([(getattr(pair, source), getattr(pair, target)) for pair in pairs], source, target),
+            BATCH,
+            seed,
+            "cpu",
+        )
+        for source, target in TASKS.values()
+    ]
+    batches = in_turn(*supplies)
+    if "drop" in variant.trials:
+        targets = [target for _, target in TASKS.values()]
+        batches = trials.with_dropped_links(batches, variant.trials["drop"], targets, seed)
+    for batch in batches:
+        yield mt.corrupt_history(batch, {"speech": variant.noise}, generator=generator)
+
+
+def averaged(history: Sequence[dict[str, float]], every: int = 40) -> dict[str, list[float]]:
+    """Average what was logged over stretches of steps, by name."""
+    names = {name for entry in history for name in entry if name != "step"}
+    curves: dict[str, list[float]] = {}
+    for name in sorted(names):
+        for start in range(0, len(history), every):
+            values = [entry[name] for entry in history[start : start + every] if name in entry]
+            curves.setdefault(name, []).append(round(sum(values) / max(1, len(values)), 4))
+    return curves
+
+
+@torch.no_grad()
+def held_out_loss(model: nn.Module, pairs: Sequence[Pair], source: str, target: str) -> float:
+    """Return the loss per token of held-out pairs in one direction."""
+    rows = directed([(getattr(pair, source), getattr(pair, target)) for pair in pairs], source, target)
+    batch = mt.collate(rows)
+    return round(float(model(**batch).losses[target]), 4)
+
+
+@torch.no_grad()
+def text_perplexity(model: mt.FusedModel | mt.VocabularyExpansion, pairs: Sequence[Pair]) -> float:
+    """Return the perplexity of held-out text alone, without anything else to read."""
+    batch = mt.collate([[mt.Segment("text", pair.text, target=True)] for pair in pairs])
+    return round(float(model(**batch).losses["text"].exp()), 3)
+
+
+def contributions(model: mt.FusedModel, pairs: Sequence[Pair]) -> dict[str, float]:
+    """Return what each link adds, over the state that it is added to."""
+    found: dict[str, float] = {}
+    for source, target in TASKS.values():
+        rows = [[mt.Segment(name, getattr(pair, name)) for name in (source, target)] for pair in pairs[:32]]
+        found |= model.contributions(**mt.collate(rows))
+    return {name: round(value, 4) for name, value in found.items() if not name.endswith("adapter")}
+
+
+def decoded(
+    model: mt.FusedModel | mt.VocabularyExpansion,
+    pairs: Sequence[Pair],
+    source: str,
+    target: str,
+    limit: int,
+    **options: Any,
+) -> list[Tensor]:
+    """Decode greedily what the target answers to the source."""
+    found = []
+    for start in range(0, len(pairs), DECODED):
+        given = [[mt.Segment(source, getattr(pair, source))] for pair in pairs[start : start + DECODED]]
+        rows = model.generate(given, output=[target], max_new_tokens=limit, do_sample=False, **options)
+        found += [torch.as_tensor(row[0].tokens) for row in rows]
+    return found
+
+
+def key_of(entry: dict[str, Any]) -> tuple[Any, ...]:
+    """Return what tells one run from another."""
+    return tuple(entry[key] for key in ("data", "variant", "steps", "pairs", "seed", "split"))
+
+
+def read_results(file: Path) -> list[dict[str, Any]]:
+    """Read a file of results, one in each line."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def append(file: Path, entry: dict[str, Any]) -> None:
+    """Add a line to a file to which another process may be adding."""
+    with file.open("a") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        stream.write(json.dumps(entry, separators=(",", ":")) + "\n")
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True, help="a folder that data.py made")
+    parser.add_argument("--variant", choices=VARIANTS, required=True)
+    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--pairs", type=int, help="train on the first so many pairs (default: all)")
+    parser.add_argument("--split", choices=("dev", "test"), default="test")
+    parser.add_argument("--judged", type=int, default=JUDGED, help="how many spoken answers are judged")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run what the command line says, unless its result is there."""
+    options = parse()
+    chosen = {key: getattr(options, key) for key in ("variant", "steps", "pairs", "seed", "split")}
+    entry = {"data": options.data.name, **chosen}
+    if key_of(entry) in map(key_of, read_results(options.results)):
+        return
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    variant = VARIANTS[options.variant]
+    settings = {key: getattr(options, key) for key in ("steps", "seed", "pairs", "split", "judged")}
+    found = run(load_corpus(options.data), variant, **settings)
+    machine = {
+        "processor": platform.machine(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+    append(options.results, {**entry, "settings": asdict(variant), "machine": machine, **found})
+    print(options.variant, options.steps, options.seed, *(found[task]["wer"] for task in TASKS))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""What was tried on links outside of the library: each changes it for one process, by name.
+
+- ``"stop gradient": True``: no gradient passes a link into its source (knowledge insulation, arXiv
+  2505.23705).
+- ``"q/k norms": True``: queries and keys are normalised for each head (as in Mllama's cross-attention).
+- ``"warm start": True``: queries, keys, values and norms begin as those of the target's own layer after the
+  tap (T5Gemma, arXiv 2504.06225).
+- ``"position": "segment"``: rotary positions count from where a segment begins; ``"scaled"``: those of text
+  are also stretched to the rate of speech, so that aligned pairs lie on a diagonal.
+- ``"alignment": weight``: attention far off the diagonal costs, by a weight that fades to zero over half of
+  the steps (guided attention, arXiv 1710.08969).
+- ``"drop": share``: in so many batches the target has nothing to read.
+- ``"guidance": scale``: the logits of synthesis are moved away from those of the speech tower alone, by
+  transformers' ``UnbatchedClassifierFreeGuidanceLogitsProcessor``.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from data import Corpus
+from torch import Tensor
+
+import multitower as mt
+from multitower import generate, rotary, stream
+from multitower.link import GatedCrossAttention, KeysValues
+
+APART = 1000
+"""When the second segment of an example begins, where positions are those of segments."""
+
+
+def change_library(trials: Mapping[str, Any], corpus: Corpus) -> None:
+    """Change what links do, before any is made."""
+    if trials.get("stop gradient"):
+        read = GatedCrossAttention.read
+        GatedCrossAttention.read = lambda tap, source, *rest: read(tap, source.detach(), *rest)  # type: ignore[method-assign]
+    if trials.get("q/k norms"):
+        _normalise_queries_and_keys()
+    if "position" in trials:
+        scale = 1.0
+        if trials["position"] == "scaled":
+            lengths = {
+                name: sum(len(getattr(pair, name)) for pair in corpus.train) for name in ("text", "speech")
+            }
+            scale = lengths["speech"] / lengths["text"]
+        _count_from_segments({"text": scale})
+
+
+def start_warm(model: mt.FusedModel) -> None:
+    """Copy a target layer's self-attention into the tap before it, but for its last projection."""
+    for tap in model.schedule.taps:
+        layers = model.unimodal(tap.target).model.layers
+        layer, module = layers[min(tap.target_layer, len(layers) - 1)], model.tap(tap)
+        own = layer.self_attn
+        with torch.no_grad():
+            for new, old in (
+                (module.query, own.q_proj),
+                (module.key, own.k_proj),
+                (module.value, own.v_proj),
+                (module.norm, layer.input_layernorm),
+            ):
+                new.weight.copy_(old.weight)
+
+
+def with_dropped_links(
+    batches: Iterator[dict], share: float, targets: Sequence[str], seed: int
+) -> Iterator[dict]:
+    """Take from some batches all but what is to be predicted."""
+    draw = random.Random(seed)
+    for number, batch in enumerate(batches):
+        if draw.random() < share:
+            target = targets[number % len(targets)]
+            batch = {"streams": {target: batch["streams"][target]}}
+        yield batch
+
+
+def aligned_losses(model: mt.FusedModel, weight: float, steps: int) -> Callable[[dict], dict[str, Tensor]]:
+    """Return what ``train`` asks for: the loss of the target, and that of attention off the diagonal."""
+    count = 0
+
+    def losses(batch: dict) -> dict[str, Tensor]:
+        nonlocal count
+        fade = max(0.0, 1 - 2 * count / steps)
+        count += 1
+        out = model(**batch, output_attentions=fade > 0)
+        target = next(n for n, each in batch["streams"].items() if (each["labels"] >= 0).any())
+        found = {target: out.losses[target]}
+        if fade:
+            taps = [tap for link in out.attentions.values() for tap in link.values()]
+            off = torch.stack([_off_diagonal(tap, batch["streams"], target) for tap in taps]).mean()
+            found["alignment"] = fade * weight * off
+        return found
+
+    return losses
+
+
+def guidance(model: mt.FusedModel, scale: float) -> dict[str, Any]:
+    """Return the options of ``generate`` that guide speech by the speech tower alone."""
+    from transformers import UnbatchedClassifierFreeGuidanceLogitsProcessor
+
+    alone = model.unimodal("speech")
+    return {"logits_processor": [UnbatchedClassifierFreeGuidanceLogitsProcessor(scale, alone)]}
+
+
+def _off_diagonal(weights: Tensor, streams: Mapping[str, Mapping[str, Tensor]], target: str) -> Tensor:
+    (source,) = (name for name in streams if name != target)
+    places = []
+    for name in (target, source):
+        mask = streams[name]["mask"]
+        places.append(torch.arange(mask.shape[1]) / mask.sum(1, keepdim=True))
+    distance = places[0][:, :, None] - places[1][:, None]
+    cost = (1 - torch.exp(-(distance**2) / (2 * 0.2**2))) * streams[target]["mask"][:, :, None]
+    return (weights.mean(1) * cost).sum() / streams[target]["mask"].sum()
+
+
+def _normalise_queries_and_keys() -> None:
+    init, read, forward = (
+        GatedCrossAttention.__init__,
+        GatedCrossAttention.read,
+        GatedCrossAttention.forward,
+    )
+    turned = GatedCrossAttention._turned
+
+    @functools.wraps(init)
+    def new_init(self: Any, *args: Any, **options: Any) -> None:
+        init(self, *args, **options)
+        self.query_scale = torch.nn.Parameter(torch.ones(self.head_width))
+        self.key_scale = torch.nn.Parameter(torch.ones(self.head_width))
+
+    def new_turned(self: Any, states: Tensor, rotation: Any) -> Tensor:
+        heads = self._split(states)
+        scale = self.key_scale if self._reading else self.query_scale
+        heads = F.rms_norm(heads, heads.shape[-1:]) * scale
+        return heads if rotation is None else rotary.rotate(heads, rotation)
+
+    def new_read(self: Any, *args: Any) -> KeysValues:
+        self._reading = True
+        return read(self, *args)
+
+    def new_forward(self: Any, *args: Any) -> Tensor:
+        self._reading = False
+        return forward(self, *args)
+
+    assert turned
+    GatedCrossAttention.__init__ = new_init  # type: ignore[method-assign]
+    GatedCrossAttention._turned = new_turned  # type: ignore[method-assign]
+    GatedCrossAttention.read = new_read  # type: ignore[method-assign]
+    GatedCrossAttention.forward = new_forward  # type: ignore[method-assign]
+
+
+def _count_from_segments(scales: Mapping[str, float]) -> None:
+    place, init = stream.place_in_time, rotary.Rotations.__init__
+
+    def placed(example: Any, number: int = 0) -> list[tuple[mt.Segment, int]]:
+        timed = place(example, number)
+        assert len(timed) <= 2, "positions of segments were tried for pairs alone"
+        return [(segment, APART * order) for order, (segment, _) in enumerate(timed)]
+
+    def scaled(self: Any, times: Mapping[str, Tensor]) -> None:
+        init(self, {name: _scaled(each, scales.get(name, 1.0)) for name, each in times.items()})
+
+    stream.place_in_time = generate.place_in_time = placed
+    rotary.Rotations.__init__ = scaled  # type: ignore[method-assign]
+
+
+def _scaled(times: Tensor, scale: float) -> Tensor:
+    return times // APART * APART + times % APART * scale

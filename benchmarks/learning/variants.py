@@ -1,0 +1,97 @@
+"""What is compared: one line of settings for each variant, by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How two decoders are joined and trained.
+
+    Attributes:
+        method: "fusion", or "expansion all", "expansion lora", "expansion new": vocabulary expansion of the
+            text decoder, where all learns, LoRA and the new rows, or the new rows alone.
+        lr: Learning rate.
+        rates: Other rates, as ``FusedModel.parameter_groups`` takes them.
+        train: What learns of each tower.
+        adapter: Of both towers.
+        link: Options of both links, as ``add_link`` takes them.
+        noise: Share of the speech tokens that are replaced in what the speech tower is given of its own past.
+        trials: What was tried outside of the library, by name; see ``trials``.
+    """
+
+    method: str = "fusion"
+    lr: float = 3e-3
+    rates: dict[str, float | dict[str, float]] = field(default_factory=dict)
+    train: dict[str, str] = field(default_factory=lambda: {"speech": "all", "text": "none"})
+    adapter: str | None = None
+    link: dict[str, object] = field(default_factory=dict)
+    noise: float = 0.15
+    trials: dict[str, object] = field(default_factory=dict)
+
+
+LINK = {
+    "interleave": 1,
+    "embeddings": True,
+    "gate": None,
+    "projection": "none",
+    "feed_forward": False,
+    "position": "rotary",
+}
+BASE = Variant(link=LINK)
+"""The proposed default; each variant of a fusion is this with one thing changed."""
+
+
+def linked(**changes: object) -> Variant:
+    """Return the base with links of another kind."""
+    return replace(BASE, link={**LINK, **changes})
+
+
+def expansion(kind: str, lr: float, noise: float = 0.0) -> Variant:
+    """Return vocabulary expansion of the text decoder."""
+    return Variant(f"expansion {kind}", lr=lr, noise=noise, train={}, link={})
+
+
+VARIANTS = {
+    "base": BASE,
+    "before": replace(
+        linked(embeddings=False, gate="tanh", projection="mlp", feed_forward=True),
+        adapter="gated",
+        lr=1.5e-3,
+        noise=0.0,
+    ),
+    "tanh gates": linked(gate="tanh"),
+    "tanh gates, gates at lr": replace(linked(gate="tanh"), rates={"gates": 3e-3}),
+    "linear projection": linked(projection="linear"),
+    "mlp projection": linked(projection="mlp"),
+    "feed-forward": linked(feed_forward=True),
+    "no embeddings": linked(embeddings=False),
+    "no positions": linked(position=None),
+    "no noise": replace(BASE, noise=0.0),
+    "noise 30 %": replace(BASE, noise=0.3),
+    "noise 30 %, lr 1.5e-3": replace(BASE, noise=0.3, lr=1.5e-3),
+    "noise 50 %": replace(BASE, noise=0.5),
+    "residual adapters": replace(BASE, adapter="residual"),
+    "gated adapters": replace(BASE, adapter="gated"),
+    "lr 1.5e-3": replace(BASE, lr=1.5e-3),
+    "lr 5e-3": replace(BASE, lr=5e-3),
+    "towers at a tenth": replace(BASE, rates={"towers": 3e-4}),
+    "towers at a third": replace(BASE, rates={"towers": 1e-3}),
+    "speech frozen": replace(BASE, train={"speech": "none", "text": "none"}),
+    "text trained": replace(BASE, train={"speech": "all", "text": "all"}),
+    "every second layer": linked(interleave=2),
+    "stop gradient": replace(BASE, trials={"stop gradient": True}),
+    "q/k norms": replace(BASE, trials={"q/k norms": True}),
+    "warm start": replace(BASE, trials={"warm start": True}),
+    "positions of segments": replace(BASE, trials={"position": "segment"}),
+    "positions of segments, scaled": replace(BASE, trials={"position": "scaled"}),
+    "alignment loss": replace(BASE, trials={"alignment": 1.0}),
+    "links dropped": replace(BASE, trials={"drop": 0.1}),
+    "links dropped, guidance 1.5": replace(BASE, trials={"drop": 0.1, "guidance": 1.5}),
+    "links dropped, guidance 2.5": replace(BASE, trials={"drop": 0.1, "guidance": 2.5}),
+    **{f"expansion all, lr {lr:g}": expansion("all", lr) for lr in (5e-4, 1e-3, 1.5e-3, 3e-3, 6e-3)},
+    **{f"expansion lora, lr {lr:g}": expansion("lora", lr) for lr in (3e-3, 1e-2, 3e-2)},
+    **{f"expansion new, lr {lr:g}": expansion("new", lr) for lr in (3e-3, 1e-2, 3e-2)},
+    **{f"expansion all, noise, lr {lr:g}": expansion("all", lr, 0.15) for lr in (1.5e-3, 3e-3)},
+}
