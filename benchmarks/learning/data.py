@@ -34,9 +34,9 @@ from spoken_corpus import Utterance, speak
 from training import pretrain_decoders
 
 CORPUS = "corpus.json"
-UNITS, RATE, UNIT_CLIPS = 512, 50 / 3, 300
-WIDTH, DEPTH, BATCH, PRETRAINING = 128, 4, 32, 300
-HELD_OUT = {"dev": 100, "test": 200}
+RATE, UNIT_CLIPS = 50 / 3, 300
+WIDTH, DEPTH, BATCH = 128, 4, 32
+SPLITS = ("train", "dev", "test")
 JUDGED = 100
 
 
@@ -71,7 +71,7 @@ def load_corpus(folder: str | Path) -> Corpus:
     """Read what ``make_corpus`` wrote."""
     root = Path(folder)
     data = json.loads((root / CORPUS).read_text())
-    splits = {name: [_pair(entry) for entry in data[name]] for name in ("train", *HELD_OUT)}
+    splits = {name: [_pair(entry) for entry in data[name]] for name in SPLITS}
     return Corpus(
         TextModality.from_pretrained(root / "text"),
         SpeechModality.from_pretrained(root / "speech"),
@@ -83,11 +83,21 @@ def load_corpus(folder: str | Path) -> Corpus:
 
 
 def make_corpus(
-    folder: Path, *, digits: int, pairs: int, unpaired: int, texts: int, pretraining: int, seed: int
+    folder: Path,
+    *,
+    digits: int,
+    pairs: int,
+    dev: int,
+    test: int,
+    unpaired: int,
+    texts: int,
+    units: int,
+    pretraining: int,
+    seed: int,
 ) -> None:
     """Speak, fit units, encode, pretrain both decoders, and have the held-out audio judged."""
     folder.mkdir(parents=True, exist_ok=True)
-    held_out = sum(HELD_OUT.values())
+    held_out = dev + test
     lengths = None if digits == 5 else dict.fromkeys(range(1, digits + 1), 1.0)
     paired = number_phrases(pairs + held_out, seed, lengths=lengths)
     alone = number_phrases(unpaired, seed + 1, exclude=paired, lengths=lengths)
@@ -97,7 +107,7 @@ def make_corpus(
     random.Random(seed).shuffle(pool)
 
     speech = SpeechModality.fit(
-        [one.waveform for one in [*others, *pool[held_out:]][:UNIT_CLIPS]], units=UNITS, rate=RATE, seed=seed
+        [one.waveform for one in [*others, *pool[held_out:]][:UNIT_CLIPS]], units=units, rate=RATE, seed=seed
     )
     text = TextModality()
     text.save_pretrained(folder / "text")
@@ -117,19 +127,20 @@ def make_corpus(
         seed=seed,
         device="cpu",
     )
-    test = slice(HELD_OUT["dev"], held_out)
-    judged = pool[test][:JUDGED]
+    judged = pool[dev:held_out][:JUDGED]
     judge = Judge(workers=1)
     heard = {
         "original audio": judge.transcribe([one.waveform for one in judged]),
         "true units": judge.transcribe(
-            [speech.decode(torch.tensor(entry["speech"])) for entry in encoded["pairs"][test][:JUDGED]]
+            [
+                speech.decode(torch.tensor(entry["speech"]))
+                for entry in encoded["pairs"][dev:held_out][:JUDGED]
+            ]
         ),
     }
     corpus = {
-        "made of": {"digits": digits, "pairs": pairs, "unpaired": unpaired, "texts": texts, "seed": seed},
-        "dev": encoded["pairs"][: HELD_OUT["dev"]],
-        "test": encoded["pairs"][test],
+        "dev": encoded["pairs"][:dev],
+        "test": encoded["pairs"][dev:held_out],
         "train": encoded["pairs"][held_out:],
         "unpaired": {name: [row.tolist() for row in each] for name, each in rows.items()},
         "heard": heard,
@@ -163,9 +174,12 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--digits", type=int, default=5, help="how many digits a phrase has at most")
     parser.add_argument("--pairs", type=int, default=5000)
+    parser.add_argument("--dev", type=int, default=100, help="phrases to choose by")
+    parser.add_argument("--test", type=int, default=200)
+    parser.add_argument("--units", type=int, default=512)
     parser.add_argument("--unpaired", type=int, default=1000, help="clips that only the speech decoder hears")
     parser.add_argument("--texts", type=int, default=20_000)
-    parser.add_argument("--pretraining", type=int, default=PRETRAINING, help="steps for each decoder")
+    parser.add_argument("--pretraining", type=int, default=300, help="steps for each decoder")
     parser.add_argument("--seed", type=int, default=0)
     options = vars(parser.parse_args())
     torch.manual_seed(options["seed"])

@@ -23,6 +23,11 @@ from variants import VARIANTS
 ROOT = Path(__file__).parents[2]
 DOCUMENT = ROOT / "docs/learning.md"
 IMAGES = ROOT / "docs/images"
+BEST = {
+    "base": "fusion",
+    "before": "fusion as it was",
+    "expansion all, lr 0.003": "vocabulary expansion",
+}
 COLOURS = {"base": "#0072b2", "before": "#e69f00", "all": "#d55e00", "lora": "#cc79a7", "new": "#999999"}
 
 Run = Mapping[str, Any]
@@ -129,9 +134,9 @@ def draw_progress(runs: Sequence[Run], names: Mapping[str, str], file: Path) -> 
     figure.savefig(file, dpi=130)
 
 
-def filled(document: str, tables: Mapping[str, str]) -> str:
+def filled(document: str, found: Mapping[str, str]) -> str:
     """Put each table between the comments that name it."""
-    for name, text in tables.items():
+    for name, text in found.items():
         begin, end = f"<!-- {name} -->\n", "<!-- end -->"
         pattern = f"{re.escape(begin)}.*?{end}"
         document, count = re.subn(pattern, lambda _, new=f"{begin}{text}\n{end}": new, document, flags=re.S)
@@ -140,23 +145,23 @@ def filled(document: str, tables: Mapping[str, str]) -> str:
     return document
 
 
-def main() -> None:
-    """Write the tables into the document, and draw the picture."""
-    runs = read_results(RESULTS)
-    best = {
-        "base": "fusion",
-        "before": "fusion as it was",
-        "expansion all, lr 0.003": "vocabulary expansion",
-    }
-    tables = {
-        "methods": by_steps(runs, best),
+def tables(runs: Sequence[Run]) -> dict[str, str]:
+    """Return each table of the document by its name."""
+    return {
+        "methods": by_steps(runs, BEST),
         "rates": by_steps(runs, (name for name in VARIANTS if "expansion" in name), split="dev"),
         "switches": by_variant(runs, data="short", steps=800),
+        "few pairs, chosen by": by_steps(runs, VARIANTS, pairs=250, split="dev"),
         "few pairs": by_steps(runs, VARIANTS, pairs=250),
         "length": by_length(runs, list(VARIANTS), data="long"),
     }
-    DOCUMENT.write_text(filled(DOCUMENT.read_text(), tables))
-    draw_progress(runs, best, IMAGES / "learning.png")
+
+
+def main() -> None:
+    """Write the tables into the document, and draw the picture."""
+    runs = read_results(RESULTS)
+    DOCUMENT.write_text(filled(DOCUMENT.read_text(), tables(runs)))
+    draw_progress(runs, BEST, IMAGES / "learning.png")
 
 
 if __name__ == "__main__":
