@@ -29,6 +29,7 @@ from .atomic import current, replacing
 from .files import CheckpointError, read_json
 from .fused import FusedModel
 from .graph import FusionGraph, redeclared
+from .hub import as_declared
 from .modality import Modality
 from .plain import from_json, to_json
 from .sharing import load_towers
@@ -202,7 +203,7 @@ def convert_training(
     folder: str | os.PathLike[str],
     output: str | os.PathLike[str],
     *,
-    towers: Mapping[str, str | nn.Module] | None = None,
+    towers: Mapping[str, str | os.PathLike[str] | nn.Module] | None = None,
     embed_towers: bool = False,
     modalities: Mapping[str, Modality] | None = None,
 ) -> FusedModel:
@@ -225,7 +226,7 @@ def convert_training(
     if unknown:
         raise CheckpointError(f"towers={sorted(unknown)}: the model has the towers {', '.join(graph.towers)}")
     for name, tower in given.items():
-        graph = redeclared(graph, [name], source=tower if isinstance(tower, str) else None)
+        graph = redeclared(graph, [name], source=None if isinstance(tower, nn.Module) else as_declared(tower))
     modules = {name: tower for name, tower in given.items() if isinstance(tower, nn.Module)}
     model = FusedModel(graph, load_towers(graph.towers, modules))
     load_training(folder, model)
