@@ -200,6 +200,8 @@ def _commit(source: str, revision: str | None) -> str | None:
 def merged(tower: Tower) -> Tower:
     """Give a tower whose peft adapters are folded into its weights; the old one can be used no longer.
 
+    Where it fails, the model may be merged half-way; see ``unchanged_on_error``.
+
     Raises:
         ValueError: It has no adapters, or peft cannot merge them.
     """
@@ -209,7 +211,7 @@ def merged(tower: Tower) -> Tower:
     check_mergeable(native)
     try:
         model: nn.Module = native.merge_and_unload()
-    except (AttributeError, NotImplementedError) as error:
+    except Exception as error:  # each kind of adapters has its own
         raise ValueError(f"peft cannot merge these adapters: {error}") from error
     if isinstance(tower, TransformersTower):
         return TransformersTower(model, layers=tower.path)

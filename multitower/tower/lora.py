@@ -179,6 +179,17 @@ def adapter_names(model: nn.Module) -> set[str]:
     return {key for key in inner.state_dict() if _base_name(inner, key) is None}
 
 
+def merged_into(model: nn.Module) -> list[Tensor]:
+    """Give the tensors that merging the adapters of a model may change, each once."""
+    found = {
+        id(tensor): tensor
+        for module in model.modules()
+        if _kept(module) is not None
+        for tensor in (*module.parameters(), *module.buffers())
+    }
+    return list(found.values())
+
+
 def check_mergeable(model: nn.Module) -> None:
     """Check that folding the adapters into the weights changes no layer that has none.
 
