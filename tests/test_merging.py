@@ -62,3 +62,28 @@ def test_whatever_peft_raises_the_tower_stays(monkeypatch: pytest.MonkeyPatch) -
     before = logits(model)["text"]
     model.merge_and_unload("text")
     torch.testing.assert_close(logits(model)["text"], before)
+
+
+def tokens_trained(indices: Any, *, tied: bool) -> mt.FusedModel:
+    text = causal_lm("llama", config={"tie_word_embeddings": tied})
+    config = peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=indices)
+    return fused(text, config)
+
+
+@pytest.mark.parametrize("indices", [{"lm_head": [4, 5]}, {"embed_tokens": [1, 2], "lm_head": [4, 5]}])
+def test_rows_of_tied_tables_that_learnt_apart_are_not_merged(indices: Any) -> None:
+    model = tokens_trained(indices, tied=True)
+    before = logits(model)["text"]
+    with pytest.raises(mt.TowerError, match=r"embed_tokens\.weight and lm_head\.weight are tied"):
+        model.merge_and_unload("text")
+    assert torch.equal(logits(model)["text"], before)
+
+
+@pytest.mark.parametrize(
+    ("indices", "tied"), [([4, 5], True), ([4, 5], False), ({"lm_head": [4, 5]}, False)], ids=str
+)
+def test_rows_that_can_be_merged_leave_the_logits(indices: Any, tied: bool) -> None:
+    model = tokens_trained(indices, tied=tied)
+    before = logits(model)["text"]
+    model.merge_and_unload("text")
+    torch.testing.assert_close(logits(model)["text"], before)
