@@ -4,7 +4,7 @@
     python benchmarks/checkpoint.py
     python benchmarks/checkpoint.py --model path/to/SmolLM2-135M --dtype bfloat16
 
-A frozen text tower and a small trained one are linked in both directions, and saved with the towers embedded.
+A frozen text tower and a small trained one are linked in both directions, and saved with both.
 Beside it, transformers saves and loads the text tower alone. Without ``--model`` the text tower is a random
 Llama of the size of SmolLM2-135M. Each figure comes from a process of its own: the memory is by how much its
 largest resident set grew, pages of files that it maps included. After loading, every tensor is read once, so
@@ -29,10 +29,8 @@ MEGABYTE = 10**6
 TASKS = (
     "transformers save",
     "multitower save",
-    "multitower save links",
     "transformers load",
     "multitower load",
-    "multitower load links",
     "multitower load tower",
 )
 PACKAGES = ("torch", "transformers", "safetensors")
@@ -100,9 +98,8 @@ def prepare(folder: Path, source: str | None) -> dict[str, float]:
     graph.add_link("speech", "text", interleave=10)
     graph.add_link("text", "speech", interleave=2)
     model = graph.compile()
-    model.save_pretrained(folder / "fused", embed_towers=True)
-    model.save_pretrained(folder / "links")
-    return {name: size(folder / name) for name in ("text", "fused", "links")}
+    model.save_pretrained(folder / "fused")
+    return {name: size(folder / name) for name in ("text", "fused")}
 
 
 def llama(**sizes: int) -> Any:
@@ -143,10 +140,7 @@ def measure(task: str, folder: Path, dtype: str | None) -> dict[str, float]:
         touch(model)
         before, start = most(), time.perf_counter()
         with tempfile.TemporaryDirectory(dir=folder) as place:
-            if who == "transformers":
-                model.save_pretrained(place)
-            else:
-                model.save_pretrained(place, embed_towers=what == "save")
+            model.save_pretrained(place)
             return {"seconds": time.perf_counter() - start, "megabytes": most() - before}
     before, start = most(), time.perf_counter()
     model = load(who, what, folder, dtype)
@@ -161,7 +155,7 @@ def measure(task: str, folder: Path, dtype: str | None) -> dict[str, float]:
 
 
 def load(who: str, what: str, folder: Path, dtype: str | None) -> Any:
-    """Load a model: the whole of it, or links with a text tower from its origin, or the text tower alone."""
+    """Load a model: the whole of it, or the text tower alone."""
     import transformers
 
     import multitower as mt
@@ -170,8 +164,7 @@ def load(who: str, what: str, folder: Path, dtype: str | None) -> Any:
         return transformers.AutoModelForCausalLM.from_pretrained(folder / "text", dtype=dtype or "auto")
     if what == "load tower":
         return mt.load_tower(folder / "fused", "text", dtype=dtype)
-    name = "links" if what == "load links" else "fused"
-    return mt.FusedModel.from_pretrained(folder / name, dtype=dtype)
+    return mt.FusedModel.from_pretrained(folder / "fused", dtype=dtype)
 
 
 def warm_up() -> None:

@@ -156,8 +156,9 @@ def _source(model: FusedModel, name: str, embed_towers: bool) -> str:
 
 
 def _is_stored(model: FusedModel, name: str, embed_towers: bool) -> bool:
-    spec = model.graph.towers[name]
-    wanted = embed_towers or spec.train == "all" or spec.source is None
+    from .checkpoint.origins import is_to_be_stored
+
+    wanted = is_to_be_stored(model, name, embed_towers)
     return wanted and can_be_stored(base_model(model.tower(name).native))
 
 

@@ -383,7 +383,7 @@ class FusedModel(nn.Module):
         cls,
         folder: str | os.PathLike[str],
         *,
-        towers: Mapping[str, str | nn.Module] | None = None,
+        towers: Mapping[str, str | os.PathLike[str] | nn.Module] | None = None,
         allow_changed_towers: bool | Collection[str] = False,
         dtype: torch.dtype | str | None = None,
         device_map: DeviceMap | None = None,

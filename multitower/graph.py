@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import networkx as nx
 from torch import nn
 
+from .hub import as_declared
 from .sharing import load_towers
 from .spec import GraphError, LinkSpec, TowerSpec
 from .tower.lora import is_peft_config, plain_config
@@ -74,10 +75,10 @@ class FusionGraph:
             source: A folder or Hub id of a transformers causal LM, such a model itself, or a ``Tower``; or
                 "loader://...", for which the plugin of that name is asked (``multitower.plugins``). A module
                 is used as it is, not copied: compiling sets ``requires_grad`` on its parameters. A checkpoint
-                refers to a path, Hub id or loader, and embeds a module. The same module may be given for
-                several towers, which then share its weights, adapters of peft included, and are trained
-                alike. The same path or Hub id is loaded once for all towers with ``train="none"``, and anew
-                for each tower that learns.
+                refers to a Hub id or loader, and holds what comes from a folder or is given as a module. The
+                same module may be given for several towers, which then share its weights, adapters of peft
+                included, and are trained alike. The same path or Hub id is loaded once for all towers with
+                ``train="none"``, and anew for each tower that learns.
             train: "none" keeps the tower frozen, "all" trains it, "lora" trains peft adapters on it: LoRA on
                 all linear layers, or what another ``peft.PeftConfig`` says that is given instead, or those
                 that a PeftModel given as source has. The model is changed in place.
@@ -99,7 +100,7 @@ class FusionGraph:
             raise GraphError(
                 f"tower {name!r}: expected a folder, a Hub id or a module, not {type(source).__name__}"
             )
-        origin = None if isinstance(source, nn.Module) else os.fspath(source)
+        origin = None if isinstance(source, nn.Module) else as_declared(source)
         peft = None
         if is_peft_config(train):
             try:

@@ -26,6 +26,29 @@ def hub_id(source: str | None) -> str | None:
     return source if found and not os.path.exists(source or "") else None
 
 
+def is_path(source: str | None) -> bool:
+    """Say whether a tower's source is a path: no id on the Hub, and nothing that a plugin loads.
+
+    >>> is_path("/models/text"), is_path("./text"), is_path("gpt2"), is_path("loader://text"), is_path(None)
+    (True, True, False, False, False)
+    """
+    return source is not None and "://" not in source and hub_id(source) is None
+
+
+def as_declared(source: str | os.PathLike[str]) -> str:
+    """Give a tower's source as graphs name it: a folder that is here in a form that no id on the Hub has.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory(dir=".") as folder:
+    ...     as_declared(os.path.basename(folder)) == f"./{os.path.basename(folder)}"
+    True
+    >>> as_declared(Path("/models/text")), as_declared("gpt2")
+    ('/models/text', 'gpt2')
+    """
+    name = os.fspath(source)
+    return f"./{name}" if os.path.isdir(name) and re.fullmatch(f"{_PART}(/{_PART})?", name) else name
+
+
 def find_checkpoint(
     source: str | os.PathLike[str],
     *,

@@ -162,7 +162,7 @@ class Pipeline:
         cls,
         folder: str | os.PathLike[str],
         *,
-        towers: Mapping[str, str | nn.Module] | None = None,
+        towers: Mapping[str, str | os.PathLike[str] | nn.Module] | None = None,
         modalities: Mapping[str, Modality] | None = None,
         allow_changed_towers: bool | Collection[str] = False,
         dtype: torch.dtype | str | None = None,
@@ -203,7 +203,7 @@ class Pipeline:
             return cls(model, {**stored, **instead})
 
         root = find_checkpoint(folder, revision=revision, token=token, cache_dir=cache_dir)
-        return steadily(root, load, again=all(isinstance(tower, str) for tower in origins.values()))
+        return steadily(root, load, again=not any(isinstance(tower, nn.Module) for tower in origins.values()))
 
     def push_to_hub(
         self,

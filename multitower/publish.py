@@ -14,13 +14,12 @@ from .card import is_generated, model_card
 from .extras import require
 from .files import CheckpointError
 from .graph import redeclared
-from .hub import PARTS, hub_id
+from .hub import PARTS, hub_id, is_path
 from .tower.lora import base_model, is_peft_model
 
 if TYPE_CHECKING:
     from .fused import FusedModel
     from .modality import Modality
-    from .spec import TowerSpec
 
 CARD = "README.md"
 
@@ -66,7 +65,7 @@ def push_to_hub(
         The address of the commit, or of the pull request.
 
     Raises:
-        CheckpointError: A tower is referred to by a path, which others do not have; or see
+        CheckpointError: A frozen tower comes from a folder, which would be published with it; or see
             ``save_pretrained``.
         ImportError: huggingface_hub is not installed.
         huggingface_hub.errors.HfHubHTTPError: The Hub refuses.
@@ -107,29 +106,25 @@ def push_to_hub(
     return str(commit.pr_url or commit.commit_url)
 
 
-def _is_path(spec: TowerSpec) -> bool:
-    return spec.source is not None and "://" not in spec.source and hub_id(spec.source) is None
-
-
 def _check_reachable(model: FusedModel, embed_towers: bool) -> None:
-    """Check that no tower is referred to by a path on this machine."""
+    """Check that no frozen tower comes from a path on this machine, so that none is published unasked."""
     local = [
         f"{name!r} ({spec.source})"
         for name, spec in model.graph.towers.items()
-        if _is_path(spec) and not embed_towers and spec.train != "all"
+        if is_path(spec.source) and not embed_towers and spec.train != "all"
     ]
     if local:
         raise CheckpointError(
-            f"towers {', '.join(local)} are referred to by paths that others do not have, so that nobody "
-            "else could load this checkpoint; push with embed_towers=True, which stores them in it, or first "
-            "load the model with their ids on the Hub: from_pretrained(folder, towers={name: 'owner/name'})"
+            f"towers {', '.join(local)} come from paths that others do not have, so that they would be "
+            "published with the checkpoint; push with embed_towers=True if they may be, or first load the "
+            "model with their ids on the Hub: from_pretrained(folder, towers={name: 'owner/name'})"
         )
 
 
 @contextmanager
 def _without_paths(model: FusedModel) -> Iterator[FusedModel]:
     """Give the same model without any name of a folder on this machine; towers from such are all stored."""
-    local = [name for name, spec in model.graph.towers.items() if _is_path(spec)]
+    local = [name for name, spec in model.graph.towers.items() if is_path(spec.source)]
     graph = redeclared(model.graph, local, source=None)
     named: list[tuple[Any, str]] = []
     for native in map(model.unimodal, model.towers):

@@ -20,7 +20,7 @@ from .sharing import load_towers
 from .spec import GraphError, LinkSpec, TowerSpec
 from .tower import Tower, TowerError
 from .tower.load import merged
-from .tower.lora import base_model
+from .tower.lora import base_model, merged_into
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -203,9 +203,12 @@ def _warn_of_open_links(model: FusedModel, name: str) -> None:
 
 def merge_and_unload(model: FusedModel, name: str) -> nn.Module:
     """Fold a tower's peft adapters into its weights, in place; see ``FusedModel.merge_and_unload``."""
+    from .checkpoint.unchanged import unchanged_on_error
+
     old = model.tower(name)
     try:
-        tower = merged(old).requires_grad_(False).eval()
+        with unchanged_on_error([old], merged_into(old.native)):
+            tower = merged(old).requires_grad_(False).eval()
     except ValueError as error:
         raise TowerError(f"tower {name!r}: {error}") from error
     names = [each for each, other in model.towers.items() if other is old]

@@ -13,10 +13,10 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,7 @@ from .atomic import current, replacing
 from .files import CheckpointError, read_json
 from .fused import FusedModel
 from .graph import FusionGraph, redeclared
+from .hub import as_declared
 from .modality import Modality
 from .plain import from_json, to_json
 from .sharing import load_towers
@@ -45,6 +46,7 @@ from .training_state import (
     unlike_settings,
 )
 
+T = TypeVar("T")
 TRAINING, VERSION = "training.json", 1
 
 
@@ -70,8 +72,8 @@ def save_training(
 
     Written are links, input adapters, towers with ``train="all"`` and peft adapters; what the optimizer keeps
     of each parameter; and the state of torch's random numbers. That of the data loader is yours to keep. Of
-    several processes (``torch.distributed``, FSDP2) each calls this and writes its own part. A save that is
-    broken off leaves an older checkpoint as it was.
+    several processes (``torch.distributed``, FSDP2) each calls this and writes its own part; where one
+    cannot, all fail. A save that is broken off leaves an older checkpoint as it was.
 
     Args:
         folder: A new folder, or an older training checkpoint, which is replaced. All processes see it.
@@ -87,8 +89,7 @@ def save_training(
         ImportError: This torch cannot write distributed checkpoints as safetensors.
     """
     writer, target = _storage("HuggingFaceStorageWriter"), Path(folder).absolute()
-    if target.exists() and any(target.iterdir()) and not (target / TRAINING).exists():
-        raise CheckpointError(f"{target} is not empty and holds no {TRAINING}; save to a folder of its own")
+    _on_first(lambda: _check_free(target))
     tensors, settings = optimizer_state(model, optimizer)
     tensors |= {f"model.{name}": tensor.detach() for name, tensor in trained_state(model).items()}
     try:
@@ -105,11 +106,9 @@ def save_training(
     except TypeError as error:
         raise CheckpointError(f"the optimizer or the scheduler cannot be saved: {error}") from error
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
         with _replacing(target) as fresh, _distributed_checkpoint() as checkpoint:
-            if not is_distributed() or dist.get_rank() == 0:
-                text = json.dumps(document, indent=1, allow_nan=False)
-                (fresh / TRAINING).write_text(text + "\n", encoding="utf-8")
+            text = json.dumps(document, indent=1, allow_nan=False) + "\n"
+            _on_first(lambda: (fresh / TRAINING).write_text(text, encoding="utf-8"))
             checkpoint.save(
                 tensors | random_state(),
                 storage_writer=writer(str(fresh), save_distributed=True),
@@ -202,7 +201,7 @@ def convert_training(
     folder: str | os.PathLike[str],
     output: str | os.PathLike[str],
     *,
-    towers: Mapping[str, str | nn.Module] | None = None,
+    towers: Mapping[str, str | os.PathLike[str] | nn.Module] | None = None,
     embed_towers: bool = False,
     modalities: Mapping[str, Modality] | None = None,
 ) -> FusedModel:
@@ -225,7 +224,7 @@ def convert_training(
     if unknown:
         raise CheckpointError(f"towers={sorted(unknown)}: the model has the towers {', '.join(graph.towers)}")
     for name, tower in given.items():
-        graph = redeclared(graph, [name], source=tower if isinstance(tower, str) else None)
+        graph = redeclared(graph, [name], source=None if isinstance(tower, nn.Module) else as_declared(tower))
     modules = {name: tower for name, tower in given.items() if isinstance(tower, nn.Module)}
     model = FusedModel(graph, load_towers(graph.towers, modules))
     load_training(folder, model)
@@ -263,25 +262,41 @@ def _storage(name: str) -> Any:
     return found
 
 
+def _check_free(target: Path) -> None:
+    if target.exists() and any(target.iterdir()) and not (target / TRAINING).exists():
+        raise CheckpointError(f"{target} is not empty and holds no {TRAINING}; save to a folder of its own")
+
+
 @contextmanager
 def _replacing(target: Path) -> Iterator[Path]:
     """Give all processes the one folder that is to take the place of the target."""
+    with ExitStack() as stack:
+
+        def begin() -> Path:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            return stack.enter_context(replacing(target))
+
+        yield _on_first(begin)
+        _on_first(stack.pop_all().close)
+
+
+def _on_first(step: Callable[[], T]) -> T:
+    """Have the first process do something, and all of them get what comes of it, or fail with its error."""
     if not is_distributed():
-        with replacing(target) as fresh:
-            yield fresh
-        return
-    place: list[Any] = [None]
+        return step()
+    answer: list[Any] = [None, None]
+    failure: Exception | None = None
     if dist.get_rank() == 0:
-        with replacing(target) as fresh:
-            place[0] = str(fresh)
-            dist.broadcast_object_list(place)
-            yield fresh
-            dist.barrier()
-    else:
-        dist.broadcast_object_list(place)
-        yield Path(place[0])
-        dist.barrier()
-    dist.barrier()
+        try:
+            answer[0] = step()
+        except Exception as error:
+            failure, answer[1] = error, (isinstance(error, CheckpointError), str(error) or repr(error))
+    dist.broadcast_object_list(answer)
+    if answer[1] is not None:
+        known, message = answer[1]
+        raise (CheckpointError if known else OSError)(message) from failure
+    result: T = answer[0]
+    return result
 
 
 @contextmanager

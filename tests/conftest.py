@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from fake_hub import hub  # noqa: F401  # a fixture
+from fake_hub import downloaded, hub  # noqa: F401  # fixtures
 from plugin import offer  # noqa: F401  # a fixture
 from victims import _offline, base  # noqa: F401  # fixtures
 

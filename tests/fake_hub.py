@@ -16,6 +16,8 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
+COMMIT = "0123456789abcdef" * 2 + "01234567"
+Download = Callable[[str, Any], Path]
 REAL = huggingface_hub.HfApi()
 
 
@@ -139,3 +141,20 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
     download = checked(huggingface_hub.snapshot_download, fake.snapshot_download)
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     return fake
+
+
+@pytest.fixture
+def downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Download:
+    """Put models where the Hub's own cache has them after a download; there is no network."""
+    cache = tmp_path / "hub-cache"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+    def download(repo_id: str, model: Any) -> Path:
+        place = cache / f"models--{repo_id.replace('/', '--')}"
+        (place / "refs").mkdir(parents=True)
+        (place / "refs/main").write_text(COMMIT)
+        model.save_pretrained(place / "snapshots" / COMMIT)
+        return place / "snapshots" / COMMIT
+
+    return download

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import multitower as mt
+from fake_hub import COMMIT, Download
 from models import causal_lm, pair
 from multitower.testing import open_links, tiny_tower
 from tampering import reseal
@@ -25,9 +26,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 
 
 @pytest.fixture
-def origin(tmp_path: Path) -> Path:
-    causal_lm("llama", seed=3).save_pretrained(tmp_path / "text-model")
-    return tmp_path / "text-model"
+def origin(downloaded: Download) -> Path:
+    return downloaded("org/text-model", causal_lm("llama", seed=3))
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def model(origin: Path) -> mt.FusedModel:
     graph = mt.FusionGraph()
     speech = causal_lm("gpt2", depth=4, vocab_size=14)
     graph.add_tower("speech", speech, train="all", adapter="residual")
-    graph.add_tower("text", origin, adapter="gated")
+    graph.add_tower("text", "org/text-model", adapter="gated")
     graph.add_link("speech", "text", interleave=(2, 1))
     graph.add_link("text", "speech", interleave=(1, 2), gate="tanh")
     return open_links(graph.compile().eval(), seed=7)
@@ -99,41 +99,27 @@ def test_unknown_names_are_refused(model: mt.FusedModel, tmp_path: Path, allowed
 
 
 def test_the_revision_of_the_hub_is_kept(
-    origin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    origin: Path, downloaded: Download, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import huggingface_hub
-
-    commit, asked = "0123456789abcdef" * 2 + "01234567", []
-    cached = tmp_path / "hub" / "snapshots" / commit
-    shutil.copytree(origin, cached)
+    asked = []
     load = transformers.AutoModelForCausalLM.from_pretrained
 
     def from_hub(source: str, *, revision: str, **options: Any) -> nn.Module:
-        asked.append((source, revision))
-        return load(cached, **options)
+        asked.append((revision, options["local_files_only"]))
+        return load(source, revision=revision, **options)
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", from_hub)
-    read = transformers.PreTrainedConfig.get_config_dict
-    monkeypatch.setattr(
-        transformers.PreTrainedConfig, "get_config_dict", lambda source, **options: read(cached, **options)
-    )
-    monkeypatch.setattr(
-        huggingface_hub, "try_to_load_from_cache", lambda *args, **options: str(cached / "config.json")
-    )
     graph = mt.FusionGraph()
-    graph.add_tower("text", "somebody/text-model")
+    graph.add_tower("text", "org/text-model")
     fused = graph.compile().eval()
     for _ in range(2):
         fused.save_pretrained(tmp_path / "fused")
-        assert document(tmp_path / "fused")["towers"]["text"]["revision"] == commit
+        assert document(tmp_path / "fused")["towers"]["text"]["revision"] == COMMIT
         fused = mt.FusedModel.from_pretrained(tmp_path / "fused")
-    mt.FusedModel.from_pretrained(tmp_path / "fused", towers={"text": "other/text-model"})
-    assert asked == [
-        ("somebody/text-model", "main"),
-        ("somebody/text-model", commit),
-        ("somebody/text-model", commit),
-        ("other/text-model", "main"),
-    ]
+    assert asked == [("main", False), (COMMIT, True), (COMMIT, False), (COMMIT, True), (COMMIT, False)]
+    downloaded("other/text-model", causal_lm("llama", seed=3))
+    fused = mt.FusedModel.from_pretrained(tmp_path / "fused", towers={"text": "other/text-model"})
+    assert asked[-1] == ("main", False)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
@@ -310,8 +296,8 @@ def test_tensors_of_several_dtypes_come_back_bit_for_bit(tmp_path: Path) -> None
 
 def test_either_name_of_a_shared_model_may_be_allowed_to_change(origin: Path, tmp_path: Path) -> None:
     graph = mt.FusionGraph()
-    graph.add_tower("ask", origin)
-    graph.add_tower("answer", origin)
+    graph.add_tower("ask", "org/text-model")
+    graph.add_tower("answer", "org/text-model")
     graph.compile().save_pretrained(tmp_path / "fused")
     causal_lm("llama", seed=4).save_pretrained(origin)
     for name in ("ask", "answer"):

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import pytest
 import torch
 
 import multitower as mt
-from fake_hub import FakeHub
+from fake_hub import COMMIT, Download, FakeHub
 from models import EXAMPLES, causal_lm, pair
 from multitower.card import is_generated
 from multitower.testing import tiny_model
@@ -169,21 +168,17 @@ def test_no_path_of_a_module_is_published(hub: FakeHub, tmp_path: Path) -> None:
     assert text.name_or_path == str(tmp_path / "text-model")
 
 
-def test_towers_of_the_hub_are_named_with_their_licences(
-    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    causal_lm("llama").save_pretrained(tmp_path / "org/text-model")
-    monkeypatch.chdir(tmp_path)
+def test_towers_of_the_hub_are_named_with_their_licences(hub: FakeHub, downloaded: Download) -> None:
+    downloaded("org/text-model", causal_lm("llama"))
     graph = mt.FusionGraph()
     graph.add_tower("text", "org/text-model")
     graph.add_tower("other", causal_lm("gpt2"))
     model = graph.compile().eval()
-    os.rename(tmp_path / "org", tmp_path / "gone")
     hub.licenses["org/text-model"] = "apache-2.0"
     model.push_to_hub(REPO)
     card = readme(hub).read_text()
     assert 'base_model: ["org/text-model"]' in card
-    assert "[org/text-model](https://huggingface.co/org/text-model) |  | apache-2.0 |" in card
+    assert f"[org/text-model](https://huggingface.co/org/text-model) | `{COMMIT}` | apache-2.0 |" in card
     assert "| `other` | its author's module, stored here |  | not known |" in card
     del hub.licenses["org/text-model"]
     with pytest.warns(UserWarning, match=r"tower 'text' comes from 'org/text-model', which the Hub does not"):

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import multitower as mt
 from adapted import CONFIGS, assert_same, fused, logits, ready, trainable
+from fake_hub import Download
 from models import EXAMPLES, causal_lm
 from tampering import reseal
 
@@ -19,10 +20,12 @@ from tampering import reseal
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 
+TEXT = "org/text-model"
+
+
 @pytest.fixture
-def origin(tmp_path: Path) -> Path:
-    causal_lm("llama", seed=3).save_pretrained(tmp_path / "text-model")
-    return tmp_path / "text-model"
+def origin(downloaded: Download) -> Path:
+    return downloaded(TEXT, causal_lm("llama", seed=3))
 
 
 @pytest.fixture
@@ -31,7 +34,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_model_with_an_origin_is_referred_to(origin: Path, folder: Path) -> None:
-    model = fused(origin)
+    model = fused(TEXT)
     model.save_pretrained(folder)
     stored = sorted(str(path.relative_to(folder)) for path in (folder / "towers/text").rglob("*.*"))
     assert stored == [
@@ -49,7 +52,7 @@ def test_a_model_with_an_origin_is_referred_to(origin: Path, folder: Path) -> No
 
 @pytest.mark.parametrize("given", ["path", "module"])
 def test_the_origin_may_be_given(origin: Path, folder: Path, given: str) -> None:
-    model = fused(origin)
+    model = fused(TEXT)
     model.save_pretrained(folder)
     moved = origin.rename(origin.with_name("moved"))
     with pytest.raises(mt.CheckpointError, match="tower 'text': cannot load"):
@@ -58,7 +61,7 @@ def test_the_origin_may_be_given(origin: Path, folder: Path, given: str) -> None
     again = mt.FusedModel.from_pretrained(folder, towers={"text": text})
     assert_same(model, again)
     again.save_pretrained(folder)
-    assert (folder / "towers/text/model.safetensors").exists() == (given == "module")
+    assert (folder / "towers/text/model.safetensors").exists()
     shutil.rmtree(moved) if given == "module" else None
     assert_same(model, mt.FusedModel.from_pretrained(folder))
 
@@ -67,7 +70,7 @@ def test_the_origin_may_be_given(origin: Path, folder: Path, given: str) -> None
 def test_an_embedded_model_is_stored_as_if_without_peft(origin: Path, folder: Path, why: str) -> None:
     import transformers
 
-    model = fused(causal_lm("llama", seed=3) if why == "a module" else origin)
+    model = fused(causal_lm("llama", seed=3) if why == "a module" else TEXT)
     model.save_pretrained(folder, embed_towers=why == "embed_towers")
     assert load_file(folder / "towers/text/model.safetensors").keys() == (
         load_file(origin / "model.safetensors").keys()
@@ -118,7 +121,7 @@ def test_half_precision_is_kept(folder: Path, autocast: bool) -> None:
 def test_plain_peft_loads_the_adapters(origin: Path, folder: Path) -> None:
     import transformers
 
-    model, tokens = fused(origin), torch.tensor([[0, 4, 5, 6]])
+    model, tokens = fused(TEXT), torch.tensor([[0, 4, 5, 6]])
     model.save_pretrained(folder)
     base = transformers.AutoModelForCausalLM.from_pretrained(origin)
     alone = peft.PeftModel.from_pretrained(base, folder / "towers/text/adapter")
@@ -152,7 +155,7 @@ def test_other_configs(tmp_path: Path, folder: Path, kind: str) -> None:
 
 
 def test_adapters_merged_in_place_are_not_saved(origin: Path, folder: Path) -> None:
-    model = fused(origin)
+    model = fused(TEXT)
     model.unimodal("text").merge_adapter()
     with pytest.raises(mt.CheckpointError, match="tower 'text' has merged adapters"):
         model.save_pretrained(folder)
@@ -170,9 +173,9 @@ def test_several_adapters_may_be_active(folder: Path) -> None:
 
 
 def test_another_model_is_refused(origin: Path, folder: Path) -> None:
-    fused(origin).save_pretrained(folder)
+    fused(TEXT).save_pretrained(folder)
     causal_lm("llama", seed=4).save_pretrained(origin)
-    with pytest.raises(mt.CheckpointError, match=f"tower 'text' from {origin} is not the one"):
+    with pytest.raises(mt.CheckpointError, match=f"tower 'text' from {TEXT} is not the one"):
         mt.FusedModel.from_pretrained(folder)
     causal_lm("llama", width=8).save_pretrained(origin)
     with pytest.raises(mt.CheckpointError, match=r"tower 'text': .* does not fit the model"):
@@ -183,7 +186,7 @@ def test_another_model_is_refused(origin: Path, folder: Path) -> None:
 
 @pytest.mark.parametrize("missing", ["adapter_config.json", "adapter_model.safetensors"])
 def test_a_missing_file_is_named(origin: Path, folder: Path, missing: str) -> None:
-    fused(origin).save_pretrained(folder)
+    fused(TEXT).save_pretrained(folder)
     (folder / "towers/text/adapter" / missing).unlink()
     reseal(folder)
     with pytest.raises(mt.CheckpointError, match=f"{missing} is missing"):
@@ -191,7 +194,7 @@ def test_a_missing_file_is_named(origin: Path, folder: Path, missing: str) -> No
 
 
 def test_pickles_are_never_read(origin: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fused(origin).save_pretrained(folder, embed_towers=True)
+    fused(TEXT).save_pretrained(folder, embed_towers=True)
     monkeypatch.setattr(torch, "load", lambda *args, **kwargs: pytest.fail("torch.load was called"))
     adapter = folder / "towers/text/adapter/adapter_model.safetensors"
     torch.save(load_file(adapter), adapter.with_suffix(".bin"))
@@ -216,7 +219,7 @@ def test_pickles_are_never_read(origin: Path, folder: Path, monkeypatch: pytest.
 
 
 def test_adapters_of_another_model_are_refused(origin: Path, folder: Path) -> None:
-    fused(origin).save_pretrained(folder)
+    fused(TEXT).save_pretrained(folder)
     file = folder / "towers/text/adapter/adapter_model.safetensors"
     tensors = load_file(file)
     first, second, third, *_ = sorted(tensors)
@@ -256,7 +259,7 @@ def test_adapters_of_another_model_are_refused(origin: Path, folder: Path) -> No
 def test_damaged_files_are_refused(
     origin: Path, folder: Path, file: str, change: dict[str, Any], message: str
 ) -> None:
-    fused(origin).save_pretrained(folder)
+    fused(TEXT).save_pretrained(folder)
     data = json.loads((folder / file).read_text())
     (data["towers"]["text"] if file == "fusion.json" else data).update(change)
     (folder / file).write_text(json.dumps(data))

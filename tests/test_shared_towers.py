@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import multitower as mt
+from fake_hub import Download
 from models import causal_lm, segment
 from multitower.testing import open_links, tiny_tower
 from tampering import reseal
@@ -173,9 +174,12 @@ def test_a_frozen_and_a_trained_tower_of_one_path_are_apart(folder: str) -> None
 
 
 @pytest.mark.parametrize("kind", ["referred", "embedded", "trained", "lora", "plain"])
-def test_a_shared_model_is_stored_once_and_shared_when_loaded(folder: str, tmp_path: Path, kind: str) -> None:
+def test_a_shared_model_is_stored_once_and_shared_when_loaded(
+    downloaded: Download, tmp_path: Path, kind: str
+) -> None:
     if kind in ("referred", "embedded"):
-        model = dialogue(folder, folder)
+        downloaded("org/model", causal_lm("llama", depth=4))
+        model = dialogue("org/model", "org/model")
     else:
         module = tiny_tower(depth=4, vocab_size=20) if kind == "plain" else causal_lm("llama", depth=4)
         model = dialogue(module, module, "lora" if kind == "lora" else "all")
@@ -209,8 +213,9 @@ def test_a_given_tower_is_taken_for_all_that_share(folder: str, tmp_path: Path) 
         mt.FusedModel.from_pretrained(tmp_path / "fused", towers={"ask": moved, "answer": "elsewhere"})
 
 
-def test_a_checkpoint_from_before_loads_without_sharing(folder: str, tmp_path: Path) -> None:
-    model = open_links(dialogue(folder, folder))
+def test_a_checkpoint_from_before_loads_without_sharing(downloaded: Download, tmp_path: Path) -> None:
+    downloaded("org/model", causal_lm("llama", depth=4))
+    model = open_links(dialogue("org/model", "org/model"))
     model.save_pretrained(tmp_path / "fused")
     reseal(tmp_path / "fused", lambda saved: saved["towers"].update(answer=saved["towers"]["ask"]))
     assert_same(model, mt.FusedModel.from_pretrained(tmp_path / "fused"))

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import failing_training
 import multitower as mt
 import sharded_training
 from models import EXAMPLES, causal_lm, segment
@@ -256,15 +257,22 @@ def test_plain_towers_are_given_anew(tmp_path: Path) -> None:
     assert_same(model, convert_training(tmp_path / "run", tmp_path / "fused", towers=made))
 
 
-@pytest.mark.slow
-def test_a_model_divided_among_processes_is_saved_in_parts(tmp_path: Path) -> None:
-    command = [sys.executable, str(Path(sharded_training.__file__))]
-    path = os.pathsep.join(sys.path)
-    others = [
-        subprocess.Popen([*command, str(rank), str(tmp_path)], env={**os.environ, "PYTHONPATH": path})
+def both(script: Any, folder: Path) -> list[int]:
+    command, path = [sys.executable, str(Path(script.__file__))], os.pathsep.join(sys.path)
+    processes = [
+        subprocess.Popen([*command, str(rank), str(folder)], env={**os.environ, "PYTHONPATH": path})
         for rank in range(2)
     ]
-    assert [process.wait(timeout=300) for process in others] == [0, 0]
+    return [process.wait(timeout=300) for process in processes]
+
+
+def test_where_one_process_cannot_save_all_fail_at_once(tmp_path: Path) -> None:
+    assert both(failing_training, tmp_path) == [0, 0]
+
+
+@pytest.mark.slow
+def test_a_model_divided_among_processes_is_saved_in_parts(tmp_path: Path) -> None:
+    assert both(sharded_training, tmp_path) == [0, 0]
     parts = sorted((tmp_path / "run").glob("*.safetensors"))
     assert len(parts) == 2
     model, optimizer = sharded_training.start()

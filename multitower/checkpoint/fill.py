@@ -89,6 +89,15 @@ def restore_dtypes(file: Path, module: nn.Module) -> nn.Module:
     return module
 
 
+def convert_dtypes(file: Path, module: nn.Module) -> nn.Module:
+    """Give tensors that are still to be filled the dtypes that a file holds; give the module."""
+    stored = mapped_tensors(file)
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if name in stored:
+            tensor.data = tensor.data.to(stored[name].dtype)
+    return module
+
+
 def check_real(name: str, module: nn.Module) -> None:
     """Check that no tensor of a tower lacks values.
 

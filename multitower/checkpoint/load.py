@@ -22,7 +22,7 @@ from .pages import page_out
 from .parts import fusion_state, tower_of
 from .placement import DeviceMap, as_devices, as_dtype, check_movable, move
 from .promises import check_links
-from .records import Checkpoint, for_all_that_share, read_checkpoint, with_sources
+from .records import Checkpoint, Given, for_all_that_share, read_checkpoint, sources, with_sources
 from .tensors import mapped_tensors
 from .towers import Loaded, load_one
 from .unchanged import unchanged_on_error
@@ -31,7 +31,7 @@ from .unchanged import unchanged_on_error
 def from_pretrained(
     folder: str | os.PathLike[str],
     *,
-    towers: Mapping[str, str | nn.Module] | None = None,
+    towers: Mapping[str, Given] | None = None,
     allow_changed_towers: bool | Collection[str] = False,
     dtype: torch.dtype | str | None = None,
     device_map: DeviceMap | None = None,
@@ -75,12 +75,14 @@ def from_pretrained(
     def load(root: Path) -> FusedModel:
         return _load(root, given, allow_changed_towers, dtype, device_map)
 
-    return steadily(Path(folder), load, again=all(isinstance(tower, str) for tower in given.values()))
+    return steadily(
+        Path(folder), load, again=not any(isinstance(tower, nn.Module) for tower in given.values())
+    )
 
 
 def _load(
     root: Path,
-    towers: Mapping[str, str | nn.Module],
+    towers: Mapping[str, Given],
     allow_changed_towers: bool | Collection[str],
     dtype: torch.dtype | str | None,
     device_map: DeviceMap | None,
@@ -119,7 +121,7 @@ def load_tower(
     folder: str | os.PathLike[str],
     name: str,
     *,
-    tower: str | nn.Module | None = None,
+    tower: Given | None = None,
     dtype: torch.dtype | str | None = None,
     device_map: str | int | torch.device | None = None,
 ) -> nn.Module:
@@ -157,7 +159,7 @@ def load_tower(
 def _load_tower(
     root: Path,
     name: str,
-    tower: str | nn.Module | None,
+    tower: Given | None,
     dtype: torch.dtype | str | None,
     device_map: str | int | torch.device | None,
 ) -> nn.Module:
@@ -168,9 +170,10 @@ def _load_tower(
     wanted, devices = as_dtype(dtype), as_devices(device_map, [first])
     checkpoint.check_tensors(checkpoint.parts([first]))
     checkpoint.check_files([f"{TOWERS}/{first}"])
-    spec = with_sources(checkpoint.graph, {} if tower is None else {first: tower}).towers[first]
+    given = {} if tower is None else sources({first: tower})
+    spec = with_sources(checkpoint.graph, given).towers[first]
     with unchanged_on_error([tower] if isinstance(tower, nn.Module) else []):
-        loaded = load_one(checkpoint, spec, tower)
+        loaded = load_one(checkpoint, spec, given.get(first))
         check_movable(name, loaded.tower, wanted, devices.get(first))
     loaded.fill()
     mapped = not isinstance(tower, nn.Module)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -12,12 +13,15 @@ from torch import nn
 
 from ..files import FUSION, CheckpointError
 from ..graph import FusionGraph
+from ..hub import as_declared
 from ..seal import FILES, check_files, read_sealed
 from .layout import ADAPTER_WEIGHTS, LINKS, TOWERS, WEIGHTS, adapter_folder, is_links
 from .migrate import migrated
 from .tensors import Inventory, inventory
 
 Records = dict[str, dict[str, Any]]
+Given = str | os.PathLike[str] | nn.Module
+"""What a caller may name as a tower."""
 
 
 @dataclass(frozen=True)
@@ -103,14 +107,14 @@ def read_checkpoint(root: Path) -> Checkpoint:
 
 
 def for_all_that_share(
-    records: Mapping[str, Mapping[str, Any]], towers: Mapping[str, str | nn.Module]
+    records: Mapping[str, Mapping[str, Any]], towers: Mapping[str, Given]
 ) -> dict[str, str | nn.Module]:
     """Give what the caller names for one tower to all that share its model."""
     unknown = set(towers) - set(records)
     if unknown:
         raise CheckpointError(f"towers={sorted(unknown)}: the checkpoint has the towers {', '.join(records)}")
     chosen: dict[str, tuple[str, str | nn.Module]] = {}
-    for name, source in towers.items():
+    for name, source in sources(towers).items():
         other, same = chosen.setdefault(records[name].get("shared_with", name), (name, source))
         if same is not source and same != source:
             raise CheckpointError(
@@ -121,10 +125,30 @@ def for_all_that_share(
     return {name: chosen[first][1] for name, first in firsts.items() if first in chosen}
 
 
+def sources(towers: Mapping[str, Given]) -> dict[str, str | nn.Module]:
+    """Give what a caller names as towers, paths as graphs name them.
+
+    >>> sources({"text": Path("/models/text")})
+    {'text': '/models/text'}
+
+    Raises:
+        TypeError: It is something else.
+    """
+    for name, source in towers.items():
+        if not isinstance(source, str | os.PathLike | nn.Module):
+            raise TypeError(
+                f"towers={{{name!r}: ...}}: give a path, a Hub id or a module, not a {type(source).__name__}"
+            )
+    return {
+        name: source if isinstance(source, nn.Module) else as_declared(source)
+        for name, source in towers.items()
+    }
+
+
 def with_sources(graph: Mapping[str, Any], towers: Mapping[str, str | nn.Module]) -> FusionGraph:
     """Declare that some towers come from elsewhere than the checkpoint says."""
-    sources = {name: source if isinstance(source, str) else None for name, source in towers.items()}
-    entries = [{**tower, "source": sources.get(tower["name"], tower["source"])} for tower in graph["towers"]]
+    named = {name: source if isinstance(source, str) else None for name, source in towers.items()}
+    entries = [{**tower, "source": named.get(tower["name"], tower["source"])} for tower in graph["towers"]]
     return FusionGraph.from_dict({**graph, "towers": entries})
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ..atomic import replacing
 from ..files import FUSION, CheckpointError
 from ..fingerprint import fingerprint
 from ..fused import FusedModel
+from ..hub import is_path
 from ..modality import Modality
 from ..seal import write_sealed
 from ..sharing import shared_with
@@ -28,9 +30,12 @@ from .adapters import save_adapters
 from .fill import ties
 from .layout import ADAPTER, FORMAT_VERSION, LINKS, MAX_SHARD_SIZE, TOWERS, WEIGHTS, is_links
 from .modalities import MODALITIES, Records, check_modalities, keep_modalities, write_modalities
+from .origins import is_to_be_stored
 from .parts import fusion_state, whole
 from .records import parts_of
 from .tensors import inventory, size_in_bytes, write_tensors
+
+LOGGER = logging.getLogger("multitower")
 
 
 def save_pretrained(
@@ -53,6 +58,10 @@ def save_pretrained(
     >>> all(map(torch.equal, model.state_dict().values(), again.state_dict().values()))
     True
 
+    A checkpoint holds all that a model is made of, but for frozen towers from the Hub, referred to by their
+    commit, and from plugins, where these, read anew, give the tensors that the tower has. What was stored and
+    what is referred to is logged at level INFO.
+
     All files are written to a new folder beside it and flushed to the disk; then it takes the other's place.
     A save that is broken off or killed leaves the old checkpoint or the new one, whole; see
     ``atomic.replacing``.
@@ -61,7 +70,7 @@ def save_pretrained(
         model: The model.
         folder: A new folder, an empty one, or an older checkpoint, which is replaced; files in it that
             are not part of a checkpoint are kept, and so are modalities, where none is given instead.
-        embed_towers: Whether to store frozen models that were loaded from a path or Hub id, too.
+        embed_towers: Whether to store frozen models from the Hub or a plugin, too.
         modalities: What makes the tokens of some or all towers, by tower, for ``Pipeline.from_pretrained``.
         max_shard_size: Above which size weights are split into several files with an index, in bytes or as in
             "5GB"; peft writes adapters to one file always.
@@ -87,21 +96,38 @@ def save_pretrained(
             if target.exists():
                 _keep_others(target, fresh)
                 records = keep_modalities(target, fresh, model.graph.towers) | records
-            _write(model, fresh, embed_towers, records, limit)
+            towers = _write(model, fresh, embed_towers, records, limit)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot save to {target}, which is as it was: {error}") from error
+    LOGGER.info("saved to %s: %s", target, "; ".join(_described(model, towers)))
 
 
-def _write(model: FusedModel, folder: Path, embed_towers: bool, modalities: Records, limit: int) -> None:
+def _described(model: FusedModel, records: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Say of each tower where its weights are."""
+    for name, record in records.items():
+        source, revision = model.graph.towers[name].source, record.get("revision")
+        if "shared_with" in record:
+            yield f"{name} is {record['shared_with']}"
+        elif record["embedded"]:
+            yield f"{name} is stored"
+        elif source is None or is_path(source):
+            yield f"{name} is left out"
+        else:
+            yield f"{name} is referred to, {source}" + (f" at {revision}" if revision else "")
+
+
+def _write(
+    model: FusedModel, folder: Path, embed_towers: bool, modalities: Records, limit: int
+) -> dict[str, dict[str, Any]]:
     records: dict[str, dict[str, Any]] = {}
     shared = shared_with({name: model.tower(name) for name in model.graph.towers})
-    for name, spec in model.graph.towers.items():
+    for name in model.graph.towers:
         if name in shared:
             records[name] = {"shared_with": shared[name]}
             continue
         native, place = whole(model.tower(name)), folder / TOWERS / name
         state = base_state(native)
-        embedded = embed_towers or spec.train == "all" or spec.source is None
+        embedded = is_to_be_stored(model, name, embed_towers)
         if embedded and not can_be_stored(base_model(native)):
             _leave_out(name, base_model(native), embed_towers)
             embedded = False
@@ -131,6 +157,7 @@ def _write(model: FusedModel, folder: Path, embed_towers: bool, modalities: Reco
     links = sorted(path.name for path in folder.iterdir() if is_links(path.name))
     write_sealed(folder, document, [*links, TOWERS, MODALITIES])
     _let_read(folder)
+    return records
 
 
 def _let_read(folder: Path) -> None:

@@ -16,8 +16,9 @@ from ..spec import TowerSpec
 from ..tower import Tower, TowerError, TransformersTower, as_tower
 from ..tower.lora import base_state
 from .adapters import load_adapters
-from .fill import as_stored, assign, check_real, check_stored, copy_into, restore_dtypes
+from .fill import as_stored, assign, check_real, check_stored, convert_dtypes, copy_into, restore_dtypes
 from .layout import ADAPTER, TOWERS, WEIGHTS
+from .origins import check_reference, ways_out
 from .parts import whole
 from .promises import check_model
 from .records import Checkpoint
@@ -54,12 +55,17 @@ def load_one(
     if stored is not None and given is None and (stored / "config.json").exists():
         check_model(stored)
         origin = str(stored)
+    referred = given is None and stored is None
+    if referred:
+        check_reference(checkpoint.root, spec, on_hub=record.get("revision", "") is not None)
     revision = record.get("revision") if given is None and origin == spec.source else None
     file = None if stored is None else stored / WEIGHTS
 
     steps: list[Callable[[nn.Module], nn.Module]] = []
     if file is not None and origin == str(stored):
         steps.append(functools.partial(restore_dtypes, file))
+    elif file is not None and given is None:
+        steps.append(functools.partial(convert_dtypes, file))
     if spec.train == "lora" or "adapters" in record:
         steps.append(functools.partial(load_adapters, place / ADAPTER, record))
 
@@ -70,7 +76,8 @@ def load_one(
         _fill_empty(name, origin, file)
         tower = as_tower(name, origin, prepare if steps else None, revision=revision)
     except (TowerError, CheckpointError) as error:
-        raise CheckpointError(f"{checkpoint.root}: {error}") from error
+        advice = f"; {ways_out(name)}" if referred and spec.source is not None else ""
+        raise CheckpointError(f"{checkpoint.root}: {error}{advice}") from error
     except ImportError:
         raise
     except Exception as error:  # a config that can be read may still be of a model that cannot run

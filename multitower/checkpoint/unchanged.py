@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextmanager
-def unchanged_on_error(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Undo what is done to modules where an error comes of it; values of tensors are not undone.
+def unchanged_on_error(modules: Iterable[nn.Module], tensors: Iterable[Tensor] = ()) -> Iterator[None]:
+    """Undo what is done to modules where an error comes of it, and to the values of some tensors.
 
     >>> module = nn.Sequential(nn.Linear(2, 2))
     >>> try:
@@ -21,12 +21,14 @@ def unchanged_on_error(modules: Iterable[nn.Module]) -> Iterator[None]:
     ...     print(module[0])
     Linear(in_features=2, out_features=2, bias=True)
 
-    Submodules, parameters, buffers, hooks, attributes, modes and ``requires_grad`` are those of before.
+    Submodules, parameters, buffers, hooks, attributes, modes and ``requires_grad`` are those of before. The
+    values of the tensors are copied to the memory of the CPU meanwhile.
     """
     modules = list(modules)
     every = {id(each): each for module in modules for each in module.modules()}.values()
     attributes = [(each, _copied(vars(each))) for each in every]
     trained = [(each, each.requires_grad) for module in modules for each in module.parameters()]
+    values = [(each, each.data, each.data.to("cpu", copy=True)) for each in tensors]
     try:
         yield
     except BaseException:
@@ -35,8 +37,13 @@ def unchanged_on_error(modules: Iterable[nn.Module]) -> Iterator[None]:
             vars(module).update(before)
         for parameter, requires_grad in trained:
             parameter.requires_grad_(requires_grad)
+        for tensor, data, value in values:
+            data.copy_(value)
+            tensor.data = data
         raise
 
 
 def _copied(attributes: dict[str, object]) -> dict[str, object]:
-    return {key: value.copy() if isinstance(value, dict) else value for key, value in attributes.items()}
+    return {
+        key: value.copy() if isinstance(value, dict | list) else value for key, value in attributes.items()
+    }

@@ -54,8 +54,7 @@ def as_tower(
             f"as in from_pretrained(folder, towers={{{name!r}: module}})"
         )
     if isinstance(source, str):
-        plugin = LOADER.match(source)
-        source = _from_plugin(name, source) if plugin else _from_transformers(name, source, revision, empty)
+        source = from_source(name, source, revision=revision, empty=empty)
     model = source.native if isinstance(source, TransformersTower | PeftTower) else source
     layers = source.path if isinstance(source, TransformersTower) else None
     try:
@@ -74,6 +73,27 @@ def as_tower(
         return TransformersTower(model, layers=layers)
     except ValueError as error:
         raise TowerError(f"tower {name!r}: {error}") from error
+
+
+def from_source(
+    name: str, source: str, *, revision: str | None = None, empty: bool = False, cached: bool = False
+) -> nn.Module:
+    """Load what a path, a Hub id or "loader://..." names, before it becomes a tower.
+
+    Args:
+        name: The tower's name, for errors.
+        source: What was named.
+        revision: See ``as_tower``.
+        empty: See ``as_tower``.
+        cached: Whether only what has been downloaded before will do.
+
+    Raises:
+        TowerError: It cannot be loaded.
+        PluginError: See ``as_tower``.
+    """
+    if LOADER.match(source):
+        return _from_plugin(name, source)
+    return _from_transformers(name, source, revision, empty, cached)
 
 
 def _from_plugin(name: str, source: str) -> nn.Module:
@@ -104,10 +124,12 @@ def revision_of(model: nn.Module) -> str | None:
     return commit if isinstance(commit, str) else None
 
 
-def _from_transformers(name: str, source: str, revision: str | None, empty: bool) -> nn.Module:
+def _from_transformers(name: str, source: str, revision: str | None, empty: bool, cached: bool) -> nn.Module:
     transformers = require("transformers", "transformers")
     try:
-        settings, _ = transformers.PreTrainedConfig.get_config_dict(source, revision=revision or "main")
+        settings, _ = transformers.PreTrainedConfig.get_config_dict(
+            source, revision=revision or "main", local_files_only=cached
+        )
         if kernels := kernels_in(settings):
             raise TowerError(
                 f"tower {name!r}: the config of {source!r} asks for the kernels {kernels!r}, which may be "
@@ -121,6 +143,7 @@ def _from_transformers(name: str, source: str, revision: str | None, empty: bool
             trust_remote_code=False,
             use_safetensors=True,
             revision=revision or "main",
+            local_files_only=cached,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if "trust_remote_code" in str(error):
@@ -177,6 +200,8 @@ def _commit(source: str, revision: str | None) -> str | None:
 def merged(tower: Tower) -> Tower:
     """Give a tower whose peft adapters are folded into its weights; the old one can be used no longer.
 
+    Where it fails, the model may be merged half-way; see ``unchanged_on_error``.
+
     Raises:
         ValueError: It has no adapters, or peft cannot merge them.
     """
@@ -186,7 +211,7 @@ def merged(tower: Tower) -> Tower:
     check_mergeable(native)
     try:
         model: nn.Module = native.merge_and_unload()
-    except (AttributeError, NotImplementedError) as error:
+    except Exception as error:  # each kind of adapters has its own
         raise ValueError(f"peft cannot merge these adapters: {error}") from error
     if isinstance(tower, TransformersTower):
         return TransformersTower(model, layers=tower.path)

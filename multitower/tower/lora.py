@@ -179,6 +179,17 @@ def adapter_names(model: nn.Module) -> set[str]:
     return {key for key in inner.state_dict() if _base_name(inner, key) is None}
 
 
+def merged_into(model: nn.Module) -> list[Tensor]:
+    """Give the tensors that merging the adapters of a model may change, each once."""
+    found = {
+        id(tensor): tensor
+        for module in model.modules()
+        if _kept(module) is not None
+        for tensor in (*module.parameters(), *module.buffers())
+    }
+    return list(found.values())
+
+
 def check_mergeable(model: nn.Module) -> None:
     """Check that folding the adapters into the weights changes no layer that has none.
 
@@ -188,15 +199,25 @@ def check_mergeable(model: nn.Module) -> None:
     owners: dict[int, list[str]] = {}
     for name, tensor in base_state(model).items():
         owners.setdefault(tensor.data_ptr(), []).append(name)
+    adapted: dict[int, list[nn.Module]] = {}
     for module in model.modules():
-        if _kept(module) == "base_layer" and not hasattr(module, "trainable_tokens_delta"):
+        if _kept(module) == "base_layer":
             weight = getattr(module.get_base_layer(), "weight", None)  # type: ignore[operator]  # a BaseTunerLayer
-            tied = [] if weight is None else owners.get(weight.data_ptr(), [])
-            if len(tied) > 1:
-                raise ValueError(
-                    f"{' and '.join(tied)} are tied, so that what is merged into one would change the other; "
-                    "keep the adapters apart, or untie them"
-                )
+            if weight is not None:
+                adapted.setdefault(weight.data_ptr(), []).append(module)
+    for place, modules in adapted.items():
+        tied = owners.get(place, [])
+        if len(tied) > 1 and not (len(modules) == len(tied) and _one_adapter(modules)):
+            raise ValueError(
+                f"{' and '.join(tied)} are tied, so that what is merged into one would change the other; "
+                "keep the adapters apart, or untie them"
+            )
+
+
+def _one_adapter(modules: list[nn.Module]) -> bool:
+    """Whether modules of peft train the same rows of their tables, and have the values of these in common."""
+    deltas = {id(getattr(module, "trainable_tokens_delta", module)) for module in modules}
+    return len(deltas) == 1
 
 
 def check_whole(model: nn.Module) -> None:

@@ -1,0 +1,86 @@
+"""Whether a tower is had again from where it came, or has to be stored."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..files import CheckpointError
+from ..hub import hub_id, is_path
+from ..plugins import PluginError
+from ..spec import TowerSpec
+from ..tower import Tower, TowerError
+from ..tower.load import from_source, revision_of
+from ..tower.lora import base_model, base_state
+from ..tower.quantised import quantisation_of
+from .parts import whole
+
+if TYPE_CHECKING:
+    from ..fused import FusedModel
+
+
+def is_to_be_stored(model: FusedModel, name: str, embed_towers: bool) -> bool:
+    """Say whether a checkpoint is to hold the weights of a tower.
+
+    >>> from multitower.testing import tiny_model
+    >>> is_to_be_stored(tiny_model(), "text", embed_towers=False)
+    True
+
+    Referred to are commits of the Hub and what plugins load, and these only where they give, read anew, each
+    tensor that the tower has now. Quantised towers can be neither trained nor converted, so are not read.
+    """
+    spec, native = model.graph.towers[name], whole(model.tower(name))
+    source, revision = spec.source, revision_of(base_model(native))
+    if embed_towers or spec.train == "all" or source is None or is_path(source):
+        return True
+    if hub_id(source) and revision is None:
+        return True
+    if quantisation_of(base_model(native)):
+        return False
+    try:
+        origin = from_source(name, source, revision=revision, cached=True)
+    except (TowerError, PluginError):
+        return True
+    found = base_state(whole(origin) if isinstance(origin, Tower) else origin)
+    state = base_state(native)
+    return found.keys() != state.keys() or not all(_same(found[key], state[key]) for key in state)
+
+
+def check_reference(root: Path, spec: TowerSpec, *, on_hub: bool) -> None:
+    """Check that what a checkpoint refers to may be there; a folder is never asked of the Hub.
+
+    Args:
+        root: The checkpoint.
+        spec: The tower.
+        on_hub: Whether its source may be an id on the Hub.
+
+    Raises:
+        CheckpointError: It is a folder that is not here.
+    """
+    source = spec.source
+    if source is None or "://" in source or os.path.isdir(source) or (on_hub and hub_id(source)):
+        return
+    raise CheckpointError(
+        f"{root}: tower {spec.name!r} is referred to by the folder {source!r}, which is not here; "
+        + ways_out(spec.name)
+    )
+
+
+def ways_out(name: str) -> str:
+    """Say what to do where a tower is not found."""
+    return (
+        f"say where it is with towers={{{name!r}: ...}}, or have it in the checkpoint: save with "
+        "embed_towers=True where it can be loaded"
+    )
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(_bits(one), _bits(other))
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8)
