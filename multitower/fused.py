@@ -170,6 +170,9 @@ class FusedModel(nn.Module):
         >>> [[segment.tower for segment in row] for row in model.generate([given], answer, max_new_tokens=4)]
         [['text']]
 
+        Decoding is done in eval mode, and the mode is given back; several threads may decode at once from a
+        model that is in eval mode already.
+
         Args:
             examples: What is given, each a list of segments (none of them a target).
             output: The towers to decode, in this order; each reads all that came before. Or a function that
