@@ -104,7 +104,8 @@ class Lane:
         model: The model.
         name: The tower.
         cache: What its taps and those of the others read.
-        tokens: The prompts, int64, shape (batch, length), padded on the left, the begin token last.
+        tokens: The prompts, int64, shape (batch, length), padded on the left, the begin token last. Some
+            processors of scores see no mask, so padding is by a token of the row: the begin token.
         times: When they stand, -1 at padding.
         options: Options of ``generate`` for this tower, those in ``STEPWISE``.
         limit: How many tokens each row may get.
