@@ -179,6 +179,8 @@ class FusedModel(nn.Module):
                 is called with an example so far and gives the next tower, a tuple of towers, or None.
             options: Options of transformers' ``generate``: ``max_new_tokens``, ``do_sample``, ... What is
                 not the same for all towers is given by tower: ``max_new_tokens={"text": 40, "speech": 400}``.
+                Where neither these nor a tower set a limit, a segment ends after 1,024 new tokens, or at the
+                tower's last position.
 
         Returns:
             For each example (each returned sequence of it) what can be appended to it: the decoded segments,

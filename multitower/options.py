@@ -6,8 +6,10 @@ An option may also be a mapping: from the names of towers to what each of them t
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any, Protocol
+
+import torch
 
 from .tower import Tower
 
@@ -216,19 +218,17 @@ def setting(tower: Decodable, options: Options, key: str) -> Any:
 
 def begin_token(tower: Tower, options: Options) -> int | None:
     """Give the token that opens a segment: the caller's, or else the tower's."""
-    begin: int | None = given(options, "bos_token_id")
-    return tower.begin if begin is None else begin
+    begin = given(options, "bos_token_id")
+    return tower.begin if begin is None else int(begin)
 
 
-def as_ids(value: int | Sequence[int] | None) -> tuple[int, ...]:
-    """Give the ids that an option names.
+def as_ids(value: Any) -> tuple[int, ...]:
+    """Give the ids that an option names, by integers of any kind or a tensor.
 
-    >>> as_ids(None), as_ids(3), as_ids([3, 4])
-    ((), (3,), (3, 4))
+    >>> as_ids(None), as_ids(3), as_ids([3, 4]), as_ids(torch.tensor(3))
+    ((), (3,), (3, 4), (3,))
     """
-    if value is None:
-        return ()
-    return (value,) if isinstance(value, int) else tuple(value)
+    return () if value is None else tuple(map(int, torch.as_tensor(value).reshape(-1).tolist()))
 
 
 def filled(options: Options, defaults: Options) -> dict[str, Any]:

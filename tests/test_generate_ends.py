@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -155,6 +158,28 @@ def test_a_limit_is_that_of_a_row_alone(
             if part.tower == "text"
         ]
         assert lengths[:2] == lengths[2:] == expected
+
+
+@pytest.mark.parametrize("output", [["text"], [("text", "speech")]])
+@pytest.mark.parametrize("limit", [0, -1])
+def test_a_segment_without_new_tokens_is_refused(output: list, limit: int) -> None:
+    with pytest.raises(ValueError, match=rf"max_new_tokens.*{limit}|{limit} new tokens .*1 or more"):
+        pair(causal_lm("llama")).generate(GIVEN, output, max_new_tokens=limit)
+
+
+@pytest.mark.parametrize("kind", [int, np.int64, torch.tensor])
+@pytest.mark.parametrize("output", [["text"], [("text", "speech")]])
+def test_token_ids_may_be_integers_of_any_kind(output: list, kind: Callable[[int], Any]) -> None:
+    model = fused("llama", gates=True)
+    (plain,) = model.generate(GIVEN[:1], output, max_new_tokens=STEPS, bos_token_id={"text": 7})
+    text = plain[0][0] if isinstance(plain[0], tuple) else plain[0]
+    end = int(text.tokens[3])
+    options = {"bos_token_id": {"text": kind(7)}, "max_new_tokens": STEPS}
+    for value in (kind(end), [kind(end), kind(19)]):
+        (row,) = model.generate(GIVEN[:1], output, eos_token_id={"text": value}, **options)
+        found = row[0][0] if isinstance(row[0], tuple) else row[0]
+        first = text.tokens.tolist()[1:].index(end) + 2
+        assert found.tokens.tolist() == text.tokens.tolist()[:first]
 
 
 def test_a_row_that_is_too_long_already_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
