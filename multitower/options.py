@@ -109,7 +109,8 @@ def check_options(options: Options, towers: Mapping[str, Tower], examples: int) 
     for name, tower in towers.items():
         own = options_of(name, options)
         check_supported(own)
-        if given(own, "cache_implementation") == "paged":
+        check_own(own, tower, f"model.unimodal({name!r})")
+        if setting(tower, own, "cache_implementation") == "paged":
             raise ValueError(
                 "cache_implementation='paged' is not supported: it puts all rows into one, and the links "
                 "could not tell them apart; take 'dynamic' or 'static'"
@@ -139,8 +140,32 @@ def check_supported(options: Options) -> None:
         if key in options:
             raise ValueError(f"{key} comes from the examples; put tokens into multitower.Segment instead")
     for key, reason in UNSUPPORTED.items():
-        if given(options, key):
+        if _is_on(key, given(options, key)):
             raise ValueError(f"{key} is not supported: {reason}")
+
+
+def check_own(options: Options, tower: Decodable, where: str) -> None:
+    """Check that a tower has set nothing for itself that cannot work.
+
+    Args:
+        options: The caller's options, which win.
+        tower: The tower.
+        where: What to call its model.
+
+    Raises:
+        ValueError: It does.
+    """
+    for key in ("assistant_early_exit", "guidance_scale", "token_healing"):
+        value = setting(tower, options, key)
+        if _is_on(key, value):
+            raise ValueError(
+                f"{where}.generation_config has {key}={value!r}, which is not supported: {UNSUPPORTED[key]}; "
+                "or set it to None there"
+            )
+
+
+def _is_on(key: str, value: Any) -> bool:
+    return value is not None and value is not False and not (key == "guidance_scale" and value == 1)
 
 
 def check_named(options: Options, towers: Collection[str]) -> None:

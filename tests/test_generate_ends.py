@@ -92,6 +92,21 @@ def test_what_the_tower_has_set_for_itself_holds(family: str) -> None:
     assert decode(pair(text), GIVEN) == [tokens for row in native for tokens in row]
 
 
+def test_what_a_tower_has_set_for_itself_does_not_make_it_decode_without_a_cache() -> None:
+    text = causal_lm("llama", seed=5)
+    expected = [decode(pair(text), [example], max_new_tokens=STEPS) for example in GIVEN]
+    text.generation_config.update(prompt_lookup_num_tokens=3)
+    model = pair(text)
+    assert [decode(model, [example], max_new_tokens=STEPS) for example in GIVEN] == expected
+    with pytest.raises(ValueError, match="batch_size = 1"):
+        decode(model, GIVEN, max_new_tokens=STEPS)
+    model.tower("text").__dict__["_unfaithful"] = "for a test"
+    with pytest.warns(UserWarning, match="for a test"):
+        assert decode(model, GIVEN[:1], max_new_tokens=STEPS) == expected[0]
+    text.generation_config.update(prompt_lookup_num_tokens=None, stop_strings=["a"], guidance_scale=1.5)
+    assert pair(text).tower("text").decodes_cached
+
+
 def test_a_tower_that_decodes_without_a_cache_keeps_its_settings() -> None:
     text = copy.deepcopy(text_model("llama"))
     text.generation_config.update(repetition_penalty=1.8, max_new_tokens=4)
