@@ -85,10 +85,12 @@ def most_new(name: str, tower: Tower, options: Options, prompt: int) -> int:
         prompt: How many tokens its row has so far.
 
     Raises:
-        ValueError: The row is as long as it may be.
+        ValueError: The row is as long as it may be, or is to get no tokens.
     """
     told: int | None = setting(tower, options, "max_new_tokens")
     if told is not None:
+        if told < 1:
+            raise ValueError(f"tower {name!r} is to get {told} new tokens (max_new_tokens); give 1 or more")
         return told
     whole = setting(tower, options, "max_length")
     if whole is not None and whole <= prompt:

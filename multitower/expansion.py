@@ -13,7 +13,7 @@ from .batching import groups
 from .extras import require
 from .generate import check_given, decode_rows
 from .modality import Modality
-from .options import OF_ONE_VOCABULARY, check_named, check_supported, given, options_of
+from .options import OF_ONE_VOCABULARY, check_named, check_own, check_supported, given, options_of
 from .output import FusedOutput, token_loss
 from .stream import EXAMPLES, IGNORE, Example, Segment, check_streams, place_in_time
 from .tower.decoding import why_not_faithful
@@ -138,6 +138,7 @@ class VocabularyExpansion(nn.Module):
 
     def _check(self, examples: Sequence[Example], output: Sequence[str], options: Mapping[str, Any]) -> None:
         check_supported(options)
+        check_own(options, _Native(self.model), "model.model")
         check_named(options, self.modalities)
         check_given(examples, {name: each.vocab_size for name, each in self.modalities.items()})
         if isinstance(output, str) or not output:

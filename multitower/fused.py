@@ -170,12 +170,17 @@ class FusedModel(nn.Module):
         >>> [[segment.tower for segment in row] for row in model.generate([given], answer, max_new_tokens=4)]
         [['text']]
 
+        Decoding is done in eval mode, and the mode is given back; several threads may decode at once from a
+        model that is in eval mode already.
+
         Args:
             examples: What is given, each a list of segments (none of them a target).
             output: The towers to decode, in this order; each reads all that came before. Or a function that
                 is called with an example so far and gives the next tower, a tuple of towers, or None.
             options: Options of transformers' ``generate``: ``max_new_tokens``, ``do_sample``, ... What is
                 not the same for all towers is given by tower: ``max_new_tokens={"text": 40, "speech": 400}``.
+                Where neither these nor a tower set a limit, a segment ends after 1,024 new tokens, or at the
+                tower's last position.
 
         Returns:
             For each example (each returned sequence of it) what can be appended to it: the decoded segments,

@@ -123,7 +123,8 @@ def _decode_side_by_side(
     towers = {name: model.tower(name) for name in names}
     check_stepwise(options, towers)
     own = {name: options_of(name, options) for name in names}
-    prompts = [{name: _prompt(row, name, _begin(towers[name], own[name])) for name in names} for row in rows]
+    begins = {name: _begin(towers[name], own[name]) for name in names}
+    prompts = [{name: _prompt(row, name, begins[name]) for name in names} for row in rows]
     lengths = [tuple(len(tokens) for tokens, _ in prompt.values()) for prompt in prompts]
     longest = dict(zip(names, map(max, zip(*lengths, strict=True)), strict=True))
     apart = not all(alike_when_padded(towers[name], own[name], longest[name]) for name in names)
@@ -134,7 +135,7 @@ def _decode_side_by_side(
         chosen = [row for row, length in enumerate(lengths) if key in (None, length)]
         padded = {
             name: (
-                pad_left([prompts[row][name][0] for row in chosen], 0),
+                pad_left([prompts[row][name][0] for row in chosen], begins[name]),
                 pad_left([prompts[row][name][1] for row in chosen], -1),
             )
             for name in names

@@ -6,8 +6,10 @@ An option may also be a mapping: from the names of towers to what each of them t
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any, Protocol
+
+import torch
 
 from .tower import Tower
 
@@ -107,7 +109,8 @@ def check_options(options: Options, towers: Mapping[str, Tower], examples: int) 
     for name, tower in towers.items():
         own = options_of(name, options)
         check_supported(own)
-        if given(own, "cache_implementation") == "paged":
+        check_own(own, tower, f"model.unimodal({name!r})")
+        if setting(tower, own, "cache_implementation") == "paged":
             raise ValueError(
                 "cache_implementation='paged' is not supported: it puts all rows into one, and the links "
                 "could not tell them apart; take 'dynamic' or 'static'"
@@ -137,8 +140,32 @@ def check_supported(options: Options) -> None:
         if key in options:
             raise ValueError(f"{key} comes from the examples; put tokens into multitower.Segment instead")
     for key, reason in UNSUPPORTED.items():
-        if given(options, key):
+        if _is_on(key, given(options, key)):
             raise ValueError(f"{key} is not supported: {reason}")
+
+
+def check_own(options: Options, tower: Decodable, where: str) -> None:
+    """Check that a tower has set nothing for itself that cannot work.
+
+    Args:
+        options: The caller's options, which win.
+        tower: The tower.
+        where: What to call its model.
+
+    Raises:
+        ValueError: It does.
+    """
+    for key in ("assistant_early_exit", "guidance_scale", "token_healing"):
+        value = setting(tower, options, key)
+        if _is_on(key, value):
+            raise ValueError(
+                f"{where}.generation_config has {key}={value!r}, which is not supported: {UNSUPPORTED[key]}; "
+                "or set it to None there"
+            )
+
+
+def _is_on(key: str, value: Any) -> bool:
+    return value is not None and value is not False and not (key == "guidance_scale" and value == 1)
 
 
 def check_named(options: Options, towers: Collection[str]) -> None:
@@ -216,19 +243,17 @@ def setting(tower: Decodable, options: Options, key: str) -> Any:
 
 def begin_token(tower: Tower, options: Options) -> int | None:
     """Give the token that opens a segment: the caller's, or else the tower's."""
-    begin: int | None = given(options, "bos_token_id")
-    return tower.begin if begin is None else begin
+    begin = given(options, "bos_token_id")
+    return tower.begin if begin is None else int(begin)
 
 
-def as_ids(value: int | Sequence[int] | None) -> tuple[int, ...]:
-    """Give the ids that an option names.
+def as_ids(value: Any) -> tuple[int, ...]:
+    """Give the ids that an option names, by integers of any kind or a tensor.
 
-    >>> as_ids(None), as_ids(3), as_ids([3, 4])
-    ((), (3,), (3, 4))
+    >>> as_ids(None), as_ids(3), as_ids([3, 4]), as_ids(torch.tensor(3))
+    ((), (3,), (3, 4), (3,))
     """
-    if value is None:
-        return ()
-    return (value,) if isinstance(value, int) else tuple(value)
+    return () if value is None else tuple(map(int, torch.as_tensor(value).reshape(-1).tolist()))
 
 
 def filled(options: Options, defaults: Options) -> dict[str, Any]:

@@ -117,8 +117,9 @@ class Pipeline:
         >>> for piece in pipe.stream([("speech", "clip.wav")], output="text"):     # doctest: +SKIP
         ...     print(piece, end="", flush=True)
 
-        Decoding runs in a thread; it ends when the text does, or when the iterator is closed. Until then
-        the model is not to be used elsewhere.
+        Decoding runs in a thread, under the ``torch.autocast`` and the device of this call; it ends when the
+        text does, or when the iterator is closed. Until then a model in training mode is not to be used
+        elsewhere: decoding puts it into eval mode.
 
         Args:
             example: As for a call; a single one.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from contextvars import copy_context
 from threading import Event
 from typing import Any
 
@@ -19,7 +21,8 @@ def stream_text(
 ) -> Iterator[str]:
     """Give the text of a segment piece by piece, while ``generate`` decodes it in a thread.
 
-    When the iterator is closed, decoding ends after the token that is being computed.
+    The thread runs under what this call runs under: ``torch.autocast`` and what chooses a device. When the
+    iterator is closed, decoding ends after the token that is being computed.
 
     Args:
         generate: Called with options of transformers' ``generate``.
@@ -39,19 +42,49 @@ def stream_text(
 
     criteria = transformers.StoppingCriteriaList([*(options.get("stopping_criteria") or ()), is_closed])
 
+    enter, context = _surroundings(), copy_context()
+
     def run() -> None:
         try:
-            generate(**{**options, "streamer": streamer, "stopping_criteria": criteria})
+            with ExitStack() as stack:
+                enter(stack)
+                generate(**{**options, "streamer": streamer, "stopping_criteria": criteria})
         finally:
             streamer.text_queue.put(streamer.stop_signal)
 
-    with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(run)
-        try:
-            yield from filter(None, streamer)
-        finally:
-            closed.set()
-        running.result()
+    def pieces() -> Iterator[str]:
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(context.run, run)
+            try:
+                yield from filter(None, streamer)
+            finally:
+                closed.set()
+            running.result()
+
+    return pieces()
+
+
+def _surroundings() -> Callable[[ExitStack], None]:
+    """Note what torch keeps for this thread alone; give a function that has another enter the same."""
+    accelerator = torch.accelerator.current_accelerator()
+    casts = [
+        torch.autocast(kind, torch.get_autocast_dtype(kind), cache_enabled=torch.is_autocast_cache_enabled())
+        for kind in ("cpu", *(() if accelerator is None else (accelerator.type,)))
+        if torch.is_autocast_enabled(kind)
+    ]
+    default = torch.get_default_device()
+    has_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch declares none
+    stream = torch.cuda.current_stream() if has_cuda else None
+
+    def enter(stack: ExitStack) -> None:
+        if stream is not None:
+            stack.enter_context(torch.cuda.stream(stream))  # which chooses its device as well
+        if default != torch.get_default_device():
+            stack.enter_context(default)
+        for cast in casts:
+            stack.enter_context(cast)
+
+    return enter
 
 
 class TokenizerOf:

@@ -14,6 +14,7 @@ from .options import as_ids, is_by_tower, setting
 from .schedule import Tap
 from .stream import Segment
 from .tower import Tower
+from .tower.decoding import FOR_SPEED
 
 if TYPE_CHECKING:
     from .fused import FusedModel
@@ -55,19 +56,14 @@ ONLY_ALONE = {
     "encoder_repetition_penalty": 1,
     "exponential_decay_length_penalty": None,
     "force_words_ids": None,
-    "guidance_scale": 1,
     "max_time": None,
     "num_beams": 1,
     "num_return_sequences": 1,
     "penalty_alpha": None,
     "stop_strings": None,
-    "token_healing": None,
     "watermarking_config": None,
 }
 """Settings of a tower itself that have no meaning token by token, with what turns them off."""
-
-FASTER_ALONE = ("cache_implementation", "prefill_chunk_size", "prompt_lookup_num_tokens")
-"""Settings that change how a tower decodes by itself, not what: here they are left out."""
 
 
 def check_stepwise(options: Mapping[str, Any], towers: Mapping[str, Tower]) -> None:
@@ -104,7 +100,8 @@ class Lane:
         model: The model.
         name: The tower.
         cache: What its taps and those of the others read.
-        tokens: The prompts, int64, shape (batch, length), padded on the left, the begin token last.
+        tokens: The prompts, int64, shape (batch, length), padded on the left, the begin token last. Some
+            processors of scores see no mask, so padding is by a token of the row: the begin token.
         times: When they stand, -1 at padding.
         options: Options of ``generate`` for this tower, those in ``STEPWISE``.
         limit: How many tokens each row may get.
@@ -147,7 +144,7 @@ class Lane:
             **{
                 **self.options,
                 **self._of_this_step(),
-                **dict.fromkeys(FASTER_ALONE),
+                **dict.fromkeys(FOR_SPEED),
                 "eos_token_id": list(self.ends) or None,
                 "max_new_tokens": 1,
                 "pad_token_id": padding,

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -89,6 +92,21 @@ def test_what_the_tower_has_set_for_itself_holds(family: str) -> None:
     assert decode(pair(text), GIVEN) == [tokens for row in native for tokens in row]
 
 
+def test_what_a_tower_has_set_for_itself_does_not_make_it_decode_without_a_cache() -> None:
+    text = causal_lm("llama", seed=5)
+    expected = [decode(pair(text), [example], max_new_tokens=STEPS) for example in GIVEN]
+    text.generation_config.update(prompt_lookup_num_tokens=3)
+    model = pair(text)
+    assert [decode(model, [example], max_new_tokens=STEPS) for example in GIVEN] == expected
+    with pytest.raises(ValueError, match="batch_size = 1"):
+        decode(model, GIVEN, max_new_tokens=STEPS)
+    model.tower("text").__dict__["_unfaithful"] = "for a test"
+    with pytest.warns(UserWarning, match="for a test"):
+        assert decode(model, GIVEN[:1], max_new_tokens=STEPS) == expected[0]
+    text.generation_config.update(prompt_lookup_num_tokens=None, stop_strings=["a"], guidance_scale=1.5)
+    assert pair(text).tower("text").decodes_cached
+
+
 def test_a_tower_that_decodes_without_a_cache_keeps_its_settings() -> None:
     text = copy.deepcopy(text_model("llama"))
     text.generation_config.update(repetition_penalty=1.8, max_new_tokens=4)
@@ -155,6 +173,28 @@ def test_a_limit_is_that_of_a_row_alone(
             if part.tower == "text"
         ]
         assert lengths[:2] == lengths[2:] == expected
+
+
+@pytest.mark.parametrize("output", [["text"], [("text", "speech")]])
+@pytest.mark.parametrize("limit", [0, -1])
+def test_a_segment_without_new_tokens_is_refused(output: list, limit: int) -> None:
+    with pytest.raises(ValueError, match=rf"max_new_tokens.*{limit}|{limit} new tokens .*1 or more"):
+        pair(causal_lm("llama")).generate(GIVEN, output, max_new_tokens=limit)
+
+
+@pytest.mark.parametrize("kind", [int, np.int64, torch.tensor])
+@pytest.mark.parametrize("output", [["text"], [("text", "speech")]])
+def test_token_ids_may_be_integers_of_any_kind(output: list, kind: Callable[[int], Any]) -> None:
+    model = fused("llama", gates=True)
+    (plain,) = model.generate(GIVEN[:1], output, max_new_tokens=STEPS, bos_token_id={"text": 7})
+    text = plain[0][0] if isinstance(plain[0], tuple) else plain[0]
+    end = int(text.tokens[3])
+    options = {"bos_token_id": {"text": kind(7)}, "max_new_tokens": STEPS}
+    for value in (kind(end), [kind(end), kind(19)]):
+        (row,) = model.generate(GIVEN[:1], output, eos_token_id={"text": value}, **options)
+        found = row[0][0] if isinstance(row[0], tuple) else row[0]
+        first = text.tokens.tolist()[1:].index(end) + 2
+        assert found.tokens.tolist() == text.tokens.tolist()[:first]
 
 
 def test_a_row_that_is_too_long_already_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from decoding import GIVEN, Kept, Stop, decode, fused, letter_tokenizer
-from models import pair
+from models import causal_lm, pair
 
 SCORES = r"score them with model\(\*\*multitower.collate"
 REFUSED = [
@@ -59,6 +59,33 @@ REFUSED_BY_TRANSFORMERS = [
 def test_what_cannot_work_is_refused(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         decode(fused("llama", gates=True), GIVEN, **options)
+
+
+@pytest.mark.parametrize("output", [["text"], [("text", "speech")]])
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("guidance_scale", 1.5, "a prompt of its own"),
+        ("assistant_early_exit", 1, "take prompt_lookup_num_tokens or assistant_model"),
+        ("token_healing", True, "heal the tokens before"),
+        ("cache_implementation", "paged", "take 'dynamic' or 'static'"),
+    ],
+)
+def test_what_cannot_work_is_refused_of_the_tower_itself(
+    key: str, value: object, message: str, output: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = pair(causal_lm("llama"))
+    monkeypatch.setattr(model.unimodal("text").generation_config, key, value)
+    with pytest.raises(ValueError, match=message):
+        model.generate(GIVEN, output, max_new_tokens=2)
+
+
+def test_what_is_off_is_not_refused() -> None:
+    model = pair(causal_lm("llama"))
+    plain = decode(model, GIVEN, max_new_tokens=2)
+    assert decode(model, GIVEN, max_new_tokens=2, guidance_scale=1, output_scores=False) == plain
+    model.unimodal("text").generation_config.guidance_scale = 1.5
+    assert decode(model, GIVEN, max_new_tokens=2, guidance_scale=1) == plain
 
 
 @pytest.mark.parametrize(("options", "message"), REFUSED_OF_TWO)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import threading
+from contextlib import nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from torch import Tensor
 import multitower as mt
 from letters import STEPS, Letters, pipe_of_other_edges, simple_pipe
 from models import causal_lm, pair, segment
+from multitower.streaming import stream_text
 
 
 class Pieces(Letters):
@@ -98,6 +101,54 @@ def test_a_stream_opens_with_what_its_begin_token_says() -> None:
     whole = pipe(given, "text", **options)
     assert whole.startswith("w7 ")
     assert "".join(pipe.stream(given, "text", **options)) == whole
+
+
+class Surroundings(transformers.StoppingCriteria):
+    def __init__(self) -> None:
+        self.seen: set[tuple[Any, ...]] = set()
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        cast = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+        self.seen.add((*cast, torch.is_autocast_cache_enabled(), torch.get_default_device().type, name.get()))
+        return torch.zeros(len(input_ids), dtype=torch.bool, device="cpu")
+
+
+name: ContextVar[str] = ContextVar("name", default="none")
+
+
+def test_a_stream_is_decoded_under_what_its_caller_is_under() -> None:
+    pipe, given = mt.Pipeline(pair(causal_lm("llama"), gates=True), {"text": Words()}), [segment("speech", 5)]
+    options = {"max_new_tokens": 3, "eos_token_id": None, "suppress_tokens": [0, 1]}
+    plain, cast, apart = (Surroundings() for _ in range(3))
+    whole = pipe(given, "text", stopping_criteria=[plain], **options)
+    with torch.autocast("cpu", torch.float16, cache_enabled=False):
+        token = name.set("some")
+        pieces = pipe.stream(given, "text", stopping_criteria=[cast], **options)
+        name.reset(token)
+    assert "".join(pieces)
+    assert "".join(pipe.stream(given, "text", stopping_criteria=[apart], **options)) == whole
+    assert plain.seen == apart.seen == {(False, torch.bfloat16, True, "cpu", "none")}
+    assert cast.seen == {(True, torch.float16, False, "cpu", "some")}
+
+
+@pytest.mark.parametrize("setting", ["with", "for good"])
+def test_the_default_device_of_a_stream_is_its_callers(setting: str) -> None:
+    found = []
+
+    def generate(**unused: Any) -> None:
+        found.append(torch.empty(1).device.type)
+
+    with torch.device("meta") if setting == "with" else nullcontext():
+        if setting == "for good":
+            torch.set_default_device("meta")
+        try:
+            pieces = stream_text(generate, Words(), None, {})
+        finally:
+            if setting == "for good":
+                torch.set_default_device(None)
+    assert list(pieces) == []
+    list(stream_text(generate, Words(), None, {}))
+    assert found == ["meta", "cpu"]
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+import multitower as mt
 from decoding import GIVEN, STEPS, decode, fused, text_model
-from models import segment
+from models import causal_lm, pair, segment
 from multitower.together import ONLY_ALONE, STEPWISE
 from test_generate_matrix import GREEDY
 
@@ -29,6 +30,31 @@ def test_options_mean_the_same_token_by_token(name: str, own: bool, monkeypatch:
     alone = decode(model, GIVEN, max_new_tokens=STEPS, **options)
     together = model.generate(GIVEN, output=[("text", "speech")], max_new_tokens=STEPS, **options)
     assert [text.tokens.tolist() for ((text, _),) in together] == alone
+
+
+def test_a_batch_is_its_rows_where_tokens_that_were_there_are_penalised() -> None:
+    """Some of transformers' penalties take padding for tokens of the row."""
+    begin, text, speech = 3, causal_lm("llama"), causal_lm("llama", depth=4, vocab_size=14)
+    text.generation_config.bos_token_id = speech.generation_config.bos_token_id = begin
+    text.lm_head.weight.data[0] *= 9  # token 0, with which nothing begins here, is likely
+    model, seen = pair(text, speech, gates=True), []
+    given = [[mt.Segment("text", [begin, 4, 5, 6, 7, 8, 9, 1])], [mt.Segment("text", [begin, 4, 1])], []]
+    options = {"output": [("text", "speech")], "repetition_penalty": 1.8, "max_new_tokens": STEPS}
+
+    def note(tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        seen.append(tokens)
+        return scores
+
+    together = model.generate(given, **options, logits_processor=[note])
+    for row, found in zip(given, together, strict=True):
+        (alone,) = model.generate([row], **options)
+        assert str(found) == str(alone)
+    padding = (seen[0].shape[1] - torch.tensor([9, 4, 1])).tolist()
+    assert [row[:count].unique().tolist() for row, count in zip(seen[0], padding, strict=True)] == [
+        [],
+        [begin],
+        [begin],
+    ]
 
 
 ALONE_SETTINGS = {

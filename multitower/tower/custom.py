@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..extras import require
 from .base import Inject, Tower
+from .decoding import FOR_SPEED
 
 transformers: Any = require("transformers", "transformers")
 
@@ -71,7 +72,8 @@ class UncachedDecoder(_Decoder):
         super().__init__(tower, inject)
         self.config.use_cache = False
         self.generation_config.use_cache = False
-        self.generation_config.cache_implementation = None
+        for key in FOR_SPEED:
+            setattr(self.generation_config, key, None)
 
     def generate(self, inputs: Tensor, **options: Any) -> Any:
         """Decode as ``transformers`` does, which must not cut the rows to what a cache would lack."""

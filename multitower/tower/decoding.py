@@ -12,6 +12,12 @@ from .base import Inject
 from .probe import Layers, evaluated, forward_options, logits_of, probe_tokens, rounding
 from .shell import as_call, as_tuple, make_shell, stand_in
 
+FOR_SPEED = ("cache_implementation", "prefill_chunk_size", "prompt_lookup_num_tokens")
+"""Settings that change how a tower decodes by itself, not what."""
+
+OF_THE_CACHE = ("cache_config", "cache_implementation", "compile_config", "disable_compile", "use_cache")
+"""Settings with which a model is asked how it decodes; what else it has set says nothing of that."""
+
 
 def make_decoder(model: nn.Module, found: Layers, inject: Inject) -> Any:
     """Give a copy of a model, parameters shared, whose layers are followed by ``inject``."""
@@ -58,14 +64,17 @@ def why_not_faithful(model: Any, *, length: int, padding: int = 0) -> str:
             decoded = model.generate(
                 prompts,
                 attention_mask=mask,
-                max_new_tokens=steps,
-                min_new_tokens=steps,
-                do_sample=False,
-                num_beams=1,
-                num_return_sequences=1,
-                pad_token_id=0,
-                output_logits=True,
-                return_dict_in_generate=True,
+                **{
+                    **dict.fromkeys(_settings(model) - {*OF_THE_CACHE}),
+                    "max_new_tokens": steps,
+                    "min_new_tokens": steps,
+                    "do_sample": False,
+                    "num_beams": 1,
+                    "num_return_sequences": 1,
+                    "pad_token_id": 0,
+                    "output_logits": True,
+                    "return_dict_in_generate": True,
+                },
             )
             tokens = decoded.sequences[:1, padding:-1]
             whole = logits_of(model(input_ids=tokens, **forward_options(model)))
@@ -75,6 +84,14 @@ def why_not_faithful(model: Any, *, length: int, padding: int = 0) -> str:
     found = torch.stack([step[0].to(expected.dtype) for step in decoded.logits])
     worst = (found - expected).abs().max().item()
     return "" if worst <= rounding(expected) else f"its logits differ by {worst:.2g}"
+
+
+def _settings(model: Any) -> set[str]:
+    """Name what a model has set for its decoding, of what ``generate`` takes as options."""
+    own: Any = getattr(model, "generation_config", None)
+    return (
+        set() if own is None else set(own.to_diff_dict()) & set(vars(type(own)())) - {"transformers_version"}
+    )
 
 
 class _Positions:

@@ -11,8 +11,10 @@ import copy
 import functools
 import types
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from .base import TowerError
@@ -47,11 +49,43 @@ class Carried(NamedTuple):
 
 
 class Script:
-    """What the stand-ins of one shell do: note their calls or, when there is a final state, hand it on."""
+    """What stand-ins do in one forward: note their calls or, when there is a final state, hand it on."""
 
-    def __init__(self) -> None:
+    def __init__(self, final: tuple[Any, ...] | None = None) -> None:
         self.calls: list[Call] = []
-        self.final: tuple[Any, ...] | None = None
+        self.final = final
+
+
+_PLAYED: ContextVar[Script] = ContextVar("_PLAYED")
+
+
+class _Traced:
+    """Holds a script under torch.compile, which cannot trace a ContextVar and traces one call at a time."""
+
+    script: Script | None = None
+
+
+def play(shell: Shell, script: Script, inputs: dict[str, Any]) -> Any:
+    """Run the forward of a shell with stand-ins that follow a script; other callers have their own."""
+    if torch.compiler.is_dynamo_compiling():
+        _Traced.script = script
+        try:
+            return shell.model(**inputs)
+        finally:
+            _Traced.script = None
+    before = _PLAYED.set(script)
+    try:
+        return shell.model(**inputs)
+    finally:
+        _PLAYED.reset(before)
+
+
+def _played() -> Script:
+    if torch.compiler.is_dynamo_compiling() and _Traced.script is not None:
+        return _Traced.script
+    script = _PLAYED.get(None) or _Traced.script  # a graph that breaks may leave either to the other
+    assert script is not None
+    return script
 
 
 class LayersReached(Exception):  # noqa: N818  # not an error: it ends a forward before norm and head
@@ -66,21 +100,20 @@ class StandIn:
         last: Whether no layer follows it.
         extras: How many things the layer gives beside its state; None when it gives a bare tensor.
         keyword: The name of the layer's first parameter, by which the state may be passed.
-        script: What to do, the same for all stand-ins of a shell.
     """
 
-    def __init__(self, index: int, last: bool, extras: int | None, keyword: str, script: Script) -> None:
-        self.index, self.last, self.extras, self.keyword, self.script = index, last, extras, keyword, script
+    def __init__(self, index: int, last: bool, extras: int | None, keyword: str) -> None:
+        self.index, self.last, self.extras, self.keyword = index, last, extras, keyword
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Note the call, and hand on its state or the final one."""
-        call = as_call(args, kwargs, self.keyword)
-        if self.script.final is None:
-            self.script.calls.append(call)
+        call, script = as_call(args, kwargs, self.keyword), _played()
+        if script.final is None:
+            script.calls.append(call)
             if self.last:
                 raise LayersReached
         elif self.last:
-            return self.script.final if self.extras is not None else self.script.final[0]
+            return script.final if self.extras is not None else script.final[0]
         if self.extras is None:
             return call.hidden
         return (call.hidden, *(Carried(self.index, place) for place in range(self.extras)))

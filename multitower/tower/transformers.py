@@ -40,6 +40,7 @@ from .shell import (
     Unexpected,
     as_tuple,
     make_shell,
+    play,
     stand_in,
 )
 
@@ -83,7 +84,6 @@ class TransformersTower(Tower):
             self._layers, logits = probe(self.model, layers)
             self.path = self._layers.path
             self.depth = len(self._layers.order)
-            self._script = Script()
             self._shell = _Unregistered(self._make_shell())
             self._heads_unmasked = False
             self._packs: dict[Any, bool] = {}
@@ -123,20 +123,19 @@ class TransformersTower(Tower):
 
     def embed(self, tokens: Tensor, *, positions: Tensor | None = None) -> tuple[Tensor, Context]:
         """Run what the model does before layer 1; see ``Tower.embed``."""
-        script, shell = self._script, self._shell.it
+        script, shell = Script(), self._shell.it
         shell.follow()
         if any(twin.training and getattr(twin, "layerdrop", 0) for twin, _ in shell.copies):
             raise TowerError(
                 f"{type(self.model).__name__} drops layers at random in training, but links need the state "
                 "after each; load it with layerdrop=0 (in BART decoder_layerdrop=0), or keep it frozen"
             )
-        script.calls = []
         options: dict[str, Any] = {**forward_options(self.model)}
         if positions is not None:
             options["position_ids"] = positions
         with suppress(LayersReached):
-            shell.model(input_ids=tokens, **options)
-        calls, script.calls = tuple(script.calls), []
+            play(shell, script, {"input_ids": tokens, **options})
+        calls = tuple(script.calls)
         if len(calls) != self.depth:
             raise TowerError(
                 f"{type(self.model).__name__}: its forward reached {len(calls)} of its {self.depth} layers. "
@@ -173,11 +172,8 @@ class TransformersTower(Tower):
         if self._heads_unmasked:
             options["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=hidden.device)
         final = self._layers.layout.to_model(hidden)
-        self._script.final = (final, *context.carried.get(self.depth, ()))
-        try:
-            return logits_of(self._shell.it.model(input_ids=context.tokens, **options))
-        finally:
-            self._script.final = None
+        script = Script((final, *context.carried.get(self.depth, ())))
+        return logits_of(play(self._shell.it, script, {"input_ids": context.tokens, **options}))
 
     def decoder(self, inject: Inject) -> Any:
         """Give a copy of the model, parameters shared, whose layers are followed by ``inject``.
@@ -230,7 +226,7 @@ class TransformersTower(Tower):
         layers = [stand_in(layer, Unexpected(place + 1)) for place, layer in enumerate(self._stack)]
         for index, place in enumerate(found.order, 1):
             layers[place].forward = StandIn(
-                index, index == self.depth, found.extras[index - 1], found.keyword, self._script
+                index, index == self.depth, found.extras[index - 1], found.keyword
             )
         return make_shell(self.model, found.path, layers)
 
