@@ -22,6 +22,7 @@ from .files import CheckpointError
 from .fused import FusedModel
 from .graph import FusionGraph
 from .kept import KeptStates
+from .logs import set_verbosity
 from .modality import Modality
 from .output import FusedOutput
 from .packing import pack
@@ -54,4 +55,5 @@ __all__ = [
     "draw_graph",
     "load_tower",
     "pack",
+    "set_verbosity",
 ]

@@ -33,7 +33,8 @@ class Segment:
     Attributes:
         tower: Name of the tower that the tokens belong to.
         tokens: Token ids as the tower knows them, shape (length,), begin and end tokens included.
-        target: Whether the tower is to learn to predict these tokens (all but the first, which is given).
+        target: Whether the tower is to learn to predict these tokens (all but the first, which is given). The
+            backward of a batch without any target is an error.
     """
 
     tower: str
