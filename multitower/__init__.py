@@ -29,7 +29,7 @@ from .packing import pack
 from .pipeline import Pipeline
 from .plugins import PluginError
 from .spec import GraphError
-from .stream import Segment, collate
+from .stream import Segment, collate, to_device
 from .tower import Tower, TowerError, TransformersTower
 
 __version__ = "0.1.0"
@@ -56,4 +56,5 @@ __all__ = [
     "load_tower",
     "pack",
     "set_verbosity",
+    "to_device",
 ]

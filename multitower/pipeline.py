@@ -16,6 +16,7 @@ from .fused import FusedModel
 from .hub import find_checkpoint
 from .modality import Modality
 from .options import begin_token, check_named, given, options_of
+from .plugins import as_modality
 from .publish import push_to_hub
 from .raw import Raw, by_tower, leaves, read_example, replaced
 from .seal import steadily
@@ -23,6 +24,8 @@ from .stream import Segment
 from .streaming import stream_text
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from .checkpoint import DeviceMap
     from .generate import Entry, Policy
 
@@ -44,22 +47,37 @@ class Pipeline:
 
     Args:
         model: The fused model.
-        modalities: What makes tokens of raw data and raw data of tokens, by tower; towers without one take
-            segments of tokens only, and are not decoded.
+        modalities: What makes tokens of raw data and raw data of tokens, by tower; a tokenizer of
+            transformers stands for the modality "text" of it. Towers without one take segments of tokens
+            only, and are not decoded.
 
     Attributes:
         model: The fused model.
         modalities: The modalities by tower.
 
     Raises:
-        ValueError: A modality is given for no tower, or has more ids than its tower.
+        ValueError: A modality is given for no tower, or has more ids than its tower; or a tokenizer has no
+            token to begin or to end with.
         TypeError: What is given as modality is none.
+        PluginError: A tokenizer is given, and the modality "text" is not installed.
     """
 
-    def __init__(self, model: FusedModel, modalities: Mapping[str, Modality]) -> None:
-        check_modalities(model, modalities)
+    def __init__(
+        self, model: FusedModel, modalities: Mapping[str, Modality | PreTrainedTokenizerBase]
+    ) -> None:
         self.model = model
-        self.modalities = dict(modalities)
+        self.modalities: dict[str, Modality] = {name: as_modality(each) for name, each in modalities.items()}
+        check_modalities(model, self.modalities)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is; see ``FusedModel.device``."""
+        return self.model.device
+
+    def to(self, *where: Any, **options: Any) -> Pipeline:
+        """Move the model, or give it another dtype, as ``torch.nn.Module.to`` does; return the pipeline."""
+        self.model.to(*where, **options)
+        return self
 
     def __repr__(self) -> str:
         known = {name: self.modalities.get(name, "tokens only") for name in self.model.towers}
@@ -69,6 +87,8 @@ class Pipeline:
         self,
         inputs: list[Any],
         output: str | tuple[str, ...] | list[Entry] | Policy,
+        *,
+        batch_size: int | None = None,
         **options: Any,
     ) -> Any:
         """Encode what is given, decode what is asked for, and give it as raw data.
@@ -82,6 +102,7 @@ class Pipeline:
                 time, as in ``[("text", "sing"), (("music", "a.wav"), ("dance", steps))]``.
             output: The tower to decode; or a tuple of towers, decoded at the same time; or a list of both,
                 decoded one after the other; or a function that chooses, as ``FusedModel.generate`` takes it.
+            batch_size: How many examples are decoded at once; all unless given.
             options: Options of ``FusedModel.generate``.
 
         Returns:
@@ -103,7 +124,12 @@ class Pipeline:
             for name in leaves([wanted]):
                 self._modality(name, "output")
         examples = self._encode(inputs if several else [inputs])
-        rows = self.model.generate(examples, wanted, **self._with_edges(options))
+        size = len(examples) if batch_size is None else batch_size
+        if size < 1:
+            raise ValueError(f"batch_size={size} must be 1 or more")
+        options = self._with_edges(options)
+        batches = [examples[start : start + size] for start in range(0, len(examples), size)]
+        rows = [row for batch in batches for row in self.model.generate(batch, wanted, **options)]
         decoded = self._decode(rows, pairs=callable(output))
         results = decoded if wanted is output else [row[0] for row in decoded]
         copies = len(results) // len(examples)
