@@ -44,7 +44,7 @@ def watch_targets(
 def _refuse(losses: Iterable[Tensor]) -> None:
     for loss in losses:
         if loss.requires_grad:
-            loss.register_hook(_nothing_to_learn)
+            loss.register_hook(_nothing_to_learn)  # type: ignore[no-untyped-call]  # of torch
 
 
 def _nothing_to_learn(gradient: Tensor) -> None:
@@ -61,12 +61,13 @@ def _note_edges(name: str, model: FusedModel, tokens: Tensor, labels: Tensor) ->
     """
     tower = model.tower(name)
     predicted = labels != IGNORE
-    firsts = tokens[~predicted & F.pad(predicted[:, 1:], (0, 1))].unique().tolist()
-    lasts = labels[predicted & ~F.pad(predicted[:, 1:], (0, 1))].unique().tolist()
+    next_predicted = F.pad(predicted[:, 1:], (0, 1))
+    firsts = set(tokens[~predicted & next_predicted].tolist())
+    lasts = set(labels[predicted & ~next_predicted].tolist())
     lacking = []
     if tower.begin is not None and len(firsts) > 1:
         lacking.append(f"begin with its token {tower.begin}")
-    if tower.end and len(lasts) > 1 and not set(lasts) <= set(tower.end):
+    if tower.end and len(lasts) > 1 and not lasts <= set(tower.end):
         lacking.append(f"end with its token {' or '.join(map(str, tower.end))}")
     if lacking:
         warn_once(
