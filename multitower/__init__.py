@@ -22,13 +22,14 @@ from .files import CheckpointError
 from .fused import FusedModel
 from .graph import FusionGraph
 from .kept import KeptStates
+from .logs import set_verbosity
 from .modality import Modality
 from .output import FusedOutput
 from .packing import pack
 from .pipeline import Pipeline
 from .plugins import PluginError
 from .spec import GraphError
-from .stream import Segment, collate
+from .stream import Segment, collate, to_device
 from .tower import Tower, TowerError, TransformersTower
 
 __version__ = "0.1.0"
@@ -54,4 +55,6 @@ __all__ = [
     "draw_graph",
     "load_tower",
     "pack",
+    "set_verbosity",
+    "to_device",
 ]

@@ -35,12 +35,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="multitower", description="Fuse pretrained decoders into one model."
     )
     parser.add_argument("--version", action="version", version=f"multitower {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command")
     commands.add_parser("modalities", help="list the modalities and tower loaders of installed packages")
     new = commands.add_parser("new-modality", help="write a small package with a modality, to start from")
     new.add_argument("name", help="what kind of data it is, in lower case, as in: smell")
     new.add_argument("--folder", type=Path, help="where to write it (default: multitower-NAME)")
     options = parser.parse_args(arguments)
+    if options.command is None:
+        parser.print_help()
+        return 0
     if options.command == "modalities":
         print(_table("modality", "accepts", installed(MODALITIES), _accepts))
         print()

@@ -4,25 +4,38 @@ from __future__ import annotations
 
 from typing import Any
 
+from .estimate import empty_model
 from .extras import require
 from .fused import FusedModel
+from .graph import FusionGraph
+from .spec import GraphError
 
 LAYER_HEIGHT, COLUMN_WIDTH = 1.0, 3.6
 
 
-def draw_graph(model: FusedModel) -> Any:
+def draw_graph(model: FusedModel | FusionGraph) -> Any:
     """Draw towers as columns of layers and every tap as an arrow.
 
     >>> from multitower.testing import tiny_model
     >>> figure = draw_graph(tiny_model())
     >>> figure.savefig("/dev/null", format="png")
 
+    Args:
+        model: The fused model, or a graph: of its towers that are folders or Hub ids only the configs are
+            read then.
+
     Returns:
         A ``matplotlib.figure.Figure``.
 
     Raises:
+        GraphError: A graph cannot be compiled; see ``FusionGraph.compile``.
+        TowerError: See there; or a folder or Hub id is of a quantised model.
         ImportError: matplotlib is not installed; the extra "draw" brings it.
     """
+    if isinstance(model, FusionGraph):
+        if not model.towers:
+            raise GraphError("the graph has no towers to draw; call add_tower first")
+        model = empty_model(model, model._modules)
     figure_module = require("matplotlib.figure", "draw")
     patches = require("matplotlib.patches", "draw")
     colormaps = require("matplotlib", "draw").colormaps

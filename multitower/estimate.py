@@ -103,11 +103,16 @@ def estimate_graph(
     graph: FusionGraph, modules: Mapping[str, nn.Module], batch: Batch, *, logits: bool = True
 ) -> Estimate:
     """Estimate what a batch would cost the model of a graph; see ``FusionGraph.estimate``."""
+    return estimate(empty_model(graph, modules), batch, logits=logits)
+
+
+def empty_model(graph: FusionGraph, modules: Mapping[str, nn.Module]) -> FusedModel:
+    """Make the model of a graph without values, on the meta device; see ``FusionGraph.estimate``."""
     from .fused import FusedModel
 
     copies = on_meta(nn.ModuleDict(dict(modules)))
     towers = load_towers(graph.towers, dict(copies.items()), empty=True)
-    return estimate(FusedModel(graph, towers, empty=True), batch, logits=logits)
+    return FusedModel(graph, towers, empty=True)
 
 
 class _Meter:

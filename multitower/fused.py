@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from . import publish
 from .attention import FLEX, SDPA
 from .contributions import contributions
+from .familiar import Familiar
 from .frozen import brings_states
 from .graph import FusionGraph
 from .hub import find_checkpoint
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from .modality import Modality
 
 
-class FusedModel(nn.Module):
+class FusedModel(Familiar):
     """Several decoders fused into one module; ``FusionGraph.compile`` makes it.
 
     >>> import multitower as mt

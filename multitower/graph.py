@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from .stream import Batch
 
 
+OPTIONS = ("gate", "projection", "heads", "position", "window", "feed_forward")
+"""The options of a link that say what its taps are, not where."""
+
+
 class FusionGraph:
     """A directed graph of pretrained decoders (towers) and gated cross-attentions (links).
 
@@ -332,12 +336,24 @@ class FusionGraph:
         lines = [f"FusionGraph: {len(self._towers)} towers, {len(self._links)} links"]
         for tower in self._towers.values():
             kind = f" ({tower.peft['peft_type']})" if tower.peft else ""
+            kind += f", adapter={tower.adapter}" if tower.adapter else ""
             lines.append(f"  tower {tower.name}: {tower.source or 'a module'}, train={tower.train}{kind}")
         for link in self._links.values():
             taps = "taps " + ", ".join(map(str, link.taps)) if link.taps else f"interleave {link.interleave}"
             taps += " and embeddings" if link.embeddings else ""
-            lines.append(f"  link {link.name}: {taps}")
+            lines.append(
+                f"  link {link.name}: {taps}{''.join(f', {each}' for each in _unlike_default(link))}"
+            )
         return "\n".join(lines)
+
+
+def _unlike_default(link: LinkSpec) -> list[str]:
+    """Name what the taps of a link are, where they are not as by default."""
+    options = [each for each in dataclasses.fields(link) if each.name in OPTIONS]
+    values = {
+        each.name: getattr(link, each.name) for each in options if getattr(link, each.name) != each.default
+    }
+    return [f"{name}={value}" for name, value in values.items()]
 
 
 def redeclared(graph: FusionGraph, names: Iterable[str], **changes: Any) -> FusionGraph:

@@ -16,6 +16,7 @@ from .fused import FusedModel
 from .hub import find_checkpoint
 from .modality import Modality
 from .options import begin_token, check_named, given, options_of
+from .plugins import as_modality
 from .publish import push_to_hub
 from .raw import Raw, by_tower, leaves, read_example, replaced
 from .seal import steadily
@@ -23,8 +24,10 @@ from .stream import Segment
 from .streaming import stream_text
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from .checkpoint import DeviceMap
-    from .generate import Entry, Policy
+    from .generate import Policy
 
 
 class Pipeline:
@@ -44,22 +47,37 @@ class Pipeline:
 
     Args:
         model: The fused model.
-        modalities: What makes tokens of raw data and raw data of tokens, by tower; towers without one take
-            segments of tokens only, and are not decoded.
+        modalities: What makes tokens of raw data and raw data of tokens, by tower; a tokenizer of
+            transformers stands for the modality "text" of it. Towers without one take segments of tokens
+            only, and are not decoded.
 
     Attributes:
         model: The fused model.
         modalities: The modalities by tower.
 
     Raises:
-        ValueError: A modality is given for no tower, or has more ids than its tower.
+        ValueError: A modality is given for no tower, or has more ids than its tower; or a tokenizer has no
+            token to begin or to end with.
         TypeError: What is given as modality is none.
+        PluginError: A tokenizer is given, and the modality "text" is not installed.
     """
 
-    def __init__(self, model: FusedModel, modalities: Mapping[str, Modality]) -> None:
-        check_modalities(model, modalities)
+    def __init__(
+        self, model: FusedModel, modalities: Mapping[str, Modality | PreTrainedTokenizerBase]
+    ) -> None:
         self.model = model
-        self.modalities = dict(modalities)
+        self.modalities: dict[str, Modality] = {name: as_modality(each) for name, each in modalities.items()}
+        check_modalities(model, self.modalities)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is; see ``FusedModel.device``."""
+        return self.model.device
+
+    def to(self, *where: Any, **options: Any) -> Pipeline:
+        """Move the model, or give it another dtype, as ``torch.nn.Module.to`` does; return the pipeline."""
+        self.model.to(*where, **options)
+        return self
 
     def __repr__(self) -> str:
         known = {name: self.modalities.get(name, "tokens only") for name in self.model.towers}
@@ -68,7 +86,10 @@ class Pipeline:
     def __call__(
         self,
         inputs: list[Any],
-        output: str | tuple[str, ...] | list[Entry] | Policy,
+        output: str | tuple[str, ...] | list[Any] | Policy,
+        *,
+        batch_size: int | None = None,
+        return_segments: bool = False,
         **options: Any,
     ) -> Any:
         """Encode what is given, decode what is asked for, and give it as raw data.
@@ -82,6 +103,10 @@ class Pipeline:
                 time, as in ``[("text", "sing"), (("music", "a.wav"), ("dance", steps))]``.
             output: The tower to decode; or a tuple of towers, decoded at the same time; or a list of both,
                 decoded one after the other; or a function that chooses, as ``FusedModel.generate`` takes it.
+            batch_size: How many examples are decoded at once; all unless given.
+            return_segments: Whether to give segments of tokens in place of raw data, and of pairs. In the
+                turns of a conversation these can be given back as they are; raw data would be encoded anew,
+                which need not give the same tokens. ``decode`` makes raw data of them.
             options: Options of ``FusedModel.generate``.
 
         Returns:
@@ -99,17 +124,45 @@ class Pipeline:
             raise ValueError("there is nothing to decode from: give an example; [[]] is one that is empty")
         several = isinstance(inputs, list) and isinstance(inputs[0], list)
         wanted = output if callable(output) or isinstance(output, list) else [output]
-        if not callable(wanted):
+        if not callable(wanted) and not return_segments:
             for name in leaves([wanted]):
                 self._modality(name, "output")
         examples = self._encode(inputs if several else [inputs])
-        rows = self.model.generate(examples, wanted, **self._with_edges(options))
-        decoded = self._decode(rows, pairs=callable(output))
+        size = len(examples) if batch_size is None else batch_size
+        if size < 1:
+            raise ValueError(f"batch_size={size} must be 1 or more")
+        options = self._with_edges(options)
+        batches = [examples[start : start + size] for start in range(0, len(examples), size)]
+        rows = [row for batch in batches for row in self.model.generate(batch, wanted, **options)]
+        decoded = rows if return_segments else self._decode(rows, pairs=callable(output))
         results = decoded if wanted is output else [row[0] for row in decoded]
         copies = len(results) // len(examples)
         if copies > 1:
             results = [results[start : start + copies] for start in range(0, len(results), copies)]
         return results if several else results[0]
+
+    def decode(self, segments: Any) -> Any:
+        """Give raw data in place of segments, in the form in which they come.
+
+        >>> turns = [("text", "sing")]                                              # doctest: +SKIP
+        >>> answer = pipe(turns, output="speech", return_segments=True)             # doctest: +SKIP
+        >>> pipe.decode(answer)                                                     # doctest: +SKIP
+        >>> turns += [answer, ("text", "louder")]                                   # doctest: +SKIP
+
+        Args:
+            segments: What a call with ``return_segments`` gives: a segment, a tuple or a list of such, of
+                one example or of several.
+
+        Raises:
+            ValueError: A tower has no modality.
+            TypeError: There is something else than segments.
+        """
+        if isinstance(segments, list):
+            return [self.decode(entry) for entry in segments]
+        wrong = [leaf for leaf in leaves([[segments]]) if not isinstance(leaf, Segment)]
+        if wrong:
+            raise TypeError(f"decode takes multitower.Segment, not {type(wrong[0]).__name__}")
+        return self._decode([[segments]], pairs=False)[0][0]
 
     def stream(self, example: list[Any], output: str, **options: Any) -> Iterator[str]:
         """Give a text piece by piece while it is decoded; together they are what the call gives.

@@ -13,6 +13,7 @@ It is imported when one of them is first used, not before.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
@@ -92,6 +93,24 @@ def modality_class(name: str, package: str | None = None) -> type[Modality]:
     """
     found: type[Modality] = _get(MODALITIES, name, package)
     return found
+
+
+def as_modality(given: Any) -> Any:
+    """Give a tokenizer of transformers as the modality "text" of it, and anything else as it is.
+
+    Raises:
+        PluginError: See ``modality_class``.
+        ValueError: The tokenizer has no token to begin or to end with.
+    """
+    transformers = sys.modules.get("transformers")  # a tokenizer of it was made, if there is one
+    if transformers is None or not isinstance(given, transformers.PreTrainedTokenizerBase):
+        return given
+    text: Any = modality_class("text")
+    try:
+        return text(given)
+    except ValueError as error:
+        error.add_note(f"give {text.__name__}(tokenizer, begin=..., end=...) in place of the tokenizer")
+        raise
 
 
 def tower_loader(name: str) -> Callable[[str], nn.Module]:

@@ -15,7 +15,7 @@ from .output import FusedOutput, States, head_loss, token_loss
 from .packing import embed, moments, reach
 from .rotary import Rotations
 from .schedule import Tap
-from .stream import IGNORE, values_at_hand
+from .targets import may_have_labels, watch_targets
 from .tower import Tower
 
 if TYPE_CHECKING:
@@ -72,6 +72,8 @@ def score(
             losses[name] = head_loss(*final[name], labels)
         else:
             losses[name] = torch.zeros((), device=labels.device)
+    if model.training and torch.is_grad_enabled():
+        watch_targets(model, streams, losses)
     device = next(iter(losses.values())).device if losses else None
     loss = torch.stack([loss.to(device) for loss in losses.values()]).sum() if losses else None
     return FusedOutput(loss, losses, scores, states.attentions)
@@ -124,7 +126,7 @@ def with_labels(streams: Streams) -> Collection[str]:
     Values are looked at only on the CPU: elsewhere that would wait for the device.
     """
     labelled = [name for name, stream in streams.items() if "labels" in stream]
-    return [name for name in labelled if _may_have_any(streams[name]["labels"])] or labelled
+    return [name for name in labelled if may_have_labels(streams[name]["labels"])] or labelled
 
 
 def _check_wanted(model: FusedModel, streams: Streams, wanted: Mapping[str, int]) -> None:
@@ -140,7 +142,3 @@ def _check_wanted(model: FusedModel, streams: Streams, wanted: Mapping[str, int]
                 f"layer {layer} of {name!r} is wanted, which has the layers 1 to {depth} (0 is what enters "
                 f"layer 1, {depth + 1} the state that enters the head)"
             )
-
-
-def _may_have_any(labels: Tensor) -> bool:
-    return not values_at_hand(labels) or bool((labels[:, 1:] != IGNORE).any())

@@ -33,7 +33,8 @@ class Segment:
     Attributes:
         tower: Name of the tower that the tokens belong to.
         tokens: Token ids as the tower knows them, shape (length,), begin and end tokens included.
-        target: Whether the tower is to learn to predict these tokens (all but the first, which is given).
+        target: Whether the tower is to learn to predict these tokens (all but the first, which is given). The
+            backward of a batch without any target is an error.
     """
 
     tower: str
@@ -87,6 +88,27 @@ def collate(examples: Sequence[Example]) -> Batch:
         if len(example) == 0:
             raise ValueError(f"example {number} has no segments")
     return {"streams": make_streams(examples)}
+
+
+def to_device(batch: Batch, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
+    """Give a batch with its tensors on a device; what else it holds is kept.
+
+    >>> import multitower as mt
+    >>> from multitower.testing import tiny_model
+    >>> model, batch = tiny_model(), mt.collate([[mt.Segment("text", [0, 7, 1], target=True)]])
+    >>> model(**mt.to_device(batch, model.device)).loss.device
+    device(type='cpu')
+
+    Args:
+        batch: As ``collate`` gives it, packed or not, with or without states that were kept.
+        device: Where they are to be.
+        non_blocking: Whether copies from pinned memory need not be waited for, as in ``Tensor.to``.
+    """
+    streams = {
+        name: {key: tensor.to(device, non_blocking=non_blocking) for key, tensor in stream.items()}
+        for name, stream in batch["streams"].items()
+    }
+    return {**batch, "streams": streams}
 
 
 def check_examples(examples: Sequence[Example]) -> None:
@@ -245,7 +267,15 @@ def _check_values(name: str, stream: Mapping[str, Tensor], vocabulary: int) -> N
 
 def _as_tokens(segment: Segment, example: int) -> Tensor:
     where = f"example {example}, segment of tower {segment.tower!r}"
-    tokens = torch.as_tensor(segment.tokens).detach().cpu()
+    try:
+        if isinstance(segment.tokens, str | bytes | Mapping):
+            raise TypeError
+        tokens = torch.as_tensor(segment.tokens).detach().cpu()
+    except (TypeError, ValueError, RuntimeError, LookupError, OverflowError) as error:
+        raise ValueError(
+            f"{where}: tokens must be a row of ids, which this {type(segment.tokens).__name__} is not: "
+            "give what the modality's encode gives, or tokenizer(text).input_ids"
+        ) from error
     if tokens.dim() != 1 or tokens.numel() == 0:
         raise ValueError(f"{where}: tokens must be a row of one or more ids, not {tuple(tokens.shape)}")
     if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:

@@ -215,5 +215,6 @@ def test_the_command_is_installed() -> None:
     assert entry.load() is main
 
 
-def test_a_command_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "the following arguments are required: command" in refusal(capsys)
+def test_without_a_command_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    assert "new-modality" in capsys.readouterr().out

@@ -3,6 +3,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 import multitower as mt
 from letters import STEPS, Letters, Tune, decoded, simple_pipe
@@ -66,6 +67,62 @@ def test_pairs_in_a_tuple_begin_at_the_same_time(pipe: mt.Pipeline) -> None:
     assert found == Tune().decode(expected.tokens)
     assert pipe([(("text", "ab"), together[0][1])], "speech", **STEPS) == found
     assert pipe([("text", "ab"), ("speech", [3, 4])], "speech", **STEPS) != found
+
+
+def tokens_of(result: Any) -> Any:
+    if isinstance(result, mt.Segment):
+        return result.tower, list(result.tokens)
+    return type(result)(map(tokens_of, result))
+
+
+class Lossy(Letters):
+    """Letters that do not come back as the tokens that they were decoded from."""
+
+    def encode(self, raw: str) -> Tensor:
+        return super().encode(raw[:1])
+
+
+def test_segments_come_back_and_are_given_as_they_are() -> None:
+    pipe = mt.Pipeline(pair(gates=True), {"text": Lossy()})
+    given: list[Any] = [("text", "a")]
+    example = [segment("text", 2)]
+    answer = pipe(given, "text", return_segments=True, **STEPS)
+    assert len(answer.tokens) > 3
+    assert tokens_of([answer]) == tokens_of(decoded(pipe, example, ["text"]))
+    again = pipe([*given, answer, ("text", "b")], "text", return_segments=True, **STEPS)
+    expected = decoded(pipe, [*example, answer, segment("text", 3)], ["text"])
+    assert tokens_of([again]) == tokens_of(expected)
+    assert pipe.decode(answer) == pipe(given, "text", **STEPS)
+    pipe(given, "speech", return_segments=True, **STEPS)  # needs no modality
+
+
+@pytest.mark.parametrize(
+    "output", ["text", ["text", "speech"], ("text", "speech"), [("text", "speech"), "text"]]
+)
+def test_segments_have_the_form_of_raw_data(pipe: mt.Pipeline, output: Any) -> None:
+    examples = [[("speech", [5, 6])], [("text", "abc")]]
+    for given in (examples, examples[0]):
+        assert pipe.decode(pipe(given, output, return_segments=True, **STEPS)) == pipe(given, output, **STEPS)
+
+
+def test_a_function_gets_segments_to_append(pipe: mt.Pipeline) -> None:
+    def policy(row: mt.stream.Example) -> Any:
+        return {1: "text", 2: ("text", "speech")}.get(len(row))
+
+    given = [("speech", [5, 6])]
+    first, both = pipe(given, policy, return_segments=True, **STEPS)
+    raw_first, raw_both = pipe(given, policy, **STEPS)
+    assert (first.tower, pipe.decode(first)) == raw_first
+    assert pipe.decode(both) == tuple(raw for _, raw in raw_both)
+    again = pipe([*given, first, both], "text", return_segments=True, **STEPS)
+    assert tokens_of([again]) == tokens_of(decoded(pipe, [segment("speech", 5, 6), first, both], ["text"]))
+
+
+def test_only_segments_are_decoded(pipe: mt.Pipeline) -> None:
+    with pytest.raises(TypeError, match=r"decode takes multitower.Segment, not str"):
+        pipe.decode(["words"])
+    with pytest.raises(ValueError, match="no tower 'smell'"):
+        pipe.decode(segment("smell", 3))
 
 
 def test_raw_data_may_be_a_tuple(pipe: mt.Pipeline) -> None:

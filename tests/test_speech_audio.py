@@ -171,3 +171,23 @@ def test_an_hour_takes_little_memory(speech, tmp_path):
     tracemalloc.stop()
     assert len(tokens) == 3600 * 25 + 2
     assert peak < 30e6
+
+
+@pytest.mark.parametrize("kind", ["WAV", "AIFF"])
+def test_a_file_that_is_cut_off_is_read_with_a_word(tmp_path, kind):
+    samples = np.sin(np.arange(16_000) / 20)
+    whole = sound_file(samples, kind=kind, subtype="PCM_16")
+    (tmp_path / "cut").write_bytes(whole[:8_000])
+    with pytest.warns(
+        UserWarning, match=r"cut is cut off: of 320\d\d bytes of samples only 79\d\d are there"
+    ):
+        found = waveform(tmp_path / "cut")
+    assert np.array_equal(found, waveform(whole)[: len(found)])
+    assert len(found) > 3_900
+
+
+def test_a_header_that_does_not_know_the_length_is_none_that_is_cut_off():
+    whole = sound_file(np.zeros(1_000), subtype="PCM_16")
+    place = whole.index(b"data") + 4
+    streamed = whole[:4] + b"\xff" * 4 + whole[8:place] + b"\xff" * 4 + whole[place + 4 :]
+    assert len(waveform(streamed)) == 1_000

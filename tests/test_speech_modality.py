@@ -243,3 +243,8 @@ def test_missing_librosa(speech, monkeypatch):
     monkeypatch.setitem(sys.modules, "librosa", None)
     with pytest.raises(ImportError, match=r"librosa .*pip install 'multitower\[speech\]'"):
         speech.encode(melody(0))
+
+
+def test_few_frames_for_many_units_are_warned_of():
+    with pytest.warns(UserWarning, match=r"\d+ vectors are few to fit units=100, .* give more audio"):
+        SpeechModality.fit([melody(0, seconds=3)], units=100, refine_steps=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ import multitower as mt
 from models import EXAMPLES, causal_lm, pair
 
 
-def test_transformers_trainer_trains_and_evaluates(tmp_path: Path) -> None:
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_transformers_trainer_trains_and_evaluates(tmp_path: Path, checkpointing: bool) -> None:
     transformers = pytest.importorskip("transformers", reason="the Trainer is of transformers")
     pytest.importorskip("accelerate", reason="the Trainer needs accelerate")
     model = pair(causal_lm("llama"), causal_lm("gpt2", depth=4, vocab_size=14), train="all")
@@ -29,6 +31,7 @@ def test_transformers_trainer_trains_and_evaluates(tmp_path: Path) -> None:
         label_names=["streams"],
         dataloader_pin_memory=False,
         disable_tqdm=True,
+        **({_checkpointing(transformers): True} if checkpointing else {}),
     )
     trainer = transformers.Trainer(
         model,
@@ -42,3 +45,13 @@ def test_transformers_trainer_trains_and_evaluates(tmp_path: Path) -> None:
     trainer.train()
     assert trainer.evaluate()["eval_loss"] < before
     assert all(map(model.is_open, model.links))
+    assert model.is_activation_checkpointing == checkpointing
+    model.save_pretrained(tmp_path / "fused", embed_towers=True)
+    loaded, batch = mt.FusedModel.from_pretrained(tmp_path / "fused").eval(), mt.collate(EXAMPLES)
+    assert loaded(**batch).loss == model.eval()(**batch).loss
+
+
+def _checkpointing(transformers: Any) -> str:
+    """Name the setting, which transformers 5.23 renamed."""
+    names = ("activation_checkpointing", "gradient_checkpointing")
+    return next(name for name in names if hasattr(transformers.TrainingArguments, name))

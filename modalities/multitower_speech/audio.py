@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import re
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -20,6 +21,7 @@ from multitower.extras import require
 SAMPLE_RATE = 16_000
 BLOCK = 1 << 18
 LOUDEST = 2.0
+LENGTH_UNKNOWN = 0x7FFF0000
 
 Floats: TypeAlias = npt.NDArray[np.float32]
 Samples: TypeAlias = npt.NDArray[Any] | torch.Tensor
@@ -95,9 +97,23 @@ def _read(source: str | io.BytesIO, name: str, rate: int) -> Iterator[Floats]:
 
     try:
         file = soundfile.SoundFile(source)
+        _warn_if_cut_off(file.extra_info, name)
         yield from resampled(parts(), file.samplerate, rate, name)
     except soundfile.LibsndfileError as error:
         raise ValueError(f"{name} cannot be read as sound: {error.error_string}") from error
+
+
+def _warn_if_cut_off(log: str, name: str) -> None:
+    """Warn where a file of plain samples is shorter than its header says, which libsndfile notes.
+
+    Other formats it refuses to read then. Headers written before the length was known name the largest one.
+    """
+    found = re.search(r"(?:data|SSND) *: (\d+) \(should be (\d+)\)", log)
+    if found and int(found[2]) < int(found[1]) < LENGTH_UNKNOWN:
+        warnings.warn(
+            f"{name} is cut off: of {found[1]} bytes of samples only {found[2]} are there, and are read",
+            stacklevel=2,
+        )
 
 
 def resampled(parts: Iterable[Samples], given: float, rate: int, name: str) -> Iterator[Floats]:

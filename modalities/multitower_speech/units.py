@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 
 import numpy as np
@@ -13,6 +14,8 @@ from multitower.extras import require
 from .audio import Floats
 
 FIT_LIMIT = 100_000
+FEW = 5
+"""With fewer vectors for each unit on average, units say little but which moment of this audio they are."""
 
 
 def fit_codebooks(vectors: Floats, *, units: int, codebooks: int, seed: int) -> torch.Tensor:
@@ -40,6 +43,12 @@ def fit_codebooks(vectors: Floats, *, units: int, codebooks: int, seed: int) -> 
     if len(vectors) < units:
         raise ValueError(
             f"{len(vectors)} vectors are too few to fit units={units}: give more audio or ask for fewer units"
+        )
+    if len(vectors) < FEW * units:
+        warnings.warn(
+            f"{len(vectors)} vectors are few to fit units={units}, which will suit no other audio: give more "
+            "audio or ask for fewer units",
+            stacklevel=3,
         )
     kmeans = require("sklearn.cluster", "speech").KMeans
     limits = require("threadpoolctl", "speech").threadpool_limits
