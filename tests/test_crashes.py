@@ -196,7 +196,7 @@ def test_a_checkpoint_replaced_while_it_is_read_is_read_again(
 ) -> None:
     causal_lm("llama").save_pretrained(folder.parent / "llama")
     graph = mt.FusionGraph()
-    graph.add_tower("text", folder.parent / "llama")
+    graph.add_tower("text", folder.parent / "llama", adapter="residual")
     models = [graph.compile() for _ in range(2)]
     with torch.no_grad():
         for number, model in enumerate(models):
