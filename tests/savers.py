@@ -122,7 +122,7 @@ def _save_with_less(folder: Path, limit: str, pipe: Connection) -> None:
         pipe.send(None)
         return
     reports: list[Report] = []
-    for space in itertools.count(1000, 5000):
+    for space in itertools.count(1000, 4000):
         if limit == "disk":
             os.truncate(disk / "filler", (disk / "filler").stat().st_size - 5000)
         else:

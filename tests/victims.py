@@ -54,7 +54,7 @@ def base(kind: str, tmp_path: Path, offer: Offer, _offline: None) -> Base:
         train = peft.LoraConfig(r=2, target_modules=["q_proj"])
     graph.add_tower("text", causal_lm("llama", width=8, depth=2), train=train, adapter="residual")
     graph.add_tower("speech", causal_lm("llama", width=8, depth=1), adapter="residual")
-    graph.add_link("speech", "text", interleave=1, window=9, feed_forward=True)
+    graph.add_link("speech", "text", interleave=1, window=9, feed_forward=True, projection="mlp")
     graph.compile().save_pretrained(folder)
     return Base(folder, lambda: mt.FusedModel.from_pretrained(folder))
 
