@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .logs import warn_once
 from .stream import IGNORE, values_at_hand
@@ -43,7 +44,7 @@ def watch_targets(
 
 def _refuse(losses: Iterable[Tensor]) -> None:
     for loss in losses:
-        if loss.requires_grad:
+        if loss.requires_grad and not isinstance(loss, FakeTensor):  # of which an estimate learns nothing
             loss.register_hook(_nothing_to_learn)  # type: ignore[no-untyped-call]  # of torch
 
 

@@ -158,7 +158,7 @@ def cases(draw: st.DrawFn) -> tuple[mt.FusedModel, list[Batch]]:
     model = mt.FusedModel(redeclared(declared, sources, train="none", adapter=None), towers)  # type: ignore[arg-type]  # a ModuleDict's values are towers here
     vocabularies = {name: tower.vocab_size for name, tower in towers.items()}
     rows = draw(st.lists(examples(vocabularies), min_size=1, max_size=3))
-    return open_links(model, seed=1), list(map(mt.collate, rows))
+    return open_links(model.eval(), seed=1), list(map(mt.collate, rows))
 
 
 @FEWER
