@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 import warnings
@@ -18,6 +17,7 @@ from ..files import FUSION, CheckpointError
 from ..fingerprint import fingerprint
 from ..fused import FusedModel
 from ..hub import is_path
+from ..logs import logger
 from ..modality import Modality
 from ..seal import write_sealed
 from ..sharing import shared_with
@@ -34,8 +34,6 @@ from .origins import is_to_be_stored
 from .parts import fusion_state, whole
 from .records import parts_of
 from .tensors import inventory, size_in_bytes, write_tensors
-
-LOGGER = logging.getLogger("multitower")
 
 
 def save_pretrained(
@@ -99,7 +97,7 @@ def save_pretrained(
             towers = _write(model, fresh, embed_towers, records, limit)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot save to {target}, which is as it was: {error}") from error
-    LOGGER.info("saved to %s: %s", target, "; ".join(_described(model, towers)))
+    logger.info("saved to %s: %s", target, "; ".join(_described(model, towers)))
 
 
 def _described(model: FusedModel, records: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
