@@ -86,7 +86,8 @@ class GPTTower(mt.Tower):
         super().__init__()
         self.model = model
         self.depth, self.width = len(model.blocks), model.tokens.embedding_dim
-        self.vocab_size, self.max_length = model.tokens.num_embeddings, model.positions.num_embeddings
+        self.vocab_size = model.tokens.num_embeddings
+        self.max_length = self.hard_limit = model.positions.num_embeddings
 
     @property
     def native(self) -> nn.Module:

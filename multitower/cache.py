@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .attention import Visibility, visibility
 from .link import GatedCrossAttention, KeysValues, add
+from .packing import embed
 from .rotary import Rotations
 from .schedule import Tap
 from .stream import Stream, values_at_hand
@@ -113,7 +114,7 @@ class TapCache:
         reader = TapReader(model, name, self, stream["times"])
         rotations = Rotations({name: stream["times"]})
         positions = torch.arange(stream["tokens"].shape[1], device=tower.device)
-        embedded, context = tower.embed(stream["tokens"])
+        embedded, context = embed(name, tower, stream)
         x = model.adapt(name, embedded)
         new: dict[Tap, Entry] = {}
         for layer in range(max(tap.source_layer for tap in readers) + 1):

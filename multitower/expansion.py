@@ -132,6 +132,7 @@ class VocabularyExpansion(nn.Module):
                 begin=offset + modality.begin,
                 end=(offset + modality.end,),
                 options=taken,
+                most=_Native(self.model).max_length,
             )
             decoded |= zip(group, (Segment(name, each - offset) for each in sequences), strict=True)
         return [decoded[row] for row in range(len(rows))]

@@ -65,7 +65,8 @@ def export_tower(model: FusedModel, name: str) -> ExportedProgram:
     others = [each for each in graph.towers if each not in read]
     program = _Logits(model.drop(*others) if others else model, name)
     rows = Dim("rows")
-    sizes = [{0: rows, 1: Dim(f"length_{number}")} for number, _ in enumerate(towers)]
+    limits = [model.tower(each).hard_limit for each in towers]
+    sizes = [{0: rows, 1: Dim(f"length_{number}", max=limit)} for number, limit in enumerate(limits)]
     dynamic = {tower: dict.fromkeys(KEYS, size) for tower, size in zip(towers, sizes, strict=True)}
     with evaluated(model), torch.no_grad():
         try:

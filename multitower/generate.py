@@ -16,11 +16,12 @@ from torch.nn.utils.rnn import pad_sequence
 from .batching import alike_when_padded, check_batches, groups, length_limit, most_new
 from .cache import TapCache, TapReader
 from .options import as_ids, begin_token, check_named, check_options, filled, given, options_of
+from .room import bounded, check_room
 from .stream import Example, Segment, check_examples, make_streams, place_in_time
 from .together import check_stepwise, decode_together
 from .tower import Tower
 from .tower.offload import execution_device
-from .tower.probe import evaluated, last_position
+from .tower.probe import evaluated
 
 if TYPE_CHECKING:
     from .fused import FusedModel
@@ -57,6 +58,7 @@ def generate(
         cache = TapCache.fill(model, make_streams(rows), _names(output))
         decoded: Decoded = []
         for number, entry in enumerate(output, 1):
+            _check_room(model, dict(enumerate(rows)), entry)
             new = _decode(model, cache, rows, entry, options)
             decoded = [[*row, each] for row, each in zip(decoded or [[] for _ in new], new, strict=True)]
             if number < len(output):
@@ -83,6 +85,7 @@ def _follow(
         check_batches(len(wanted) + stopped, options)
         for entry, chosen in wanted.items():
             _check_output(model, [entry], options, len(chosen))
+            _check_room(model, {row: rows[row] for row in chosen}, entry)
             new = _decode(model, cache.of_rows(chosen), [rows[row] for row in chosen], entry, options)
             if len(new) > len(chosen):
                 raise ValueError("num_return_sequences > 1 needs output=[...] with a single tower")
@@ -158,11 +161,12 @@ def _decode_segments(
         times = pad_left([prompts[row][1] for row in group], -1).to(tower.device)
         reader = TapReader(model, name, cache.of_rows(group), times)
         sequences = decode_rows(
-            tower.decoder(reader),
+            bounded(tower.decoder(reader), name, tower),
             [prompts[row][0] for row in group],
             begin=begin,
             end=tower.end,
             options=options,
+            most=tower.max_length,
         )
         copies = len(sequences) // len(group)
         for number, row in enumerate(group):
@@ -172,7 +176,13 @@ def _decode_segments(
 
 
 def decode_rows(
-    decoder: Any, prompts: Sequence[Tensor], *, begin: int, end: Sequence[int], options: Mapping[str, Any]
+    decoder: Any,
+    prompts: Sequence[Tensor],
+    *,
+    begin: int,
+    end: Sequence[int],
+    options: Mapping[str, Any],
+    most: int | None = None,
 ) -> list[Tensor]:
     """Let transformers decode after prompts of unlike length.
 
@@ -182,6 +192,7 @@ def decode_rows(
         begin: That token.
         end: The tokens that may end the segment.
         options: Options of ``generate``; they win over what is set here.
+        most: How many tokens a row may have; None where there is no limit.
 
     Returns:
         Each new segment on the CPU, from its begin token to its end token if it was reached.
@@ -189,7 +200,7 @@ def decode_rows(
     tokens = pad_left(prompts, begin)
     mask = pad_left([torch.ones_like(prompt) for prompt in prompts], 0)
     length = tokens.shape[1]
-    limit = length_limit(decoder, options, length, last_position(decoder))
+    limit = length_limit(decoder, options, length, most)
     if limit is not None:
         options = {
             key: value for key, value in options.items() if key not in ("max_new_tokens", "max_length")
@@ -248,6 +259,15 @@ def _check_output(
         if not isinstance(entry, str) and len(set(entry)) < len(entry):
             raise ValueError(f"a tower stands twice in {entry}: at one time it can take only one token")
     check_options(options, {name: model.tower(name) for name in names}, examples)
+
+
+def _check_room(model: FusedModel, rows: Mapping[int, Example], entry: Entry) -> None:
+    """Check that what is to be decoded next can begin, the begin token being one more."""
+    for name in _names([entry]):
+        for number, row in rows.items():
+            check_room(
+                name, model.tower(name), _prompt(row, name, 0)[1], f"example {number}, with a begin token,"
+            )
 
 
 def _names(output: Sequence[Entry]) -> list[str]:

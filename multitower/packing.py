@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from .room import check_stream
 from .stream import EXAMPLES, IGNORE, PADDING, Batch, Stream
 from .tower import Tower
 
@@ -57,7 +58,11 @@ def pack(batch: Batch, *, one_row: bool = False) -> Batch:
 def embed(name: str, tower: Any, stream: Mapping[str, Tensor]) -> tuple[Tensor, Any]:
     """Embed the tokens of a stream, packed or not; see ``Tower.embed``."""
     check_packs(name, tower, stream)
-    placed = {"positions": positions(stream[EXAMPLES])} if EXAMPLES in stream else {}
+    places = positions(stream[EXAMPLES]) if EXAMPLES in stream else None
+    check_stream(name, tower, stream, places)
+    if places is not None and tower.hard_limit is not None:  # padding may be longer than any example
+        places = places.masked_fill(~stream["mask"], 0)
+    placed = {} if places is None else {"positions": places}
     embedded: tuple[Tensor, Any] = tower.embed(stream["tokens"], **placed)
     return embedded
 

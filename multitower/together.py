@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .cache import TapCache, TapReader
 from .options import as_ids, is_by_tower, setting
+from .room import bounded
 from .schedule import Tap
 from .stream import Segment
 from .tower import Tower
@@ -126,7 +127,7 @@ class Lane:
         self.end_tokens = torch.tensor(self.ends, dtype=torch.long, device=tower.device)
         self.ended = torch.zeros(len(tokens), dtype=torch.bool, device=tower.device)
         self.reader = GrowingReader(model, name, cache, times.to(tower.device), self)
-        self.decoder = tower.decoder(self.reader)
+        self.decoder = bounded(tower.decoder(self.reader), name, tower)
         self.past: Any = None
         self.all_ended = self.finished = False
 

@@ -20,10 +20,11 @@ def _check_attributes(case: Case) -> None:
         value = getattr(tower, key, None)
         positive = isinstance(value, int) and value > 0
         assert positive, f"{key} must be a positive whole number, not {value!r}"
-    limit = tower.max_length
-    assert limit is None or (isinstance(limit, int) and limit > 0), (
-        f"max_length must be positive, not {limit!r}"
-    )
+    for key in ("max_length", "hard_limit"):
+        limit = getattr(tower, key)
+        assert limit is None or (isinstance(limit, int) and limit > 0), (
+            f"{key} must be positive, not {limit!r}"
+        )
     assert isinstance(tower.end, tuple), f"end must be a tuple of token ids, as in (2,), not {tower.end!r}"
     for key, token in [("begin", tower.begin), *(("end", token) for token in tower.end)]:
         if key == "end" or token is not None:

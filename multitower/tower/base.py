@@ -60,6 +60,8 @@ class Tower(nn.Module, ABC):
         begin: The id that opens a segment, or None: then the tower cannot start one in ``generate``.
         end: The ids that close a segment; empty when there is none.
         max_length: How many tokens a row may have, where ``generate`` then stops; None without such a limit.
+        hard_limit: For how many tokens of a row there are positions; longer ones are refused. None where rows
+            of any length run, whatever ``max_length`` says.
         caches: Whether ``embed`` takes a cache as its second argument, None by default, and layers use it.
         packs: Whether ``embed`` takes positions, by which layers tell the examples in a row apart.
         pads_left: Whether ``decoder`` decodes rows with padding on the left as it does each alone; if not,
@@ -72,6 +74,7 @@ class Tower(nn.Module, ABC):
     begin: int | None = None
     end: tuple[int, ...] = ()
     max_length: int | None = None
+    hard_limit: int | None = None
     caches: bool = False
     packs: bool = False
 

@@ -265,7 +265,7 @@ class PeftTower(Tower):
         self.tower = tower
         self.depth, self.width, self.vocab_size = tower.depth, tower.width, tower.vocab_size
         self.begin, self.end = tower.begin, tower.end
-        self.max_length, self.caches = tower.max_length, tower.caches
+        self.max_length, self.hard_limit, self.caches = tower.max_length, tower.hard_limit, tower.caches
         self._native = (model,)  # not registered: its parameters are the tower's
 
     @property

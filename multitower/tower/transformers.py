@@ -18,6 +18,7 @@ from .decoding import make_decoder, why_not_faithful
 from .lora import base_model
 from .offload import execution_device
 from .packs import tells_examples_apart
+from .positions import count_positions
 from .probe import (
     LENGTH,
     UNREAD,
@@ -88,6 +89,7 @@ class TransformersTower(Tower):
             self._heads_unmasked = False
             self._packs: dict[Any, bool] = {}
             self.width, self.vocab_size = self._prove(logits)
+            self.hard_limit = count_positions(self)
 
     def train(self, mode: bool = True) -> TransformersTower:
         """Set training mode."""
@@ -112,8 +114,9 @@ class TransformersTower(Tower):
 
     @property
     def max_length(self) -> int | None:  # type: ignore[override]  # read from the model
-        """The model's ``max_position_embeddings``."""
-        return last_position(self.model)
+        """The model's ``max_position_embeddings``, or the positions that its table has if these are fewer."""
+        limits = [last_position(self.model), self.hard_limit]
+        return min((each for each in limits if each is not None), default=None)
 
     @property
     def native(self) -> nn.Module:
