@@ -154,6 +154,33 @@ def test_other_configs(tmp_path: Path, folder: Path, kind: str) -> None:
     torch.testing.assert_close(logits(again), expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("vectors", [8, 300])
+def test_logits_of_which_only_the_top_is_stored_come_back_as_pefts(folder: Path, vectors: int) -> None:
+    config = peft.VBLoRAConfig(
+        target_modules="all-linear",
+        vector_length=4,
+        num_vectors=vectors,
+        topk=3,
+        save_only_topk_weights=True,
+    )
+    model = fused(causal_lm("llama", seed=3), config)
+    model.save_pretrained(folder)
+    again = mt.FusedModel.from_pretrained(folder)
+    adapter, tokens = folder / "towers/text/adapter", torch.tensor([[0, 4, 5]])
+    alone = peft.PeftModel.from_pretrained(causal_lm("llama", seed=3), adapter)
+    assert torch.equal(again.unimodal("text")(tokens).logits, alone(tokens).logits)
+    torch.testing.assert_close(logits(again), logits(model))
+    again.save_pretrained(folder)
+    torch.testing.assert_close(logits(mt.FusedModel.from_pretrained(folder)), logits(model))
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    bank = next(key for key in tensors if "vector_bank" in key)
+    save_file({**tensors, bank: tensors[bank] + 1}, file)
+    reseal(folder)
+    with pytest.raises(mt.CheckpointError, match=r"adapter_model\.safetensors holds other values"):
+        mt.FusedModel.from_pretrained(folder)
+
+
 def test_adapters_merged_in_place_are_not_saved(origin: Path, folder: Path) -> None:
     model = fused(TEXT)
     model.unimodal("text").merge_adapter()
