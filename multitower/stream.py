@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -20,7 +21,12 @@ EXAMPLES = "examples"
 """In a packed stream: of which example each token is, int64, ascending in each row; see ``packing``."""
 
 Stream = dict[str, Tensor]
-Batch = dict[str, dict[str, Stream]]
+
+
+class Batch(TypedDict):
+    """What ``collate`` makes, and what ``model(**batch)`` takes: a dictionary, typed by its key."""
+
+    streams: dict[str, Stream]
 
 
 @dataclass(frozen=True, eq=False)
