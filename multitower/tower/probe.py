@@ -160,8 +160,7 @@ def probe(model: nn.Module, path: str | None = None) -> tuple[Layers, Tensor]:
 
 def probe_tokens(model: nn.Module) -> Tensor:
     """Give tokens of shape (ROWS, LENGTH): unlike rows, the last two unlike only in their last token."""
-    config: Any = model.config
-    size: int = config.get_text_config(decoder=True).vocab_size
+    size = vocabulary(model)
     tokens = (torch.arange(ROWS * LENGTH) * 5 + size // 2) % size
     rows = tokens.view(ROWS, LENGTH)
     rows[-1] = rows[-2]
@@ -182,6 +181,12 @@ def check_causal(name: str, logits: Tensor) -> None:
             f"{name} is not causal: another last token changes the logits of earlier ones (by {leak:.2g}). A "
             "tower must be a decoder; families that can be both need config.is_decoder=True"
         )
+
+
+def vocabulary(model: Any) -> int:
+    """Give how many token ids a model has by its config, which ``resize_token_embeddings`` keeps right."""
+    size: int = model.config.get_text_config(decoder=True).vocab_size
+    return size
 
 
 def last_position(model: Any) -> int | None:

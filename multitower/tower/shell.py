@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import types
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
@@ -20,17 +21,49 @@ from torch import Tensor, nn
 from .base import TowerError
 
 
+class Copy(NamedTuple):
+    """A copied module, its original, and the name of the child that leads to the layers."""
+
+    twin: nn.Module
+    original: nn.Module
+    child: str
+
+
 class Shell(NamedTuple):
-    """A shell and, for its state to follow theirs, the pairs of a copied module and its original."""
+    """A shell and, for them to follow their originals, the modules that were copied."""
 
     model: Any
-    copies: tuple[tuple[nn.Module, nn.Module], ...]
+    copies: tuple[Copy, ...]
 
     def follow(self) -> None:
-        """Put the copies in the mode, training or not, of their originals."""
-        for twin, original in self.copies:
+        """Give the copies the mode, training or not, and the children that their originals have now.
+
+        A head, for instance, is replaced when an adapter is put on it. The child that leads to the layers is
+        a copy itself, or the list of stand-ins, and stays.
+
+        Raises:
+            TowerError: That child of an original was replaced, or there are more layers or fewer.
+        """
+        below = (*(copy.original for copy in self.copies[1:]), None)
+        for (twin, original, child), expected in zip(self.copies, below, strict=True):
             if twin.training != original.training:
                 twin.training = original.training
+            now: Any = original._modules.get(child)
+            kept: Any = twin._modules[child]
+            if expected is None:
+                fits = isinstance(now, nn.ModuleList) and len(now) == len(kept)
+            else:  # it may be wrapped, as by torch.compile
+                fits = now is expected or (now is not None and expected in set(now.modules()))
+            if not fits:
+                raise TowerError(
+                    f"{child!r} of {type(original).__name__} was replaced, or has another number of layers, "
+                    "since the model became a tower: compile the graph anew, or use FusedModel.swap"
+                )
+            children = {**original._modules, child: kept}
+            if len(children) != len(twin._modules) or any(
+                twin._modules.get(name) is not module for name, module in children.items()
+            ):
+                twin._modules = children
 
 
 class Call(NamedTuple):
@@ -156,16 +189,16 @@ def stand_in(layer: nn.Module, forward: Callable[..., Any]) -> nn.Module:
 def make_shell(model: nn.Module, path: str, layers: Sequence[nn.Module]) -> Shell:
     """Copy the modules on the path to the list of layers, and put other layers there."""
     shell = node = _twin(model)
-    copies = [(shell, model)]
-    *parents, last = path.split(".")
-    for name in parents:
+    names = path.split(".")
+    copies = [Copy(shell, model, names[0])]
+    for name, child in itertools.pairwise(names):
         original = node._modules[name]
         assert original is not None
         twin = _twin(original)
-        copies.append((twin, original))
+        copies.append(Copy(twin, original, child))
         node._modules = {**node._modules, name: twin}
         node = twin
-    node._modules = {**node._modules, last: nn.ModuleList(layers)}
+    node._modules = {**node._modules, names[-1]: nn.ModuleList(layers)}
     return Shell(shell, tuple(copies))
 
 

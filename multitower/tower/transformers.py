@@ -30,6 +30,7 @@ from .probe import (
     logits_of,
     probe,
     probe_tokens,
+    vocabulary,
 )
 from .shell import (
     Call,
@@ -64,9 +65,10 @@ class TransformersTower(Tower):
     more to prove that layer by layer they give its own logits.
 
     Args:
-        model: The model. It is used as it is, not copied, and works on alone as before. Change its
-            modules (resized embeddings, quantisation) before it becomes a tower. Of a ``peft.PeftModel``
-            the model inside runs, adapters and all, and ``native`` is the PeftModel.
+        model: The model. It is used as it is, not copied, and works on alone as before. Its
+            embeddings, norm and head may be resized or exchanged later; quantise it, and change how many
+            layers it has, before it becomes a tower. Of a ``peft.PeftModel`` the model inside runs, adapters
+            and all, and ``native`` is the PeftModel.
         layers: Path of the ``ModuleList`` of layers, as in "model.layers", for a model that has several
             that take and give a state.
 
@@ -88,8 +90,9 @@ class TransformersTower(Tower):
             self._shell = _Unregistered(self._make_shell())
             self._heads_unmasked = False
             self._packs: dict[Any, bool] = {}
-            self.width, self.vocab_size = self._prove(logits)
+            self.width, scored = self._prove(logits)
             self.hard_limit = count_positions(self)
+        self._scored_beyond = scored - vocabulary(self.model)
 
     def train(self, mode: bool = True) -> TransformersTower:
         """Set training mode."""
@@ -119,6 +122,11 @@ class TransformersTower(Tower):
         return min((each for each in limits if each is not None), default=None)
 
     @property
+    def vocab_size(self) -> int:  # type: ignore[override]  # read from the model, which may be resized
+        """How many token ids the head scores, by the model's own ``vocab_size``."""
+        return vocabulary(self.model) + self._scored_beyond
+
+    @property
     def native(self) -> nn.Module:
         """The transformers model itself, or the PeftModel around it."""
         native: nn.Module = self._native.it
@@ -128,7 +136,7 @@ class TransformersTower(Tower):
         """Run what the model does before layer 1; see ``Tower.embed``."""
         script, shell = Script(), self._shell.it
         shell.follow()
-        if any(twin.training and getattr(twin, "layerdrop", 0) for twin, _ in shell.copies):
+        if any(twin.training and getattr(twin, "layerdrop", 0) for twin, *_ in shell.copies):
             raise TowerError(
                 f"{type(self.model).__name__} drops layers at random in training, but links need the state "
                 "after each; load it with layerdrop=0 (in BART decoder_layerdrop=0), or keep it frozen"
