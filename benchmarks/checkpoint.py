@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def prepare(folder: Path, source: str | None) -> dict[str, float]:
-    """Write the text tower and the fused model; give their sizes in megabytes."""
+    """Write the text tower and the fused model; return their sizes in megabytes."""
     import torch
     import transformers
 
@@ -103,7 +103,7 @@ def prepare(folder: Path, source: str | None) -> dict[str, float]:
 
 
 def llama(**sizes: int) -> Any:
-    """Give the config of a Llama as SmolLM2 is one, of other sizes."""
+    """Return the config of a Llama as SmolLM2 is one, of other sizes."""
     import transformers
 
     heads = sizes["hidden_size"] // 64
@@ -117,18 +117,18 @@ def llama(**sizes: int) -> Any:
 
 
 def size(folder: Path) -> float:
-    """Give the megabytes of weights in a folder."""
+    """Return the megabytes of weights in a folder."""
     return round(sum(path.stat().st_size for path in folder.rglob("*.safetensors")) / MEGABYTE, 1)
 
 
 def do(task: str, folder: Path, options: list[str]) -> dict[str, float]:
-    """Do a task in a new process; give its figures."""
+    """Do a task in a new process; return its figures."""
     result: dict[str, float] = child(__file__, ["--task", task, "--folder", str(folder), *options])
     return result
 
 
 def measure(task: str, folder: Path, dtype: str | None) -> dict[str, float]:
-    """Do a task; give its seconds, and by how many megabytes the largest resident set grew."""
+    """Do a task; return its seconds, and by how many megabytes the largest resident set grew."""
     import transformers
 
     transformers.logging.disable_progress_bar()
@@ -198,17 +198,17 @@ def touch(model: Any) -> float:
 
 
 def most() -> float:
-    """Give the largest resident set that this process has had, in megabytes."""
+    """Return the largest resident set that this process has had, in megabytes."""
     return peak() / MEGABYTE
 
 
 def summary(runs: list[dict[str, float]]) -> dict[str, float]:
-    """Give the least time, for other programs add to it, and the most memory."""
+    """Return the least time, for other programs add to it, and the most memory."""
     return {key: round((min if key == "seconds" else max)(run[key] for run in runs), 2) for key in runs[0]}
 
 
 def table(report: dict[str, Any]) -> str:
-    """Give the figures as Markdown."""
+    """Return the figures as Markdown."""
     lines = ["| | seconds | peak memory, MB | weights, MB |", "|---|---:|---:|---:|"]
     for task, result in report["results"].items():
         weights = f"{result['weights']:.0f}" if "weights" in result else ""

@@ -84,7 +84,7 @@ def main() -> None:
 
 
 def make_examples(model: mt.FusedModel, rows: int, source: int, prompt: int) -> list[list[mt.Segment]]:
-    """Give rows of a source each, after a prompt if it has tokens."""
+    """Return rows of a source each, after a prompt if it has tokens."""
     lengths = {"text": prompt, "source0": source}
     return [
         [mt.Segment(name, random_tokens(model, name, length)) for name, length in lengths.items() if length]
@@ -98,7 +98,7 @@ def call(model: mt.FusedModel, examples: Any, new: int, choices: dict[str, Any])
 
 
 def timed(clock: str, model: mt.FusedModel, examples: Any, new: int, choices: dict[str, Any]) -> float:
-    """Decode so many tokens; give seconds a token."""
+    """Decode so many tokens; return seconds a token."""
     ticks = Clock(clock)
     call(model, examples, new, {**choices, "logits_processor": [ticks]})
     return ticks.per_token()

@@ -32,10 +32,10 @@ from torch._dynamo.utils import counters
 import multitower as mt
 from measure import begin, in_turn, milliseconds, now, options, plot_ratios, ratio, write
 from models import SIZES, make_reader, random_tokens
-from multitower.attention import visibility
-from multitower.cache import TapCache, TapReader
-from multitower.generate import decode_rows
-from multitower.stream import make_streams
+from multitower.batch.collate import make_streams
+from multitower.generate.generate import decode_rows
+from multitower.generate.tap_cache import TapCache, TapReader
+from multitower.link.attention import visibility
 
 RATIOS = {"sum": "fused / native + links", "alternating": "fused / native and links in turn"}
 
@@ -53,7 +53,7 @@ class Clock:
         return scores
 
     def per_token(self) -> float:
-        """Give the median time from one token to the next."""
+        """Return the median time from one token to the next."""
         return statistics.median(b - a for a, b in itertools.pairwise(self.times))
 
 
@@ -94,7 +94,7 @@ class Decoding:
             self.link_step = torch.compile(self._link_step, fullgraph=True, backend=backend)
 
     def runs(self) -> dict[str, Any]:
-        """Give what is timed against each other."""
+        """Return what is timed against each other."""
         return {
             "fused": self.fused,
             "native": self.native,
@@ -103,7 +103,7 @@ class Decoding:
         }
 
     def fused(self) -> float:
-        """Decode as ``FusedModel.generate`` does once the sources have been read; give seconds a token."""
+        """Decode as ``FusedModel.generate`` does once the sources have been read; return seconds a token."""
         return self._decode(self.decoder)
 
     def native(self) -> float:
@@ -202,7 +202,7 @@ def main() -> None:
 
 
 def compiling(decoding: Decoding) -> dict[str, dict[str, float]]:
-    """Run each once; give the seconds that it took and the graphs that were compiled."""
+    """Run each once; return the seconds that it took and the graphs that were compiled."""
     spent = {}
     for name, run in decoding.runs().items():
         graphs, started = counters["stats"]["unique_graphs"], time.perf_counter()

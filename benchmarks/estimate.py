@@ -32,8 +32,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import multitower as mt
 from measure import begin, now, options, write
 from models import INTERLEAVE, SIZES, ZIPPER, make_model, make_tower
-from multitower.cache import TapCache
-from multitower.estimate import FORMULAS
+from multitower.generate.tap_cache import TapCache
+from multitower.inspect.estimate import FORMULAS
 from resident import PLAIN_MALLOC, child, forget_peak, peak, resident
 from saved_bytes import saved, saved_by
 
@@ -85,7 +85,7 @@ def estimated(chosen: argparse.Namespace) -> dict[str, Any]:
     """Estimate a step of towers without weights."""
     graph, batch = declared(chosen, empty=True), batch_of(chosen)
     before, started = peak(), time.perf_counter()
-    total = graph.estimate(batch).total
+    total = mt.inspect.estimate(graph, batch).total
     seconds = time.perf_counter() - started
     figures = dataclasses.asdict(total) | {"step_flops": total.step_flops}
     return figures | {"seconds": seconds, "grown_bytes": peak() - before}
@@ -134,7 +134,7 @@ def native(chosen: argparse.Namespace) -> dict[str, int]:
 
 
 def ready(chosen: argparse.Namespace) -> tuple[mt.FusedModel, mt.stream.Batch]:
-    """Give model and batch, once another model has loaded what torch loads late."""
+    """Return model and batch, once another model has loaded what torch loads late."""
     first = make_model("tiny", 2)
     first(**make_batch(("tower0", "tower1"), SIZES["tiny"]["vocab_size"], 2, 8)).loss.backward()
     return declared(chosen, empty=False).compile(), batch_of(chosen)
@@ -167,12 +167,12 @@ def declared(chosen: argparse.Namespace, *, empty: bool) -> mt.FusionGraph:
 
 
 def batch_of(chosen: argparse.Namespace) -> mt.stream.Batch:
-    """Give the batch that is estimated and measured."""
+    """Return the batch that is estimated and measured."""
     return make_batch(NAMES, SIZES[chosen.size]["vocab_size"], chosen.rows, chosen.length)
 
 
 def make_batch(names: tuple[str, str], vocabulary: int, rows: int, length: int) -> mt.stream.Batch:
-    """Give rows of a segment of each tower, the second of which, turn about, is the target."""
+    """Return rows of a segment of each tower, the second of which, turn about, is the target."""
     tokens = torch.randint(3, vocabulary, (rows, 2, length))
     examples = []
     for row, pair in enumerate(tokens):

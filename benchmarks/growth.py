@@ -175,7 +175,7 @@ def fit(x: Sequence[float], y: Sequence[float]) -> dict[str, float]:
 
 
 def r_squared(values: Any, fitted: Any) -> float:
-    """Give what part of the variance a fit explains."""
+    """Return what part of the variance a fit explains."""
     around = ((values - values.mean()) ** 2).sum()
     return 1 - float(((values - fitted) ** 2).sum() / around) if around else 1.0
 

@@ -43,7 +43,7 @@ class CrossAttention(nn.Module):
         self.ffn_gate = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor, source: Tensor, mask: Tensor | None) -> Tensor:
-        """Give the state after the tap, for states of shape (batch, length, width).
+        """Return the state after the tap, for states of shape (batch, length, width).
 
         Args:
             x: The target's.
@@ -97,7 +97,7 @@ class Hooked(nn.Module):
     def forward(
         self, source: Tensor, tokens: Tensor, labels: Tensor, source_mask: Tensor | None = None
     ) -> Tensor:
-        """Give the loss of the target's labels.
+        """Return the loss of the target's labels.
 
         Args:
             source: int64, shape (batch, source length).

@@ -47,7 +47,7 @@ def main() -> None:
         batches = [make_batch(model, chosen.rows, chosen.length, "last") for _ in range(chosen.batches)]
         with tempfile.TemporaryDirectory(dir=chosen.out) as folder:
             started = time.perf_counter()
-            kept = mt.KeptStates.compute(model, tqdm(batches, desc="keeping", leave=False), folder)
+            kept = mt.train.KeptStates.compute(model, tqdm(batches, desc="keeping", leave=False), folder)
             seconds = time.perf_counter() - started
             disk = sum(file.stat().st_size for file in Path(folder).iterdir())
             times = interleaved(
@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def make_pair(chosen: Any, train: str) -> mt.FusedModel:
-    """Give a model in which a tower reads a frozen source."""
+    """Return a model in which a tower reads a frozen source."""
     graph = mt.FusionGraph()
     graph.add_tower("source", make_tower(chosen.size, 0), adapter=None)
     graph.add_tower("text", make_tower(chosen.reader, 1), train=train, adapter=None)
@@ -86,8 +86,8 @@ def make_pair(chosen: Any, train: str) -> mt.FusedModel:
     return graph.compile()
 
 
-def runs(model: mt.FusedModel, batches: list[Any], kept: mt.KeptStates) -> dict[str, Any]:
-    """Give what is timed against each other, each with the next batch at every call."""
+def runs(model: mt.FusedModel, batches: list[Any], kept: mt.train.KeptStates) -> dict[str, Any]:
+    """Return what is timed against each other, each with the next batch at every call."""
     run, ready, read = (itertools.cycle(batches) for _ in range(3))
     return {
         "run": lambda: step(model, next(run)),

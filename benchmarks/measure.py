@@ -22,7 +22,7 @@ PACKAGES = ("torch", "transformers", "multitower")
 
 
 def options(description: str, name: str) -> argparse.ArgumentParser:
-    """Give a parser with the options that every benchmark has."""
+    """Return a parser with the options that every benchmark has."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -57,7 +57,7 @@ def interleaved(
     before: Callable[[], object] = lambda: None,
     title: str = "",
 ) -> dict[str, list[float]]:
-    """Time each run once a round, as ``in_turn`` orders them; give seconds by name.
+    """Time each run once a round, as ``in_turn`` orders them; return seconds by name.
 
     Args:
         runs: What to time, by name.
@@ -79,7 +79,7 @@ def interleaved(
 def in_turn(
     runs: Mapping[str, Callable[[], float]], repeats: int, *, title: str = ""
 ) -> dict[str, list[float]]:
-    """Call each run once a round, in an order that turns from round to round; give what it gave, by name.
+    """Call each run once a round, in an order that turns from round to round; return what it gave, by name.
 
     What slows the machine for longer than a round so slows all of them alike. One round more is run first
     and not counted.
@@ -95,7 +95,7 @@ def in_turn(
 
 
 def moved(tensors: Any, device: str) -> Any:
-    """Give tensors on a device, in the dictionaries, lists and tuples that hold them.
+    """Return tensors on a device, in the dictionaries, lists and tuples that hold them.
 
     >>> moved({"a": [torch.ones(2)]}, "meta")["a"][0].device.type
     'meta'
@@ -104,14 +104,14 @@ def moved(tensors: Any, device: str) -> Any:
 
 
 def now(clock: str = "wall") -> float:
-    """Give the time in seconds by one of ``CLOCKS``, once the device has done what it was given."""
+    """Return the time in seconds by one of ``CLOCKS``, once the device has done what it was given."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return CLOCKS[clock]()
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Give the median and the quartiles.
+    """Return the median and the quartiles.
 
     >>> spread([1.0, 2.0, 3.0, 4.0, 5.0])
     {'median': 3.0, 'low': 2.0, 'high': 4.0}
@@ -122,7 +122,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def ratio(over: Sequence[float], *under: Sequence[float]) -> dict[str, float]:
-    """Give the spread of one time over the sum of others, round by round.
+    """Return the spread of one time over the sum of others, round by round.
 
     >>> ratio([3.0, 6.0], [1.0, 2.0], [1.0, 2.0])
     {'median': 1.5, 'low': 1.5, 'high': 1.5}
@@ -131,7 +131,7 @@ def ratio(over: Sequence[float], *under: Sequence[float]) -> dict[str, float]:
 
 
 def milliseconds(times: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:
-    """Give the spread of each of several times, from seconds to milliseconds."""
+    """Return the spread of each of several times, from seconds to milliseconds."""
     return {name: spread([1000 * each for each in seconds]) for name, seconds in times.items()}
 
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import multitower as mt
-from multitower.attention import visibility
-from multitower.rotary import Rotations
-from multitower.schedule import Tap
+from multitower.compile.schedule import Tap
+from multitower.link.attention import visibility
+from multitower.run.tables import Rotations
 
 SIZES = {
     "tiny": {
@@ -41,7 +41,7 @@ ZIPPER: dict[str, Any] = {"gate": "tanh", "projection": "mlp", "feed_forward": T
 
 @functools.cache
 def make_tower(size: str, seed: int) -> LlamaForCausalLM:
-    """Give a random model of the shape of one of ``SIZES``; fused models may share it one after the other."""
+    """Return a random model of one of ``SIZES``; fused models may share it one after the other."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         **SIZES[size], tie_word_embeddings=True, max_position_embeddings=8192, bos_token_id=1, eos_token_id=2
@@ -52,7 +52,7 @@ def make_tower(size: str, seed: int) -> LlamaForCausalLM:
 def make_model(
     size: str, towers: int, *, train: str = "none", adapter: str | None = None, interleave: int | None = None
 ) -> mt.FusedModel:
-    """Give a model of towers in a ring, each linked to the next and, of two, to each other."""
+    """Return a model of towers in a ring, each linked to the next and, of two, to each other."""
     graph = mt.FusionGraph()
     names = [f"tower{number}" for number in range(towers)]
     for number, name in enumerate(names):
@@ -72,7 +72,7 @@ def make_reader(
     train: str = "none",
     adapter: str | None = None,
 ) -> mt.FusedModel:
-    """Give frozen towers "source0", ..., and a tower "text" that reads each of them at these taps."""
+    """Return frozen towers "source0", ..., and a tower "text" that reads each of them at these taps."""
     graph = mt.FusionGraph()
     names = [f"source{number}" for number in range(sources)]
     for number, name in enumerate(names):
@@ -91,7 +91,7 @@ def make_batch(
     *,
     turning: bool = True,
 ) -> mt.stream.Batch:
-    """Give rows of one segment of each tower.
+    """Return rows of one segment of each tower.
 
     Args:
         model: The model.
@@ -120,7 +120,7 @@ def make_batch(
 
 
 def random_tokens(model: mt.FusedModel, name: str, length: int) -> Tensor:
-    """Give tokens of a tower that neither begin nor end a segment."""
+    """Return tokens of a tower that neither begin nor end a segment."""
     return torch.randint(3, model.tower(name).vocab_size, (length,))
 
 
@@ -207,7 +207,7 @@ class Parts:
         self.adapters = {name: Given(None, _like(x)) for name, x in embedded.items()}
 
     def _first_fed(self, name: str) -> nn.Module | None:
-        """Give the module of a frozen tower after which it passes gradients on, if there is one."""
+        """Return the module of a frozen tower after which it passes gradients on, if there is one."""
         native: Any = self.model.unimodal(name)
         if self.model.graph.towers[name].train != "none":
             return None

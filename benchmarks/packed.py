@@ -90,7 +90,7 @@ def select(model: mt.FusedModel, links: str, towers: str) -> None:
 
 
 def make_batch(model: mt.FusedModel, lengths: list[int]) -> mt.stream.Batch:
-    """Give rows of a segment of each tower, of these lengths."""
+    """Return rows of a segment of each tower, of these lengths."""
     rows = [
         [mt.Segment(name, random_tokens(model, name, length), target=True) for name in model.towers]
         for length in lengths
@@ -99,12 +99,12 @@ def make_batch(model: mt.FusedModel, lengths: list[int]) -> mt.stream.Batch:
 
 
 def mask_of(batch: mt.stream.Batch) -> torch.Tensor:
-    """Give where the tokens of a tower are none of padding."""
+    """Return where the tokens of a tower are none of padding."""
     return next(iter(batch["streams"].values()))["mask"]
 
 
 def run(model: mt.FusedModel, batch: mt.stream.Batch, forward: bool) -> torch.Tensor:
-    """Run forward and, unless told otherwise, backward; give the loss."""
+    """Run forward and, unless told otherwise, backward; return the loss."""
     with torch.set_grad_enabled(not forward):
         loss = model(**batch, logits=False).loss
     assert loss is not None

@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def measure(chosen: argparse.Namespace) -> dict[str, int]:
-    """Give the bytes that a step of the fused model or of its parts needs at most, beyond what was there."""
+    """Return the most bytes that a step of the fused model or its parts needs, beyond what was there."""
     (policy,) = chosen.policies
     model = make_policy(chosen.size, policy)[0].to(chosen.device)
     batch = make_batch(model, chosen.rows, chosen.length, targets="last")
@@ -93,7 +93,7 @@ def measure(chosen: argparse.Namespace) -> dict[str, int]:
 
 
 def most_of(step: Any, device: str, model: torch.nn.Module) -> int:
-    """Give by how many bytes the memory in use grew at most in a step that was run once before."""
+    """Return by how many bytes the memory in use grew at most in a step that was run once before."""
     step()
     model.zero_grad(set_to_none=True)
     gc.collect()

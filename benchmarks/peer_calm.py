@@ -99,7 +99,7 @@ def main() -> None:
 
 
 def make_tower() -> TransformerWrapper:
-    """Give a decoder of 8 layers of width 256."""
+    """Return a decoder of 8 layers of width 256."""
     layers = Decoder(dim=256, depth=8, heads=4, attn_dim_head=64, attn_flash=True, rotary_pos_emb=True)
     return TransformerWrapper(
         num_tokens=VOCABULARY, max_seq_len=1024, attn_layers=layers, use_abs_pos_emb=False

@@ -9,7 +9,7 @@ begins with the source and ends with --new tokens; each starts from one prompt t
 source's keys and values at each step, as a hook in the target's forward does. "hooks" calls the models as
 models are called; "careful hooks" leaves out the source's head and masks that are not needed. A step has rows
 of one length, where nothing is masked, or "ragged" ones, with parts of half that length and more.
-"kept states" reads what the source gives from disk, as computed once before (``multitower.KeptStates``).
+"kept states" reads what the source gives from disk, as computed once before (``train.KeptStates``).
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def main() -> None:
             compare(ours, each, rows)
         assert decode(ours, long, **few) == decode_hooked(each, long, prompt, **few)
     print("losses, gradients and decoded tokens are the same", flush=True)
-    kept = mt.KeptStates.compute(ours, [full.batch, ragged.batch], chosen.out / "states")
+    kept = mt.train.KeptStates.compute(ours, [full.batch, ragged.batch], chosen.out / "states")
     kinds: dict[str, dict[str, Callable[[], object]]] = {}
     for kind, rows in ((f"{chosen.rows} x {chosen.length}", full), ("ragged", ragged)):
         kinds[f"step, {kind}"] = {
@@ -156,7 +156,7 @@ def compare(model: mt.FusedModel, hooked: Hooked, rows: Rows) -> None:
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5 * float(other.abs().max()) + 1e-7)
 
 
-def step(model: mt.FusedModel, rows: Rows, kept: mt.KeptStates | None = None) -> None:
+def step(model: mt.FusedModel, rows: Rows, kept: mt.train.KeptStates | None = None) -> None:
     """Run forward and backward; find the states of the source, where they are kept."""
     batch = rows.batch if kept is None else kept(rows.batch)
     loss = model(**batch, logits=False).loss

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 import multitower as mt
 from measure import begin, interleaved, milliseconds, moved, options, plot_times, ratio, write
 from models import INTERLEAVE, SIZES, make_tower
-from multitower.link import default_heads
+from multitower.link.cross_attention import default_heads
 
 PACKAGES = ("torchtune", "torchao")
 
@@ -112,7 +112,7 @@ class Encoder(nn.Module):
         self.decoder = decoder
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Give the state after the last layer, shape (batch, length, width)."""
+        """Return the state after the last layer, shape (batch, length, width)."""
         state: Tensor = self.decoder.tok_embeddings(tokens)
         for layer in self.decoder.layers:
             state = layer(state)
@@ -227,7 +227,7 @@ def as_torchtune(model: Any) -> Any:
 
 
 def cross_attention(config: Any) -> nn.Module:
-    """Give a gated cross-attention with a gated feed-forward, of the heads of a tap of ours."""
+    """Return a gated cross-attention with a gated feed-forward, of the heads of a tap of ours."""
     from torchtune.models.llama2._component_builders import llama2_mlp
     from torchtune.modules import (
         MultiHeadAttention,
@@ -256,13 +256,13 @@ def cross_attention(config: Any) -> nn.Module:
 
 
 def projections(width: int, narrow: int) -> dict[str, nn.Module]:
-    """Give the four matrices of an attention."""
+    """Return the four matrices of an attention."""
     outputs = {"q_proj": width, "k_proj": narrow, "v_proj": narrow, "output_proj": width}
     return {name: nn.Linear(width, output, bias=False) for name, output in outputs.items()}
 
 
 def loss_of(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Give the mean cross-entropy of each token by the logits before it."""
+    """Return the mean cross-entropy of each token by the logits before it."""
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
 
 

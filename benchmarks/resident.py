@@ -18,13 +18,13 @@ PLAIN_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65
 
 
 def peak() -> int:
-    """Give the largest resident set that this process has had since ``forget_peak``, in bytes."""
+    """Return the largest resident set that this process has had since ``forget_peak``, in bytes."""
     largest = _status("VmHWM")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * UNIT if largest is None else largest
 
 
 def resident() -> int:
-    """Give the resident set of this process, in bytes; where that is not told, the largest that it had."""
+    """Return the resident set of this process, in bytes; where that is not told, the largest that it had."""
     present = _status("VmRSS")
     return peak() if present is None else present
 
@@ -37,7 +37,7 @@ def forget_peak() -> None:
 
 
 def child(script: str, options: Sequence[str], environment: Mapping[str, str] | None = None) -> Any:
-    """Run a script in a new process; give what its last line of output says in JSON."""
+    """Run a script in a new process; return what its last line of output says in JSON."""
     command = [sys.executable, script, *options]
     done = subprocess.run(
         command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, **(environment or {})}
@@ -46,7 +46,7 @@ def child(script: str, options: Sequence[str], environment: Mapping[str, str] | 
 
 
 def _status(key: str) -> int | None:
-    """Give what Linux says of this process, in bytes."""
+    """Return what Linux says of this process, in bytes."""
     if not STATUS.exists():
         return None
     lines = dict(line.split(":", 1) for line in STATUS.read_text(encoding="ascii").splitlines())

@@ -180,7 +180,7 @@ class Judge:
             self.whisper = WhisperModel(source, device="cpu", compute_type="int8", cpu_threads=threads)
 
     def __call__(self, texts: list[str], sounds: list[np.ndarray], title: str) -> dict[str, Any]:
-        """Give word and character error rates in per cent, and the sentences that were misheard."""
+        """Return word and character error rates in per cent, and the sentences that were misheard."""
         import jiwer
 
         true = [self.normalise(text) for text in texts]

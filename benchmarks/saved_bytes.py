@@ -19,7 +19,7 @@ from torch import Tensor
 import multitower as mt
 from measure import begin, options, write
 from models import SIZES, ZIPPER, make_batch, make_tower
-from multitower.link import default_heads
+from multitower.link.cross_attention import default_heads
 
 POLICIES = {  # how text is trained, its input adapter, where its first tap stands (of all its layers)
     "all trained": ("all", None, 0.5),
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def make_policy(size: str, policy: str) -> tuple[mt.FusedModel, list[int]]:
-    """Give a model trained as one of ``POLICIES`` says, and the layers at which its text reads its source."""
+    """Return a model trained as one of ``POLICIES`` says, and the layers at which its text reads."""
     train, adapter, where = POLICIES[policy]
     depth = SIZES[size]["num_hidden_layers"]
     layers = sorted({max(1, round(where * depth)), depth})

@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def runs(model: Any, batch: Any, parts: Parts, *, backward: bool) -> dict[str, Any]:
-    """Give what is timed against each other."""
+    """Return what is timed against each other."""
 
     def fused() -> None:
         loss = model(**batch).loss

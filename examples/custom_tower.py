@@ -174,17 +174,21 @@ class XTransformersTower(mt.Tower):
         try:
             found, expected = twin(tokens), twin.model(tokens)
         except Exception as error:
-            raise mt.TowerError(f"this TransformerWrapper cannot be run layer by layer: {error!r}") from error
+            raise mt.errors.TowerError(
+                f"this TransformerWrapper cannot be run layer by layer: {error!r}"
+            ) from error
         if not torch.equal(found, expected) or self.model.emb_frac_gradient != 1:
-            raise mt.TowerError(
+            raise mt.errors.TowerError(
                 "this TransformerWrapper has an option that carries more than the state from layer to layer "
                 "(add_value_residual, residual_attn, unet_skips, ...) or changes what is around the layers "
                 "(num_memory_tokens, mixture_of_softmax, emb_frac_gradient, ...)"
             )
         if found.shape[-1] != self.vocab_size:
-            raise mt.TowerError(f"it scores {found.shape[-1]} tokens, but embeds {self.vocab_size}")
+            raise mt.errors.TowerError(f"it scores {found.shape[-1]} tokens, but embeds {self.vocab_size}")
         if not torch.allclose(found[0, :-1], found[1, :-1], rtol=1e-3, atol=1e-4):
-            raise mt.TowerError("this TransformerWrapper is not causal: earlier logits see the last token")
+            raise mt.errors.TowerError(
+                "this TransformerWrapper is not causal: earlier logits see the last token"
+            )
 
 
 def phrases(count: int, length: int = 8) -> Tensor:

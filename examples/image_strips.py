@@ -12,7 +12,7 @@ from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
 
 import multitower as mt
-from multitower.modality import check_tokens
+from multitower.plugins import check_tokens
 
 
 class ImageModality(mt.Modality):
@@ -80,7 +80,7 @@ class ImageModality(mt.Modality):
         return cls(torch.from_numpy(found.cluster_centers_.reshape(-1, *pixels.shape[1:])).float())
 
     def encode(self, raw: np.ndarray) -> torch.Tensor:
-        """Give the tokens of one image.
+        """Return the tokens of one image.
 
         Args:
             raw: Floats in 0..1, shape (height, any width).
@@ -102,7 +102,7 @@ class ImageModality(mt.Modality):
         return torch.cat([ids.new_tensor([self.begin]), ids, ids.new_tensor([self.end])])
 
     def decode(self, tokens: torch.Tensor) -> np.ndarray:
-        """Give the image of tokens, as a language model may emit them: float32, shape (height, any width).
+        """Return the image of tokens, as a language model may emit them: float32, shape (height, any width).
 
         Begin, end and ids past the vocabulary are dropped; without any strip the image has no pixels.
         """
@@ -110,7 +110,7 @@ class ImageModality(mt.Modality):
         return rearrange(self.centres[ids], "n h w -> h (n w)").numpy()
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Give the strips."""
+        """Return the strips."""
         return {"centres": self.centres}
 
 

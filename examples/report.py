@@ -81,7 +81,7 @@ class System:
 
 def evaluate(
     name: str,
-    model: mt.FusedModel | mt.VocabularyExpansion,
+    model: mt.FusedModel | mt.baseline.VocabularyExpansion,
     corpus: Corpus,
     *,
     perplexity: float,
@@ -142,7 +142,7 @@ def write_report(
     _write_audio(out / "audio", originals, resynthesised, systems)
     pictures = out / "pictures"
     pictures.mkdir(exist_ok=True)
-    mt.draw_graph(model).savefig(pictures / "graph.png", dpi=150)
+    mt.inspect.draw_graph(model).savefig(pictures / "graph.png", dpi=150)
     plot_losses(run.history, pictures / "losses.png")
     plot_contributions(run.contributions, pictures / "contributions.png")
     bars = [{"system": row["system"], **{k: row[k].rate for k in ("ASR", "TTS") if k in row}} for row in rows]
@@ -228,7 +228,7 @@ def aligned(lines: Sequence[Sequence[str]], *, numbers: int) -> str:
 
 
 def _steadiness(weights: Tensor) -> float:
-    """Say how sharply, and how much in order, the target attends to the source.
+    """Return how sharply, and how much in order, the target attends to the source.
 
     The correlation of each target place with the source place it attends to most, in which sharp attention
     weighs more, times the mean sharpness. About 0 where only tokens that are not drawn are attended to.

@@ -254,7 +254,7 @@ def training_batches(
     generator = torch.Generator().manual_seed(options.seed)
     tasks = examples(corpus.pairs)
     for batch in in_turn(*(endless(task, size.batch, options.seed, options.device) for task in tasks)):
-        yield mt.corrupt_history(batch, {"speech": noise}, generator=generator)
+        yield mt.batch.corrupt_history(batch, {"speech": noise}, generator=generator)
 
 
 def fit(model: mt.FusedModel, corpus: Corpus, options: argparse.Namespace, size: Size) -> Run:
@@ -285,7 +285,7 @@ def train_rival(folder: str, corpus: Corpus, options: argparse.Namespace, size: 
     """Train vocabulary expansion on the same pairs for the same number of steps, all parameters tuned."""
     native = transformers.AutoModelForCausalLM.from_pretrained(folder)
     modalities = {"text": corpus.text, "speech": corpus.speech}
-    model = mt.VocabularyExpansion(native, modalities, train="all").to(options.device)
+    model = mt.baseline.VocabularyExpansion(native, modalities, train="all").to(options.device)
     train(
         model,
         target_losses(model),

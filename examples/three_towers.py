@@ -152,7 +152,7 @@ def main() -> None:
     model.save_pretrained(out / "fused", modalities=corpus.modalities)
     rows = report(model, corpus, Readers(image_judge, Judge()), out)
     print_reuse(reuse)
-    mt.draw_graph(model).savefig(out / "pictures/graph.png", dpi=150)
+    mt.inspect.draw_graph(model).savefig(out / "pictures/graph.png", dpi=150)
     plot_losses(run.history, out / "pictures/losses.png", title="Losses of the four directions")
     plot_contributions(run.contributions, out / "pictures/contributions.png")
     seconds = round(time.monotonic() - started)
@@ -256,7 +256,9 @@ def training_batches(corpus: Corpus, size: Size, options: argparse.Namespace) ->
         tasks.append(directed([(second, first) for first, second in pairs], other, one))
     generator = torch.Generator().manual_seed(options.seed)
     for batch in in_turn(*(endless(task, size.batch, options.seed, options.device) for task in tasks)):
-        yield mt.corrupt_history(batch, {"speech": size.noise, "image": size.noise}, generator=generator)
+        yield mt.batch.corrupt_history(
+            batch, {"speech": size.noise, "image": size.noise}, generator=generator
+        )
 
 
 def fit(model: mt.FusedModel, corpus: Corpus, size: Size, options: argparse.Namespace) -> Run:

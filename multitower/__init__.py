@@ -13,48 +13,37 @@
 ['speech', 'text']
 """
 
-from .checkpoint import load_tower
-from .corruption import corrupt_history
-from .cost import Estimate
-from .draw import draw_graph
-from .expansion import VocabularyExpansion
-from .files import CheckpointError
-from .fused import FusedModel
-from .graph import FusionGraph
-from .kept import KeptStates
-from .logs import set_verbosity
-from .modality import Modality
-from .output import FusedOutput
-from .packing import pack
-from .pipeline import Pipeline
-from .plugins import PluginError
-from .spec import GraphError
-from .stream import Segment, collate, to_device
-from .tower import Tower, TowerError, TransformersTower
-
-__version__ = "0.1.0"
+from . import baseline, batch, errors, inspect, plugins, train
+from .base.logs import set_verbosity
+from .base.version import __version__ as __version__
+from .batch.collate import Segment, collate
+from .batch.pack import pack
+from .checkpoint.load import load_tower
+from .declare.graph import FusionGraph
+from .model import FusedModel
+from .pipeline.pipeline import Pipeline
+from .plugins.modality import Modality
+from .tower import Tower, TransformersTower
+from .train.resume import load_training, save_training
 
 __all__ = [
-    "CheckpointError",
-    "Estimate",
     "FusedModel",
-    "FusedOutput",
     "FusionGraph",
-    "GraphError",
-    "KeptStates",
     "Modality",
     "Pipeline",
-    "PluginError",
     "Segment",
     "Tower",
-    "TowerError",
     "TransformersTower",
-    "VocabularyExpansion",
     "collate",
-    "corrupt_history",
-    "draw_graph",
     "load_tower",
+    "load_training",
     "pack",
+    "save_training",
     "set_verbosity",
-    "to_device",
 ]
+
+_PUBLIC_MODULES = [baseline, batch, errors, inspect, plugins, train]
+
+
+def __dir__() -> list[str]:
+    return [*__all__, *(module.__name__.rpartition(".")[2] for module in _PUBLIC_MODULES), "__version__"]

@@ -9,20 +9,18 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from .fused import FusedModel
-from .sharing import shared_with
-from .stream import Segment, Stream, collate
+from .batch.collate import Segment, Stream, collate
+from .compile.towers import shared_with
+from .errors import ExportError
+from .run import surgery
+from .run.fusion import Fusion
 from .tower.offload import is_offloaded
 from .tower.probe import evaluated
 
 KEYS = ("tokens", "times", "mask")
 
 
-class ExportError(ValueError):
-    """A fused model that cannot be exported."""
-
-
-def export_tower(model: FusedModel, name: str) -> ExportedProgram:
+def export_tower(model: Fusion, name: str) -> ExportedProgram:
     """Make a program of a fused model that takes streams and gives the logits of one tower.
 
     >>> import tempfile, multitower as mt
@@ -63,7 +61,7 @@ def export_tower(model: FusedModel, name: str) -> ExportedProgram:
     if offloaded:
         raise ExportError(f"tower {offloaded[0]!r} is offloaded by accelerate; load it whole to export it")
     others = [each for each in graph.towers if each not in read]
-    program = _Logits(model.drop(*others) if others else model, name)
+    program = _Logits(surgery.drop(model, others) if others else model, name)
     rows = Dim("rows")
     limits = [model.tower(each).hard_limit for each in towers]
     sizes = [{0: rows, 1: Dim(f"length_{number}", max=limit)} for number, limit in enumerate(limits)]
@@ -91,7 +89,7 @@ def export_tower(model: FusedModel, name: str) -> ExportedProgram:
 class _Logits(nn.Module):
     """A fused model as a function of streams that gives one tower's logits."""
 
-    def __init__(self, model: FusedModel, name: str) -> None:
+    def __init__(self, model: Fusion, name: str) -> None:
         super().__init__()
         self.model, self.name = model, name
 
@@ -101,7 +99,7 @@ class _Logits(nn.Module):
         return self.model.tower(self.name).head(states.hidden[self.name], states.contexts[self.name])
 
 
-def _example(model: FusedModel, towers: list[str], rows: int) -> dict[str, Stream]:
+def _example(model: Fusion, towers: list[str], rows: int) -> dict[str, Stream]:
     """Make streams of unlike lengths that depend on the number of rows, with padding if there are several."""
     generator = torch.Generator().manual_seed(rows)
     examples = []
@@ -146,6 +144,6 @@ def _strip(exported: ExportedProgram) -> None:
     exported.example_inputs = None
 
 
-def _names(model: FusedModel, towers: list[str]) -> str:
+def _names(model: Fusion, towers: list[str]) -> str:
     kinds = (f"{name!r} ({type(model.unimodal(name)).__name__})" for name in towers)
     return f"tower{'s' if len(towers) > 1 else ''} {', '.join(kinds)}"

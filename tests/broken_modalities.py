@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import multitower as mt
-from multitower.modality import check_tokens
+from multitower.plugins import check_tokens
 
 
 class Cipher(mt.Modality):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from multitower.testing import TinyTower
-from multitower.tower.base import Inject
+from multitower.tower.inject import Inject
 
 
 class Leaks(TinyTower):

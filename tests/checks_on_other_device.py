@@ -16,7 +16,7 @@ import multitower as mt
 import other_device
 from frozen_sources import data, fused
 from models import EXAMPLES, causal_lm, pair
-from multitower.testing.models import PROMISES
+from multitower.testing.model.check_model import PROMISES
 from other_device import DEVICE, OtherDevice, Wait
 
 
@@ -190,11 +190,11 @@ def test_towers_side_by_side_wait_once_a_token_to_see_whether_all_rows_have_ende
 
 def test_kept_states_are_those_of_the_cpu(device: OtherDevice, tmp_path: Path) -> None:
     model, batches = fused(), data()
-    kept = mt.KeptStates.compute(model, batches, tmp_path / "cpu")
+    kept = mt.train.KeptStates.compute(model, batches, tmp_path / "cpu")
     expected = [model(**kept(batch)).loss for batch in batches]
     model = copy.deepcopy(model).to(DEVICE)
     batches = there(batches)
-    kept = mt.KeptStates.compute(model, batches, tmp_path / "other")
+    kept = mt.train.KeptStates.compute(model, batches, tmp_path / "other")
     found = [model(**kept(batch)).loss.cpu() for batch in batches]
     torch.testing.assert_close(found, expected)
 
@@ -203,7 +203,7 @@ def test_vocabulary_expansion_is_that_of_the_cpu(device: OtherDevice) -> None:
     class Codec:
         vocab_size, begin, end = 20, 0, 1
 
-    model = mt.VocabularyExpansion(causal_lm("llama"), {"text": Codec(), "speech": Codec()})
+    model = mt.baseline.VocabularyExpansion(causal_lm("llama"), {"text": Codec(), "speech": Codec()})
     batch = mt.collate(EXAMPLES)
     with torch.no_grad():
         expected = model(**batch).loss

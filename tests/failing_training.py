@@ -15,9 +15,9 @@ import torch.distributed as dist
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
 import multitower as mt
-from multitower import atomic
+from multitower.storage import atomic
 from multitower.testing import tiny_model
-from multitower.training_checkpoint import load_training, save_training
+from multitower.train.resume import load_training, save_training
 
 STEPS = (
     (0, atomic, "_scratch"),
@@ -45,7 +45,7 @@ def main(rank: int, folder: Path) -> None:
     for who, owner, step in STEPS:
         with (
             failing(rank == who, owner, step),
-            pytest.raises(mt.CheckpointError, match="No space left on device"),
+            pytest.raises(mt.errors.CheckpointError, match="No space left on device"),
         ):
             save_training(folder / "run", model, optimizer, step=1)
         dist.barrier()
@@ -55,7 +55,7 @@ def main(rank: int, folder: Path) -> None:
         (folder / "thesis").mkdir()
         (folder / "thesis/chapter").touch()
     dist.barrier()
-    with pytest.raises(mt.CheckpointError, match="save to a folder of its own"):
+    with pytest.raises(mt.errors.CheckpointError, match="save to a folder of its own"):
         save_training(folder / "thesis", model, optimizer)
     save_training(folder / "run", model, optimizer, step=3)
     assert load_training(folder / "run", tiny_model()) == 3

@@ -8,7 +8,7 @@ import torch
 
 import multitower as mt
 from models import segment
-from multitower.stream import Batch
+from multitower.batch.collate import Batch
 from multitower.testing import open_links, tiny_tower
 
 

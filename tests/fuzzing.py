@@ -55,7 +55,7 @@ Mutated = tuple[str, bytes]
 
 
 def mutate(name: str, data: bytes, chance: random.Random) -> Mutated:
-    """Give a description of one change to a file, and the changed file."""
+    """Return a description of one change to a file, and the changed file."""
     kinds = [_raw]
     if name.endswith(".json"):
         kinds = [_json, _json, _json, _text, _raw]

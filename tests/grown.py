@@ -27,7 +27,7 @@ def with_music(model: mt.FusedModel, tower: nn.Module | None = None, **options: 
     for other in ("speech", "text"):
         graph.add_link("music", other, interleave=1)
         graph.add_link(other, "music", interleave=1, projection="linear")
-    return graph.extend(model)
+    return model.extend(graph)
 
 
 def without(examples: list[list[mt.Segment]], *names: str) -> dict:

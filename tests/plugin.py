@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from multitower.plugins import MODALITIES
+from multitower.plugins.entry_points import MODALITIES
 
 Offer = Callable[..., None]
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import multitower as mt
-from multitower import atomic
+from multitower.storage import atomic
 from multitower.testing import tiny_model, tiny_tower
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -40,7 +40,7 @@ def start(folder: Path, **options: Any) -> tuple[BaseProcess, Connection]:
 
 
 def which(folder: Path) -> int:
-    """Load a checkpoint; say which of the two models it is, every tensor of it."""
+    """Load a checkpoint; return which of the two models it is, every tensor of it."""
     towers = {"speech": tiny_tower(depth=3, width=12), "text": tiny_tower(depth=2, width=8)}
     found = mt.FusedModel.from_pretrained(folder, towers=towers).state_dict()
     for seed in (0, 1):
@@ -72,7 +72,7 @@ def _save(
     try:
         for number in rounds:
             models[(number + 1) % 2].save_pretrained(folder)
-    except mt.CheckpointError as error:
+    except mt.errors.CheckpointError as error:
         pipe.send(str(error))
     else:
         pipe.send("is done")
@@ -137,7 +137,7 @@ def _try(folder: Path) -> Report:
     try:
         tiny_model(1).save_pretrained(folder)
         said = "saved"
-    except mt.CheckpointError as error:
+    except mt.errors.CheckpointError as error:
         said = str(error)
     return said, which(folder), os.listdir(folder.parent)
 

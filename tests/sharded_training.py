@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 import multitower as mt
 from models import EXAMPLES, causal_lm
-from multitower.training_checkpoint import load_training, save_training
+from multitower.train.resume import load_training, save_training
 
 
 def start() -> tuple[mt.FusedModel, torch.optim.Optimizer]:

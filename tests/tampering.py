@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from multitower.checkpoint.layout import is_links
-from multitower.checkpoint.tensors import inventory
-from multitower.files import CheckpointError
-from multitower.seal import DIGEST, FILES, write_sealed
+from multitower.errors import CheckpointError
+from multitower.storage.integrity import DIGEST, FILES, write_sealed
+from multitower.storage.tensors import inventory
 
 
 def reseal(

@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_map_only
 
 import multitower as mt
 from models import EXAMPLES, causal_lm, pair, segment
-from multitower import attention
-from multitower.attention import block_visibility, visibility
+from multitower.link import attention
+from multitower.link.attention import block_visibility, visibility
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning"),
@@ -43,7 +43,7 @@ def uncompiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(attention, "_compiled", lambda: attention.flex_attention)
 
 
-def both(model: mt.FusedModel, batch: dict) -> tuple[mt.FusedOutput, mt.FusedOutput]:
+def both(model: mt.FusedModel, batch: dict) -> tuple[mt.run.output.FusedOutput, mt.run.output.FusedOutput]:
     outputs = []
     for implementation in ("sdpa", "flex_attention"):
         model.set_attn_implementation(implementation)

@@ -11,7 +11,7 @@ import pytest
 import multitower as mt
 from letters import Letters
 from models import causal_lm, pair
-from multitower.card import _label, is_generated, mermaid, model_card
+from multitower.hub.card import _label, is_generated, mermaid, model_card
 from multitower.testing import tiny_model, tiny_tower
 from multitower_text import TextModality
 

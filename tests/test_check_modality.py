@@ -54,7 +54,7 @@ from broken_modalities import (
     built,
 )
 from multitower.testing import MODALITY_PROMISES, check_modality, modality_report
-from multitower.testing.codec import same
+from multitower.testing.modality.case import same
 from test_check_modality_files import BROKEN as BROKEN_ON_DISK
 
 BROKEN = [

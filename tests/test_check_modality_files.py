@@ -85,7 +85,7 @@ class TakesAnyFolder(Cipher):
     def from_pretrained(cls, folder: Any) -> Self:
         try:
             return super().from_pretrained(folder)
-        except mt.CheckpointError:
+        except mt.errors.CheckpointError:
             return cls(torch.arange(256))
 
 
@@ -114,7 +114,7 @@ class HasAFileOfItsOwn(Cipher):
             warnings.warn("a modality without its shift", stacklevel=2)
             loaded.shift = 0
         except OSError as error:
-            raise mt.CheckpointError(str(error)) from error
+            raise mt.errors.CheckpointError(str(error)) from error
         return loaded
 
 
@@ -127,7 +127,7 @@ class ReadsTensorsByItself(Cipher):
     def from_pretrained(cls, folder: Any) -> Self:
         config, file = cls.read_config(Path(folder)), Path(folder, "modality.safetensors")
         if not file.exists():
-            raise mt.CheckpointError(f"{file} is missing")
+            raise mt.errors.CheckpointError(f"{file} is missing")
         return cls.restore(config, load_file(file))
 
 
@@ -136,7 +136,7 @@ class IsAnyones(Cipher):
     def read_config(cls, folder: Path) -> dict[str, Any]:
         try:
             return super().read_config(folder)
-        except mt.CheckpointError as error:
+        except mt.errors.CheckpointError as error:
             if "is that of modality" in str(error):
                 return {}
             raise

@@ -7,10 +7,11 @@ from collections.abc import Callable
 import pytest
 
 import multitower as mt
-from multitower import schedule
-from multitower.schedule import Schedule, Step
-from multitower.spec import LinkSpec
-from multitower.testing import PROMISES, check_schedule, schedules
+from multitower.compile import schedule
+from multitower.compile.schedule import Schedule, Step
+from multitower.declare.spec import LinkSpec
+from multitower.testing import PROMISES, check_schedule
+from multitower.testing.model import schedule as schedules
 from test_checks import EXAMPLES, make_model, patched
 
 THERE = LinkSpec("a", "b", name="there", interleave=1)
@@ -97,8 +98,8 @@ def test_a_wrong_cycle_is_reported(
     def lie(original: Callable, *args: object) -> Schedule:
         try:
             return original(*args)
-        except mt.GraphError as error:
-            raise mt.GraphError(str(error).replace(wrong, right)) from None
+        except mt.errors.GraphError as error:
+            raise mt.errors.GraphError(str(error).replace(wrong, right)) from None
 
     check_schedule({"a": 2, "b": 2}, CYCLE)
     patched(monkeypatch, schedules, "make_schedule", lie)

@@ -110,7 +110,7 @@ BROKEN = [
 def test_what_is_broken_is_named(kind: type[TinyTower], guarantee: str, message: str) -> None:
     tower = built(kind)
     assert re.search(message, tower_report(tower)[guarantee])
-    with pytest.raises(mt.TowerError, match=rf"{kind.__name__} breaks (?s:.*)\n  {guarantee}: "):
+    with pytest.raises(mt.errors.TowerError, match=rf"{kind.__name__} breaks (?s:.*)\n  {guarantee}: "):
         check_tower(tower)
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import multitower as mt
 from fake_hub import Download
 from models import EXAMPLES, causal_lm, pair
-from multitower.fingerprint import fingerprint
+from multitower.storage.fingerprint import fingerprint
 from multitower.testing import open_links, tiny_tower
 from tampering import reseal
 
@@ -90,7 +90,7 @@ def test_plain_towers_get_their_weights_back(tmp_path: Path) -> None:
         "text": tiny_tower(8, depth=2, width=8, vocab_size=20),
     }
     assert_same(model, mt.FusedModel.from_pretrained(tmp_path / "fused", towers=fresh))
-    with pytest.raises(mt.CheckpointError, match="tower 'speech' was declared with a module"):
+    with pytest.raises(mt.errors.CheckpointError, match="tower 'speech' was declared with a module"):
         mt.FusedModel.from_pretrained(tmp_path / "fused")
 
 
@@ -100,7 +100,7 @@ def test_a_moved_tower_is_found_by_the_callers_word(
     model.save_pretrained(tmp_path / "fused")
     moved = text_folder.rename(tmp_path / "elsewhere")
     with pytest.raises(
-        mt.CheckpointError,
+        mt.errors.CheckpointError,
         match=r"(?s)tower 'text': cannot load .*towers=\{'text': \.\.\.\}.*embed_towers=True",
     ):
         mt.FusedModel.from_pretrained(tmp_path / "fused")
@@ -112,14 +112,14 @@ def test_a_moved_tower_is_found_by_the_callers_word(
 def test_another_tower_is_refused(model: mt.FusedModel, text_folder: Path, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "fused")
     causal_lm("llama", seed=4).save_pretrained(text_folder)
-    with pytest.raises(mt.CheckpointError, match=r"tower 'text' .* is not the one"):
+    with pytest.raises(mt.errors.CheckpointError, match=r"tower 'text' .* is not the one"):
         mt.FusedModel.from_pretrained(tmp_path / "fused")
 
 
 def test_a_given_tower_wins_over_a_stored_one(model: mt.FusedModel, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "fused")
     untrained = str(tmp_path / "speech-model")
-    with pytest.raises(mt.CheckpointError, match=f"tower 'speech' from {untrained} is not the one"):
+    with pytest.raises(mt.errors.CheckpointError, match=f"tower 'speech' from {untrained} is not the one"):
         mt.FusedModel.from_pretrained(tmp_path / "fused", towers={"speech": untrained})
 
 
@@ -133,7 +133,7 @@ def test_fingerprint_sees_the_dtype() -> None:
 def test_a_missing_file_is_named(model: mt.FusedModel, tmp_path: Path, missing: str) -> None:
     model.save_pretrained(tmp_path / "fused")
     (tmp_path / "fused" / missing).unlink()
-    with pytest.raises(mt.CheckpointError, match=Path(missing).name):
+    with pytest.raises(mt.errors.CheckpointError, match=Path(missing).name):
         mt.FusedModel.from_pretrained(tmp_path / "fused")
 
 
@@ -142,7 +142,7 @@ def test_a_half_written_file_is_named(model: mt.FusedModel, tmp_path: Path, dama
     model.save_pretrained(tmp_path / "fused")
     file = tmp_path / "fused" / damaged
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    with pytest.raises(mt.CheckpointError, match=rf"{Path(damaged).name} is damaged"):
+    with pytest.raises(mt.errors.CheckpointError, match=rf"{Path(damaged).name} is damaged"):
         mt.FusedModel.from_pretrained(tmp_path / "fused")
 
 
@@ -155,7 +155,7 @@ def test_tensors_that_do_not_fit_are_all_listed(model: mt.FusedModel, tmp_path: 
     tensors[second] = tensors[second].to(torch.float16)
     save_file(tensors, file)
     reseal(tmp_path / "fused")
-    with pytest.raises(mt.CheckpointError) as caught:
+    with pytest.raises(mt.errors.CheckpointError) as caught:
         mt.FusedModel.from_pretrained(tmp_path / "fused")
     for part in (f"missing: {first}", "unexpected: links.other", f"{second} is F16", "but was F32"):
         assert part in str(caught.value)
@@ -165,13 +165,13 @@ def test_a_newer_format_is_refused(model: mt.FusedModel, tmp_path: Path) -> None
     model.save_pretrained(tmp_path / "fused")
     file = tmp_path / "fused/fusion.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "format_version": 99}))
-    with pytest.raises(mt.CheckpointError, match="upgrade multitower"):
+    with pytest.raises(mt.errors.CheckpointError, match="upgrade multitower"):
         mt.FusedModel.from_pretrained(tmp_path / "fused")
 
 
 def test_towers_for_nobody_are_refused(model: mt.FusedModel, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "fused")
-    with pytest.raises(mt.CheckpointError, match="the checkpoint has the towers speech, text"):
+    with pytest.raises(mt.errors.CheckpointError, match="the checkpoint has the towers speech, text"):
         mt.FusedModel.from_pretrained(tmp_path / "fused", towers={"txt": "x"})
 
 
@@ -203,8 +203,8 @@ def test_a_save_that_breaks_off_leaves_the_old_checkpoint(
     def full(*args: object, **kwargs: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("multitower.checkpoint.tensors.save_file", full)
-    with pytest.raises(mt.CheckpointError, match="no space"):
+    monkeypatch.setattr("multitower.storage.tensors.save_file", full)
+    with pytest.raises(mt.errors.CheckpointError, match="no space"):
         model.save_pretrained(tmp_path / "fused")
     again = mt.FusedModel.from_pretrained(tmp_path / "fused")
     assert torch.equal(logits(again)["speech"], before["speech"])
@@ -214,9 +214,9 @@ def test_a_save_that_breaks_off_leaves_the_old_checkpoint(
 def test_other_peoples_folders_are_left_alone(model: mt.FusedModel, tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis/chapter.txt").write_text("one")
-    with pytest.raises(mt.CheckpointError, match=r"not empty and holds no fusion\.json"):
+    with pytest.raises(mt.errors.CheckpointError, match=r"not empty and holds no fusion\.json"):
         model.save_pretrained(tmp_path / "thesis")
-    with pytest.raises(mt.CheckpointError, match="is a file"):
+    with pytest.raises(mt.errors.CheckpointError, match="is a file"):
         model.save_pretrained(tmp_path / "thesis/chapter.txt")
     assert (tmp_path / "thesis/chapter.txt").read_text() == "one"
 

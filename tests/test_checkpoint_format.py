@@ -18,7 +18,7 @@ import multitower as mt
 from adapted import fused
 from models import EXAMPLES, causal_lm, pair
 from multitower.testing import tiny_tower
-from multitower.tower.lora import base_state
+from multitower.tower.peft_tower import base_state
 from tampering import reseal
 
 BLANKS = {
@@ -138,7 +138,7 @@ def test_damaged_shards_are_refused(tmp_path: Path, damage: str) -> None:
         index.write_text(json.dumps({**said, "weight_map": places}))
     else:
         index.write_text(json.dumps({**said, "weight_map": {}}))
-    with pytest.raises(mt.CheckpointError, match="links"):
+    with pytest.raises(mt.errors.CheckpointError, match="links"):
         mt.FusedModel.from_pretrained(folder, towers=blanks())
 
 
@@ -159,7 +159,7 @@ def test_all_that_is_wrong_in_any_file_is_listed(tmp_path: Path) -> None:
             f"{part}.safetensors: {two} is F16",
             f"{part}.safetensors: {three} is F32 [2, 7], but was",
         ]
-    with pytest.raises(mt.CheckpointError) as caught:
+    with pytest.raises(mt.errors.CheckpointError) as caught:
         mt.FusedModel.from_pretrained(tmp_path, towers={"speech": BLANKS["speech"]()})
     for line in expected:
         assert line in str(caught.value)
@@ -172,7 +172,7 @@ def test_a_link_of_another_graph_is_listed_tap_by_tap(tmp_path: Path) -> None:
     said["graph"]["links"][0] |= {"interleave": None, "embeddings": False}
     said["schedule"] = None
     rewrite(tmp_path, **said)
-    with pytest.raises(mt.CheckpointError) as caught:
+    with pytest.raises(mt.errors.CheckpointError) as caught:
         mt.FusedModel.from_pretrained(tmp_path, towers=blanks())
     assert "missing: links.speech->text.1-2.norm.weight" in str(caught.value)
     assert "unexpected: links.speech->text.4-2.norm.weight" in str(caught.value)
@@ -181,7 +181,9 @@ def test_a_link_of_another_graph_is_listed_tap_by_tap(tmp_path: Path) -> None:
 def test_taps_between_other_layers_are_refused(tmp_path: Path) -> None:
     pair(gates=True, train="all").save_pretrained(tmp_path)
     rewrite(tmp_path, schedule={"fingerprint": "sha256:0"})
-    with pytest.raises(mt.CheckpointError, match=r"fusion\.json is damaged: the links were trained between"):
+    with pytest.raises(
+        mt.errors.CheckpointError, match=r"fusion\.json is damaged: the links were trained between"
+    ):
         mt.FusedModel.from_pretrained(tmp_path, towers=blanks())
 
 
@@ -189,14 +191,14 @@ def test_taps_between_other_layers_are_refused(tmp_path: Path) -> None:
 def test_a_version_that_is_none_is_refused(tmp_path: Path, version: Any) -> None:
     pair().save_pretrained(tmp_path)
     rewrite(tmp_path, format_version=version)
-    with pytest.raises(mt.CheckpointError, match="is no version of the format"):
+    with pytest.raises(mt.errors.CheckpointError, match="is no version of the format"):
         mt.FusedModel.from_pretrained(tmp_path, towers=blanks())
 
 
 def test_a_newer_version_says_what_to_upgrade_to(tmp_path: Path) -> None:
     pair().save_pretrained(tmp_path)
     rewrite(tmp_path, format_version=3, multitower="0.9.1")
-    with pytest.raises(mt.CheckpointError, match=r"version 3.*pip install -U 'multitower>=0\.9\.1'"):
+    with pytest.raises(mt.errors.CheckpointError, match=r"version 3.*pip install -U 'multitower>=0\.9\.1'"):
         mt.FusedModel.from_pretrained(tmp_path, towers=blanks())
 
 
@@ -257,7 +259,7 @@ def test_adapters_of_version_1_are_read(tmp_path: Path) -> None:
     adapter = tmp_path / "old/towers/text/adapter/adapter_model.safetensors"
     tensors = load_file(adapter)
     save_file({**tensors, min(tensors): tensors[min(tensors)] + 1}, adapter)
-    with pytest.raises(mt.CheckpointError, match="holds other values"):
+    with pytest.raises(mt.errors.CheckpointError, match="holds other values"):
         mt.FusedModel.from_pretrained(tmp_path / "old")
 
 
@@ -276,7 +278,8 @@ def test_version_1_is_held_to_what_it_says(tmp_path: Path, change: str) -> None:
     if change == "other":
         rewrite(tmp_path, towers={"text": 3})
     with pytest.raises(
-        mt.CheckpointError, match=r"float16|tower 'text' .* is not the one|for tower 'speech'|is damaged"
+        mt.errors.CheckpointError,
+        match=r"float16|tower 'text' .* is not the one|for tower 'speech'|is damaged",
     ):
         mt.FusedModel.from_pretrained(tmp_path, towers={"speech": BLANKS["speech"]()})
 
@@ -296,7 +299,7 @@ def test_version_1_is_held_to_what_it_says(tmp_path: Path, change: str) -> None:
 def test_damaged_documents_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:
     pair(gates=True, train="all").save_pretrained(tmp_path)
     rewrite(tmp_path, **change)
-    with pytest.raises(mt.CheckpointError, match=r"fusion\.json is damaged"):
+    with pytest.raises(mt.errors.CheckpointError, match=r"fusion\.json is damaged"):
         mt.FusedModel.from_pretrained(tmp_path, towers=blanks())
 
 
@@ -307,5 +310,5 @@ def test_adapters_stay_in_their_folder(tmp_path: Path, name: str) -> None:
     said = document(tmp_path / "fused")
     said["towers"]["text"]["adapters"] = {name: said["towers"]["text"]["adapters"]["default"]}
     rewrite(tmp_path / "fused", **said)
-    with pytest.raises(mt.CheckpointError, match="cannot have adapters"):
+    with pytest.raises(mt.errors.CheckpointError, match="cannot have adapters"):
         mt.FusedModel.from_pretrained(tmp_path / "fused")

@@ -47,7 +47,7 @@ def test_one_changed_value_is_noticed(model: mt.FusedModel, origin: Path, tmp_pa
     tensors = load_file(origin / "model.safetensors")
     tensors["model.embed_tokens.weight"][7, 3] += 1e-3
     save_file(tensors, origin / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(mt.CheckpointError, match=r"is not the one .* allow_changed_towers=\['text'\]"):
+    with pytest.raises(mt.errors.CheckpointError, match=r"is not the one .* allow_changed_towers=\['text'\]"):
         mt.FusedModel.from_pretrained(tmp_path / "fused")
 
 
@@ -61,7 +61,7 @@ def test_a_changed_tower_is_taken_when_told_so(
     place = origin if given == "origin" else tmp_path / "later"
     other.save_pretrained(place)
     towers: dict[str, Any] = {"path": {"text": str(place)}, "module": {"text": other}}.get(given, {})
-    with pytest.raises(mt.CheckpointError, match=r"tower 'text' .* is not the one"):
+    with pytest.raises(mt.errors.CheckpointError, match=r"tower 'text' .* is not the one"):
         mt.FusedModel.from_pretrained(tmp_path / "fused", towers=towers, allow_changed_towers=["speech"])
     with pytest.warns(UserWarning, match="tower 'text' .* trained with another") as warned:
         again = mt.FusedModel.from_pretrained(tmp_path / "fused", towers=towers, allow_changed_towers=allowed)
@@ -75,17 +75,17 @@ def test_a_stored_tower_is_never_a_changed_one(model: mt.FusedModel, tmp_path: P
     file = tmp_path / "fused/towers/speech/model.safetensors"
     tensors = load_file(file)
     save_file({**tensors, min(tensors): tensors[min(tensors)] + 1}, file, metadata={"format": "pt"})
-    with pytest.raises(mt.CheckpointError, match=r"damaged: towers/speech/model\.safetensors"):
+    with pytest.raises(mt.errors.CheckpointError, match=r"damaged: towers/speech/model\.safetensors"):
         mt.FusedModel.from_pretrained(tmp_path / "fused", allow_changed_towers=True)
     reseal(tmp_path / "fused")
-    with pytest.raises(mt.CheckpointError, match=r"tower 'speech' .* is not the one"):
+    with pytest.raises(mt.errors.CheckpointError, match=r"tower 'speech' .* is not the one"):
         mt.FusedModel.from_pretrained(tmp_path / "fused", allow_changed_towers=True)
 
 
 def test_towers_of_another_size_are_refused(model: mt.FusedModel, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "fused")
     towers = {"text": causal_lm("llama", width=8, depth=3), "speech": causal_lm("llama", width=8)}
-    with pytest.raises(mt.CheckpointError) as caught:
+    with pytest.raises(mt.errors.CheckpointError) as caught:
         mt.FusedModel.from_pretrained(tmp_path / "fused", towers=towers, allow_changed_towers=True)
     assert "tower 'text' has depth 3, not 2 and width 8, not 16" in str(caught.value)
     assert "tower 'speech' has depth 2, not 4 and width 8, not 16" in str(caught.value)
@@ -193,12 +193,12 @@ def test_one_tower_is_loaded_without_the_rest(model: mt.FusedModel, origin: Path
     shutil.rmtree(origin)
     speech, tokens = mt.load_tower(tmp_path / "fused", "speech"), torch.tensor([[0, 4, 5]])
     assert torch.equal(speech(tokens).logits, model.unimodal("speech")(tokens).logits)
-    with pytest.raises(mt.CheckpointError, match="cannot load"):
+    with pytest.raises(mt.errors.CheckpointError, match="cannot load"):
         mt.load_tower(tmp_path / "fused", "text")
     (tmp_path / "fused/towers/speech/model.safetensors").unlink()
-    with pytest.raises(mt.CheckpointError, match=r"speech/model\.safetensors is missing"):
+    with pytest.raises(mt.errors.CheckpointError, match=r"speech/model\.safetensors is missing"):
         mt.load_tower(tmp_path / "fused", "speech")
-    with pytest.raises(mt.CheckpointError, match="no tower 'smell'; the towers are speech, text"):
+    with pytest.raises(mt.errors.CheckpointError, match="no tower 'smell'; the towers are speech, text"):
         mt.load_tower(tmp_path / "fused", "smell")
 
 
@@ -225,7 +225,7 @@ def test_one_tower_in_plain_pytorch_is_given_again(tmp_path: Path) -> None:
     given = BLANKS["speech"]()
     assert mt.load_tower(tmp_path, "speech", tower=given) is given
     assert all(map(torch.equal, given.state_dict().values(), model.tower("speech").state_dict().values()))
-    with pytest.raises(mt.CheckpointError, match="tower 'speech' was declared with a module"):
+    with pytest.raises(mt.errors.CheckpointError, match="tower 'speech' was declared with a module"):
         mt.load_tower(tmp_path, "speech")
 
 
@@ -261,7 +261,7 @@ def test_tied_weights_are_stored_once_and_stay_tied(tmp_path: Path, meta: bool) 
         assert torch.equal(again.state_dict()[key], value)
     untied = tiny_tower(3)
     untied.twin = copy.deepcopy(untied.table)
-    with pytest.raises(mt.CheckpointError, match=r"missing: (twin|table)\.weight"):
+    with pytest.raises(mt.errors.CheckpointError, match=r"missing: (twin|table)\.weight"):
         mt.FusedModel.from_pretrained(tmp_path, towers={"text": untied})
 
 
@@ -322,5 +322,5 @@ def test_a_tower_without_values_is_refused(model: mt.FusedModel, tmp_path: Path)
     model.save_pretrained(tmp_path / "fused")
     with torch.device("meta"):
         empty = causal_lm("llama", seed=3)
-    with pytest.raises(mt.CheckpointError, match="tower 'text' is on the meta device"):
+    with pytest.raises(mt.errors.CheckpointError, match="tower 'text' is on the meta device"):
         mt.FusedModel.from_pretrained(tmp_path / "fused", towers={"text": empty})

@@ -7,8 +7,6 @@ import functools
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -16,10 +14,13 @@ from torch import Tensor
 
 import multitower as mt
 from models import causal_lm, segment
-from multitower import cache, fused, run
-from multitower.attention import Visibility
-from multitower.link import GatedCrossAttention
-from multitower.schedule import Schedule, Step, Tap
+from multitower.compile.schedule import Schedule, Step, Tap
+from multitower.generate import tap_cache as cache
+from multitower.link.attention import Visibility
+from multitower.link.cross_attention import GatedCrossAttention
+from multitower.run import fusion, tables
+from multitower.run.fusion import Fusion
+from multitower.run.output import States
 from multitower.testing import (
     PROMISES,
     TinyTower,
@@ -91,30 +92,23 @@ def without_a_window(original: Callable, *args: object) -> Visibility:
 
 
 def one_after_the_other(
-    original: Callable, model: mt.FusedModel, taps: tuple, x: torch.Tensor, *args: object
+    original: Callable, model: Fusion, taps: tuple, states: States, *args: object
 ) -> torch.Tensor:
     for tap in taps:
-        x = original(model, (tap,), x, *args)
-    return x
+        states.hidden[tap.target] = original(model, (tap,), states, *args)
+    return states.hidden[taps[0].target]
 
 
 def reads_before_the_adapter(
-    original: Callable,
-    model: mt.FusedModel,
-    taps: tuple,
-    x: Tensor,
-    rotations: Any,
-    seen: Any,
-    states: Any,
-    *rest: object,
-) -> Tensor:
+    original: Callable, model: Fusion, taps: tuple, states: States, *args: object
+) -> torch.Tensor:
     table = model.tower("speech").table.weight
     embedded = states.given.get(("speech", 0))
     if embedded is None:
-        return original(model, taps, x, rotations, seen, states, *rest)
+        return original(model, taps, states, *args)
     bare = table[torch.cdist(embedded.detach(), table).argmin(-1)]
-    states = replace(states, given={**states.given, ("speech", 0): bare})
-    return original(model, taps, x, rotations, seen, states, *rest)
+    given = {**states.given, ("speech", 0): bare}
+    return original(model, taps, states._replace(given=given), *args)
 
 
 def forgets_a_tap(original: Callable, self: object, *args: object) -> None:
@@ -181,13 +175,13 @@ def forgets_needed_taps(
 
 
 BREAKAGES = {
-    "sees the present": ((run, "visibility", sees_the_present), {"causality", "definition", "sight"}),
-    "sees padding": ((run, "visibility", sees_padding), {"padding", "definition", "rows"}),
-    "blind tokens get a feed-forward": ((run, "visibility", sees_always), {"sight", "definition"}),
-    "no window": ((run, "visibility", without_a_window), {"definition"}),
+    "sees the present": ((tables, "visibility", sees_the_present), {"causality", "definition", "sight"}),
+    "sees padding": ((tables, "visibility", sees_padding), {"padding", "definition", "rows"}),
+    "blind tokens get a feed-forward": ((tables, "visibility", sees_always), {"sight", "definition"}),
+    "no window": ((tables, "visibility", without_a_window), {"definition"}),
     "no window in decoding": ((cache, "visibility", without_a_window), {"decoding"}),
-    "links in sequence": ((run, "update", one_after_the_other), {"order", "definition"}),
-    "embeddings are read before the adapter": ((run, "update", reads_before_the_adapter), {"definition"}),
+    "links in sequence": ((Fusion, "_tapped", one_after_the_other), {"order", "definition"}),
+    "embeddings are read before the adapter": ((Fusion, "_tapped", reads_before_the_adapter), {"definition"}),
     "a tap forgotten in decoding": ((cache.TapReader, "__init__", forgets_a_tap), {"decoding"}),
     "a tap not refreshed between outputs": (
         (cache.TapCache, "refresh", forgets_to_refresh_a_tap),
@@ -195,13 +189,13 @@ BREAKAGES = {
     ),
     "a tap that stops growing": ((cache.TapCache, "grow", grows_once), {"decoding"}),
     "frozen towers train": ((mt.FusedModel, "train", wakes_frozen_towers), {"frozen"}),
-    "a loss is forgotten": ((fused, "with_labels", forgets_a_label), {"losses"}),
+    "a loss is forgotten": ((fusion, "with_labels", forgets_a_label), {"losses"}),
     "taps that a loss needs are forgotten": ((Schedule, "needed", forgets_needed_taps), {"losses"}),
     "everything is trained": ((mt.FusedModel, "__init__", trains_all), {"frozen"}),
     "unimodal adapts": ((mt.FusedModel, "unimodal", adapts), {"unimodal"}),
     "sources are detached": ((GatedCrossAttention, "read", forgets_what_it_read), {"gradients"}),
     "closed gates leak": ((GatedCrossAttention, "forward", leaks_when_closed), {"identity", "sight"}),
-    "packed examples see each other": ((run, "moments", forgets_examples), {"packing"}),
+    "packed examples see each other": ((tables, "moments", forgets_examples), {"packing"}),
     "gates are lost on disk": ((mt.FusedModel, "from_pretrained", loads_closed_gates), {"saved"}),
 }
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 import multitower
-from multitower import cli
-from multitower.cli import main
-from multitower.plugins import modality_class
+from multitower.cli import main as cli
+from multitower.cli.main import main
+from multitower.plugins.entry_points import modality_class
 
 ROOT = Path(multitower.__file__).parents[1]
 

@@ -29,7 +29,7 @@ def test_only_what_is_predicted_inside_a_segment_changes(
     )
     batch = mt.pack(batch) if packed else batch
     before = batch["streams"]["speech"]["tokens"].clone()
-    noisy = mt.corrupt_history(batch, {"speech": rate}, generator=torch.Generator().manual_seed(0))
+    noisy = mt.batch.corrupt_history(batch, {"speech": rate}, generator=torch.Generator().manual_seed(0))
     assert torch.equal(batch["streams"]["speech"]["tokens"], before)
     assert noisy["streams"]["text"] is batch["streams"]["text"]
     found = noisy["streams"]["speech"]["tokens"]
@@ -44,7 +44,7 @@ def test_only_what_is_predicted_inside_a_segment_changes(
 def test_about_as_many_change_as_are_asked_for() -> None:
     tokens = torch.arange(2, 20_002)
     batch = mt.collate([[mt.Segment("speech", torch.cat([torch.tensor([0]), tokens]), target=True)]])
-    found = mt.corrupt_history(batch, {"speech": 0.15}, generator=torch.Generator().manual_seed(0))
+    found = mt.batch.corrupt_history(batch, {"speech": 0.15}, generator=torch.Generator().manual_seed(0))
     changed = (found["streams"]["speech"]["tokens"][0, 1:] != tokens).float().mean()
     assert changed == pytest.approx(0.15, abs=0.01)
 
@@ -52,11 +52,11 @@ def test_about_as_many_change_as_are_asked_for() -> None:
 @pytest.mark.parametrize("rate", [-0.1, 1.5])
 def test_a_share_is_a_share(rate: float) -> None:
     with pytest.raises(ValueError, match="not between 0 and 1"):
-        mt.corrupt_history(mt.collate([[mt.Segment("text", [1])]]), {"text": rate})
+        mt.batch.corrupt_history(mt.collate([[mt.Segment("text", [1])]]), {"text": rate})
 
 
 def test_batches_without_labels_are_refused() -> None:
     batch = mt.collate([[mt.Segment("text", [1, 2])]])
     del batch["streams"]["text"]["labels"]
     with pytest.raises(ValueError, match="has no labels"):
-        mt.corrupt_history(batch, {"text": 0.1})
+        mt.batch.corrupt_history(batch, {"text": 0.1})

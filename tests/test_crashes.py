@@ -18,8 +18,8 @@ import torch
 import multitower as mt
 import savers
 from models import causal_lm
-from multitower import atomic
 from multitower.checkpoint import load
+from multitower.storage import atomic
 from multitower.testing import tiny_model
 
 
@@ -33,7 +33,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def kill_at_random(folder: Path, kills: int, seed: int, **options: bool) -> list[int]:
-    """Kill savers, each at a moment of its own; say which model was found each time."""
+    """Kill savers, each at a moment of its own; return which model was found each time."""
     chance, found = random.Random(seed), []
     started = time.perf_counter()
     tiny_model(0).save_pretrained(folder)
@@ -126,7 +126,7 @@ def test_a_file_system_that_is_read_only_is_named(folder: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tempfile, "mkdtemp", read_only)
-        with pytest.raises(mt.CheckpointError, match=r"cannot save to .*Read-only file system"):
+        with pytest.raises(mt.errors.CheckpointError, match=r"cannot save to .*Read-only file system"):
             tiny_model(1).save_pretrained(folder)
     assert savers.which(folder) == 0
 
@@ -137,7 +137,7 @@ def test_savers_and_readers_at_the_same_time(folder: Path, exchange: bool) -> No
     assert [pipe.recv() for _, pipe in children] == ["begins"] * 3
     found = []
     while any(child.is_alive() for child, _ in children):
-        with suppress(mt.CheckpointError):
+        with suppress(mt.errors.CheckpointError):
             found.append(savers.which(folder))
     reports = [pipe.recv() for _, pipe in children]
     assert all(report == "is done" or report.startswith("cannot save") for report in reports)
@@ -185,7 +185,7 @@ def test_a_rename_that_fails_is_undone(folder: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(atomic, "_exchange", lambda one, other: False)
     monkeypatch.setattr(Path, "rename", stubborn)
-    with pytest.raises(mt.CheckpointError, match=r"which is as it was: .*the disk is broken"):
+    with pytest.raises(mt.errors.CheckpointError, match=r"which is as it was: .*the disk is broken"):
         tiny_model(1).save_pretrained(folder)
     assert savers.which(folder) == 0
     assert os.listdir(folder.parent) == ["fused"]
@@ -215,7 +215,9 @@ def test_a_checkpoint_replaced_while_it_is_read_is_read_again(
     assert torch.equal(next(found.adapters.parameters()), next(models[1].adapters.parameters()))
     calls.clear()
     later = 0
-    with pytest.raises(mt.CheckpointError, match="was replaced by another checkpoint while it was read"):
+    with pytest.raises(
+        mt.errors.CheckpointError, match="was replaced by another checkpoint while it was read"
+    ):
         mt.FusedModel.from_pretrained(folder, towers={"text": causal_lm("llama")})
 
 

@@ -57,7 +57,9 @@ def custom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_code_that_a_model_brings_is_not_run(custom: Path) -> None:
     graph = mt.FusionGraph()
     graph.add_tower("text", custom)
-    with pytest.raises(mt.TowerError, match=r"tower 'text': .* code of its own.*trust_remote_code=True"):
+    with pytest.raises(
+        mt.errors.TowerError, match=r"tower 'text': .* code of its own.*trust_remote_code=True"
+    ):
         graph.compile()
     assert not custom.with_name("witness").exists()
 
@@ -72,7 +74,7 @@ def test_a_model_with_its_own_code_is_a_tower_once_its_user_has_loaded_it(custom
 
     witness.unlink()
     speech = fused.tower("speech")
-    with pytest.raises(mt.CheckpointError, match=r"tower 'text': .* code of its own"):
+    with pytest.raises(mt.errors.CheckpointError, match=r"tower 'text': .* code of its own"):
         mt.FusedModel.from_pretrained(folder, towers={"speech": speech})
     assert not witness.exists()
 
@@ -98,7 +100,7 @@ def test_kernels_that_a_config_asks_for_are_not_fetched(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**config, "attn_implementation": "someone/kernels"}))
     graph = mt.FusionGraph()
     graph.add_tower("text", tmp_path)
-    with pytest.raises(mt.TowerError, match="asks for the kernels 'someone/kernels'"):
+    with pytest.raises(mt.errors.TowerError, match="asks for the kernels 'someone/kernels'"):
         graph.compile()
 
 
@@ -109,5 +111,5 @@ def test_pickles_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch, "load", lambda *args, **kwargs: pytest.fail("torch.load was called"))
     graph = mt.FusionGraph()
     graph.add_tower("text", tmp_path)
-    with pytest.raises(mt.TowerError, match="cannot load"):
+    with pytest.raises(mt.errors.TowerError, match="cannot load"):
         graph.compile()

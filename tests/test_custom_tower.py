@@ -86,12 +86,12 @@ def test_x_transformers_give_every_guarantee(name: str) -> None:
 @pytest.mark.parametrize("name", REFUSED)
 def test_other_options_are_refused(name: str) -> None:
     around, layers, message = REFUSED[name]
-    with pytest.raises(mt.TowerError, match=message):
+    with pytest.raises(mt.errors.TowerError, match=message):
         XTransformersTower(wrapper(around, layers))
 
 
 def test_an_encoder_is_refused() -> None:
-    with pytest.raises(mt.TowerError, match=CAUSAL):
+    with pytest.raises(mt.errors.TowerError, match=CAUSAL):
         XTransformersTower(wrapper({}, {}, kind=Encoder))
 
 

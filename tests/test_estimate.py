@@ -15,8 +15,8 @@ import multitower as mt
 from broken_towers import Caches
 from models import EXAMPLES, causal_lm, pair, segment
 from multitower import FusionGraph
-from multitower.cache import TapCache
-from multitower.stream import Batch
+from multitower.batch.collate import Batch
+from multitower.generate.tap_cache import TapCache
 from multitower.testing.strategies import cases
 
 FAMILIES = ("llama", "gpt2", "qwen3", "gemma3_text")
@@ -57,7 +57,7 @@ def flops(model: mt.FusedModel, batch: Batch, *, backward: bool) -> int:
     return counter.get_total_flops()
 
 
-def check(model: mt.FusedModel, batch: Batch) -> mt.Estimate:
+def check(model: mt.FusedModel, batch: Batch) -> mt.inspect.Estimate:
     """Compare an estimate with what is measured."""
     found = model.estimate(batch)
     total = found.total
@@ -100,7 +100,7 @@ def test_a_folder_is_estimated_by_its_config_alone(family, tmp_path):
     expected = graph.compile().estimate(batch)
     for weights in tmp_path.glob("*.safetensors"):
         weights.unlink()
-    assert graph.estimate(batch) == expected
+    assert mt.inspect.estimate(graph, batch) == expected
 
 
 def test_nothing_takes_the_memory_of_weights(tmp_path):
@@ -111,7 +111,7 @@ def test_nothing_takes_the_memory_of_weights(tmp_path):
     graph.add_tower("text", tmp_path, train="all")
     batch = mt.collate([[mt.Segment("text", [0, 5, 1], target=True)]])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    found = graph.estimate(batch).total
+    found = mt.inspect.estimate(graph, batch).total
     grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     assert found.parameter_bytes > 10 << 30
     assert grown < found.parameter_bytes // 100
@@ -136,7 +136,7 @@ def test_a_given_module_is_left_as_it_is():
     module = causal_lm("llama")
     graph = FusionGraph()
     graph.add_tower("text", module, train="lora")
-    graph.estimate(mt.collate([[mt.Segment("text", [0, 5, 1], target=True)]]))
+    mt.inspect.estimate(graph, mt.collate([[mt.Segment("text", [0, 5, 1], target=True)]]))
     assert type(module).__name__ == "LlamaForCausalLM"
     assert all(each.requires_grad and not each.is_meta for each in module.parameters())
     assert not any("lora" in name for name, _ in module.named_parameters())
@@ -148,7 +148,9 @@ def test_weights_that_are_shared_or_tied_count_once():
     graph.add_tower("question", module)
     graph.add_tower("answer", module)
     graph.add_link("question", "answer", interleave=1)
-    found = graph.estimate(mt.collate([[segment("question", 4), segment("answer", 5, target=True)]]))
+    found = mt.inspect.estimate(
+        graph, mt.collate([[segment("question", 4), segment("answer", 5, target=True)]])
+    )
     assert found.towers["question"].parameters == sum(each.numel() for each in module.parameters())
     assert found.towers["answer"].parameters == 0
     assert found.towers["answer"].forward_flops == found.towers["question"].forward_flops > 0
@@ -163,7 +165,7 @@ def test_each_part_has_its_own_flops():
     link = {"projection": "mlp", "feed_forward": True, "position": None}
     graph.add_link("speech", "text", taps=[(1, 2)], heads=2, **link)
     speech, text = (mt.Segment(name, [3] * length, target=name == "text") for name in ("speech", "text"))
-    found = graph.estimate(mt.collate([[speech, text]] * rows))
+    found = mt.inspect.estimate(graph, mt.collate([[speech, text]] * rows))
     tokens, pairs = rows * length, rows * length**2
     tower = 2 * tokens * (2 * (3 * width**2 + 3 * width * inner) + width * vocabulary) + 2 * 4 * pairs * width
     tap = 2 * tokens * (3 + 4 + 8) * width**2 + 4 * pairs * width
@@ -233,8 +235,8 @@ def test_a_quantised_folder_is_refused(tmp_path):
     config.save_pretrained(tmp_path)
     graph = FusionGraph()
     graph.add_tower("text", tmp_path)
-    with pytest.raises(mt.TowerError, match=r"tower 'text': .* is quantised"):
-        graph.estimate(mt.collate([[segment("text", 4)]]))
+    with pytest.raises(mt.errors.TowerError, match=r"tower 'text': .* is quantised"):
+        mt.inspect.estimate(graph, mt.collate([[segment("text", 4)]]))
 
 
 def test_a_batch_that_does_not_fit_is_refused():

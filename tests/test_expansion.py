@@ -21,8 +21,8 @@ def native() -> torch.nn.Module:
 
 
 @pytest.fixture
-def model(native: torch.nn.Module) -> mt.VocabularyExpansion:
-    return mt.VocabularyExpansion(native, {"text": Codec(20), "speech": Codec(14)}).eval()
+def model(native: torch.nn.Module) -> mt.baseline.VocabularyExpansion:
+    return mt.baseline.VocabularyExpansion(native, {"text": Codec(20), "speech": Codec(14)}).eval()
 
 
 EXAMPLES = [
@@ -32,7 +32,7 @@ EXAMPLES = [
 ROWS = [[20, 25, 26, 21, 0, 9, 3, 1], [0, 4, 1, 20, 29, 21, 0, 2]]
 
 
-def test_streams_become_one_row(model: mt.VocabularyExpansion, native: torch.nn.Module) -> None:
+def test_streams_become_one_row(model: mt.baseline.VocabularyExpansion, native: torch.nn.Module) -> None:
     out = model(**mt.collate(EXAMPLES))
     logits = native(torch.tensor(ROWS)).logits
     assert logits.shape[-1] == 34
@@ -47,12 +47,14 @@ def test_streams_become_one_row(model: mt.VocabularyExpansion, native: torch.nn.
 def test_the_models_own_words_keep_their_places() -> None:
     before = causal_lm("llama")
     rows = before.get_input_embeddings().weight.detach().clone()
-    expanded = mt.VocabularyExpansion(before, {"text": Codec(20), "speech": Codec(14)})
+    expanded = mt.baseline.VocabularyExpansion(before, {"text": Codec(20), "speech": Codec(14)})
     assert torch.equal(expanded.model.get_input_embeddings().weight[:20], rows)
     assert all(parameter.requires_grad for parameter in expanded.parameters())
 
 
-def test_decoding_stays_within_the_modality(model: mt.VocabularyExpansion, native: torch.nn.Module) -> None:
+def test_decoding_stays_within_the_modality(
+    model: mt.baseline.VocabularyExpansion, native: torch.nn.Module
+) -> None:
     given = [EXAMPLES[0][:1], EXAMPLES[1][:1]]
     decoded = model.generate(given, output=["speech", "text"], max_new_tokens=4, do_sample=False)
     for row, start in zip(decoded, ([20, 25, 26, 21], [0, 4, 1]), strict=True):
@@ -66,7 +68,7 @@ def test_decoding_stays_within_the_modality(model: mt.VocabularyExpansion, nativ
         assert max(text) < 20
 
 
-def test_bad_streams_are_refused(model: mt.VocabularyExpansion) -> None:
+def test_bad_streams_are_refused(model: mt.baseline.VocabularyExpansion) -> None:
     with pytest.raises(ValueError, match="a stream for 'music'"):
         model(**mt.collate([[mt.Segment("music", [1])]]))
     with pytest.raises(ValueError, match="vocabulary of 14"):
@@ -86,7 +88,7 @@ def test_bad_streams_are_refused(model: mt.VocabularyExpansion) -> None:
     ],
 )
 def test_options_that_cannot_be_passed_on_are_refused(
-    model: mt.VocabularyExpansion, options: dict, message: str
+    model: mt.baseline.VocabularyExpansion, options: dict, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         model.generate([[]], output=["text"], **options)
@@ -94,7 +96,7 @@ def test_options_that_cannot_be_passed_on_are_refused(
         model.generate([[]], output=["music"])
 
 
-def test_the_mode_comes_back_whatever_happens(model: mt.VocabularyExpansion) -> None:
+def test_the_mode_comes_back_whatever_happens(model: mt.baseline.VocabularyExpansion) -> None:
     model.train()
     with pytest.raises(ValueError, match="temperature"):
         model.generate([[mt.Segment("text", [3])]], ["text"], do_sample=True, temperature=-1.0)
@@ -105,7 +107,7 @@ def test_the_mode_comes_back_whatever_happens(model: mt.VocabularyExpansion) -> 
 
 def test_a_first_modality_of_more_ids_than_the_model_is_refused(native: torch.nn.Module) -> None:
     with pytest.raises(ValueError, match="vocabulary of 20, but its own modality 'text' one of 21"):
-        mt.VocabularyExpansion(native, {"text": Codec(21), "speech": Codec(14)})
+        mt.baseline.VocabularyExpansion(native, {"text": Codec(21), "speech": Codec(14)})
 
 
 @pytest.mark.parametrize(
@@ -120,7 +122,7 @@ def test_a_first_modality_of_more_ids_than_the_model_is_refused(native: torch.nn
     ],
 )
 def test_bad_examples_are_refused(
-    model: mt.VocabularyExpansion, examples: list, output: list, message: str
+    model: mt.baseline.VocabularyExpansion, examples: list, output: list, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         model.generate(examples, output)
@@ -132,7 +134,7 @@ def test_a_batch_is_its_rows_one_by_one(family: str, limit: dict) -> None:
     config = {"gpt2": {"n_positions": 24}, "opt": {"max_position_embeddings": 24, "word_embed_proj_dim": 16}}
     limit = limit or ({"max_new_tokens": 9} if family in ("llama", "mamba") else {})
     native = causal_lm(family, config=config.get(family))
-    model = mt.VocabularyExpansion(native, {"text": Codec(20), "speech": Codec(14)}).eval()
+    model = mt.baseline.VocabularyExpansion(native, {"text": Codec(20), "speech": Codec(14)}).eval()
     rows = [[mt.Segment("text", range(3, 3 + length))] for length in (2, 9, 2)]
 
     def lengths(examples: list) -> list[list[int]]:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 import multitower as mt
 from models import EXAMPLES, causal_lm, pair
-from multitower.export import ExportError, export_tower
+from multitower.errors import ExportError
+from multitower.export import export_tower
 from multitower.testing import open_links, tiny_tower
 
 # torch's own export warns of its own parts.

@@ -63,7 +63,7 @@ def test_adapters_that_were_frozen_by_hand_stay_frozen() -> None:
     model.tower("text").requires_grad_(False)
     graph = model.graph
     graph.add_tower("music", music())
-    assert not any(parameter.requires_grad for parameter in graph.extend(model).tower("text").parameters())
+    assert not any(parameter.requires_grad for parameter in model.extend(graph).tower("text").parameters())
 
 
 def test_an_extended_model_learns_and_leaves_the_frozen_tower(trained: mt.FusedModel) -> None:
@@ -92,7 +92,7 @@ def test_an_optimizer_goes_on_and_takes_new_parameters(trained: mt.FusedModel) -
 def test_a_link_alone_can_be_added(trained: mt.FusedModel) -> None:
     graph = trained.graph
     graph.add_link("speech", "text", taps=[(1, 1), (3, 2)], name="more", position="rotary", window=3)
-    bigger = graph.extend(trained)
+    bigger = trained.extend(graph)
     assert set(bigger.links) == {"speech->text", "text->speech", "more"}
     assert_same(bigger(**mt.collate(EXAMPLES)).logits, trained(**mt.collate(EXAMPLES)).logits)
     open_links(bigger)
@@ -118,16 +118,16 @@ def test_extending_is_refused_where_something_old_would_change(trained: mt.Fused
         return mt.FusionGraph.from_dict(entries)
 
     with pytest.raises(
-        mt.GraphError, match=r"tower 'text' is declared otherwise .* \(train='all' instead of"
+        mt.errors.GraphError, match=r"tower 'text' is declared otherwise .* \(train='all' instead of"
     ):
-        changed("towers", 1, train="all").extend(trained)
-    with pytest.raises(mt.GraphError, match=r"link 'speech->text' .* \(heads=2 instead of None\)"):
-        changed("links", 0, heads=2).extend(trained)
+        trained.extend(changed("towers", 1, train="all"))
+    with pytest.raises(mt.errors.GraphError, match=r"link 'speech->text' .* \(heads=2 instead of None\)"):
+        trained.extend(changed("links", 0, heads=2))
     fewer = mt.FusionGraph.from_dict({**data, "links": data["links"][:1]})
-    with pytest.raises(mt.GraphError, match="the graph lacks the link 'text->speech' of the model"):
-        fewer.extend(trained)
-    with pytest.raises(mt.GraphError, match="the graph lacks the tower 'speech' of the model"):
-        mt.FusionGraph().extend(trained)
+    with pytest.raises(mt.errors.GraphError, match="the graph lacks the link 'text->speech' of the model"):
+        trained.extend(fewer)
+    with pytest.raises(mt.errors.GraphError, match="the graph lacks the tower 'speech' of the model"):
+        trained.extend(mt.FusionGraph())
 
 
 def test_the_graph_that_was_compiled_can_be_extended_too() -> None:
@@ -140,8 +140,8 @@ def test_the_graph_that_was_compiled_can_be_extended_too() -> None:
     graph = declared(text)
     model = graph.compile()
     graph.add_tower("music", music())
-    assert graph.extend(model).tower("text") is model.tower("text")
+    assert model.extend(graph).tower("text") is model.tower("text")
     with pytest.raises(
-        mt.GraphError, match="tower 'text' is declared with another module than the model has"
+        mt.errors.GraphError, match="tower 'text' is declared with another module than the model has"
     ):
-        declared(tiny_tower(1)).extend(model)
+        model.extend(declared(tiny_tower(1)))

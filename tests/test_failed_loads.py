@@ -58,8 +58,8 @@ def test_a_failed_load_leaves_given_modules_as_they_were(
         tensors = load_file(file)
         save_file({**tensors, min(tensors): tensors[min(tensors)] + 1}, file)
     else:
-        monkeypatch.setattr("multitower.fused.make_links", _refuse)
-    with pytest.raises(mt.CheckpointError):
+        monkeypatch.setattr("multitower.run.fusion.make_links", _refuse)
+    with pytest.raises(mt.errors.CheckpointError):
         mt.FusedModel.from_pretrained(tmp_path, towers=given)
     for name, module in given.items():
         assert_untouched(before[name], module)
@@ -76,4 +76,4 @@ EXAMPLE = mt.collate([[mt.Segment("plain", [0, 5, 1]), mt.Segment("text", [0, 4,
 
 
 def _refuse(*_: Any, **__: Any) -> None:
-    raise mt.CheckpointError("no")
+    raise mt.errors.CheckpointError("no")

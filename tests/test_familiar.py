@@ -91,7 +91,7 @@ def test_checkpointing_that_no_tower_can_is_refused() -> None:
 
 def test_a_batch_is_moved_whole() -> None:
     batch = mt.pack(mt.collate(EXAMPLES))
-    moved = mt.to_device({**batch, "note": 3}, "meta")
+    moved = mt.batch.to_device({**batch, "note": 3}, "meta")
     assert moved["note"] == 3
     assert list(moved["streams"]) == list(batch["streams"])
     for name, stream in moved["streams"].items():
@@ -146,12 +146,12 @@ def test_a_graph_is_drawn_as_its_model_is(tmp_path: Path) -> None:
     graph.add_tower("speech", tiny_tower(), train="all")
     graph.add_tower("text", tmp_path, adapter="residual")
     graph.add_link("speech", "text", interleave=1, embeddings=True)
-    expected = texts(mt.draw_graph(graph.compile()))
+    expected = texts(mt.inspect.draw_graph(graph.compile()))
     weights.unlink()
-    assert texts(mt.draw_graph(graph)) == expected
+    assert texts(mt.inspect.draw_graph(graph)) == expected
     assert "speech->text: 4 taps" in expected
-    with pytest.raises(mt.GraphError, match="no towers to draw"):
-        mt.draw_graph(mt.FusionGraph())
+    with pytest.raises(mt.errors.GraphError, match="no towers to draw"):
+        mt.inspect.draw_graph(mt.FusionGraph())
 
 
 def texts(figure: Any) -> list[str]:

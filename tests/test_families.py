@@ -62,7 +62,7 @@ def test_family_is_refused_with_the_reason(family: str) -> None:
         model = tiny(family)
     except TypeError:
         pytest.skip("this version of transformers has no default configuration for the family")
-    with pytest.raises(mt.TowerError, match=REFUSED[family]):
+    with pytest.raises(mt.errors.TowerError, match=REFUSED[family]):
         mt.TransformersTower(model)
 
 

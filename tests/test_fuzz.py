@@ -43,9 +43,9 @@ def fuzz(base: Base, rounds: int, seed: int) -> Counter[str]:
         try:
             with at_most(60):
                 found = base.load()
-        except mt.CheckpointError:
+        except mt.errors.CheckpointError:
             outcomes["sealed again, refused" if again else "refused"] += 1
-        except mt.PluginError:
+        except mt.errors.PluginError:
             assert "modalities" in json.loads(fusion.read_text()), said
             outcomes["no such plugin"] += 1
         except BaseException as error:

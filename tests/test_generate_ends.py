@@ -118,7 +118,7 @@ def test_a_tower_that_decodes_without_a_cache_keeps_its_settings() -> None:
 
 
 def test_a_generation_config_is_not_changed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("multitower.batching.MAX_NEW_TOKENS", 30)
+    monkeypatch.setattr("multitower.generate.grouping.MAX_NEW_TOKENS", 30)
     config = transformers.GenerationConfig(num_beams=2)
     before = config.to_dict()
     model = fused("llama", gates=True)
@@ -207,7 +207,7 @@ def test_a_row_that_is_too_long_already_is_named(monkeypatch: pytest.MonkeyPatch
 # It stands in docs/coverage.md; the limit is what is looked at.
 @pytest.mark.filterwarnings("ignore:XLNetLMHeadModel decodes without its cache")
 def test_a_family_that_says_it_has_no_last_position_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("multitower.batching.MAX_NEW_TOKENS", 5)
+    monkeypatch.setattr("multitower.generate.grouping.MAX_NEW_TOKENS", 5)
     xlnet = tiny("xlnet")
     assert xlnet.config.max_position_embeddings == -1
     model = pair(xlnet)

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import multitower as mt
-from multitower.spec import LinkSpec
+from multitower.declare.spec import LinkSpec
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def test_networkx_sees_parallel_links(graph: mt.FusionGraph) -> None:
 
 def test_parallel_links_need_a_name(graph: mt.FusionGraph) -> None:
     graph.add_link("speech", "text", interleave=1)
-    with pytest.raises(mt.GraphError, match="there is a link 'speech->text' already"):
+    with pytest.raises(mt.errors.GraphError, match="there is a link 'speech->text' already"):
         graph.add_link("speech", "text", interleave=2)
 
 
@@ -70,7 +70,7 @@ def test_parallel_links_need_a_name(graph: mt.FusionGraph) -> None:
 )
 def test_bad_links_teach(graph: mt.FusionGraph, arguments: dict, message: str) -> None:
     before = graph.to_dict()
-    with pytest.raises(mt.GraphError, match=message):
+    with pytest.raises(mt.errors.GraphError, match=message):
         graph.add_link(**{"source": "speech", "target": "text", **arguments})
     assert graph.to_dict() == before
 
@@ -87,32 +87,32 @@ def test_bad_links_teach(graph: mt.FusionGraph, arguments: dict, message: str) -
     ],
 )
 def test_bad_towers_teach(graph: mt.FusionGraph, name: str, arguments: dict, message: str) -> None:
-    with pytest.raises(mt.GraphError, match=message):
+    with pytest.raises(mt.errors.GraphError, match=message):
         graph.add_tower(name, **arguments)
     assert list(graph.towers) == ["speech", "text"]
 
 
 def test_empty_graph_does_not_compile() -> None:
-    with pytest.raises(mt.GraphError, match="no towers"):
+    with pytest.raises(mt.errors.GraphError, match="no towers"):
         mt.FusionGraph().compile()
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"towers": [{"nam": 1}], "links": []}', "not json"])
 def test_damaged_json(text: str) -> None:
-    with pytest.raises(mt.GraphError, match="this is not"):
+    with pytest.raises(mt.errors.GraphError, match="this is not"):
         mt.FusionGraph.from_json(text)
 
 
 def test_layer_out_of_range() -> None:
     link = LinkSpec("speech", "text", name="speech->text", taps=((3, 1),))
     with pytest.raises(
-        mt.GraphError, match=r"tap \(3, 1\) names layer 3 of tower 'speech', which has layers 1 to 2"
+        mt.errors.GraphError, match=r"tap \(3, 1\) names layer 3 of tower 'speech', which has layers 1 to 2"
     ):
         link.resolve(2, 2)
 
 
 def test_interleave_that_leaves_no_tap() -> None:
-    with pytest.raises(mt.GraphError, match="leaves no tap"):
+    with pytest.raises(mt.errors.GraphError, match="leaves no tap"):
         LinkSpec("speech", "text", name="speech->text", interleave=(3, 1)).resolve(2, 2)
 
 
@@ -123,5 +123,5 @@ def test_pair_interleave_is_the_papers(source_depth: int, target_depth: int, i: 
     if expected:
         assert link.resolve(source_depth, target_depth) == expected
     else:
-        with pytest.raises(mt.GraphError):
+        with pytest.raises(mt.errors.GraphError):
             link.resolve(source_depth, target_depth)

@@ -12,8 +12,8 @@ import torch
 
 import multitower as mt
 from models import causal_lm
-from multitower.schedule import make_schedule
-from multitower.spec import PROJECTIONS, LinkSpec
+from multitower.compile.schedule import make_schedule
+from multitower.declare.spec import PROJECTIONS, LinkSpec
 from multitower.testing import open_links, tiny_tower
 
 Shape = tuple[int, list[tuple[int, int]]]
@@ -178,7 +178,7 @@ def test_sixteen_deep_towers_are_scheduled_and_explained_in_little_time_and_spac
 def test_a_circle_among_many_towers_shows_only_what_closes_it() -> None:
     links = [*complete(8), LinkSpec("tower1", "tower2", name="late", taps=((4, 1),))]
     links.append(LinkSpec("tower2", "tower1", name="back", taps=((4, 1),)))
-    with pytest.raises(mt.GraphError) as caught:
+    with pytest.raises(mt.errors.GraphError) as caught:
         make_schedule({f"tower{number}": 4 for number in range(8)}, links)
     message = str(caught.value)
     assert "after tower2 layer 1, read tower1 layer 4\n" in message

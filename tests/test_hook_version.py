@@ -20,7 +20,7 @@ LENGTHS = {"full": ((6, 6, 6), (5, 5, 5)), "ragged": ((6, 3, 4), (5, 7, 2))}
 
 
 def both(*, careful: bool) -> tuple[mt.FusedModel, Any, list[Any]]:
-    """Give a fused model, the same by hooks, and the taps of the first in the order of TAPS."""
+    """Return a fused model, the same by hooks, and the taps of the first in the order of TAPS."""
     graph = mt.FusionGraph()
     graph.add_tower("source", causal_lm("llama", depth=3, seed=1), adapter=None)
     graph.add_tower("text", causal_lm("llama", depth=4, seed=2), adapter=None)

@@ -28,7 +28,7 @@ def small(folder: Path) -> mt.FusedModel:
 
 
 def refused(folder: Path, message: str, **options: Any) -> None:
-    with at_most(20), pytest.raises(mt.CheckpointError, match=message):
+    with at_most(20), pytest.raises(mt.errors.CheckpointError, match=message):
         mt.FusedModel.from_pretrained(folder, **options)
 
 
@@ -85,7 +85,7 @@ def test_what_is_added_or_changed_is_listed(tmp_path: Path) -> None:
     (folder / "towers/text/adapter_config.json").write_text("{}")
     change(folder / "towers/text/config.json", rope_theta=3.0)
     (folder / "towers/text/generation_config.json").unlink()
-    with pytest.raises(mt.CheckpointError) as caught:
+    with pytest.raises(mt.errors.CheckpointError) as caught:
         mt.FusedModel.from_pretrained(folder)
     for line in (
         "missing: towers/text/generation_config.json",
@@ -228,7 +228,7 @@ def test_names_that_lead_out_of_the_checkpoint_are_refused(tmp_path: Path, name:
 
     reseal(folder, renamed)
     refused(folder, "tower name .*use letters", towers={"speech": tiny_towers()["speech"]})
-    with pytest.raises(mt.CheckpointError, match="modality of tower"):
+    with pytest.raises(mt.errors.CheckpointError, match="modality of tower"):
         mt.Pipeline.from_pretrained(folder)
 
 

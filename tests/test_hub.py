@@ -9,9 +9,9 @@ import torch
 import multitower as mt
 from fake_hub import COMMIT, Download, FakeHub
 from models import EXAMPLES, causal_lm, pair
-from multitower.card import is_generated
+from multitower.hub.card import is_generated
 from multitower.testing import tiny_model
-from multitower.tower.lora import base_model
+from multitower.tower.peft_tower import base_model
 from plugin import LETTERS, Offer
 
 REPO = "me/fused"
@@ -109,7 +109,9 @@ def test_revisions(model: mt.FusedModel, hub: FakeHub) -> None:
     model.drop("speech").push_to_hub(REPO, revision="next")
     assert list(mt.FusedModel.from_pretrained(REPO, revision="next").towers) == ["text"]
     assert list(mt.FusedModel.from_pretrained(REPO).towers) == ["speech", "text"]
-    with pytest.raises(mt.CheckpointError, match=r"'me/fused', and the Hub .* at revision 'v9': no revision"):
+    with pytest.raises(
+        mt.errors.CheckpointError, match=r"'me/fused', and the Hub .* at revision 'v9': no revision"
+    ):
         mt.FusedModel.from_pretrained(REPO, revision="v9")
 
 
@@ -125,10 +127,12 @@ def test_a_folder_wins_over_an_id(
 
 
 def test_what_is_nowhere(hub: FakeHub, tmp_path: Path) -> None:
-    with pytest.raises(mt.CheckpointError, match="there is no folder 'me/none', and the Hub does not give"):
+    with pytest.raises(
+        mt.errors.CheckpointError, match="there is no folder 'me/none', and the Hub does not give"
+    ):
         mt.FusedModel.from_pretrained("me/none")
     for path in (tmp_path / "none", str(tmp_path / "none"), "./none", "none", Path("me/none")):
-        with pytest.raises(mt.CheckpointError, match=r"fusion\.json is missing"):
+        with pytest.raises(mt.errors.CheckpointError, match=r"fusion\.json is missing"):
             mt.FusedModel.from_pretrained(path)
     assert hub.tokens == [None]
 
@@ -141,7 +145,7 @@ def test_a_path_is_no_reference_for_others(hub: FakeHub, tmp_path: Path, train: 
     graph.add_tower("loud", tmp_path / "text-model", train="all")
     graph.add_link("loud", "text", interleave=1)
     model = graph.compile().eval()
-    with pytest.raises(mt.CheckpointError, match=rf"towers 'text' \({tmp_path}.*embed_towers=True"):
+    with pytest.raises(mt.errors.CheckpointError, match=rf"towers 'text' \({tmp_path}.*embed_towers=True"):
         model.push_to_hub(REPO)
     assert not hub.private
     model.push_to_hub(REPO, embed_towers=True)

@@ -18,8 +18,8 @@ import multitower as mt
 import savers
 from frozen_sources import brought, data, fused, row
 from models import causal_lm, segment
-from multitower.graph import redeclared
-from multitower.stream import Batch
+from multitower.batch.collate import Batch
+from multitower.declare.graph import redeclared
 from multitower.testing import open_links
 from multitower.testing.strategies import examples, graphs
 
@@ -32,7 +32,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def trained(model: mt.FusedModel, batches: list[Batch], *, logits: bool = True) -> list[torch.Tensor]:
-    """Train a copy for a step a batch; give all its parameters."""
+    """Train a copy for a step a batch; return all its parameters."""
     model = copy.deepcopy(model).train()
     optimizer = torch.optim.AdamW(model.parameter_groups(lr=1e-2))
     for batch in batches:
@@ -52,7 +52,7 @@ def test_training_is_the_same_bit_for_bit_in_any_order(
     folder: Path, dtype: torch.dtype, logits: bool
 ) -> None:
     model, batches = fused(dtype), data()
-    kept = mt.KeptStates.compute(model, batches, folder)
+    kept = mt.train.KeptStates.compute(model, batches, folder)
     order = random.Random(3).choices(batches, k=9)
     assert all("speech layer 3" in brought(kept(batch)) for batch in batches)
     expected = trained(model, order, logits=logits)
@@ -63,13 +63,13 @@ def test_training_is_the_same_bit_for_bit_in_any_order(
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
 def test_transformers_towers_are_kept(folder: Path, family: str) -> None:
     model, batches = fused(speech=causal_lm(family, depth=4, vocab_size=14)), data()
-    kept = mt.KeptStates.compute(model, batches, folder)
+    kept = mt.train.KeptStates.compute(model, batches, folder)
     assert same(trained(model, list(map(kept, batches))), trained(model, batches))
 
 
 def test_of_kept_towers_nothing_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = fused(), data(1)[0]
-    ready = mt.KeptStates.compute(model, [batch], folder)(batch)
+    ready = mt.train.KeptStates.compute(model, [batch], folder)(batch)
     for name in ("speech", "image"):
         for part in ("embed", "layer", "head"):
             monkeypatch.setattr(model.tower(name), part, lambda *_: pytest.fail("a kept tower runs"))
@@ -81,7 +81,7 @@ def test_of_kept_towers_nothing_runs(folder: Path, monkeypatch: pytest.MonkeyPat
 
 def test_only_layers_that_taps_read_are_kept_and_no_padding(folder: Path) -> None:
     model, batches = fused(), data()
-    kept = mt.KeptStates.compute(model, [*batches, *batches], folder)
+    kept = mt.train.KeptStates.compute(model, [*batches, *batches], folder)
     assert brought(kept(batches[0])) == {"speech layer 1", "speech layer 3", "image layer 2"}
     tokens = sum(int(batch["streams"]["speech"]["mask"].sum()) for batch in batches)
     assert json.loads((folder / "kept.json").read_text())["towers"]["speech"]["shards"] == [tokens]
@@ -91,15 +91,15 @@ def test_only_layers_that_taps_read_are_kept_and_no_padding(folder: Path) -> Non
 
 def test_states_may_be_in_many_files(folder: Path) -> None:
     model, batches = fused(), data()
-    mt.KeptStates.compute(model, batches, folder, max_shard_size=200)
+    mt.train.KeptStates.compute(model, batches, folder, max_shard_size=200)
     assert len(list(folder.glob("speech-*"))) > 3
-    kept = mt.KeptStates(folder, model)
+    kept = mt.train.KeptStates(folder, model)
     assert same(trained(model, list(map(kept, batches))), trained(model, batches))
 
 
 def test_rows_in_other_company_agree_to_rounding(folder: Path) -> None:
     model = fused(torch.float64)
-    kept = mt.KeptStates.compute(model, data(4, rows=3), folder)
+    kept = mt.train.KeptStates.compute(model, data(4, rows=3), folder)
     for batch in data(3, rows=4):
         torch.testing.assert_close(model(**kept(batch)).loss, model(**batch).loss)
 
@@ -134,7 +134,7 @@ class Moody(Table):
 def test_a_row_has_in_each_batch_what_the_batch_gave_it(folder: Path) -> None:
     model = fused(speech=Moody(), layers=(1,))
     batches = [mt.collate([row(1), row(2)]), mt.collate([row(2), row(1), row(2)])]
-    kept = mt.KeptStates.compute(model, batches, folder)
+    kept = mt.train.KeptStates.compute(model, batches, folder)
     for batch in batches:
         real = batch["streams"]["speech"]["mask"]
         found = kept(batch)["streams"]["speech"]["layer 1"]
@@ -171,7 +171,7 @@ def test_over_all_graphs_losses_and_gradients_are_the_same(
         any(name in batch["streams"] for batch in batches for name in model.towers if constant(model, name))
     )
     with tempfile.TemporaryDirectory() as place:
-        kept = mt.KeptStates.compute(model, batches, place)
+        kept = mt.train.KeptStates.compute(model, batches, place)
         for batch in batches:
             ready = kept(batch)
             for logits in (True, False):
@@ -196,7 +196,9 @@ def gradients(model: mt.FusedModel, batch: Batch, logits: bool) -> dict[str, tor
 
 def test_kept_once_for_all_rows_that_are_the_same(folder: Path) -> None:
     twin = [segment("speech", 3, 4), segment("text", 5, target=True)]
-    kept = mt.KeptStates.compute(fused(speech=Table(), layers=(1,)), [mt.collate([twin, twin, twin])], folder)
+    kept = mt.train.KeptStates.compute(
+        fused(speech=Table(), layers=(1,)), [mt.collate([twin, twin, twin])], folder
+    )
     assert json.loads((folder / "kept.json").read_text())["towers"]["speech"]["shards"] == [4]
     assert len(kept(mt.collate([twin]))["streams"]["speech"]["layer 1"]) == 1
 
@@ -206,13 +208,13 @@ def test_a_stream_with_labels_is_left_as_it_is(folder: Path) -> None:
         fused(),
         mt.collate([[segment("speech", 3, 4, target=True), segment("text", 5, target=True)]]),
     )
-    kept = mt.KeptStates.compute(model, [batch], folder)
+    kept = mt.train.KeptStates.compute(model, [batch], folder)
     assert not brought(kept(batch))
     assert kept(batch)["streams"]["speech"] is batch["streams"]["speech"]
 
 
 def test_an_unknown_row_is_described(folder: Path) -> None:
-    kept = mt.KeptStates.compute(fused(), data(), folder)
+    kept = mt.train.KeptStates.compute(fused(), data(), folder)
     batch = mt.collate([[segment("text", 5)], [segment("speech", 9, 9, 9, 9), segment("text", 5)]])
     with pytest.raises(
         ValueError, match=r"states of row 1 \(6 tokens, the first of them 0, 9, 9, 9\) of stream 'speech'"
@@ -223,7 +225,7 @@ def test_an_unknown_row_is_described(folder: Path) -> None:
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # on a machine of one core
 def test_workers_of_a_loader_read_the_files(folder: Path) -> None:
     model = fused()
-    kept = mt.KeptStates.compute(model, data(2), folder)
+    kept = mt.train.KeptStates.compute(model, data(2), folder)
     groups = [[row(number) for number in range(3)], [row(number) for number in range(3, 6)]]
     loader = DataLoader(
         groups,  # type: ignore[arg-type]  # a ModuleDict's values are towers here  # a list is a data set
@@ -238,7 +240,7 @@ def test_workers_of_a_loader_read_the_files(folder: Path) -> None:
 class Ready:
     """What a user writes as a function."""
 
-    def __init__(self, kept: mt.KeptStates) -> None:
+    def __init__(self, kept: mt.train.KeptStates) -> None:
         self.kept = kept
 
     def __call__(self, rows: list[list[mt.Segment]]) -> Batch:
@@ -250,7 +252,7 @@ def test_the_trainer_takes_batches_with_states(folder: Path, use: bool) -> None:
     transformers = pytest.importorskip("transformers", reason="the Trainer is of transformers")
     pytest.importorskip("accelerate", reason="the Trainer needs accelerate")
     model, rows = fused(), [row(number) for number in range(6)]
-    kept = mt.KeptStates.compute(model, data(2), folder)
+    kept = mt.train.KeptStates.compute(model, data(2), folder)
     arguments = transformers.TrainingArguments(
         output_dir=str(folder.parent / "run"),
         max_steps=4,

@@ -15,7 +15,7 @@ import multitower as mt
 import savers
 from frozen_sources import brought, data, fused
 from models import segment
-from multitower.stream import Batch
+from multitower.batch.collate import Batch
 from multitower.testing import tiny_tower
 
 
@@ -26,14 +26,14 @@ def folder(tmp_path: Path) -> Path:
 
 def test_a_pickle_is_small_and_knows_when_the_folder_was_replaced(folder: Path) -> None:
     model, batches = fused(), data()
-    kept = mt.KeptStates.compute(model, batches, folder)
+    kept = mt.train.KeptStates.compute(model, batches, folder)
     pickled = pickle.dumps(kept)
     assert len(pickled) < 2000
     before = kept(batches[0])["streams"]["speech"]["layer 3"]
     assert torch.equal(pickle.loads(pickled)(batches[0])["streams"]["speech"]["layer 3"], before)
-    mt.KeptStates.compute(model, batches[:1], folder)
+    mt.train.KeptStates.compute(model, batches[:1], folder)
     assert torch.equal(kept(batches[0])["streams"]["speech"]["layer 3"], before)  # still mapped
-    with pytest.raises(mt.CheckpointError, match="was replaced by other states"):
+    with pytest.raises(mt.errors.CheckpointError, match="was replaced by other states"):
         pickle.loads(pickled)
 
 
@@ -51,27 +51,29 @@ def test_a_pickle_is_small_and_knows_when_the_folder_was_replaced(folder: Path) 
     ],
 )
 def test_another_model_is_refused(folder: Path, changed: dict, message: str) -> None:
-    mt.KeptStates.compute(fused(), data(1), folder)
-    with pytest.raises(mt.CheckpointError, match=message):
-        mt.KeptStates(folder, fused(**changed))
+    mt.train.KeptStates.compute(fused(), data(1), folder)
+    with pytest.raises(mt.errors.CheckpointError, match=message):
+        mt.train.KeptStates(folder, fused(**changed))
 
 
 def test_a_source_that_reads_others_is_refused(folder: Path) -> None:
     model, batches = fused(), data(1)
-    ready = mt.KeptStates.compute(model, batches, folder)(batches[0])
+    ready = mt.train.KeptStates.compute(model, batches, folder)(batches[0])
     graph = model.graph
     graph.add_link("text", "speech", taps=[(1, 4)])
-    bigger = graph.extend(model)
-    with pytest.raises(mt.CheckpointError, match="in this model it reads others through 'text->speech'"):
-        mt.KeptStates(folder, bigger)
+    bigger = model.extend(graph)
+    with pytest.raises(
+        mt.errors.CheckpointError, match="in this model it reads others through 'text->speech'"
+    ):
+        mt.train.KeptStates(folder, bigger)
     with pytest.raises(ValueError, match=r"'speech' brings states, but tower 'speech' reads others through"):
         bigger(**ready)
-    assert "image layer 2" in brought(mt.KeptStates.compute(bigger, batches, folder)(batches[0]))
+    assert "image layer 2" in brought(mt.train.KeptStates.compute(bigger, batches, folder)(batches[0]))
 
 
 def test_a_tower_that_is_thawed_by_hand_is_refused(folder: Path) -> None:
     model = fused()
-    mt.KeptStates.compute(model, data(1), folder)
+    mt.train.KeptStates.compute(model, data(1), folder)
     for change, undo, reason in (
         (
             lambda tower: tower.requires_grad_(True),
@@ -81,18 +83,20 @@ def test_a_tower_that_is_thawed_by_hand_is_refused(folder: Path) -> None:
         (lambda tower: tower.train(), lambda tower: tower.eval(), "is in training mode"),
     ):
         change(model.tower("image"))
-        with pytest.raises(mt.CheckpointError, match=f"tower 'image', but in this model it .*{reason}"):
-            mt.KeptStates(folder, model)
+        with pytest.raises(
+            mt.errors.CheckpointError, match=f"tower 'image', but in this model it .*{reason}"
+        ):
+            mt.train.KeptStates(folder, model)
         undo(model.tower("image"))
-    assert mt.KeptStates(folder, model)
+    assert mt.train.KeptStates(folder, model)
 
 
 def test_a_model_without_such_sources_is_told_why(folder: Path) -> None:
     model = fused(adapter="gated").drop("image")
     with pytest.raises(ValueError, match=r"'speech' has an input adapter.*; tower 'text' is trained"):
-        mt.KeptStates.compute(model, data(1), folder)
+        mt.train.KeptStates.compute(model, data(1), folder)
     with pytest.raises(ValueError, match="no tokens of tower 'image', 'speech'"):
-        mt.KeptStates.compute(fused(), [mt.collate([[segment("text", 3)]])], folder)
+        mt.train.KeptStates.compute(fused(), [mt.collate([[segment("text", 3)]])], folder)
     assert os.listdir(folder.parent) == []
 
 
@@ -130,7 +134,7 @@ def test_states_beside_labels_are_refused(folder: Path) -> None:
 @pytest.mark.parametrize("damage", ["index", "rows", "shard", "version", "no shard", "no index"])
 def test_damaged_folders_are_refused(folder: Path, damage: str) -> None:
     model = fused()
-    mt.KeptStates.compute(model, data(1), folder)
+    mt.train.KeptStates.compute(model, data(1), folder)
     index, rows, shard = (
         folder / name for name in ("kept.json", "rows.safetensors", "speech-00001.safetensors")
     )
@@ -144,8 +148,10 @@ def test_damaged_folders_are_refused(folder: Path, damage: str) -> None:
         index.write_text(index.read_text().replace('"format_version": 1', '"format_version": 2'))
     else:
         (shard if damage == "no shard" else index).unlink()
-    with pytest.raises(mt.CheckpointError, match=f"{folder}.* (damaged|missing|version 2|holds no states)"):
-        mt.KeptStates(folder, model)
+    with pytest.raises(
+        mt.errors.CheckpointError, match=f"{folder}.* (damaged|missing|version 2|holds no states)"
+    ):
+        mt.train.KeptStates(folder, model)
 
 
 def test_broken_off_nothing_is_there_or_what_was_there(folder: Path) -> None:
@@ -156,13 +162,13 @@ def test_broken_off_nothing_is_there_or_what_was_there(folder: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        mt.KeptStates.compute(model, broken(), folder, max_shard_size=100)
+        mt.train.KeptStates.compute(model, broken(), folder, max_shard_size=100)
     assert os.listdir(folder.parent) == []
-    mt.KeptStates.compute(model, batches, folder)
+    mt.train.KeptStates.compute(model, batches, folder)
     with pytest.raises(KeyboardInterrupt):
-        mt.KeptStates.compute(model, broken(), folder, max_shard_size=100)
+        mt.train.KeptStates.compute(model, broken(), folder, max_shard_size=100)
     assert os.listdir(folder.parent) == ["states"]
-    assert brought(mt.KeptStates(folder, model)(batches[0]))
+    assert brought(mt.train.KeptStates(folder, model)(batches[0]))
 
 
 def compute_and_die(folder: Path, file_size: int | None) -> None:
@@ -176,29 +182,29 @@ def compute_and_die(folder: Path, file_size: int | None) -> None:
             os._exit(9)
 
     try:
-        mt.KeptStates.compute(fused(), batches(), folder, max_shard_size=100)
-    except mt.CheckpointError as error:
+        mt.train.KeptStates.compute(fused(), batches(), folder, max_shard_size=100)
+    except mt.errors.CheckpointError as error:
         os._exit(7 if str(error).startswith(f"cannot keep states in {folder}, which is as it was: ") else 1)
 
 
 @pytest.mark.parametrize(("file_size", "code"), [(None, 9), (200, 7)])
 def test_killed_or_out_of_space_what_was_there_stays(folder: Path, file_size: int | None, code: int) -> None:
     model = fused()
-    mt.KeptStates.compute(model, data(1), folder)
+    mt.train.KeptStates.compute(model, data(1), folder)
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     child = savers.CONTEXT.Process(target=compute_and_die, args=(folder, file_size))
     child.start()
     child.join()
     assert child.exitcode == code
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
-    mt.KeptStates.compute(model, data(), folder)
+    mt.train.KeptStates.compute(model, data(), folder)
     assert os.listdir(folder.parent) == ["states"]
 
 
 def test_other_folders_are_not_replaced(folder: Path) -> None:
     folder.mkdir(parents=True)
     (folder / "thesis").write_text("mine")
-    with pytest.raises(mt.CheckpointError, match=r"is not empty and holds no kept\.json"):
-        mt.KeptStates.compute(fused(), data(1), folder)
-    with pytest.raises(mt.CheckpointError, match="is a file"):
-        mt.KeptStates.compute(fused(), data(1), folder / "thesis")
+    with pytest.raises(mt.errors.CheckpointError, match=r"is not empty and holds no kept\.json"):
+        mt.train.KeptStates.compute(fused(), data(1), folder)
+    with pytest.raises(mt.errors.CheckpointError, match="is a file"):
+        mt.train.KeptStates.compute(fused(), data(1), folder / "thesis")

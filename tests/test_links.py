@@ -10,7 +10,7 @@ from hypothesis import given
 
 import multitower as mt
 from models import EXAMPLES, causal_lm, pair
-from multitower import link
+from multitower.link import cross_attention as link
 from multitower.testing import open_links, tiny_model, tiny_tower
 from multitower.testing.strategies import Case, cases
 

@@ -14,7 +14,7 @@ import multitower as mt
 from adapted import CONFIGS, assert_same, fused, logits, randomise, trainable
 from models import EXAMPLES, causal_lm, segment, transformers_families
 from multitower.testing import tiny_tower
-from multitower.tower.lora import base_state
+from multitower.tower.peft_tower import base_state
 
 # peft 0.21 asks transformers 5.23 in the old way when these tests call peft themselves.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -146,7 +146,7 @@ def test_merged_adapters_leave_an_ordinary_tower(origin: Path, folder: Path) -> 
     shutil.rmtree(origin)
     assert not (folder / "towers/text/adapter").exists()
     assert_same(model, mt.FusedModel.from_pretrained(folder))
-    with pytest.raises(mt.TowerError, match="tower 'text': it has no peft adapters"):
+    with pytest.raises(mt.errors.TowerError, match="tower 'text': it has no peft adapters"):
         model.merge_and_unload("text")
 
 
@@ -190,7 +190,9 @@ def test_a_peft_model_may_be_frozen_or_trained_whole(folder: Path, train: str) -
 
 def test_initialisation_that_changes_the_model(folder: Path) -> None:
     config = peft.LoraConfig(init_lora_weights="pissa", target_modules="all-linear", r=2)
-    with pytest.raises(mt.TowerError, match="tower 'text': this peft config changes the model's own tensors"):
+    with pytest.raises(
+        mt.errors.TowerError, match="tower 'text': this peft config changes the model's own tensors"
+    ):
         fused(causal_lm("llama"), config)
     model = fused(peft.get_peft_model(causal_lm("llama"), config))
     model.save_pretrained(folder)

@@ -55,7 +55,7 @@ def test_the_origin_may_be_given(origin: Path, folder: Path, given: str) -> None
     model = fused(TEXT)
     model.save_pretrained(folder)
     moved = origin.rename(origin.with_name("moved"))
-    with pytest.raises(mt.CheckpointError, match="tower 'text': cannot load"):
+    with pytest.raises(mt.errors.CheckpointError, match="tower 'text': cannot load"):
         mt.FusedModel.from_pretrained(folder)
     text = str(moved) if given == "path" else causal_lm("llama", seed=3)
     again = mt.FusedModel.from_pretrained(folder, towers={"text": text})
@@ -97,7 +97,9 @@ def test_a_tied_head_with_adapters_is_stored(folder: Path) -> None:
     assert_same(model, again)
     inner = again.tower("text").model
     assert inner.lm_head.weight is inner.transformer.wte.base_layer.weight
-    with pytest.raises(mt.TowerError, match=r"tower 'text': .*wte\.weight and lm_head\.weight are tied"):
+    with pytest.raises(
+        mt.errors.TowerError, match=r"tower 'text': .*wte\.weight and lm_head\.weight are tied"
+    ):
         again.merge_and_unload("text")
     assert_same(model, again)
 
@@ -177,14 +179,14 @@ def test_logits_of_which_only_the_top_is_stored_come_back_as_pefts(folder: Path,
     bank = next(key for key in tensors if "vector_bank" in key)
     save_file({**tensors, bank: tensors[bank] + 1}, file)
     reseal(folder)
-    with pytest.raises(mt.CheckpointError, match=r"adapter_model\.safetensors holds other values"):
+    with pytest.raises(mt.errors.CheckpointError, match=r"adapter_model\.safetensors holds other values"):
         mt.FusedModel.from_pretrained(folder)
 
 
 def test_adapters_merged_in_place_are_not_saved(origin: Path, folder: Path) -> None:
     model = fused(TEXT)
     model.unimodal("text").merge_adapter()
-    with pytest.raises(mt.CheckpointError, match="tower 'text' has merged adapters"):
+    with pytest.raises(mt.errors.CheckpointError, match="tower 'text' has merged adapters"):
         model.save_pretrained(folder)
     assert not folder.exists()
     model.unimodal("text").unmerge_adapter()
@@ -202,12 +204,12 @@ def test_several_adapters_may_be_active(folder: Path) -> None:
 def test_another_model_is_refused(origin: Path, folder: Path) -> None:
     fused(TEXT).save_pretrained(folder)
     causal_lm("llama", seed=4).save_pretrained(origin)
-    with pytest.raises(mt.CheckpointError, match=f"tower 'text' from {TEXT} is not the one"):
+    with pytest.raises(mt.errors.CheckpointError, match=f"tower 'text' from {TEXT} is not the one"):
         mt.FusedModel.from_pretrained(folder)
     causal_lm("llama", width=8).save_pretrained(origin)
-    with pytest.raises(mt.CheckpointError, match=r"tower 'text': .* does not fit the model"):
+    with pytest.raises(mt.errors.CheckpointError, match=r"tower 'text': .* does not fit the model"):
         mt.FusedModel.from_pretrained(folder)
-    with pytest.raises(mt.CheckpointError, match="tower 'text': it has peft adapters"):
+    with pytest.raises(mt.errors.CheckpointError, match="tower 'text': it has peft adapters"):
         mt.FusedModel.from_pretrained(folder, towers={"text": ready()})
 
 
@@ -216,7 +218,7 @@ def test_a_missing_file_is_named(origin: Path, folder: Path, missing: str) -> No
     fused(TEXT).save_pretrained(folder)
     (folder / "towers/text/adapter" / missing).unlink()
     reseal(folder)
-    with pytest.raises(mt.CheckpointError, match=f"{missing} is missing"):
+    with pytest.raises(mt.errors.CheckpointError, match=f"{missing} is missing"):
         mt.FusedModel.from_pretrained(folder)
 
 
@@ -228,20 +230,20 @@ def test_pickles_are_never_read(origin: Path, folder: Path, monkeypatch: pytest.
     values = adapter.read_bytes()
     adapter.unlink()
     reseal(folder)
-    with pytest.raises(mt.CheckpointError, match=r"adapter_model\.safetensors is missing"):
+    with pytest.raises(mt.errors.CheckpointError, match=r"adapter_model\.safetensors is missing"):
         mt.FusedModel.from_pretrained(folder)
     adapter.write_bytes(values)
     shutil.copy(adapter.with_name("adapter_config.json"), folder / "towers/text")
     adapter.with_suffix(".bin").rename(folder / "towers/text/adapter_model.bin")
     reseal(folder)
-    with pytest.raises(mt.CheckpointError, match=r"adapter_config\.json has no place there"):
+    with pytest.raises(mt.errors.CheckpointError, match=r"adapter_config\.json has no place there"):
         mt.FusedModel.from_pretrained(folder)
     (folder / "towers/text/adapter_config.json").unlink()
     model = folder / "towers/text/model.safetensors"
     torch.save(load_file(model), model.with_name("pytorch_model.bin"))
     model.unlink()
     reseal(folder)
-    with pytest.raises(mt.CheckpointError, match=r"model\.safetensors is missing"):
+    with pytest.raises(mt.errors.CheckpointError, match=r"model\.safetensors is missing"):
         mt.FusedModel.from_pretrained(folder)
 
 
@@ -252,14 +254,14 @@ def test_adapters_of_another_model_are_refused(origin: Path, folder: Path) -> No
     first, second, third, *_ = sorted(tensors)
     save_file({**tensors, first: tensors[first] + 1}, file)
     reseal(folder)
-    with pytest.raises(mt.CheckpointError, match=r"adapter_model\.safetensors holds other values"):
+    with pytest.raises(mt.errors.CheckpointError, match=r"adapter_model\.safetensors holds other values"):
         mt.FusedModel.from_pretrained(folder)
     tensors["other"] = tensors.pop(first)
     tensors[second] = tensors[second][:1].clone()
     tensors[third] = tensors[third].half()
     save_file(tensors, file)
     reseal(folder)
-    with pytest.raises(mt.CheckpointError) as caught:
+    with pytest.raises(mt.errors.CheckpointError) as caught:
         mt.FusedModel.from_pretrained(folder)
     for part in ("towers/text/adapter", f"missing: {first}", "unexpected: other", f"{third} is F16"):
         assert part in str(caught.value)
@@ -291,5 +293,5 @@ def test_damaged_files_are_refused(
     (data["towers"]["text"] if file == "fusion.json" else data).update(change)
     (folder / file).write_text(json.dumps(data))
     reseal(folder)
-    with pytest.raises(mt.CheckpointError, match=f"tower 'text': .*(?s:{message})"):
+    with pytest.raises(mt.errors.CheckpointError, match=f"tower 'text': .*(?s:{message})"):
         mt.FusedModel.from_pretrained(folder)

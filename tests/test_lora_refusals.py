@@ -27,7 +27,7 @@ def origin(tmp_path: Path) -> Path:
 
 
 def test_plain_towers_need_to_be_told_where() -> None:
-    with pytest.raises(mt.TowerError, match=r"tower 'text': .*a Tower needs target_modules by name"):
+    with pytest.raises(mt.errors.TowerError, match=r"tower 'text': .*a Tower needs target_modules by name"):
         fused(tiny_tower(2, vocab_size=20))
 
 
@@ -43,24 +43,26 @@ def test_plain_towers_need_to_be_told_where() -> None:
     ids=lambda config: config.peft_type.value,
 )
 def test_adapters_without_a_place_in_a_tower_are_refused(config: peft.PeftConfig) -> None:
-    with pytest.raises(mt.GraphError, match=rf"tower 'text': {type(config).__name__} \(\w+\)"):
+    with pytest.raises(mt.errors.GraphError, match=rf"tower 'text': {type(config).__name__} \(\w+\)"):
         mt.FusionGraph().add_tower("text", "model", train=config)
     ready = peft.get_peft_model(causal_lm("llama"), config)
-    with pytest.raises(mt.TowerError, match=rf"tower 'text': {type(config).__name__} \(\w+\)"):
+    with pytest.raises(mt.errors.TowerError, match=rf"tower 'text': {type(config).__name__} \(\w+\)"):
         fused(ready, "none")
 
 
 def test_a_peft_model_that_is_more_than_its_model_is_refused() -> None:
     ready = peft.get_peft_model(causal_lm("llama"), peft.PolyConfig(target_modules=["q_proj"], n_tasks=2))
-    with pytest.raises(mt.TowerError, match="tower 'text': its ShadowModel has parameters of its own"):
+    with pytest.raises(mt.errors.TowerError, match="tower 'text': its ShadowModel has parameters of its own"):
         fused(peft.get_peft_model(causal_lm("llama"), peft.ShadowConfig(task_type="CAUSAL_LM")))
-    with pytest.raises(mt.TowerError, match=r"tower 'text': .*task_ids"):
+    with pytest.raises(mt.errors.TowerError, match=r"tower 'text': .*task_ids"):
         fused(ready)
     doubled = peft.get_peft_model(causal_lm("llama"), peft.LoraConfig())
     doubled.register_forward_hook(
         lambda module, inputs, output: type(output)(logits=2 * output.logits, hidden_states=None)
     )
-    with pytest.raises(mt.TowerError, match=r"tower 'text': .* gives other logits than its own forward"):
+    with pytest.raises(
+        mt.errors.TowerError, match=r"tower 'text': .* gives other logits than its own forward"
+    ):
         fused(doubled)
 
 
@@ -79,7 +81,7 @@ def test_a_peft_model_that_is_more_than_its_model_is_refused() -> None:
     ],
 )
 def test_sources_that_do_not_fit_teach(text: Callable[[], nn.Module], train: Any, message: str) -> None:
-    with pytest.raises(mt.TowerError, match=f"tower 'text'.*{message}"):
+    with pytest.raises(mt.errors.TowerError, match=f"tower 'text'.*{message}"):
         fused(text(), train)
 
 
@@ -87,7 +89,7 @@ def test_a_graph_with_a_module_compiles_once() -> None:
     graph = mt.FusionGraph()
     graph.add_tower("text", causal_lm("llama"), train="lora")
     graph.compile()
-    with pytest.raises(mt.TowerError, match="tower 'text': it has peft layers"):
+    with pytest.raises(mt.errors.TowerError, match="tower 'text': it has peft layers"):
         graph.compile()
 
 
@@ -97,20 +99,20 @@ def test_an_adapter_folder_is_no_source(tmp_path: Path, origin: Path) -> None:
     ).save_pretrained(tmp_path / "adapter")
     config = tmp_path / "adapter/adapter_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": str(origin)}))
-    with pytest.raises(mt.TowerError, match="tower 'text': it has peft layers"):
+    with pytest.raises(mt.errors.TowerError, match="tower 'text': it has peft layers"):
         fused(tmp_path / "adapter", "none")
 
 
 def test_bad_specs_are_refused() -> None:
     entry = {"name": "text", "source": "x"}
     for wrong in ({"peft": {"peft_type": "LORA"}}, {"train": "lora", "peft": {"r": 2}}):
-        with pytest.raises(mt.GraphError, match="tower 'text': a peft config"):
+        with pytest.raises(mt.errors.GraphError, match="tower 'text': a peft config"):
             mt.FusionGraph.from_dict({"towers": [{**entry, **wrong}], "links": []})
     graph = mt.FusionGraph.from_dict(
         {"towers": [{**entry, "train": "lora", "peft": {"peft_type": "NEW"}}], "links": []}
     )
     graph._modules["text"] = causal_lm("llama")
-    with pytest.raises(mt.TowerError, match=r"tower 'text': this is no config of peft .*NEW"):
+    with pytest.raises(mt.errors.TowerError, match=r"tower 'text': this is no config of peft .*NEW"):
         graph.compile()
 
 

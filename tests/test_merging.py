@@ -30,7 +30,7 @@ def test_a_merge_that_fails_half_way_changes_nothing(family: str, tmp_path: Path
     model = fused(causal_lm(family), config)
     state, modules = copy.deepcopy(model.state_dict()), dict(model.named_modules())
     expected, declared = logits(model), model.graph
-    with pytest.raises(mt.TowerError, match=r"tower 'text': peft cannot merge these adapters: .*bias"):
+    with pytest.raises(mt.errors.TowerError, match=r"tower 'text': peft cannot merge these adapters: .*bias"):
         model.merge_and_unload("text")
     assert dict(model.named_modules()) == modules
     assert model.graph == declared
@@ -54,7 +54,7 @@ def test_whatever_peft_raises_the_tower_stays(monkeypatch: pytest.MonkeyPatch) -
             raise KeyError("out of luck")
 
     monkeypatch.setattr(peft.tuners.lora.Linear, "merge", break_off)
-    with pytest.raises(mt.TowerError, match="out of luck"):
+    with pytest.raises(mt.errors.TowerError, match="out of luck"):
         model.merge_and_unload("text")
     assert all(torch.equal(model.state_dict()[key], value) for key, value in state.items())
     monkeypatch.undo()
@@ -74,7 +74,7 @@ def tokens_trained(indices: Any, *, tied: bool) -> mt.FusedModel:
 def test_rows_of_tied_tables_that_learnt_apart_are_not_merged(indices: Any) -> None:
     model = tokens_trained(indices, tied=True)
     before = logits(model)["text"]
-    with pytest.raises(mt.TowerError, match=r"embed_tokens\.weight and lm_head\.weight are tied"):
+    with pytest.raises(mt.errors.TowerError, match=r"embed_tokens\.weight and lm_head\.weight are tied"):
         model.merge_and_unload("text")
     assert torch.equal(logits(model)["text"], before)
 

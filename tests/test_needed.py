@@ -9,10 +9,10 @@ import torch
 
 import multitower as mt
 from models import causal_lm, segment
-from multitower.cache import TapCache
-from multitower.schedule import make_schedule
-from multitower.spec import LinkSpec
-from multitower.stream import make_streams
+from multitower.batch.collate import make_streams
+from multitower.compile.schedule import make_schedule
+from multitower.declare.spec import LinkSpec
+from multitower.generate.tap_cache import TapCache
 from multitower.testing import open_links, tiny_tower
 
 

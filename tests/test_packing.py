@@ -130,12 +130,12 @@ def test_no_mask_of_a_window_reaches_another_example() -> None:
 def test_kept_states_are_packed_with_the_rest(tmp_path: Path) -> None:
     model = frozen_sources.fused().eval()
     batches = frozen_sources.data()
-    kept = mt.KeptStates.compute(model, batches, tmp_path / "states")
+    kept = mt.train.KeptStates.compute(model, batches, tmp_path / "states")
     for batch in batches:
         ready = mt.pack(kept(batch))
         assert frozen_sources.brought(ready) == frozen_sources.brought(kept(batch)) != set()
         torch.testing.assert_close(model(**ready).loss, model(**batch).loss)
-    for refused in (kept, lambda packed: mt.KeptStates.compute(model, [packed], tmp_path / "other")):
+    for refused in (kept, lambda packed: mt.train.KeptStates.compute(model, [packed], tmp_path / "other")):
         with pytest.raises(ValueError, match=r"the batch is packed; .* call multitower\.pack after"):
             refused(mt.pack(batches[0]))
 

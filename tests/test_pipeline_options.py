@@ -7,7 +7,7 @@ import transformers
 import multitower as mt
 from letters import STEPS, Letters, Tune, decoded, pipe_of_other_edges
 from models import pair, segment
-from multitower.options import options_of
+from multitower.generate.options import options_of
 
 
 @pytest.fixture

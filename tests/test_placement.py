@@ -14,9 +14,9 @@ from torch import nn
 
 import multitower as mt
 from models import EXAMPLES, causal_lm, pair
-from multitower.fingerprint import fingerprint
+from multitower.storage.fingerprint import fingerprint
 from multitower.testing import open_links
-from multitower.tower.lora import base_state
+from multitower.tower.peft_tower import base_state
 
 BATCH = mt.collate(EXAMPLES)
 TEXT = BATCH["streams"]["text"]["tokens"]
@@ -147,7 +147,7 @@ def test_training_an_offloaded_tower_is_refused(
 ) -> None:
     graph = mt.FusionGraph()
     graph.add_tower("text", place(causal_lm("llama"), tmp_path), train="all")
-    with pytest.raises(mt.TowerError, match="tower 'text' is offloaded by accelerate"):
+    with pytest.raises(mt.errors.TowerError, match="tower 'text' is offloaded by accelerate"):
         graph.compile()
 
 

@@ -98,7 +98,7 @@ def test_a_checkpoint_names_the_package_that_is_missing(saved: Path) -> None:
         pytest.skip("multitower-music is installed here, so it cannot be missing")
     assert list(mt.FusedModel.from_pretrained(saved / "fused").towers) == ["speech", "text", "music"]
     reason = "tower 'music': modality 'music' is not installed: pip install multitower-music"
-    with pytest.raises(mt.PluginError, match=reason):
+    with pytest.raises(mt.errors.PluginError, match=reason):
         mt.Pipeline.from_pretrained(saved / "fused")
 
 

@@ -10,7 +10,7 @@ import pytest
 from torch import nn
 
 import multitower as mt
-from multitower import plugins
+from multitower.plugins import entry_points as plugins
 from multitower.testing import tiny_tower
 from plugin import LETTERS, Offer
 
@@ -52,12 +52,14 @@ def test_the_library_imports_no_plugin() -> None:
 
 
 def test_a_missing_plugin_names_the_package_to_install(offer: Offer) -> None:
-    with pytest.raises(mt.PluginError, match="'smell' is not installed: pip install multitower-smell"):
+    with pytest.raises(mt.errors.PluginError, match="'smell' is not installed: pip install multitower-smell"):
         plugins.modality_class("smell", package="multitower-smell")
     offer("multitower-letters", "plugged_letters", LETTERS, letters="plugged_letters:Letters")
-    with pytest.raises(mt.PluginError, match=r"no installed package offers the modality 'smell'.*letters"):
+    with pytest.raises(
+        mt.errors.PluginError, match=r"no installed package offers the modality 'smell'.*letters"
+    ):
         plugins.modality_class("smell")
-    with pytest.raises(mt.PluginError, match=r"'smell' is not in multitower-letters 1\.0, which is"):
+    with pytest.raises(mt.errors.PluginError, match=r"'smell' is not in multitower-letters 1\.0, which is"):
         plugins.modality_class("smell", package="multitower-letters")
 
 
@@ -65,7 +67,7 @@ def test_a_broken_plugin_is_named_and_leaves_others_alone(offer: Offer) -> None:
     offer("multitower-bad", "plugged_bad", BROKEN, version="0.3", bad="plugged_bad:Bad")
     offer("multitower-letters", "plugged_letters", LETTERS, letters="plugged_letters:Letters")
     reason = r"'bad' of package multitower-bad 0\.3 cannot be imported: .*No module named 'no_such_library'"
-    with pytest.raises(mt.PluginError, match=reason):
+    with pytest.raises(mt.errors.PluginError, match=reason):
         plugins.modality_class("bad")
     assert plugins.modality_class("letters")().vocab_size == 14
     found = {plugin.name: plugin for plugin in plugins.installed()}
@@ -79,13 +81,13 @@ def test_two_plugins_of_one_name_are_refused_and_others_are_not(offer: Offer) ->
     offer("other-letters", "plugged_other", LETTERS, letters="plugged_other:Letters")
     offer("multitower-bad", "plugged_bad", BROKEN, bad="plugged_bad:Bad")
     reason = "one-letters and other-letters both offer the modality 'letters': pip uninstall one"
-    with pytest.raises(mt.PluginError, match=reason):
+    with pytest.raises(mt.errors.PluginError, match=reason):
         plugins.modality_class("letters")
     assert "plugged_one" not in sys.modules
     found = [plugin for plugin in plugins.installed() if plugin.name == "letters"]
     assert [plugin.package for plugin in found] == ["one-letters", "other-letters"]
     assert all(plugin.value is None and reason in plugin.error for plugin in found)
-    with pytest.raises(mt.PluginError, match="no_such_library"):
+    with pytest.raises(mt.errors.PluginError, match="no_such_library"):
         plugins.modality_class("bad")
 
 
@@ -108,7 +110,7 @@ def test_a_package_that_is_installed_twice_is_one(offer: Offer, again: str) -> N
 )
 def test_what_is_no_modality_of_its_name_is_refused(offer: Offer, value: str, reason: str) -> None:
     offer("multitower-odd", "plugged_odd", LETTERS, odd=value)
-    with pytest.raises(mt.PluginError, match=rf"modality 'odd' of package multitower-odd .*{reason}"):
+    with pytest.raises(mt.errors.PluginError, match=rf"modality 'odd' of package multitower-odd .*{reason}"):
         plugins.modality_class("odd")
 
 
@@ -158,11 +160,19 @@ def test_a_tower_comes_from_a_loader(offer: Offer, graph: mt.FusionGraph, tmp_pa
 @pytest.mark.parametrize(
     ("source", "error", "reason"),
     [
-        ("rwkv://x", mt.PluginError, "no installed package offers the tower loader 'rwkv'; there are: gpt"),
-        ("https://huggingface.co/gpt2", mt.PluginError, "tower loader 'https'"),
-        ("gpt://missing", mt.TowerError, "'gpt' cannot load 'missing': FileNotFoundError: no file 'missing'"),
-        ("gpt://nothing", mt.TowerError, "'gpt' gave a NoneType for 'nothing'"),
-        ("sentence://x", mt.PluginError, "is 'not a function', not a function that loads a tower"),
+        (
+            "rwkv://x",
+            mt.errors.PluginError,
+            "no installed package offers the tower loader 'rwkv'; there are: gpt",
+        ),
+        ("https://huggingface.co/gpt2", mt.errors.PluginError, "tower loader 'https'"),
+        (
+            "gpt://missing",
+            mt.errors.TowerError,
+            "'gpt' cannot load 'missing': FileNotFoundError: no file 'missing'",
+        ),
+        ("gpt://nothing", mt.errors.TowerError, "'gpt' gave a NoneType for 'nothing'"),
+        ("sentence://x", mt.errors.PluginError, "is 'not a function', not a function that loads a tower"),
     ],
 )
 def test_a_loader_that_fails_is_named(

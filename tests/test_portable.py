@@ -15,9 +15,9 @@ from torch import nn
 import multitower as mt
 from fake_hub import COMMIT, Download
 from models import EXAMPLES, causal_lm
-from multitower.plugins import TOWERS
+from multitower.plugins.entry_points import TOWERS
 from multitower.testing import open_links
-from multitower.training_checkpoint import convert_training, save_training
+from multitower.train.resume import save_training
 from plugin import Offer
 from tampering import reseal
 
@@ -96,9 +96,9 @@ def test_a_local_folder_that_has_gone_is_named(folders: Path, tmp_path: Path) ->
     mt.FusedModel.from_pretrained("fused")
     shutil.rmtree("models")
     gone = r"'text' is referred to by the folder 'models/text'.*towers=\{'text': \.\.\.\}.*embed_towers=True"
-    with pytest.raises(mt.CheckpointError, match=gone):
+    with pytest.raises(mt.errors.CheckpointError, match=gone):
         mt.FusedModel.from_pretrained("fused")
-    with pytest.raises(mt.CheckpointError, match=gone):
+    with pytest.raises(mt.errors.CheckpointError, match=gone):
         mt.load_tower("fused", "text")
 
 
@@ -112,7 +112,7 @@ def test_paths_are_taken_wherever_text_is(folders: Path) -> None:
     assert_same(model, mt.Pipeline.from_pretrained(Path("fused"), towers={"text": text}).model)
     assert isinstance(mt.load_tower(Path("fused"), "text", tower=text), nn.Module)
     save_training(Path("run"), model, torch.optim.SGD(model.parameter_groups(lr=0.1)))
-    assert_same(model, convert_training(Path("run"), Path("third"), towers={"text": text}))
+    assert_same(model, mt.FusedModel.from_training(Path("run"), towers={"text": text}))
     with pytest.raises(TypeError, match=r"'text'.* not a int"):
         mt.FusedModel.from_pretrained(Path("fused"), towers={"text": 3})  # type: ignore[dict-item]  # that is refused
 

@@ -145,7 +145,9 @@ def test_a_layer_that_runs_later_is_refused() -> None:
     model = Growing()
     tower = mt.TransformersTower(model)
     tower._shell.it.model.running = 3
-    with pytest.raises(mt.TowerError, match="layer 3 runs now, but did not when the model became a tower"):
+    with pytest.raises(
+        mt.errors.TowerError, match="layer 3 runs now, but did not when the model became a tower"
+    ):
         tower(torch.zeros(1, 3, dtype=torch.int64))
 
 
@@ -176,7 +178,7 @@ def test_the_mode_of_the_modules_above_the_layers_is_followed() -> None:
 
 
 def refused(model: Model, match: str) -> None:
-    with pytest.raises(mt.TowerError, match=match):
+    with pytest.raises(mt.errors.TowerError, match=match):
         mt.TransformersTower(model)
 
 
@@ -264,5 +266,5 @@ def test_two_lists_of_layers_need_a_word() -> None:
 
 def test_a_tower_without_generate_says_so() -> None:
     tower = mt.TransformersTower(Model())
-    with pytest.raises(mt.TowerError, match="Model cannot decode: it has no generate"):
+    with pytest.raises(mt.errors.TowerError, match="Model cannot decode: it has no generate"):
         tower.decoder(lambda layer, state, positions: state)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import multitower as mt
 from models import causal_lm
 from multitower import testing
-from multitower.spec import LinkSpec
+from multitower.declare.spec import LinkSpec
 from multitower.testing.strategies import Case, cases, cyclic_structures, structures, tiny_towers
 
 FAMILIES = ("llama", "gpt2", "bloom", "gemma3_text", "mistral")
@@ -167,7 +167,7 @@ def test_every_step_runs_once_in_time_and_as_early_as_it_can(case: Structure) ->
 
 @given(cyclic_structures())
 def test_cycles_are_refused_and_shown(case: Structure) -> None:
-    with pytest.raises(mt.GraphError, match="wait for each other"):
+    with pytest.raises(mt.errors.GraphError, match="wait for each other"):
         mt.schedule.make_schedule(*case)
     testing.check_schedule(*case)
 

@@ -14,7 +14,7 @@ from torch import nn
 
 import multitower as mt
 from models import EXAMPLES, causal_lm, pair
-from multitower.fingerprint import fingerprint
+from multitower.storage.fingerprint import fingerprint
 from multitower.testing import open_links, tiny_tower
 
 BATCH = mt.collate(EXAMPLES)
@@ -22,7 +22,7 @@ TEXT = BATCH["streams"]["text"]["tokens"]
 
 
 def torchao() -> Any:
-    """Give torchao's quantisation, or skip the test."""
+    """Return torchao's quantisation, or skip the test."""
     pytest.importorskip("torchao", reason="needs torchao")
     return importlib.import_module("torchao.quantization")
 
@@ -173,9 +173,11 @@ def test_towers_that_cannot_be_stored_are_given_again(quantise: Quantise, tmp_pa
         fused.save_pretrained(folder)
     assert not (folder / "towers" / "text").exists()
     speech = fused.tower("speech")
-    with pytest.raises(mt.CheckpointError, match=r"tower 'text' was declared with a module.*towers=\{'text'"):
+    with pytest.raises(
+        mt.errors.CheckpointError, match=r"tower 'text' was declared with a module.*towers=\{'text'"
+    ):
         mt.FusedModel.from_pretrained(folder, towers={"speech": speech})
-    with pytest.raises(mt.CheckpointError, match="tower 'text' from LlamaForCausalLM is not the one"):
+    with pytest.raises(mt.errors.CheckpointError, match="tower 'text' from LlamaForCausalLM is not the one"):
         mt.FusedModel.from_pretrained(folder, towers={"speech": speech, "text": causal_lm("llama", width=32)})
     towers = {"speech": speech, "text": quantise(tmp_path)}
     again = mt.FusedModel.from_pretrained(folder, towers=towers)
@@ -185,7 +187,7 @@ def test_towers_that_cannot_be_stored_are_given_again(quantise: Quantise, tmp_pa
 @pytest.mark.parametrize("quantise", LEFT_OUT)
 def test_embedding_a_tower_that_cannot_be_stored_is_refused(quantise: Quantise, tmp_path: Path) -> None:
     fused = pair(quantise(tmp_path))
-    with pytest.raises(mt.CheckpointError, match="tower 'text' is quantised"):
+    with pytest.raises(mt.errors.CheckpointError, match="tower 'text' is quantised"):
         fused.save_pretrained(tmp_path / "fused", embed_towers=True)
     assert not (tmp_path / "fused").exists()
 
@@ -194,7 +196,7 @@ def test_embedding_a_tower_that_cannot_be_stored_is_refused(quantise: Quantise, 
 def test_training_quantised_weights_is_refused(quantise: Quantise, tmp_path: Path) -> None:
     graph = mt.FusionGraph()
     graph.add_tower("text", quantise(tmp_path), train="all")
-    with pytest.raises(mt.TowerError, match="tower 'text' is quantised"):
+    with pytest.raises(mt.errors.TowerError, match="tower 'text' is quantised"):
         graph.compile()
 
 
@@ -219,7 +221,7 @@ def test_links_compute_in_no_dtype_that_only_stores() -> None:
     assert next(speech.parameters()) is speech.packed
     fused = pair(speech=speech)
     assert {parameter.dtype for parameter in fused.links.parameters()} == {torch.float32}
-    with pytest.raises(mt.TowerError, match=r"tower 'speech' is quantised \(float8_e4m3fn\)"):
+    with pytest.raises(mt.errors.TowerError, match=r"tower 'speech' is quantised \(float8_e4m3fn\)"):
         pair(speech=speech, train="all")
 
 
@@ -260,5 +262,5 @@ def test_bitsandbytes(tmp_path: Path) -> None:
     assert all(parameter.grad is not None for parameter in fused.links.parameters())
     graph = mt.FusionGraph()
     graph.add_tower("text", model, train="all")
-    with pytest.raises(mt.TowerError, match="tower 'text' is quantised"):
+    with pytest.raises(mt.errors.TowerError, match="tower 'text' is quantised"):
         graph.compile()

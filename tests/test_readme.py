@@ -21,7 +21,7 @@ HUB_ID = '"HuggingFaceTB/SmolLM2-135M"'
 
 @pytest.fixture
 def pretrained(tmp_path: Path) -> str:
-    """Give a small decoder and its tokenizer, in place of those that would be downloaded."""
+    """Return a small decoder and its tokenizer, in place of those that would be downloaded."""
     tokenizers = pytest.importorskip("tokenizers")
     vocabulary = {"<s>": 0, "</s>": 1, "<unk>": 2, "four": 3, "two": 4, "nine": 5}
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))

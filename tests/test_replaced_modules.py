@@ -121,10 +121,10 @@ def test_other_layers_are_refused() -> None:
     native = model.unimodal("text")
     decoder = native.model
     native.model = causal_lm("llama", seed=8).model
-    with pytest.raises(mt.TowerError, match="'model' of LlamaForCausalLM was replaced"):
+    with pytest.raises(mt.errors.TowerError, match="'model' of LlamaForCausalLM was replaced"):
         logits(model)
     native.model = decoder
     logits(model)
     decoder.layers.append(copy.deepcopy(decoder.layers[0]))
-    with pytest.raises(mt.TowerError, match=r"'layers' of LlamaModel .* another number of layers"):
+    with pytest.raises(mt.errors.TowerError, match=r"'layers' of LlamaModel .* another number of layers"):
         logits(model)

@@ -5,8 +5,8 @@ import itertools
 import pytest
 
 import multitower as mt
-from multitower.schedule import make_schedule
-from multitower.spec import LinkSpec
+from multitower.compile.schedule import make_schedule
+from multitower.declare.spec import LinkSpec
 
 
 def link(source: str, target: str, **options: object) -> LinkSpec:
@@ -22,7 +22,7 @@ def test_both_directions_of_a_pair_share_a_stage() -> None:
 
 def test_cycle_among_layers_is_shown() -> None:
     links = [link("a", "b", taps=((3, 1),)), link("b", "a", taps=((3, 1),))]
-    with pytest.raises(mt.GraphError) as caught:
+    with pytest.raises(mt.errors.GraphError) as caught:
         make_schedule({"a": 3, "b": 3}, links)
     message = str(caught.value)
     assert "wait for each other" in message
@@ -43,7 +43,7 @@ def test_embeddings_are_read_before_the_first_layer() -> None:
 
 def test_a_tap_into_the_embedding_may_be_in_a_cycle() -> None:
     links = [link("a", "b", taps=((1, 0),)), link("b", "a", taps=((2, 0),))]
-    with pytest.raises(mt.GraphError, match="after the embedding of b, read a layer 1"):
+    with pytest.raises(mt.errors.GraphError, match="after the embedding of b, read a layer 1"):
         make_schedule({"a": 2, "b": 2}, links)
 
 

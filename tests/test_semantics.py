@@ -123,7 +123,9 @@ def test_heads_that_do_not_fit_are_named() -> None:
     graph.add_tower("speech", tiny_tower(0))
     graph.add_tower("text", tiny_tower(1, width=8))
     graph.add_link("speech", "text", interleave=1, heads=3)
-    with pytest.raises(mt.GraphError, match="link 'speech->text': 3 heads do not divide the target width 8"):
+    with pytest.raises(
+        mt.errors.GraphError, match="link 'speech->text': 3 heads do not divide the target width 8"
+    ):
         graph.compile()
 
 
@@ -132,7 +134,9 @@ def test_rotary_positions_need_pairs_of_channels() -> None:
     graph.add_tower("speech", tiny_tower(0))
     graph.add_tower("text", tiny_tower(1, width=6))
     graph.add_link("speech", "text", interleave=1, heads=2)
-    with pytest.raises(mt.GraphError, match="link 'speech->text': rotary positions need an even head width"):
+    with pytest.raises(
+        mt.errors.GraphError, match="link 'speech->text': rotary positions need an even head width"
+    ):
         graph.compile()
 
 

@@ -138,14 +138,14 @@ def test_towers_that_share_must_be_trained_alike() -> None:
         return peft.LoraConfig(r=rank, target_modules=["attention"])
 
     with pytest.raises(
-        mt.GraphError, match=r"towers 'ask' and 'answer' share .* train='none' and train='all'"
+        mt.errors.GraphError, match=r"towers 'ask' and 'answer' share .* train='none' and train='all'"
     ):
         declare("none", "all").compile()
     with pytest.raises(
-        mt.GraphError, match=r"towers 'ask' and 'answer' share .* train='none' and train='lora'"
+        mt.errors.GraphError, match=r"towers 'ask' and 'answer' share .* train='none' and train='lora'"
     ):
         declare("none", lora(2)).compile()
-    with pytest.raises(mt.GraphError, match=r"'answer' share .* unlike peft configs and train='lora'"):
+    with pytest.raises(mt.errors.GraphError, match=r"'answer' share .* unlike peft configs and train='lora'"):
         declare(lora(2), lora(4)).compile()
 
 
@@ -155,7 +155,7 @@ def test_a_frozen_parameter_may_not_learn_in_another_tower() -> None:
     graph = mt.FusionGraph()
     graph.add_tower("ask", one)
     graph.add_tower("answer", other, train="all")
-    with pytest.raises(mt.GraphError, match="towers 'ask' and 'answer' share their weights"):
+    with pytest.raises(mt.errors.GraphError, match="towers 'ask' and 'answer' share their weights"):
         graph.compile()
 
 
@@ -209,7 +209,9 @@ def test_a_given_tower_is_taken_for_all_that_share(folder: str, tmp_path: Path) 
     assert_same(model, again)
     both = mt.FusedModel.from_pretrained(tmp_path / "fused", towers={"ask": moved, "answer": moved})
     assert_shared(both)
-    with pytest.raises(mt.CheckpointError, match="'ask' and 'answer' share one model in this checkpoint"):
+    with pytest.raises(
+        mt.errors.CheckpointError, match="'ask' and 'answer' share one model in this checkpoint"
+    ):
         mt.FusedModel.from_pretrained(tmp_path / "fused", towers={"ask": moved, "answer": "elsewhere"})
 
 
@@ -225,7 +227,7 @@ def test_a_checkpoint_from_before_loads_without_sharing(downloaded: Download, tm
 def test_a_damaged_record_is_named(folder: str, tmp_path: Path, first: object) -> None:
     dialogue(folder, folder).save_pretrained(tmp_path / "fused")
     reseal(tmp_path / "fused", lambda saved: saved["towers"]["answer"].update(shared_with=first))
-    with pytest.raises(mt.CheckpointError, match=r"fusion\.json is damaged"):
+    with pytest.raises(mt.errors.CheckpointError, match=r"fusion\.json is damaged"):
         mt.FusedModel.from_pretrained(tmp_path / "fused")
 
 
@@ -249,14 +251,14 @@ def test_a_model_can_be_extended_by_a_tower_that_shares(folder: str) -> None:
     model = graph.compile()
     graph = model.graph
     graph.add_tower("answer", folder)
-    assert_shared(graph.extend(model))
+    assert_shared(model.extend(graph))
     graph = model.graph
     graph.add_tower("answer", model.unimodal("ask"))
-    assert_shared(graph.extend(model))
+    assert_shared(model.extend(graph))
     graph = model.graph
     graph.add_tower("answer", model.unimodal("ask"), train="all")
-    with pytest.raises(mt.GraphError, match="towers 'ask' and 'answer' share their weights"):
-        graph.extend(model)
+    with pytest.raises(mt.errors.GraphError, match="towers 'ask' and 'answer' share their weights"):
+        model.extend(graph)
     assert not any(parameter.requires_grad for parameter in model.tower("ask").parameters())
 
 

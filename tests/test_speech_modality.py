@@ -227,7 +227,7 @@ def test_load_names_the_damaged_file(speech, tmp_path, name, damage):
     file.unlink()
     if damage != "missing":
         file.write_bytes(b"" if damage == "empty" else content[: len(content) // 2])
-    with pytest.raises(mt.CheckpointError, match=name.replace(".", r"\.") if content else "damaged"):
+    with pytest.raises(mt.errors.CheckpointError, match=name.replace(".", r"\.") if content else "damaged"):
         SpeechModality.from_pretrained(tmp_path)
 
 
@@ -235,7 +235,7 @@ def test_load_refuses_another_modality(speech, tmp_path):
     speech.save_pretrained(tmp_path)
     document = json.loads((tmp_path / "modality.json").read_text())
     (tmp_path / "modality.json").write_text(json.dumps({**document, "modality": "text"}))
-    with pytest.raises(mt.CheckpointError, match=r"modality\.json is that of modality 'text'"):
+    with pytest.raises(mt.errors.CheckpointError, match=r"modality\.json is that of modality 'text'"):
         SpeechModality.from_pretrained(tmp_path)
 
 

@@ -176,19 +176,19 @@ def test_codecs_are_saved_by_id_or_stored(codec, stored, tmp_path, monkeypatch):
 
 
 def test_what_is_damaged_is_named(codec, tmp_path):
-    with pytest.raises(mt.CheckpointError, match="nowhere cannot be loaded"):
+    with pytest.raises(mt.errors.CheckpointError, match="nowhere cannot be loaded"):
         CodecModality(tmp_path / "nowhere")
     CodecModality(codec).save_pretrained(tmp_path)
     weights = tmp_path / "model/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
-    with pytest.raises(mt.CheckpointError, match=str(tmp_path)):
+    with pytest.raises(mt.errors.CheckpointError, match=str(tmp_path)):
         CodecModality.from_pretrained(tmp_path)
     weights.unlink()
-    with pytest.raises(mt.CheckpointError, match=r"model cannot be loaded .*safetensors"):
+    with pytest.raises(mt.errors.CheckpointError, match=r"model cannot be loaded .*safetensors"):
         CodecModality.from_pretrained(tmp_path)
     document = json.loads((tmp_path / "modality.json").read_text())
     (tmp_path / "modality.json").write_text(json.dumps({**document, "modality": "speech"}))
-    with pytest.raises(mt.CheckpointError, match="that of modality 'speech', not of 'speech_codec'"):
+    with pytest.raises(mt.errors.CheckpointError, match="that of modality 'speech', not of 'speech_codec'"):
         CodecModality.from_pretrained(tmp_path)
 
 
@@ -258,7 +258,7 @@ def test_hubert_saves_and_loads(hubert_speech, tmp_path):
     assert torch.equal(loaded.encode(melody(4)), tokens)
     assert np.array_equal(loaded.decode(tokens), hubert_speech.decode(tokens))
     (tmp_path / "modality.safetensors").unlink()
-    with pytest.raises(mt.CheckpointError, match=r"modality\.safetensors"):
+    with pytest.raises(mt.errors.CheckpointError, match=r"modality\.safetensors"):
         HubertModality.from_pretrained(tmp_path)
 
 

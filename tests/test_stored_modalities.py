@@ -10,7 +10,7 @@ import pytest
 import multitower as mt
 from letters import STEPS, Letters, Tune
 from models import causal_lm, pair
-from multitower import plugins
+from multitower.plugins import entry_points as plugins
 from plugin import LETTERS, Offer
 from tampering import reseal
 
@@ -50,7 +50,7 @@ def test_a_missing_plugin_is_named_and_the_model_loads_without(
     reason = (
         r"tower 'speech': modality 'letters' is not installed: pip install multitower-letters.*\{'speech'"
     )
-    with pytest.raises(mt.PluginError, match=reason):
+    with pytest.raises(mt.errors.PluginError, match=reason):
         mt.Pipeline.from_pretrained(folder)
     assert mt.FusedModel.from_pretrained(folder).graph == model.graph
     pipe = mt.Pipeline.from_pretrained(folder, modalities={"speech": Tune(), "text": Letters()})
@@ -63,7 +63,9 @@ def _not_installed(package: str) -> str:
 
 def test_a_modality_of_no_package_is_given_again(model: mt.FusedModel, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "fused", modalities={"text": Letters()})
-    with pytest.raises(mt.PluginError, match=r"tower 'text': no installed package offers .*'letters'.*give"):
+    with pytest.raises(
+        mt.errors.PluginError, match=r"tower 'text': no installed package offers .*'letters'.*give"
+    ):
         mt.Pipeline.from_pretrained(tmp_path / "fused")
     own = Letters.from_pretrained(tmp_path / "fused/modalities/text")
     assert mt.Pipeline.from_pretrained(tmp_path / "fused", modalities={"text": own}).modalities["text"] is own
@@ -115,7 +117,7 @@ def test_damaged_records_are_named(
 ) -> None:
     model.save_pretrained(tmp_path / "fused", modalities={"text": letters()})
     reseal(tmp_path / "fused", lambda document: document.update(modalities=damage))
-    with pytest.raises(mt.CheckpointError, match=r"fusion\.json is damaged"):
+    with pytest.raises(mt.errors.CheckpointError, match=r"fusion\.json is damaged"):
         mt.Pipeline.from_pretrained(tmp_path / "fused")
 
 
@@ -125,7 +127,7 @@ def test_a_missing_modality_folder_is_named(
     model.save_pretrained(tmp_path / "fused", modalities={"text": letters()})
     shutil.rmtree(tmp_path / "fused/modalities/text")
     reseal(tmp_path / "fused")
-    with pytest.raises(mt.CheckpointError, match=r"modalities/text/modality\.json is missing"):
+    with pytest.raises(mt.errors.CheckpointError, match=r"modalities/text/modality\.json is missing"):
         mt.Pipeline.from_pretrained(tmp_path / "fused")
 
 

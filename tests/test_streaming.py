@@ -13,7 +13,7 @@ from torch import Tensor
 import multitower as mt
 from letters import STEPS, Letters, pipe_of_other_edges, simple_pipe
 from models import causal_lm, pair, segment
-from multitower.streaming import stream_text
+from multitower.pipeline.streaming import stream_text
 
 
 class Pieces(Letters):

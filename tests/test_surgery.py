@@ -42,7 +42,7 @@ def test_dropping_is_the_inverse_of_adding(data: st.DataObject) -> None:
             graph.add_link("new", name, interleave=1)
         if data.draw(st.booleans()):
             graph.add_link(name, "new", interleave=1)
-    bigger = graph.extend(model)
+    bigger = model.extend(graph)
     tokens = st.lists(st.integers(0, 11), min_size=1, max_size=3)
     piece = st.builds(mt.Segment, st.sampled_from([*names, "new"]), tokens)
     examples = data.draw(st.lists(st.lists(piece, min_size=1, max_size=4), min_size=1, max_size=2))
@@ -70,7 +70,7 @@ def test_what_is_dropped_takes_its_links_along_and_the_rest_stays(trained: mt.Fu
 def test_what_cannot_be_dropped_is_named(trained: mt.FusedModel) -> None:
     with pytest.raises(KeyError, match=r"no tower or link 'music'; the towers are speech, text, the links"):
         trained.drop("music")
-    with pytest.raises(mt.GraphError, match="without speech, text the model has no tower"):
+    with pytest.raises(mt.errors.GraphError, match="without speech, text the model has no tower"):
         trained.drop("speech", "text")
 
 
@@ -207,14 +207,14 @@ def test_adapters_of_peft_are_made_anew_for_the_new_tower() -> None:
 def test_a_tower_that_does_not_fit_is_refused() -> None:
     model = pair()
     with pytest.raises(
-        mt.GraphError, match=r"tower 'text' has width 8, and speech->text, text->speech, text"
+        mt.errors.GraphError, match=r"tower 'text' has width 8, and speech->text, text->speech, text"
     ):
         model.swap("text", tiny_tower(width=12))
-    with pytest.raises(mt.GraphError, match=r"tap \(4, 2\) names layer 4 of tower 'speech'"):
+    with pytest.raises(mt.errors.GraphError, match=r"tap \(4, 2\) names layer 4 of tower 'speech'"):
         model.swap("speech", tiny_tower(width=12, depth=3))
     with pytest.raises(KeyError, match="no tower 'music'"):
         model.swap("music", tiny_tower())
-    with pytest.raises(mt.GraphError, match="tower 'text': expected a folder"):
+    with pytest.raises(mt.errors.GraphError, match="tower 'text': expected a folder"):
         model.swap("text", 3)
 
 

@@ -9,7 +9,7 @@ import torch
 
 import multitower as mt
 from models import EXAMPLES, pair, segment
-from multitower.logs import warn_once
+from multitower.base.logs import warn_once
 
 NO_TARGET = [segment("speech", 5, 6, 7), segment("text", 9, 3)]
 
@@ -86,7 +86,7 @@ def test_segments_that_begin_and_end_alike_are_right(caplog: pytest.LogCaptureFi
 
 def test_what_the_history_is_corrupted_to_is_no_end(caplog: pytest.LogCaptureFixture) -> None:
     model = pair(train="all").train()
-    model(**mt.corrupt_history(mt.collate(EXAMPLES), {"text": 1.0, "speech": 1.0})).loss.backward()
+    model(**mt.batch.corrupt_history(mt.collate(EXAMPLES), {"text": 1.0, "speech": 1.0})).loss.backward()
     assert not said(caplog)
 
 

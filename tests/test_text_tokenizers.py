@@ -241,7 +241,9 @@ DAMAGE = [None, "", "{", "[]"]
 def test_load_names_what_is_missing_or_damaged(tmp_path, name, content):
     TextModality(byte_level_bpe(**NAMED)).save_pretrained(tmp_path)
     (tmp_path / name).unlink() if content is None else (tmp_path / name).write_text(content)
-    with pytest.raises(mt.CheckpointError, match=r"modality\.json" if "/" not in name else "tokenizer"):
+    with pytest.raises(
+        mt.errors.CheckpointError, match=r"modality\.json" if "/" not in name else "tokenizer"
+    ):
         TextModality.from_pretrained(tmp_path)
 
 
@@ -253,7 +255,7 @@ def test_load_refuses_other_configs(tmp_path, config):
     TextModality(byte_level_bpe(**NAMED)).save_pretrained(tmp_path)
     document = json.loads((tmp_path / "modality.json").read_text())
     (tmp_path / "modality.json").write_text(json.dumps(document | {"config": config}))
-    with pytest.raises(mt.CheckpointError, match="damaged"):
+    with pytest.raises(mt.errors.CheckpointError, match="damaged"):
         TextModality.from_pretrained(tmp_path)
 
 
@@ -265,7 +267,7 @@ def test_code_that_a_tokenizer_brings_is_not_run(tmp_path):
     written["tokenizer_class"] = "Mine"
     file.write_text(json.dumps(written))
     (tmp_path / "tokenizer/mine.py").write_text("raise SystemExit('it ran')")
-    with pytest.raises(mt.CheckpointError, match=r"trust_remote_code.*load it yourself, and give it"):
+    with pytest.raises(mt.errors.CheckpointError, match=r"trust_remote_code.*load it yourself, and give it"):
         TextModality.from_pretrained(tmp_path)
 
 

@@ -8,7 +8,7 @@ import torch
 import multitower as mt
 from decoding import GIVEN, STEPS, decode, fused, text_model
 from models import causal_lm, pair, segment
-from multitower.together import ONLY_ALONE, STEPWISE
+from multitower.generate.together import ONLY_ALONE, STEPWISE
 from test_generate_matrix import GREEDY
 
 ONE_BY_ONE = [name for name, options in GREEDY.items() if set(options) <= set(STEPWISE)]

@@ -103,7 +103,7 @@ def test_layers_out_of_order_are_refused() -> None:
         return forward(*args, **kwargs)
 
     model.model.layers[1].forward = twice
-    with pytest.raises(mt.TowerError, match=r"in the order \[1, 1, 2\]"):
+    with pytest.raises(mt.errors.TowerError, match=r"in the order \[1, 1, 2\]"):
         mt.TransformersTower(model)
 
 
@@ -111,7 +111,7 @@ def test_a_model_that_differs_layer_by_layer_is_refused() -> None:
     model = causal_lm("llama")
     model.model.norm.register_forward_hook(lambda module, inputs, output: output + next(noise))
     noise = itertools.count()
-    with pytest.raises(mt.TowerError, match="other logits than its own forward"):
+    with pytest.raises(mt.errors.TowerError, match="other logits than its own forward"):
         mt.TransformersTower(model)
 
 
@@ -119,21 +119,23 @@ def test_a_replaced_forward_is_refused() -> None:
     model = causal_lm("llama")
     native = model.model.forward
     model.model.forward = lambda *args, **kwargs: native(*args, **kwargs)
-    with pytest.raises(mt.TowerError, match="Was a forward of the model replaced"):
+    with pytest.raises(mt.errors.TowerError, match="Was a forward of the model replaced"):
         mt.TransformersTower(model)
 
 
 def test_no_list_of_layers() -> None:
-    with pytest.raises(mt.TowerError, match="tower 'text': Linear is neither a transformers causal LM nor"):
+    with pytest.raises(
+        mt.errors.TowerError, match="tower 'text': Linear is neither a transformers causal LM nor"
+    ):
         as_tower("text", torch.nn.Linear(2, 2))
-    with pytest.raises(mt.TowerError, match=r"found none among model\.layers"):
+    with pytest.raises(mt.errors.TowerError, match=r"found none among model\.layers"):
         mt.TransformersTower(causal_lm("llama"), layers="decoder.layers")
 
 
 def test_a_source_that_cannot_be_loaded_names_its_tower(tmp_path: object) -> None:
     graph = mt.FusionGraph()
     graph.add_tower("text", str(tmp_path))
-    with pytest.raises(mt.TowerError, match="tower 'text': cannot load"):
+    with pytest.raises(mt.errors.TowerError, match="tower 'text': cannot load"):
         graph.compile()
 
 

@@ -18,8 +18,8 @@ import multitower as mt
 import sharded_training
 from models import EXAMPLES, causal_lm, segment
 from multitower.testing import tiny_tower
-from multitower.training_checkpoint import convert_training, load_training, save_training
-from multitower.training_state import trained_state
+from multitower.train.optimizer_state import trained_state
+from multitower.train.resume import load_training, save_training
 
 Run = tuple[mt.FusedModel, torch.optim.Optimizer, Any]
 
@@ -174,7 +174,7 @@ def test_another_scheduler_is_refused_before_anything_is_changed(tmp_path: Path)
     save_training(tmp_path / "run", model, optimizer, scheduler=at_milestones(optimizer))
     with torch.no_grad():
         model.tower("speech").native.lm_head.weight.zero_()
-    with pytest.raises(mt.CheckpointError, match="the scheduler is LambdaLR; MultiStepLR was saved"):
+    with pytest.raises(mt.errors.CheckpointError, match="the scheduler is LambdaLR; MultiStepLR was saved"):
         load_training(tmp_path / "run", model, optimizer, scheduler=warm_up(optimizer))
     assert not model.tower("speech").native.lm_head.weight.any()
 
@@ -188,7 +188,7 @@ def test_what_does_not_fit_is_all_listed_and_nothing_changed(tmp_path: Path) -> 
     other.links["text->speech"]["1-2"].bfloat16()
     fresh = sgd(other)
     before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
-    with pytest.raises(mt.CheckpointError) as caught:
+    with pytest.raises(mt.errors.CheckpointError) as caught:
         load_training(tmp_path / "run", other, fresh, scheduler=warm_up(fresh))
     for part in (
         "missing: model.towers.text.model.model.layers.0.self_attn.q_proj.lora_A.default.weight",
@@ -224,7 +224,7 @@ def test_damage_is_an_error_and_changes_nothing(tmp_path: Path, damage: str) -> 
     again = build()
     before = {name: tensor.clone() for name, tensor in again.state_dict().items()}
     match = "upgrade multitower" if damage == "newer" else r"is damaged"
-    with pytest.raises(mt.CheckpointError, match=match):
+    with pytest.raises(mt.errors.CheckpointError, match=match):
         load_training(tmp_path / "run", again, adam(again))
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in before.items())
 
@@ -236,13 +236,15 @@ def test_a_training_checkpoint_becomes_an_ordinary_one(tmp_path: Path) -> None:
     optimizer = adam(model)
     steps(model, optimizer, None, 2)
     save_training(tmp_path / "run", model, optimizer)
-    assert_same(model, convert_training(tmp_path / "run", tmp_path / "fused"))
+    again = mt.FusedModel.from_training(tmp_path / "run")
+    assert_same(model, again)
+    again.save_pretrained(tmp_path / "fused")
     assert_same(model, mt.FusedModel.from_pretrained(tmp_path / "fused"))
     (tmp_path / "text").rename(tmp_path / "moved")
-    convert_training(tmp_path / "run", tmp_path / "second", towers={"text": str(tmp_path / "moved")})
-    assert_same(model, mt.FusedModel.from_pretrained(tmp_path / "second"))
-    with pytest.raises(mt.CheckpointError, match="the model has the towers speech, text"):
-        convert_training(tmp_path / "run", tmp_path / "third", towers={"txt": "x"})
+    moved = {"text": str(tmp_path / "moved")}
+    assert_same(model, mt.FusedModel.from_training(tmp_path / "run", towers=moved))
+    with pytest.raises(mt.errors.CheckpointError, match="the model has the towers speech, text"):
+        mt.FusedModel.from_training(tmp_path / "run", towers={"txt": "x"})
 
 
 def test_plain_towers_are_given_anew(tmp_path: Path) -> None:
@@ -251,10 +253,10 @@ def test_plain_towers_are_given_anew(tmp_path: Path) -> None:
     optimizer = adam(model)
     steps(model, optimizer, None, 1)
     save_training(tmp_path / "run", model, optimizer)
-    with pytest.raises(mt.TowerError, match="tower 'speech' was declared with a module"):
-        convert_training(tmp_path / "run", tmp_path / "fused")
+    with pytest.raises(mt.errors.TowerError, match="tower 'speech' was declared with a module"):
+        mt.FusedModel.from_training(tmp_path / "run")
     made = {name: make() for name, make in towers.items()}
-    assert_same(model, convert_training(tmp_path / "run", tmp_path / "fused", towers=made))
+    assert_same(model, mt.FusedModel.from_training(tmp_path / "run", towers=made))
 
 
 def both(script: Any, folder: Path) -> list[int]:
@@ -284,7 +286,7 @@ def test_a_model_divided_among_processes_is_saved_in_parts(tmp_path: Path) -> No
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(tensor, after[name])
     parts[1].unlink()
-    with pytest.raises(mt.CheckpointError, match="is damaged, or not wholly copied"):
+    with pytest.raises(mt.errors.CheckpointError, match="is damaged, or not wholly copied"):
         load_training(tmp_path / "run", model, optimizer)
 
 
@@ -292,8 +294,8 @@ def test_other_random_numbers_are_warned_of(tmp_path: Path, monkeypatch: pytest.
     model = build()
     save_training(tmp_path / "run", model, adam(model))
     state = {"random.cpu.1": torch.get_rng_state()}
-    monkeypatch.setattr("multitower.training_checkpoint.random_state", lambda: state)
-    monkeypatch.setattr("multitower.training_state.random_state", lambda: state)
+    monkeypatch.setattr("multitower.train.resume.random_state", lambda: state)
+    monkeypatch.setattr("multitower.train.optimizer_state.random_state", lambda: state)
     with pytest.warns(UserWarning, match=r"no random\.cpu\.1"):
         load_training(tmp_path / "run", model, adam(model))
 
@@ -302,12 +304,12 @@ def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:
     model = build()
     optimizer = adam(model)
     optimizer.param_groups[0]["note"] = object()
-    with pytest.raises(mt.CheckpointError, match=r"cannot be saved: .* is not plain data"):
+    with pytest.raises(mt.errors.CheckpointError, match=r"cannot be saved: .* is not plain data"):
         save_training(tmp_path / "run", model, optimizer)
     with pytest.raises(ValueError, match="that is not the model's"):
         save_training(tmp_path / "run", model, adam(build()))
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis/chapter.txt").write_text("one")
-    with pytest.raises(mt.CheckpointError, match=r"holds no training\.json"):
+    with pytest.raises(mt.errors.CheckpointError, match=r"holds no training\.json"):
         save_training(tmp_path / "thesis", model, adam(model))
     assert not (tmp_path / "run").exists()

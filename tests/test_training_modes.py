@@ -157,7 +157,7 @@ def test_layers_that_are_dropped_in_training_are_refused(family: str) -> None:
     config.layerdrop = 0.1
     fused = fuse(type(causal_lm(family))(config))
     for _ in range(20):
-        with pytest.raises(mt.TowerError, match="drops layers at random in training"):
+        with pytest.raises(mt.errors.TowerError, match="drops layers at random in training"):
             fused(**BATCH)
     expected = fused.unimodal("text").eval()(TEXT, use_cache=False).logits
     assert torch.equal(fused.tower("text").eval()(TEXT), expected)
@@ -173,7 +173,7 @@ def test_layers_may_be_told_to_stay() -> None:
     config = causal_lm("bart").config
     config.decoder_layerdrop = 0.9
     dropping = type(causal_lm("bart"))(config)
-    with pytest.raises(mt.TowerError, match=r"decoder_layerdrop=0"):
+    with pytest.raises(mt.errors.TowerError, match=r"decoder_layerdrop=0"):
         fuse(dropping)(**BATCH)
     config.decoder_layerdrop = 0.0
     assert fuse(type(dropping)(config))(**BATCH).loss.isfinite()

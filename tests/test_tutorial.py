@@ -13,7 +13,7 @@ from pathlib import Path
 import matplotlib
 import pytest
 
-from multitower import cli
+from multitower.cli import main as cli
 from plugin import Offer
 
 ROOT = Path(__file__).parents[1]
@@ -56,7 +56,7 @@ def shell(code: str, offer: Offer, capsys: pytest.CaptureFixture) -> None:
 
 
 def follow(shorter: bool, offer: Offer, capsys: pytest.CaptureFixture) -> dict:
-    """Do what the tutorial says; give what its script has at the end."""
+    """Do what the tutorial says; return what its script has at the end."""
     script: dict = {}
     for kind, code in BLOCKS:
         named = re.match(r"# (multitower-colour/\S+)\n", code)

@@ -16,7 +16,7 @@ import multitower as mt
 def use(model: mt.FusedModel, examples: list[mt.stream.Example]) -> torch.Tensor:
     batch = mt.collate(examples)
     model.forward(**batch, output_attentions=True)
-    model.forward(**mt.to_device(batch, model.device))
+    model.forward(**mt.batch.to_device(batch, model.device))
     model.forward(**mt.pack(batch), logits=False)
     model.estimate(batch, logits=False)
     assert batch["streams"]["text"]["tokens"].dim() == 2

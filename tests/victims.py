@@ -13,7 +13,7 @@ import pytest
 
 import multitower as mt
 from models import causal_lm
-from multitower import plugins
+from multitower.plugins import entry_points as plugins
 from multitower.testing import tiny_model, tiny_tower
 from plugin import LETTERS, Offer
 

@@ -44,7 +44,7 @@ def try_family(family: str) -> Result:
     name = type(model).__name__
     try:
         tower = mt.TransformersTower(model)
-    except mt.TowerError as error:
+    except mt.errors.TowerError as error:
         return Result(family, name, reason=f"refused: {one_line(error)}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it decodes without a cache stands in the table

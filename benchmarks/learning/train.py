@@ -77,7 +77,7 @@ def run(
     return found
 
 
-def make_model(corpus: Corpus, variant: Variant) -> mt.FusedModel | mt.VocabularyExpansion:
+def make_model(corpus: Corpus, variant: Variant) -> mt.FusedModel | mt.baseline.VocabularyExpansion:
     """Join the decoders as a variant says."""
     method, _, what = variant.method.partition(" ")
     if method == "expansion":
@@ -87,7 +87,9 @@ def make_model(corpus: Corpus, variant: Variant) -> mt.FusedModel | mt.Vocabular
             from peft import LoraConfig
 
             train = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-        return mt.VocabularyExpansion(native, {"text": corpus.text, "speech": corpus.speech}, train=train)
+        return mt.baseline.VocabularyExpansion(
+            native, {"text": corpus.text, "speech": corpus.speech}, train=train
+        )
     graph = mt.FusionGraph()
     for name, folder in corpus.decoders.items():
         graph.add_tower(name, folder, train=variant.train[name], adapter=variant.adapter)
@@ -116,7 +118,7 @@ def training_batches(pairs: Sequence[Pair], variant: Variant, seed: int) -> Iter
         targets = [target for _, target in TASKS.values()]
         batches = trials.with_dropped_links(batches, variant.trials["drop"], targets, seed)
     for batch in batches:
-        yield mt.corrupt_history(batch, {"speech": variant.noise}, generator=generator)
+        yield mt.batch.corrupt_history(batch, {"speech": variant.noise}, generator=generator)
 
 
 def averaged(history: Sequence[dict[str, float]], every: int = 40) -> dict[str, list[float]]:
@@ -139,7 +141,7 @@ def held_out_loss(model: nn.Module, pairs: Sequence[Pair], source: str, target: 
 
 
 @torch.no_grad()
-def text_perplexity(model: mt.FusedModel | mt.VocabularyExpansion, pairs: Sequence[Pair]) -> float:
+def text_perplexity(model: mt.FusedModel | mt.baseline.VocabularyExpansion, pairs: Sequence[Pair]) -> float:
     """Return the perplexity of held-out text alone, without anything else to read."""
     batch = mt.collate([[mt.Segment("text", pair.text, target=True)] for pair in pairs])
     return round(float(model(**batch).losses["text"].exp()), 3)
@@ -155,7 +157,7 @@ def contributions(model: mt.FusedModel, pairs: Sequence[Pair]) -> dict[str, floa
 
 
 def decoded(
-    model: mt.FusedModel | mt.VocabularyExpansion,
+    model: mt.FusedModel | mt.baseline.VocabularyExpansion,
     pairs: Sequence[Pair],
     source: str,
     target: str,

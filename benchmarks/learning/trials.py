@@ -27,8 +27,10 @@ from data import Corpus
 from torch import Tensor
 
 import multitower as mt
-from multitower import generate, rotary, stream
-from multitower.link import GatedCrossAttention, KeysValues
+from multitower.batch import collate as stream
+from multitower.generate import generate
+from multitower.link import rotary
+from multitower.link.cross_attention import GatedCrossAttention, KeysValues
 
 APART = 1000
 """When the second segment of an example begins, where positions are those of segments."""

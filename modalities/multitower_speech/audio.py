@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from multitower.extras import require
+from multitower.base.extras import require
 
 SAMPLE_RATE = 16_000
 BLOCK = 1 << 18
@@ -29,7 +29,7 @@ Audio: TypeAlias = str | os.PathLike[str] | bytes | Samples | tuple[Samples, flo
 
 
 def waveform(audio: Audio, rate: int = SAMPLE_RATE) -> Floats:
-    """Give any accepted form of sound as mono samples, all at once.
+    """Return any accepted form of sound as mono samples, all at once.
 
     >>> waveform((np.zeros((8000, 2)), 8000)).shape
     (16000,)
@@ -45,7 +45,7 @@ def waveform(audio: Audio, rate: int = SAMPLE_RATE) -> Floats:
 
 
 def blocks(audio: Audio, rate: int = SAMPLE_RATE) -> Iterator[Floats]:
-    """Give any accepted form of sound as mono samples, some seconds at a time.
+    """Return any accepted form of sound as mono samples, some seconds at a time.
 
     >>> [len(block) for block in blocks((np.zeros(600_000, dtype=np.int16), 32_000))]  # doctest: +ELLIPSIS
     [13..., ...]
@@ -117,7 +117,7 @@ def _warn_if_cut_off(log: str, name: str) -> None:
 
 
 def resampled(parts: Iterable[Samples], given: float, rate: int, name: str) -> Iterator[Floats]:
-    """Give samples, in parts of any lengths, as mono at another rate; how they are cut changes nothing.
+    """Return samples, in parts of any lengths, as mono at another rate; how they are cut changes nothing.
 
     >>> tone = np.sin(np.arange(3000) / 10)
     >>> whole = np.concatenate(list(resampled([tone], 44_100, 16_000, "tone")))

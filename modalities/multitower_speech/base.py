@@ -43,7 +43,7 @@ class DiscreteSpeech(mt.Modality):
 
     @abstractmethod
     def codes(self, parts: Iterable[Floats]) -> Iterator[torch.Tensor]:
-        """Give the units of samples as soon as they are certain.
+        """Return the units of samples as soon as they are certain.
 
         However the samples are cut, the units together are the same.
 
@@ -56,7 +56,7 @@ class DiscreteSpeech(mt.Modality):
 
     @abstractmethod
     def sound(self, codes: torch.Tensor) -> Floats:
-        """Give the samples of units.
+        """Return the samples of units.
 
         Args:
             codes: int64, shape (frames, codebooks); -1 where a unit is missing, never in the first column.
@@ -66,7 +66,7 @@ class DiscreteSpeech(mt.Modality):
         """
 
     def encode(self, raw: Audio) -> torch.Tensor:
-        """Give the tokens of one piece of audio.
+        """Return the tokens of one piece of audio.
 
         >>> from multitower_speech import SpeechModality
         >>> speech = SpeechModality(torch.randn(1, 16, 160))
@@ -92,7 +92,7 @@ class DiscreteSpeech(mt.Modality):
         return torch.cat(list(self.layout.weave_stream(self.codes(blocks(raw, self.sample_rate)))))
 
     def encode_stream(self, chunks: Iterable[Samples], rate: float = SAMPLE_RATE) -> Iterator[torch.Tensor]:
-        """Give the tokens of audio that arrives in chunks, as soon as they are certain.
+        """Return the tokens of audio that arrives in chunks, as soon as they are certain.
 
         >>> from multitower_speech import SpeechModality
         >>> speech = SpeechModality(torch.randn(1, 16, 160))
@@ -118,7 +118,7 @@ class DiscreteSpeech(mt.Modality):
         return self.layout.weave_stream(self.codes(parts))
 
     def decode(self, tokens: torch.Tensor) -> Floats:
-        """Give the waveform of tokens, as a language model may emit them.
+        """Return the waveform of tokens, as a language model may emit them.
 
         >>> from multitower_speech import SpeechModality
         >>> speech = SpeechModality(torch.randn(2, 16, 160) - 5)

@@ -83,7 +83,7 @@ class CodecModality(PretrainedSpeech):
         return f"CodecModality({kind}, rate={self.rate:g}, codebooks={count})"
 
     def window_codes(self, samples: Floats) -> torch.Tensor:
-        """Give the units of one window."""
+        """Return the units of one window."""
         sound = torch.from_numpy(samples).to(self.model.device, self.model.dtype).reshape(1, 1, -1)
         if self.model.config.model_type == "encodec":
             bandwidth = self.model.config.target_bandwidths[-1]
@@ -94,7 +94,7 @@ class CodecModality(PretrainedSpeech):
         return codes[:count, :frames].T.long().cpu()
 
     def sound(self, codes: torch.Tensor) -> Floats:
-        """Give the samples of units; where one is missing, unit 0 stands in."""
+        """Return the samples of units; where one is missing, unit 0 stands in."""
         with torch.no_grad():
             return np.concatenate([self._window_sound(part) for part in torch.split(codes, self._frames)])
 
@@ -112,7 +112,7 @@ class CodecModality(PretrainedSpeech):
         return np.pad(samples[:length], (0, max(0, length - len(samples))))
 
     def config(self) -> dict[str, Any]:
-        """Give where the model is, and the settings."""
+        """Return where the model is, and the settings."""
         return {**super().config(), "codebooks": self.layout.codebooks}
 
     @classmethod

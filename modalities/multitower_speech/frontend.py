@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from multitower.extras import require
+from multitower.base.extras import require
 
 from .audio import SAMPLE_RATE, Audio, Floats, blocks, pieces
 
@@ -35,7 +35,7 @@ def _mel(samples: Floats) -> Floats:
 
 
 def mel_slots(parts: Iterable[Floats], size: int, step: int = 1) -> Iterator[tuple[Floats, slice]]:
-    """Give log-mel frames, in slots that begin at every `size`-th frame, as soon as they are certain.
+    """Return log-mel frames, in slots that begin at every `size`-th frame, as soon as they are certain.
 
     >>> parts = np.split(np.zeros(6400, dtype=np.float32), [100, 4000])
     >>> [new for _, new in mel_slots(parts, size=8)]        # of twenty frames
@@ -73,7 +73,7 @@ def mel_slots(parts: Iterable[Floats], size: int, step: int = 1) -> Iterator[tup
 
 
 def log_mel(parts: Iterable[Floats]) -> Floats:
-    """Give the log-mel frames of samples at 16 kHz.
+    """Return the log-mel frames of samples at 16 kHz.
 
     >>> log_mel([np.zeros(16_000, dtype=np.float32)]).shape
     (50, 80)
@@ -88,7 +88,7 @@ def log_mel(parts: Iterable[Floats]) -> Floats:
 
 
 def log_mels(waveforms: Iterable[Audio]) -> list[Floats]:
-    """Give the log-mel frames of each of several pieces of audio.
+    """Return the log-mel frames of each of several pieces of audio.
 
     >>> [frames.shape for frames in log_mels([np.zeros(16_000), (np.zeros(22_050), 22_050)])]
     [(50, 80), (50, 80)]
@@ -122,7 +122,7 @@ def stacked(frames: Floats, stack: int) -> Floats:
 
 
 def griffin_lim(frames: Floats, *, iterations: int = 32, seed: int = 0) -> Floats:
-    """Give samples whose log-mel frames are near those given.
+    """Return samples whose log-mel frames are near those given.
 
     >>> griffin_lim(np.full((50, 80), np.log(FLOOR), dtype=np.float32)).shape
     (16000,)

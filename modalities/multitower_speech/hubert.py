@@ -143,20 +143,20 @@ class HubertModality(PretrainedSpeech):
         return fitted
 
     def window_codes(self, samples: Floats) -> torch.Tensor:
-        """Give the units of one window."""
+        """Return the units of one window."""
         return quantize(_hidden(self.model, samples, self.layer, self.normalize), self.codebooks)
 
     def sound(self, codes: torch.Tensor) -> Floats:
-        """Give the samples of units."""
+        """Return the samples of units."""
         with torch.no_grad():
             return griffin_lim(self.regressor(dequantize(codes, self.codebooks)).numpy())
 
     def config(self) -> dict[str, Any]:
-        """Give where the model is, and the settings."""
+        """Return where the model is, and the settings."""
         return {**super().config(), "layer": self.layer, "normalize": self.normalize}
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Give the codebooks, and the weights of the regressor."""
+        """Return the codebooks, and the weights of the regressor."""
         return {"codebooks": self.codebooks, **self.regressor.state_dict(prefix="regressor.")}
 
     @classmethod
@@ -168,7 +168,7 @@ class HubertModality(PretrainedSpeech):
 
 
 def _check_model(model: Any, layer: int) -> int:
-    """Give the samples per frame of a model that this is for."""
+    """Return the samples per frame of a model that this is for."""
     config = model.config
     strides = getattr(config, "conv_stride", None)
     hop = math.prod(strides) if strides else 0
@@ -183,7 +183,7 @@ def _check_model(model: Any, layer: int) -> int:
 
 
 def _hidden(model: Any, samples: Floats, layer: int, normalize: bool) -> torch.Tensor:
-    """Give the hidden states, float32, shape (frames, width), of whole frames of samples."""
+    """Return the hidden states, float32, shape (frames, width), of whole frames of samples."""
     config = model.config
     hop, seen = 1, 1
     for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):

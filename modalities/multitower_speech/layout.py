@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from multitower.modality import check_tokens
+from multitower.plugins import check_tokens
 
 PATTERNS = ("flattened", "delayed")
 
@@ -72,11 +72,11 @@ class Layout:
         return list(range(self.codebooks)) if self.pattern == "delayed" else [0] * self.codebooks
 
     def weave(self, codes: Tensor) -> Tensor:
-        """Give the tokens of units of shape (frames, codebooks), begin and end included."""
+        """Return the tokens of units of shape (frames, codebooks), begin and end included."""
         return torch.cat(list(self.weave_stream([codes])))
 
     def weave_stream(self, parts: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Give the tokens of units that come in parts, each of shape (frames, codebooks)."""
+        """Return the tokens of units that come in parts, each of shape (frames, codebooks)."""
         longest = max(self._delays)
         held = torch.full((longest, self.codebooks), -1)
         opening = torch.tensor([self.begin])
@@ -95,7 +95,7 @@ class Layout:
         return torch.where(steps < 0, blank, steps + numbers * self.units).flatten()
 
     def unweave(self, tokens: Tensor) -> Tensor:
-        """Give the units of tokens, also of sequences that no encoder would give.
+        """Return the units of tokens, also of sequences that no encoder would give.
 
         >>> Layout(2, 10).unweave(torch.tensor([14, 1, 12, 2, 3, 15, 15, 20, 99]))
         tensor([[ 1,  2],

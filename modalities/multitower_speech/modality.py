@@ -120,14 +120,14 @@ class SpeechModality(DiscreteSpeech):
         return cls(books, refiner, pattern=pattern)
 
     def codes(self, parts: Iterable[Floats]) -> Iterator[torch.Tensor]:
-        """Give the units of samples at 16 kHz as soon as they are certain."""
+        """Return the units of samples at 16 kHz as soon as they are certain."""
         for mel, new in mel_slots(parts, SLOT_UNITS * self._stack, self._stack):
             mel[new.stop :] = mel[new.stop - 1]  # the last unit of all may be short of frames
             vectors = torch.from_numpy(mel.reshape(SLOT_UNITS, -1))
             yield quantize(vectors, self.codebooks)[new.start // self._stack : -(-new.stop // self._stack)]
 
     def sound(self, codes: torch.Tensor) -> Floats:
-        """Give the samples of units."""
+        """Return the samples of units."""
         vectors = dequantize(codes, self.codebooks)
         if self.refiner is None:
             return griffin_lim(vectors.reshape(-1, N_MELS).numpy())
@@ -135,11 +135,11 @@ class SpeechModality(DiscreteSpeech):
             return griffin_lim(self.refiner(vectors).numpy())
 
     def config(self) -> dict[str, Any]:
-        """Give what is not a tensor."""
+        """Return what is not a tensor."""
         return {"pattern": self.layout.pattern}
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Give the codebooks, and the weights of the refiner."""
+        """Return the codebooks, and the weights of the refiner."""
         state = {} if self.refiner is None else self.refiner.state_dict(prefix="refiner.")
         return {"codebooks": self.codebooks, **state}
 

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 
 import multitower as mt
-from multitower.extras import require
+from multitower.base.extras import require
 
 from .audio import Floats
 from .base import DiscreteSpeech
@@ -57,7 +57,7 @@ class PretrainedSpeech(DiscreteSpeech):
 
     @abstractmethod
     def window_codes(self, samples: Floats) -> torch.Tensor:
-        """Give the units of one window.
+        """Return the units of one window.
 
         Args:
             samples: float32, shape (frames * hop,).
@@ -67,13 +67,13 @@ class PretrainedSpeech(DiscreteSpeech):
         """
 
     def codes(self, parts: Iterable[Floats]) -> Iterator[torch.Tensor]:
-        """Give the units of samples, a window at a time."""
+        """Return the units of samples, a window at a time."""
         for samples in windows(parts, self._frames * self.hop):
             with torch.no_grad():
                 yield self.window_codes(np.pad(samples, (0, -len(samples) % self.hop)))
 
     def config(self) -> dict[str, Any]:
-        """Give where the model is, and the settings common to all."""
+        """Return where the model is, and the settings common to all."""
         revision = getattr(self.model.config, "_commit_hash", None) if self.source else None
         pattern = self.layout.pattern
         return {"model": self.source, "revision": revision, "pattern": pattern, "window": self.window}
@@ -92,7 +92,7 @@ class PretrainedSpeech(DiscreteSpeech):
 
 
 def window_frames(window: float, rate: float) -> int:
-    """Give the number of frames in a window of so many seconds.
+    """Return the number of frames in a window of so many seconds.
 
     Raises:
         ValueError: There is none.
@@ -104,7 +104,7 @@ def window_frames(window: float, rate: float) -> int:
 
 
 def hub_id(source: Any) -> str | None:
-    """Give what a model was loaded by where that is a Hub id, and None where it is a folder or a model.
+    """Return what a model was loaded by where that is a Hub id, and None where it is a folder or a model.
 
     >>> hub_id("facebook/hubert-base-ls960"), hub_id("/tmp")
     ('facebook/hubert-base-ls960', None)
@@ -127,7 +127,7 @@ def load_model(source: Any, revision: str | None = None) -> Any:
     try:
         model = transformers.AutoModel.from_pretrained(source, revision=revision, use_safetensors=True)
     except (OSError, ValueError, SafetensorError) as error:
-        raise mt.CheckpointError(f"{source} cannot be loaded by transformers: {error}") from error
+        raise mt.errors.CheckpointError(f"{source} cannot be loaded by transformers: {error}") from error
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()  # a mapped file is aligned unlike memory, and so rounds unlike it
     return model

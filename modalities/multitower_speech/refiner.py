@@ -52,7 +52,7 @@ class Refiner(nn.Module):
         self.register_buffer("spread", torch.tensor(SPREAD, dtype=torch.float32, device="cpu"))
 
     def forward(self, vectors: Tensor) -> Tensor:
-        """Give log-mel frames, shape (..., n * frames per unit, 80), of vectors of shape (..., n, inputs)."""
+        """Return log-mel frames, shape (..., n * frames per unit, 80), of vectors (..., n, inputs)."""
         hidden = self.first(((vectors - self.centre) / self.spread).mT)
         for block in self.blocks:
             hidden = hidden + block(hidden)
@@ -73,7 +73,7 @@ class Refiner(nn.Module):
 
 
 def weights(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Give the tensors whose names begin with a prefix, without it."""
+    """Return the tensors whose names begin with a prefix, without it."""
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 

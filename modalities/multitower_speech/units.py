@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 import multitower as mt
-from multitower.extras import require
+from multitower.base.extras import require
 
 from .audio import Floats
 
@@ -66,13 +66,13 @@ def fit_codebooks(vectors: Floats, *, units: int, codebooks: int, seed: int) -> 
 
 
 def codebooks_of(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Give the codebooks of a saved modality.
+    """Return the codebooks of a saved modality.
 
     Raises:
         CheckpointError: They are missing.
     """
     if "codebooks" not in tensors:
-        raise mt.CheckpointError("modality.safetensors is missing or holds no codebooks: save again")
+        raise mt.errors.CheckpointError("modality.safetensors is missing or holds no codebooks: save again")
     return tensors["codebooks"]
 
 
@@ -81,7 +81,7 @@ def _nearest(vectors: torch.Tensor, book: torch.Tensor) -> torch.Tensor:
 
 
 def quantize(vectors: torch.Tensor, codebooks: torch.Tensor) -> torch.Tensor:
-    """Give the units of vectors: in each codebook, the one nearest to what those before left over.
+    """Return the units of vectors: in each codebook, the one nearest to what those before left over.
 
     >>> codebooks = torch.tensor([[[0.0], [10.0]], [[-1.0], [1.0]]])
     >>> quantize(torch.tensor([[9.0], [1.0]]), codebooks)
@@ -103,7 +103,7 @@ def quantize(vectors: torch.Tensor, codebooks: torch.Tensor) -> torch.Tensor:
 
 
 def dequantize(codes: torch.Tensor, codebooks: torch.Tensor) -> torch.Tensor:
-    """Give the vectors of units.
+    """Return the vectors of units.
 
     >>> codebooks = torch.tensor([[[0.0], [10.0]], [[-1.0], [1.0]]])
     >>> dequantize(torch.tensor([[1, 0], [0, -1]]), codebooks).flatten()

@@ -9,7 +9,7 @@ from .special import tokenizer_name
 
 
 def encode_chat(tokenizer: Any, chat: list[Mapping[str, Any]], *, sanitize: bool) -> list[int]:
-    """Give the token ids of a chat as the template writes it, with whatever begins and ends it there.
+    """Return the token ids of a chat as the template writes it, with whatever begins and ends it there.
 
     Args:
         tokenizer: A transformers tokenizer with a chat template.

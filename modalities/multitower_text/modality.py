@@ -11,8 +11,9 @@ from typing import Any, Self
 
 import torch
 
-from multitower import CheckpointError, Modality
-from multitower.modality import check_tokens
+from multitower import Modality
+from multitower.errors import CheckpointError
+from multitower.plugins import check_tokens
 
 from .chat import encode_chat
 from .special import known_ids, resolve, tokenizer_name, unreachable
@@ -117,7 +118,7 @@ class TextModality(Modality):
         return f"TextModality({name}, vocab_size={self.vocab_size}, begin={self.begin}, end={self.end})"
 
     def encode(self, raw: str | list[Mapping[str, Any]]) -> torch.Tensor:
-        """Give the tokens of a text or a chat.
+        """Return the tokens of a text or a chat.
 
         >>> TextModality().encode("")
         tensor([256, 257])
@@ -139,7 +140,7 @@ class TextModality(Modality):
         return self.encode_batch([raw])[0]
 
     def encode_batch(self, raws: Sequence[Any]) -> list[torch.Tensor]:
-        """Give the tokens of several texts or chats; texts go to the tokenizer in one call.
+        """Return the tokens of several texts or chats; texts go to the tokenizer in one call.
 
         >>> TextModality().encode_batch(["a", ""])
         [tensor([256,  97, 257]), tensor([256, 257])]
@@ -197,7 +198,7 @@ class TextModality(Modality):
         return ids[1:] if ids[:1] == [self.begin] else ids
 
     def decode(self, tokens: torch.Tensor | Sequence[int]) -> str:
-        """Give the text of tokens, as a language model may emit them.
+        """Return the text of tokens, as a language model may emit them.
 
         >>> TextModality().decode(torch.tensor([104, 105, 257]))
         'hi'
@@ -230,7 +231,7 @@ class TextModality(Modality):
         )
 
     def config(self) -> dict[str, Any]:
-        """Give what belongs to this modality beside the tokenizer's own files."""
+        """Return what belongs to this modality beside the tokenizer's own files."""
         if self.tokenizer is None:
             return {"tokenizer": False}
         on_the_hub = self.default_tower is not None and not os.path.exists(self.default_tower)

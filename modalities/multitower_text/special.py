@@ -7,12 +7,12 @@ from typing import Any
 
 
 def tokenizer_name(tokenizer: Any) -> str:
-    """Give the name that an error calls a tokenizer by."""
+    """Return the name that an error calls a tokenizer by."""
     return getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
 
 
 def known_ids(tokenizer: Any) -> frozenset[int]:
-    """Give all ids of a tokenizer; between those of added tokens there may be gaps.
+    """Return all ids of a tokenizer; between those of added tokens there may be gaps.
 
     Raises:
         TypeError: It is not a tokenizer of transformers.
@@ -28,7 +28,7 @@ def known_ids(tokenizer: Any) -> frozenset[int]:
 
 
 def resolve(tokenizer: Any, known: Set[int], edge: str, special: str, given: int | str | None) -> int:
-    """Give the id of the begin or end token: the one given, or else the tokenizer's own.
+    """Return the id of the begin or end token: the one given, or else the tokenizer's own.
 
     Raises:
         ValueError: There is none, or it is not in the vocabulary.
@@ -51,7 +51,7 @@ def resolve(tokenizer: Any, known: Set[int], edge: str, special: str, given: int
 
 
 def unreachable(tokenizer: Any, edges: set[int]) -> set[int]:
-    """Give the ids that no text may be encoded to: special tokens, and added ones that begin or end.
+    """Return the ids that no text may be encoded to: special tokens, and added ones that begin or end.
 
     The token of what is unknown is special, too, and yet comes from text.
     """

@@ -12,9 +12,3 @@ stored of a model with adapters is the model without them, as if peft had never 
 share one model the first is written so, and the others name it (``shared_with``). All of this is specified in
 ``docs/format.md``.
 """
-
-from .load import from_pretrained, load_tower
-from .placement import DeviceMap
-from .save import save_pretrained
-
-__all__ = ["DeviceMap", "from_pretrained", "load_tower", "save_pretrained"]

@@ -9,17 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..extras import require
-from ..files import FUSION, CheckpointError, check_fit, read_json
-from ..fingerprint import fingerprint, same_fingerprint
-from ..tower.lora import add_adapter, is_peft_model, make_config
+from ..base.extras import require
+from ..errors import CheckpointError
+from ..storage.files import FUSION, check_fit, read_json
+from ..storage.fingerprint import fingerprint, same_fingerprint
+from ..storage.tensors import mapped_tensors
+from ..tower.peft_tower import add_adapter, is_peft_model, make_config
 from .layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_folder
-from .promises import check_adapter
-from .tensors import mapped_tensors
+from .limits import check_adapter
 
 
 def save_adapters(name: str, model: Any, folder: Path) -> dict[str, Any]:
-    """Write the adapters of a PeftModel; say which there are and which are active."""
+    """Write the adapters of a PeftModel; return which there are and which are active."""
     if any(getattr(module, "merged", False) is True for module in model.modules()):
         raise CheckpointError(
             f"tower {name!r} has merged adapters, so that its model is not what it was; before saving, call "
@@ -31,7 +32,7 @@ def save_adapters(name: str, model: Any, folder: Path) -> dict[str, Any]:
 
 
 def load_adapters(folder: Path, record: Mapping[str, Any], model: nn.Module) -> nn.Module:
-    """Put the stored adapters on a model; give the PeftModel."""
+    """Put the stored adapters on a model; return the PeftModel."""
     peft = require("peft", "lora")
     adapters, active = record.get("adapters"), record.get("active_adapters")
     if not (isinstance(adapters, dict) and isinstance(active, list) and active):

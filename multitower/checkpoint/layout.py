@@ -9,7 +9,7 @@ MAX_SHARD_SIZE = "5GB"
 
 
 def is_links(name: str) -> bool:
-    """Say whether a file holds links, or is the index of those that do.
+    """Return whether a file holds links, or is the index of those that do.
 
     >>> [is_links(name) for name in (LINKS, "links-00001-of-00002.safetensors", "links.txt")]
     [True, True, False]
@@ -18,5 +18,5 @@ def is_links(name: str) -> bool:
 
 
 def adapter_folder(name: str) -> str:
-    """Give the folder in ``towers/<name>/`` where peft keeps the adapters of a name."""
+    """Return the folder in ``towers/<name>/`` where peft keeps the adapters of a name."""
     return ADAPTER if name == "default" else f"{ADAPTER}/{name}"

@@ -5,37 +5,40 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ..files import FUSION, CheckpointError, check_fit
-from ..fused import FusedModel
-from ..graph import FusionGraph
-from ..hub import find_checkpoint
-from ..seal import steadily
-from ..spec import GraphError
-from ..tower import TowerError
-from .fill import assign
+from ..declare.graph import FusionGraph
+from ..errors import CheckpointError, GraphError, TowerError
+from ..run.fusion import Fusion
+from ..storage.files import FUSION, check_fit
+from ..storage.find import find_checkpoint
+from ..storage.integrity import steadily
+from ..storage.tensors import mapped_tensors
+from ..tower.rollback import unchanged_on_error
+from .assign import assign
 from .layout import LINKS, TOWERS
+from .limits import check_links
+from .manifest import Checkpoint, Given, for_all_that_share, read_checkpoint, sources, with_sources
 from .pages import page_out
 from .parts import fusion_state, tower_of
 from .placement import DeviceMap, as_devices, as_dtype, check_movable, move
-from .promises import check_links
-from .records import Checkpoint, Given, for_all_that_share, read_checkpoint, sources, with_sources
-from .tensors import mapped_tensors
 from .towers import Loaded, load_one
-from .unchanged import unchanged_on_error
+
+F = TypeVar("F", bound=Fusion)
 
 
-def from_pretrained(
+def load_fusion(
+    cls: type[F],
     folder: str | os.PathLike[str],
     *,
     towers: Mapping[str, Given] | None = None,
     allow_changed_towers: bool | Collection[str] = False,
     dtype: torch.dtype | str | None = None,
     device_map: DeviceMap | None = None,
-) -> FusedModel:
+) -> F:
     """Load what ``save_pretrained`` wrote.
 
     >>> import multitower as mt, tempfile
@@ -43,7 +46,7 @@ def from_pretrained(
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     tiny_model().save_pretrained(folder + "/fused")
     ...     towers = {"speech": tiny_tower(depth=3, width=12), "text": tiny_tower(depth=2, width=8)}
-    ...     model = from_pretrained(folder + "/fused", towers=towers, dtype="bfloat16")
+    ...     model = load_fusion(mt.FusedModel, folder + "/fused", towers=towers, dtype="bfloat16")
     >>> {parameter.dtype for parameter in model.parameters()}
     {torch.bfloat16}
 
@@ -51,6 +54,7 @@ def from_pretrained(
     they were. Weights are mapped from the files, not copied.
 
     Args:
+        cls: The class of the model.
         folder: The checkpoint.
         towers: Where to take towers from instead: a path, a Hub id or a module. Needed for towers that
             are not from transformers; where the checkpoint holds their weights, these are loaded, also into
@@ -72,8 +76,8 @@ def from_pretrained(
     """
     given = towers or {}
 
-    def load(root: Path) -> FusedModel:
-        return _load(root, given, allow_changed_towers, dtype, device_map)
+    def load(root: Path) -> F:
+        return _load(cls, root, given, allow_changed_towers, dtype, device_map)
 
     return steadily(
         Path(folder), load, again=not any(isinstance(tower, nn.Module) for tower in given.values())
@@ -81,12 +85,13 @@ def from_pretrained(
 
 
 def _load(
+    cls: type[F],
     root: Path,
     towers: Mapping[str, Given],
     allow_changed_towers: bool | Collection[str],
     dtype: torch.dtype | str | None,
     device_map: DeviceMap | None,
-) -> FusedModel:
+) -> F:
     checkpoint = read_checkpoint(root)
     names = list(checkpoint.records)
     wanted, devices = as_dtype(dtype), as_devices(device_map, names)
@@ -97,7 +102,7 @@ def _load(
     graph = with_sources(checkpoint.graph, given)
     with unchanged_on_error(each for each in given.values() if isinstance(each, nn.Module)):
         loaded = _load_towers(checkpoint, graph, given, allow_changed_towers)
-        model = _fuse(checkpoint, graph, loaded)
+        model = _fuse(cls, checkpoint, graph, loaded)
         for name, each in loaded.items():
             check_movable(name, each.tower, wanted, devices.get(name))
     for name, each in loaded.items():
@@ -147,7 +152,7 @@ def load_tower(
         The transformers model, the ``PeftModel`` or the ``Tower``, in eval mode.
 
     Raises:
-        CheckpointError: There is no such tower; or see ``from_pretrained``.
+        CheckpointError: There is no such tower; or see ``load_fusion``.
     """
 
     def load(root: Path) -> nn.Module:
@@ -214,12 +219,12 @@ def _load_towers(
     return {name: loaded[checkpoint.records[name].get("shared_with", name)] for name in graph.towers}
 
 
-def _fuse(checkpoint: Checkpoint, graph: FusionGraph, loaded: Mapping[str, Loaded]) -> FusedModel:
-    """Give the model, its links still empty, if all that is stored of them fits it."""
+def _fuse(cls: type[F], checkpoint: Checkpoint, graph: FusionGraph, loaded: Mapping[str, Loaded]) -> F:
+    """Return the model, its links still empty, if all that is stored of them fits it."""
     stored = sum((checkpoint.root / name).stat().st_size for name in checkpoint.links())
     check_links(graph.links, {name: each.tower for name, each in loaded.items()}, stored)
     try:
-        model = FusedModel(graph, {name: each.tower for name, each in loaded.items()}, empty=True)
+        model = cls(graph, {name: each.tower for name, each in loaded.items()}, empty=True)
     except (GraphError, TowerError) as error:
         raise CheckpointError(f"{checkpoint.root / FUSION} does not fit its towers: {error}") from error
     if checkpoint.schedule not in (None, model.schedule.fingerprint):

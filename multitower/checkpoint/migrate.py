@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..files import CheckpointError
-from ..fingerprint import SAMPLED
+from ..errors import CheckpointError
+from ..storage.fingerprint import SAMPLED
 from .layout import FORMAT_VERSION
 
 Document = dict[str, Any]
 
 
 def migrated(document: Mapping[str, Any], file: object) -> Document:
-    """Give what ``fusion.json`` says, as the newest version of the format says it.
+    """Return what ``fusion.json`` says, as the newest version of the format says it.
 
     >>> migrated({"format_version": 99, "multitower": "7.0"}, "fusion.json")
     Traceback (most recent call last):
-    multitower.files.CheckpointError: fusion.json has format version 99, ...: pip install -U 'multitower>=7.0'
+    multitower.errors.CheckpointError: fusion.json has format version 99, ...: pip install ...
 
     Args:
         document: What the file says.

@@ -9,16 +9,15 @@ from __future__ import annotations
 import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..files import FUSION, CheckpointError
-from ..modality import Modality
-from ..plugins import PluginError, describe, modality_class
-from ..seal import check_files, read_sealed
-from ..spec import is_name
-
-if TYPE_CHECKING:
-    from ..fused import FusedModel
+from ..declare.spec import is_name
+from ..errors import CheckpointError, PluginError
+from ..plugins.entry_points import describe, modality_class
+from ..plugins.modality import Modality
+from ..run.fusion import Fusion
+from ..storage.files import FUSION
+from ..storage.integrity import check_files, read_sealed
 
 MODALITIES = "modalities"
 
@@ -26,7 +25,7 @@ Records = dict[str, dict[str, str | None]]
 """By tower: "modality", "package" and "version", the latter two None where no package offers the class."""
 
 
-def check_modalities(model: FusedModel, modalities: Mapping[str, Modality]) -> None:
+def check_modalities(model: Fusion, modalities: Mapping[str, Modality]) -> None:
     """Check that modalities are those of a model's towers.
 
     >>> from multitower.testing import tiny_model
@@ -59,14 +58,14 @@ def check_modalities(model: FusedModel, modalities: Mapping[str, Modality]) -> N
 
 
 def write_modalities(modalities: Mapping[str, Modality], folder: Path) -> Records:
-    """Write each modality into a checkpoint; give what ``fusion.json`` is to say of them."""
+    """Write each modality into a checkpoint; return what ``fusion.json`` is to say of them."""
     for name, modality in modalities.items():
         modality.save_pretrained(folder / MODALITIES / name)
     return {name: describe(modality) for name, modality in modalities.items()}
 
 
 def keep_modalities(old: Path, new: Path, towers: Collection[str]) -> Records:
-    """Copy the modalities of an old checkpoint into a new one, where that has none; give their records.
+    """Copy the modalities of an old checkpoint into a new one, where that has none; return their records.
 
     Those of towers that are gone are left out. What the old one's record does not name is kept, too.
 

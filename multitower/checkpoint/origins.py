@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..files import CheckpointError
-from ..hub import hub_id, is_path
-from ..plugins import PluginError
-from ..spec import TowerSpec
-from ..tower import Tower, TowerError
+from ..declare.spec import TowerSpec
+from ..errors import CheckpointError, PluginError, TowerError
+from ..run.fusion import Fusion
+from ..storage.find import hub_id, is_path
+from ..tower import Tower
 from ..tower.load import from_source, revision_of
-from ..tower.lora import base_model, base_state
+from ..tower.peft_tower import base_model, base_state
 from ..tower.quantised import quantisation_of
 from .parts import whole
 
-if TYPE_CHECKING:
-    from ..fused import FusedModel
 
-
-def is_to_be_stored(model: FusedModel, name: str, embed_towers: bool) -> bool:
-    """Say whether a checkpoint is to hold the weights of a tower.
+def is_to_be_stored(model: Fusion, name: str, embed_towers: bool) -> bool:
+    """Return whether a checkpoint is to hold the weights of a tower.
 
     >>> from multitower.testing import tiny_model
     >>> is_to_be_stored(tiny_model(), "text", embed_towers=False)
@@ -71,7 +67,7 @@ def check_reference(root: Path, spec: TowerSpec, *, on_hub: bool) -> None:
 
 
 def ways_out(name: str) -> str:
-    """Say what to do where a tower is not found."""
+    """Return what to do where a tower is not found."""
     return (
         f"say where it is with towers={{{name!r}: ...}}, or have it in the checkpoint: save with "
         "embed_towers=True where it can be loaded"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..files import CheckpointError
+from ..errors import CheckpointError
 from ..tower import Tower
 from ..tower.offload import is_offloaded
 from ..tower.quantised import quantisation_of
@@ -19,7 +19,7 @@ DeviceMap = str | int | torch.device | Mapping[str, str | int | torch.device]
 
 
 def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """Give the dtype that was named; None where each tensor is to keep its own.
+    """Return the dtype that was named; None where each tensor is to keep its own.
 
     >>> as_dtype("bfloat16"), as_dtype("auto")
     (torch.bfloat16, None)
@@ -36,7 +36,7 @@ def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def as_devices(device_map: DeviceMap | None, towers: list[str]) -> dict[str, torch.device]:
-    """Give the device of each tower that is to have one.
+    """Return the device of each tower that is to have one.
 
     >>> as_devices({"text": "cpu"}, ["speech", "text"])
     {'text': device(type='cpu')}
@@ -77,7 +77,7 @@ def check_movable(name: str, tower: Tower, dtype: torch.dtype | None, device: to
 def move(
     module: nn.Module, dtype: torch.dtype | None, device: torch.device | None, *, mapped: bool = False
 ) -> None:
-    """Give a model a device and a dtype, one tensor after the other.
+    """Return a model a device and a dtype, one tensor after the other.
 
     Tensors that are not saved, as tables of rotary positions, keep their dtype, and so does what a model of
     transformers keeps in float32.

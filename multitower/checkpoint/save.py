@@ -12,32 +12,34 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ..atomic import replacing
-from ..files import FUSION, CheckpointError
-from ..fingerprint import fingerprint
-from ..fused import FusedModel
-from ..hub import is_path
-from ..logs import logger
-from ..modality import Modality
-from ..seal import write_sealed
-from ..sharing import shared_with
+from ..base.logs import logger
+from ..base.version import __version__
+from ..compile.towers import shared_with
+from ..errors import CheckpointError
+from ..plugins.modality import Modality
+from ..run.fusion import Fusion
+from ..storage.atomic import replacing
+from ..storage.files import FUSION
+from ..storage.find import is_path
+from ..storage.fingerprint import fingerprint
+from ..storage.integrity import write_sealed
+from ..storage.tensors import inventory, size_in_bytes, write_tensors
 from ..tower import Tower
 from ..tower.load import revision_of
-from ..tower.lora import base_model, base_state, is_peft_model
 from ..tower.offload import is_offloaded
+from ..tower.peft_tower import base_model, base_state, is_peft_model
 from ..tower.quantised import can_be_stored, quantisation_of
 from .adapters import save_adapters
-from .fill import ties
+from .assign import ties
 from .layout import ADAPTER, FORMAT_VERSION, LINKS, MAX_SHARD_SIZE, TOWERS, WEIGHTS, is_links
+from .manifest import parts_of
 from .modalities import MODALITIES, Records, check_modalities, keep_modalities, write_modalities
 from .origins import is_to_be_stored
 from .parts import fusion_state, whole
-from .records import parts_of
-from .tensors import inventory, size_in_bytes, write_tensors
 
 
 def save_pretrained(
-    model: FusedModel,
+    model: Fusion,
     folder: str | os.PathLike[str],
     *,
     embed_towers: bool = False,
@@ -100,7 +102,7 @@ def save_pretrained(
     logger.info("saved to %s: %s", target, "; ".join(_described(model, towers)))
 
 
-def _described(model: FusedModel, records: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+def _described(model: Fusion, records: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     """Say of each tower where its weights are."""
     for name, record in records.items():
         source, revision = model.graph.towers[name].source, record.get("revision")
@@ -115,7 +117,7 @@ def _described(model: FusedModel, records: Mapping[str, Mapping[str, Any]]) -> I
 
 
 def _write(
-    model: FusedModel, folder: Path, embed_towers: bool, modalities: Records, limit: int
+    model: Fusion, folder: Path, embed_towers: bool, modalities: Records, limit: int
 ) -> dict[str, dict[str, Any]]:
     records: dict[str, dict[str, Any]] = {}
     shared = shared_with({name: model.tower(name) for name in model.graph.towers})
@@ -145,7 +147,7 @@ def _write(
     parts = [LINKS, *(part for name, record in records.items() for part in parts_of(name, record))]
     document = {
         "format_version": FORMAT_VERSION,
-        "multitower": _release(),
+        "multitower": __version__,
         "graph": model.graph.to_dict(),
         "schedule": {"fingerprint": model.schedule.fingerprint},
         "towers": records,
@@ -164,12 +166,6 @@ def _let_read(folder: Path) -> None:
     for file in folder.rglob("*.safetensors"):
         if not file.is_symlink():
             file.chmod(mode)
-
-
-def _release() -> str:
-    from .. import __version__
-
-    return __version__
 
 
 def _leave_out(name: str, model: nn.Module, embed_towers: bool) -> None:

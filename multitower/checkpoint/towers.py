@@ -10,18 +10,18 @@ from typing import NamedTuple
 
 from torch import nn
 
-from ..files import CheckpointError
-from ..fingerprint import same_fingerprint
-from ..spec import TowerSpec
-from ..tower import Tower, TowerError, TransformersTower, as_tower
-from ..tower.lora import base_state
+from ..declare.spec import TowerSpec
+from ..errors import CheckpointError, TowerError
+from ..storage.fingerprint import same_fingerprint
+from ..tower import Tower, TransformersTower, as_tower
+from ..tower.peft_tower import base_state
 from .adapters import load_adapters
-from .fill import as_stored, assign, check_real, check_stored, convert_dtypes, copy_into, restore_dtypes
+from .assign import as_stored, assign, check_real, check_stored, convert_dtypes, copy_into, restore_dtypes
 from .layout import ADAPTER, TOWERS, WEIGHTS
+from .limits import check_model
+from .manifest import Checkpoint
 from .origins import check_reference, ways_out
 from .parts import whole
-from .promises import check_model
-from .records import Checkpoint
 
 
 class Loaded(NamedTuple):

@@ -4,17 +4,17 @@ None of it needs a download. ``multitower.testing.strategies`` draws towers, gra
 for hypothesis, which it needs.
 """
 
-from .batches import check_order, check_packing, check_padding, check_rows
-from .checkpoints import check_saved
-from .decoding import check_decoding, check_prefill
-from .definition import check_definition
-from .forward import check_causality, check_identity, check_sight, check_unimodal
-from .modalities import MODALITY_PROMISES, check_modality, modality_report
-from .models import PROMISES, check_model, model_report
-from .schedules import check_schedule
+from .modality.check_modality import MODALITY_PROMISES, check_modality, modality_report
+from .model.batches import check_order, check_packing, check_padding, check_rows
+from .model.check_model import PROMISES, check_model, model_report
+from .model.decoding import check_decoding, check_prefill
+from .model.definition import check_definition
+from .model.forward import check_causality, check_identity, check_sight, check_unimodal
+from .model.on_disk import check_saved
+from .model.schedule import check_schedule
+from .model.training import check_frozen, check_gradients, check_losses
 from .tiny import TinyTower, open_links, tiny_model, tiny_tower
-from .towers import check_tower, tower_report
-from .training import check_frozen, check_gradients, check_losses
+from .tower.check_tower import check_tower, tower_report
 
 __all__ = [
     "MODALITY_PROMISES",

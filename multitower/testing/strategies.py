@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from ..fused import FusedModel
-from ..graph import FusionGraph
-from ..link import default_heads
-from ..schedule import make_schedule
-from ..spec import ADAPTERS, GATES, PROJECTIONS, GraphError, LinkSpec
-from ..stream import Example, Segment
+from ..batch.collate import Example, Segment
+from ..compile.schedule import make_schedule
+from ..declare.graph import FusionGraph
+from ..declare.spec import ADAPTERS, GATES, PROJECTIONS, LinkSpec
+from ..errors import GraphError
+from ..link.cross_attention import default_heads
+from ..model import FusedModel
 from ..tower import Tower
 from .tiny import TinyTower, tiny_tower
 

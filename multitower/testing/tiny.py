@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..fused import FusedModel
-from ..graph import FusionGraph
+from ..declare.graph import FusionGraph
+from ..model import FusedModel
 from ..tower import Tower
 
 
@@ -62,7 +62,7 @@ class TinyTower(Tower):
 
 
 def tiny_tower(seed: int = 0, *, depth: int = 2, width: int = 8, vocab_size: int = 16) -> TinyTower:
-    """Give a random tower, the same for the same seed.
+    """Return a random tower, the same for the same seed.
 
     >>> tiny_tower(seed=3, depth=4).depth
     4
@@ -73,7 +73,7 @@ def tiny_tower(seed: int = 0, *, depth: int = 2, width: int = 8, vocab_size: int
 
 
 def tiny_model(seed: int = 0) -> FusedModel:
-    """Give two random towers, "speech" (trained) and "text" (frozen), linked in both directions.
+    """Return two random towers, "speech" (trained) and "text" (frozen), linked in both directions.
 
     >>> [str(link) for link in tiny_model().graph.links]
     ['speech->text', 'text->speech']

@@ -1,6 +1,8 @@
 """Towers: pretrained decoders, seen layer by layer."""
 
-from .base import Inject, Tower, TowerError
+from ..errors import TowerError
+from .base import Tower
+from .inject import Inject
 from .load import as_tower
 from .transformers import TransformersTower
 

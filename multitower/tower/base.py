@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-Inject = Callable[[int, Tensor, Tensor], Tensor]
-"""Called with (layer, state after it, positions); gives the state to go on with.
-
-Layer 0 is the embedding. The state has shape (batch, length of this call, width); the positions, int64 of
-shape (length of this call,), say where in their rows the tokens of this call stand.
-"""
-
-
-class TowerError(ValueError):
-    """A model that cannot be used as a tower."""
+from .inject import Inject
 
 
 class Tower(nn.Module, ABC):
@@ -85,7 +75,7 @@ class Tower(nn.Module, ABC):
 
     @abstractmethod
     def embed(self, tokens: Tensor) -> tuple[Tensor, Any]:
-        """Give the state that enters layer 1, shape (batch, length, width), and what the layers need.
+        """Return the state that enters layer 1, shape (batch, length, width), and what the layers need.
 
         Args:
             tokens: int64, shape (batch, length).
@@ -100,10 +90,10 @@ class Tower(nn.Module, ABC):
 
     @abstractmethod
     def head(self, hidden: Tensor, context: Any) -> Tensor:
-        """Give the logits, shape (batch, length, vocab_size), of the state after the last layer."""
+        """Return the logits, shape (batch, length, vocab_size), of the state after the last layer."""
 
     def head_at(self, hidden: Tensor, context: Any, places: Tensor) -> Tensor:
-        """Give the logits of some tokens of each row, shape (batch, number of places, vocab_size).
+        """Return the logits of some tokens of each row, shape (batch, number of places, vocab_size).
 
         This default computes all of them; override it where the others can be left out.
 
@@ -132,11 +122,11 @@ class Tower(nn.Module, ABC):
         return next(self.parameters()).device
 
     def decoder(self, inject: Inject) -> Any:
-        """Give a model with transformers' ``generate`` that runs this tower with ``inject`` after each layer.
+        """Return a model with transformers' ``generate`` that runs ``inject`` after each layer.
 
         This default works for any tower; where it does not have ``caches``, every step is computed from the
         start.
         """
-        from .custom import CachedDecoder, UncachedDecoder
+        from .decode_plain import CachedDecoder, UncachedDecoder
 
         return CachedDecoder(self, inject) if self.caches else UncachedDecoder(self, inject)

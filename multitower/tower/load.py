@@ -11,10 +11,11 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from ..extras import require
-from ..plugins import PluginError, tower_loader
-from .base import Tower, TowerError
-from .lora import PeftTower, base_model, check_mergeable, check_whole, is_peft_model
+from ..base.extras import require
+from ..errors import PluginError, TowerError
+from ..plugins.entry_points import tower_loader
+from .base import Tower
+from .peft_tower import PeftTower, base_model, check_mergeable, check_whole, is_peft_model
 from .transformers import TransformersTower
 
 KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
@@ -31,11 +32,11 @@ def as_tower(
     revision: str | None = None,
     empty: bool = False,
 ) -> Tower:
-    """Give the tower for a folder, a Hub id, what a plugin loads, a transformers causal LM or a ``Tower``.
+    """Return the tower for a folder, a Hub id, what a plugin loads, a transformers causal LM or a ``Tower``.
 
     >>> as_tower("text", None)
     Traceback (most recent call last):
-    multitower.tower.base.TowerError: tower 'text' was declared with a module, which ... does not hold; ...
+    multitower.errors.TowerError: tower 'text' was declared with a module, which ... does not hold; ...
 
     Args:
         name: The tower's name, for errors.
@@ -115,7 +116,7 @@ def _from_plugin(name: str, source: str) -> nn.Module:
 
 
 def revision_of(model: nn.Module) -> str | None:
-    """Give the commit of the Hub from which a model was loaded, where that is known.
+    """Return the commit of the Hub from which a model was loaded, where that is known.
 
     >>> revision_of(nn.Linear(2, 2)) is None
     True
@@ -175,7 +176,7 @@ def _from_config(name: str, source: str, revision: str | None) -> nn.Module:
 
 
 def kernels_in(config: Any) -> Any:
-    """Give what a config asks for, however deep, that transformers would fetch code for; else None.
+    """Return what a config asks for, however deep, that transformers would fetch code for; else None.
 
     >>> kernels_in({"sub": {"attn_implementation": "someone/kernels"}}), kernels_in({"vocab_size": 3})
     ('someone/kernels', None)
@@ -188,7 +189,7 @@ def kernels_in(config: Any) -> Any:
 
 
 def _commit(source: str, revision: str | None) -> str | None:
-    """Give the commit that the cache of the Hub holds under a revision; None for a folder."""
+    """Return the commit that the cache of the Hub holds under a revision; None for a folder."""
     if os.path.isdir(source):
         return None
     hub = require("huggingface_hub", "transformers")

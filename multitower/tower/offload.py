@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def execution_device(model: nn.Module) -> torch.device:
-    """Give where a model takes its tokens, also when its weights are offloaded."""
+    """Return where a model takes its tokens, also when its weights are offloaded."""
     device = next(model.parameters()).device
     if device.type != "meta":
         return device
@@ -19,12 +19,12 @@ def execution_device(model: nn.Module) -> torch.device:
 
 
 def is_offloaded(model: nn.Module) -> bool:
-    """Say whether some weights of a model are brought in only while it runs."""
+    """Return whether some weights of a model are brought in only while it runs."""
     return any(getattr(hook, "offload", False) for _, _, hook in _hooks(model))
 
 
 def whole_state(model: nn.Module) -> dict[str, Any]:
-    """Give a model's state dict, what is offloaded included."""
+    """Return a model's state dict, what is offloaded included."""
     state: dict[str, Any] = model.state_dict()
     for path, module, hook in _hooks(model):
         if getattr(hook, "offload", False):
@@ -36,7 +36,7 @@ def whole_state(model: nn.Module) -> dict[str, Any]:
 
 
 def _hooks(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
-    """Give accelerate's hooks with the modules on which they are."""
+    """Return accelerate's hooks with the modules on which they are."""
     for path, module in model.named_modules():
         hook = getattr(module, "_hf_hook", None)
         for each in getattr(hook, "hooks", (hook,)):

@@ -13,7 +13,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from .base import TowerError
+from ..errors import TowerError
 from .offload import execution_device
 from .shell import as_call, as_tuple
 
@@ -34,11 +34,11 @@ class Layout(NamedTuple):
     sizes: tuple[tuple[str, int], ...] = ()
 
     def to_tower(self, state: Tensor) -> Tensor:
-        """Give a state as (batch, length, width)."""
+        """Return a state as (batch, length, width)."""
         return state if self.is_plain else rearrange(state, f"{self.axes} -> {self._plain}")
 
     def to_model(self, state: Tensor) -> Tensor:
-        """Give a state as the model lays it out."""
+        """Return a state as the model lays it out."""
         return (
             state if self.is_plain else rearrange(state, f"{self._plain} -> {self.axes}", **dict(self.sizes))
         )
@@ -104,7 +104,7 @@ class Seen(NamedTuple):
 
 
 def probe(model: nn.Module, path: str | None = None) -> tuple[Layers, Tensor]:
-    """Run a model once; give its logits and its layers: the outermost list whose members pass on a state.
+    """Run a model once; return its logits and its layers: the outermost list whose members pass on a state.
 
     Args:
         model: The model.
@@ -159,7 +159,7 @@ def probe(model: nn.Module, path: str | None = None) -> tuple[Layers, Tensor]:
 
 
 def probe_tokens(model: nn.Module) -> Tensor:
-    """Give tokens of shape (ROWS, LENGTH): unlike rows, the last two unlike only in their last token."""
+    """Return tokens of shape (ROWS, LENGTH): unlike rows, the last two unlike only in their last token."""
     size = vocabulary(model)
     tokens = (torch.arange(ROWS * LENGTH) * 5 + size // 2) % size
     rows = tokens.view(ROWS, LENGTH)
@@ -184,19 +184,19 @@ def check_causal(name: str, logits: Tensor) -> None:
 
 
 def vocabulary(model: Any) -> int:
-    """Give how many token ids a model has by its config, which ``resize_token_embeddings`` keeps right."""
+    """Return how many token ids a model has by its config, which ``resize_token_embeddings`` keeps right."""
     size: int = model.config.get_text_config(decoder=True).vocab_size
     return size
 
 
 def last_position(model: Any) -> int | None:
-    """Say how many tokens a row may have by ``max_position_embeddings``; some models say -1 for no limit."""
+    """Return how many tokens a row may have by ``max_position_embeddings``; -1 there means no limit."""
     limit: int | None = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     return limit if limit is not None and limit > 0 else None
 
 
 def rounding(logits: Tensor) -> float:
-    """Say by how much the same logits may differ where they are found in another way.
+    """Return by how much the same logits may differ where they are found in another way.
 
     Whatever the dtype, models take softmax, norms and rotary tables in float32.
     """
@@ -259,7 +259,7 @@ def _codebooks(model: nn.Module) -> str:
 
 
 def forward_options(model: nn.Module) -> dict[str, bool]:
-    """Give the arguments for a forward that computes logits and no more, whatever its config asks for."""
+    """Return the arguments for a forward that computes logits and no more, whatever its config asks for."""
     config: Any = model.config
     text = config.get_text_config(decoder=True)
     configs = (config,) if text is config else (config, text)
@@ -268,7 +268,7 @@ def forward_options(model: nn.Module) -> dict[str, bool]:
 
 
 def logits_of(output: Any) -> Tensor:
-    """Give the logits of what a causal LM returned, a model output or a plain tuple."""
+    """Return the logits of what a causal LM returned, a model output or a plain tuple."""
     logits: Tensor = output[0] if isinstance(output, tuple) else output.logits
     return logits
 

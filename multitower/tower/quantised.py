@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import nn
 
-from ..fingerprint import is_packed
+from ..storage.fingerprint import is_packed
 
 
 def quantisation_of(model: nn.Module) -> str:
-    """Say what a model's quantised weights are; empty if it has none.
+    """Return what a model's quantised weights are; empty if it has none.
 
     >>> quantisation_of(nn.Linear(2, 2))
     ''
@@ -28,7 +28,7 @@ def quantisation_of(model: nn.Module) -> str:
 
 
 def can_be_stored(model: Any) -> bool:
-    """Say whether a checkpoint of a model can be written that gives the same weights back."""
+    """Return whether a checkpoint of a model can be written that gives the same weights back."""
     if not quantisation_of(model):
         return True
     quantizer = getattr(model, "hf_quantizer", None)

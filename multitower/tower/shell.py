@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .base import TowerError
+from ..errors import TowerError
 
 
 class Copy(NamedTuple):
@@ -171,7 +171,7 @@ def as_call(args: tuple[Any, ...], kwargs: dict[str, Any], keyword: str) -> Call
 
 
 def as_tuple(output: Any) -> tuple[Any, ...]:
-    """Give what a layer returned as a tuple, its state first."""
+    """Return what a layer returned as a tuple, its state first."""
     return (output,) if isinstance(output, Tensor) else tuple(output)
 
 

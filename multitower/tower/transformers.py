@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from .base import Inject, Tower, TowerError
-from .decoding import make_decoder, why_not_faithful
-from .lora import base_model
+from ..errors import TowerError
+from .base import Tower
+from .decode_transformers import make_decoder, why_not_faithful
+from .inject import Inject
 from .offload import execution_device
-from .packs import tells_examples_apart
+from .packing import tells_examples_apart
+from .peft_tower import base_model
 from .positions import count_positions
 from .probe import (
     LENGTH,
@@ -173,7 +175,7 @@ class TransformersTower(Tower):
         return self._finish(hidden, context, {})
 
     def head_at(self, hidden: Tensor, context: Context, places: Tensor) -> Tensor:
-        """Give the logits of some tokens alone, where the model can; see ``Tower.head_at``."""
+        """Return the logits of some tokens alone, where the model can; see ``Tower.head_at``."""
         if "logits_to_keep" not in _parameters(type(self.model).forward):
             return super().head_at(hidden, context, places)
         return self._finish(hidden, context, {"logits_to_keep": places})
@@ -187,7 +189,7 @@ class TransformersTower(Tower):
         return logits_of(play(self._shell.it, script, {"input_ids": context.tokens, **options}))
 
     def decoder(self, inject: Inject) -> Any:
-        """Give a copy of the model, parameters shared, whose layers are followed by ``inject``.
+        """Return a copy of the model, parameters shared, whose layers are followed by ``inject``.
 
         Where the model's own decoding does not give what its forward gives, each step starts from the first
         token instead, and a warning says why.
@@ -243,7 +245,7 @@ class TransformersTower(Tower):
 
     @torch.no_grad()
     def _prove(self, native: Tensor) -> tuple[int, int]:
-        """Compare a short forward with the model's own; give the width and the vocabulary size."""
+        """Compare a short forward with the model's own; return the width and the vocabulary size."""
         name = type(self.model).__name__
         with evaluated(self.model):
             hidden, context = self.embed(probe_tokens(self.model))

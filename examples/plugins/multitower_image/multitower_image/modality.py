@@ -13,7 +13,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from multitower import Modality
-from multitower.modality import check_tokens
+from multitower.plugins import check_tokens
 
 Image = np.ndarray[Any, np.dtype[Any]]
 
@@ -88,7 +88,7 @@ class ImageModality(Modality):
         return cls(torch.from_numpy(centres.reshape(-1, side, side)).float(), *sizes.pop())
 
     def encode(self, raw: Image) -> Tensor:
-        """Give the tokens of an image: int64, shape (height * width / side ** 2 + 2,).
+        """Return the tokens of an image: int64, shape (height * width / side ** 2 + 2,).
 
         Args:
             raw: Floats in 0..1, or uint8, shape (height, width).
@@ -105,7 +105,7 @@ class ImageModality(Modality):
         return torch.cat([ids.new_tensor([self.begin]), ids, ids.new_tensor([self.end])])
 
     def decode(self, tokens: Tensor) -> Image:
-        """Give the image of tokens, as a tower may emit them: float32 in 0..1, shape (height, width).
+        """Return the image of tokens, as a tower may emit them: float32 in 0..1, shape (height, width).
 
         Begin, end and ids past the vocabulary are dropped. What no patch fills is black; patches that find
         no room are dropped.
@@ -117,16 +117,16 @@ class ImageModality(Modality):
         return np.asarray(rearrange(filled, "(r c) h w -> (r h) (c w)", r=rows))
 
     def config(self) -> dict[str, Any]:
-        """Give the size of the images."""
+        """Return the size of the images."""
         return {"height": self.height, "width": self.width}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Give the patches."""
+        """Return the patches."""
         return {"patches": self.patches}
 
 
 def as_grey(image: Image) -> Image:
-    """Give an image as float32 in 0..1, shape (height, width)."""
+    """Return an image as float32 in 0..1, shape (height, width)."""
     if not isinstance(image, np.ndarray) or not (image.dtype == np.uint8 or image.dtype.kind == "f"):
         kind = f"an array of {image.dtype}" if isinstance(image, np.ndarray) else type(image).__name__
         raise TypeError(f"the image is {kind}: give a numpy array, of floats in 0..1 or of uint8 in 0..255")

@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 
 from multitower import Modality
-from multitower.modality import check_tokens
+from multitower.plugins import check_tokens
 
 BYTES = 256
 
@@ -94,7 +94,7 @@ class MusicModality(Modality):
         return cls(sign for sign, _ in found.most_common(signs))
 
     def encode(self, raw: str) -> torch.Tensor:
-        """Give the tokens of a tune: int64, shape (length,), begin and end included.
+        """Return the tokens of a tune: int64, shape (length,), begin and end included.
 
         Raises:
             TypeError: It is not a str.
@@ -106,7 +106,7 @@ class MusicModality(Modality):
         return torch.tensor([*ids, self.end], dtype=torch.int64)
 
     def decode(self, tokens: torch.Tensor) -> str:
-        """Give the tune of tokens, as a tower may emit them.
+        """Return the tune of tokens, as a tower may emit them.
 
         Begin, end and ids past the vocabulary are dropped. Bytes that are no UTF-8 become U+FFFD.
         """
@@ -114,7 +114,7 @@ class MusicModality(Modality):
         return spelt.decode(errors="replace")
 
     def config(self) -> dict[str, Any]:
-        """Give the musical tokens."""
+        """Return the musical tokens."""
         return {"signs": list(self.signs)}
 
 

@@ -1,0 +1,215 @@
+"""The rival method: one decoder whose vocabulary is expanded by the tokens of the other modalities."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .base.extras import require
+from .batch.collate import EXAMPLES, IGNORE, Example, Segment, check_streams, place_in_time
+from .generate.generate import check_given, decode_rows
+from .generate.grouping import groups
+from .generate.options import OF_ONE_VOCABULARY, check_named, check_own, check_supported, given, options_of
+from .plugins.modality import Modality
+from .run.output import FusedOutput, token_loss
+from .tower.decode_transformers import why_not_faithful
+from .tower.probe import LENGTH, evaluated, last_position
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+
+class VocabularyExpansion(nn.Module):
+    """One transformers causal LM that also reads and writes other modalities' tokens, as new words.
+
+    >>> import multitower as mt
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from multitower_text import TextModality
+    >>> config = LlamaConfig(vocab_size=258, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+    ...                      num_attention_heads=2, bos_token_id=256, eos_token_id=257)
+    >>> text = TextModality()
+    >>> model = VocabularyExpansion(LlamaForCausalLM(config), {"text": text, "other": text})
+    >>> model.model.config.vocab_size
+    516
+    >>> tokens = text.encode("hi")
+    >>> batch = mt.collate([[mt.Segment("text", tokens), mt.Segment("other", tokens, target=True)]])
+    >>> sorted(model(**batch).losses)
+    ['other', 'text']
+
+    It takes the same batches and examples as ``FusedModel``, so that the two can be compared on the same
+    data. With ``train="all"`` this is the "Single Decoder" of Zipper (arXiv 2405.18669).
+
+    Args:
+        model: The decoder; it is used as it is, and its embeddings are resized.
+        modalities: The modality of each stream. The first one is the model's own: its ids stay as they
+            are; those of the others follow the model's vocabulary.
+        train: What learns: "all" parameters; "new", the embedding and head rows of the new tokens alone; or
+            a ``peft.PeftConfig`` with ``trainable_token_indices`` left open, as ``LoraConfig()``, whose
+            adapters then learn beside these rows. The last two need the extra "lora".
+    """
+
+    def __init__(
+        self, model: nn.Module, modalities: Mapping[str, Modality], *, train: str | PeftConfig = "all"
+    ) -> None:
+        super().__init__()
+        native: Any = model
+        self.model = native
+        self.modalities = dict(modalities)
+        self.offsets: dict[str, int] = {}
+        own = size = int(native.config.get_text_config().vocab_size)
+        first = next(iter(modalities), "")
+        if first and modalities[first].vocab_size > size:
+            raise ValueError(
+                f"the model has a vocabulary of {size}, but its own modality {first!r} one of "
+                f"{modalities[first].vocab_size}: give first the modality that the model was trained with"
+            )
+        for number, (name, modality) in enumerate(modalities.items()):
+            self.offsets[name] = size if number else 0
+            size += modality.vocab_size if number else 0
+        native.resize_token_embeddings(size)
+        if train == "all":
+            native.requires_grad_(True)
+        else:
+            self.model = _with_new_rows(native, list(range(own, size)), train)
+
+    def forward(self, streams: Mapping[str, Mapping[str, Tensor]]) -> FusedOutput:
+        """Put the streams into one row by their times and run the decoder over it.
+
+        Returns:
+            Losses by stream as ``FusedModel`` gives them; logits under "row", over the expanded vocabulary.
+        """
+        check_streams(streams, {name: modality.vocab_size for name, modality in self.modalities.items()})
+        _check_one_at_a_time(streams)
+        length = 1 + max(int(stream["times"].max()) for stream in streams.values())
+        row = self._interleave(streams, "tokens", length, 0)
+        logits: Tensor = self.model(input_ids=row, use_cache=False).logits
+        losses = {
+            name: token_loss(logits, self._interleave({name: stream}, "labels", length, IGNORE))
+            for name, stream in streams.items()
+        }
+        return FusedOutput(torch.stack(list(losses.values())).sum(), losses, {"row": logits}, {})
+
+    def generate(
+        self, examples: Sequence[Example], output: Sequence[str], **options: Any
+    ) -> list[list[Segment]]:
+        """Decode one segment for each name in ``output``, only from that modality's tokens.
+
+        Takes and returns what ``FusedModel.generate`` does, with a list of names only, and one segment for
+        each example and name.
+
+        Raises:
+            ValueError: An example holds a target or what the modalities do not have, a modality is unknown,
+                or an option cannot be passed on.
+        """
+        self._check(examples, output, options)
+        rows = [list(example) for example in examples]
+        decoded: list[list[Segment]] = [[] for _ in rows]
+        with evaluated(self):
+            for name in output:
+                segments = self._decode(rows, name, options)
+                decoded = [[*before, segment] for before, segment in zip(decoded, segments, strict=True)]
+                rows = [[*row, segment] for row, segment in zip(rows, segments, strict=True)]
+        return decoded
+
+    def _decode(self, rows: Sequence[Example], name: str, options: Mapping[str, Any]) -> list[Segment]:
+        modality, offset = self.modalities[name], self.offsets[name]
+        own = range(offset, offset + modality.vocab_size)
+        vocabulary = self.model.config.get_text_config().vocab_size
+        taken = {
+            "suppress_tokens": [token for token in range(vocabulary) if token not in own],
+            **options_of(name, options),
+        }
+        prompts = [self._flatten(row, offset + modality.begin) for row in rows]
+        decoded: dict[int, Segment] = {}
+        for group in groups(_Native(self.model), [len(prompt) for prompt in prompts], taken):
+            sequences = decode_rows(
+                self.model,
+                [prompts[row] for row in group],
+                begin=offset + modality.begin,
+                end=(offset + modality.end,),
+                options=taken,
+                most=_Native(self.model).max_length,
+            )
+            decoded |= zip(group, (Segment(name, each - offset) for each in sequences), strict=True)
+        return [decoded[row] for row in range(len(rows))]
+
+    def _check(self, examples: Sequence[Example], output: Sequence[str], options: Mapping[str, Any]) -> None:
+        check_supported(options)
+        check_own(options, _Native(self.model), "model.model")
+        check_named(options, self.modalities)
+        check_given(examples, {name: each.vocab_size for name, each in self.modalities.items()})
+        if isinstance(output, str) or not output:
+            raise ValueError(f"output must be a list of names, as in output=['text'], not {output!r}")
+        for name in output:
+            if name not in self.modalities:
+                raise ValueError(f"there is no modality {name!r}; they are {', '.join(self.modalities)}")
+        for key in OF_ONE_VOCABULARY:
+            if given(options, key) is not None:
+                raise ValueError(f"{key} means tokens of one modality, but here all share one vocabulary")
+        if (given(options, "num_return_sequences") or 1) > 1:
+            raise ValueError("num_return_sequences > 1 is not supported; give the examples several times")
+
+    def _interleave(
+        self, streams: Mapping[str, Mapping[str, Tensor]], key: str, length: int, fill: int
+    ) -> Tensor:
+        first = next(iter(streams.values()))["tokens"]
+        row = torch.full((len(first), length + 1), fill, dtype=torch.long, device=first.device)
+        for name, stream in streams.items():
+            values = torch.where(stream[key] == IGNORE, IGNORE, stream[key] + self.offsets[name])
+            row.scatter_(1, torch.where(stream["mask"], stream["times"], length), values)
+        return row[:, :length]
+
+    def _flatten(self, row: Example, begin: int) -> Tensor:
+        timed = place_in_time(row)
+        if len({time for _, time in timed}) < len(timed):
+            raise ValueError(SIMULTANEOUS)
+        pieces = [torch.as_tensor(segment.tokens) + self.offsets[segment.tower] for segment, _ in timed]
+        return torch.cat([*pieces, torch.tensor([begin])])
+
+
+def _with_new_rows(model: Any, new: list[int], train: str | PeftConfig) -> Any:
+    """Have peft train the rows of new tokens in the embedding and, unless it is tied to that, in the head."""
+    peft = require("peft", "lora")
+    tables = [model.get_input_embeddings(), model.get_output_embeddings()]
+    tied = tables[1] is None or tables[0].weight is tables[1].weight
+    names = [name for name, module in model.named_modules() if module in tables[: 1 if tied else 2]]
+    if train == "new":
+        return peft.get_peft_model(model, peft.TrainableTokensConfig(token_indices=new, target_modules=names))
+    if not hasattr(train, "trainable_token_indices"):
+        raise ValueError(f"train must be 'all', 'new' or a peft config as LoraConfig(), not {train!r}")
+    config = copy.deepcopy(train)
+    config.trainable_token_indices = dict.fromkeys(names, new)
+    return peft.get_peft_model(model, config)
+
+
+class _Native:
+    """What ``groups`` asks of a tower, asked of the model by itself."""
+
+    def __init__(self, model: Any) -> None:
+        self.native = model
+
+    @property
+    def max_length(self) -> int | None:
+        return last_position(self.native)
+
+    @property
+    def pads_left(self) -> bool:
+        return not why_not_faithful(self.native, length=LENGTH, padding=LENGTH - 1)
+
+
+SIMULTANEOUS = "segments run at the same time, for which one row of tokens has no place; give them in turn"
+
+
+def _check_one_at_a_time(streams: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Check that rows are not packed and, on the CPU alone, that no two tokens of one have the same time."""
+    if any(EXAMPLES in stream for stream in streams.values()):
+        raise ValueError("the batch is packed, for which one row has no place; leave out multitower.pack")
+    times = torch.cat([stream["times"] for stream in streams.values()], 1)
+    if times.device.type == "cpu":
+        times = times.sort(1).values
+        if ((times[:, 1:] == times[:, :-1]) & (times[:, 1:] >= 0)).any():
+            raise ValueError(SIMULTANEOUS)

@@ -1,0 +1,295 @@
+"""Segments of interleaved examples, and the batches that they are collated into."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypedDict
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.utils.rnn import pad_sequence
+
+IGNORE = -100
+"""The label of a position that is not to be predicted, as in ``torch.nn.functional.cross_entropy``."""
+
+STATES = "layer "
+"""How the names begin under which a stream brings states: "layer 2" is what layer 2 of its tower gives."""
+
+EXAMPLES = "examples"
+"""In a packed stream: of which example each token is, int64, ascending in each row; see ``pack``."""
+
+Stream = dict[str, Tensor]
+Streams = Mapping[str, Mapping[str, Tensor]]
+
+
+class Batch(TypedDict):
+    """What ``collate`` makes, and what ``model(**batch)`` takes: a dictionary, typed by its key."""
+
+    streams: dict[str, Stream]
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """A run of tokens of one tower within an example.
+
+    >>> import multitower as mt
+    >>> example = [mt.Segment("speech", [7, 1, 2, 8]), mt.Segment("text", [3, 5, 4], target=True)]
+
+    Attributes:
+        tower: Name of the tower that the tokens belong to.
+        tokens: Token ids as the tower knows them, shape (length,), begin and end tokens included.
+        target: Whether the tower is to learn to predict these tokens (all but the first, which is given). The
+            backward of a batch without any target is an error.
+    """
+
+    tower: str
+    tokens: Sequence[int] | Tensor
+    target: bool = False
+
+
+Example = Sequence[Segment | tuple[Segment, ...]]
+"""Segments one after the other; those in a tuple, of different towers, begin at the same time."""
+
+
+def collate(examples: Sequence[Example]) -> Batch:
+    """Put examples into one batch: a stream for each tower, padded on the right.
+
+    >>> import multitower as mt
+    >>> batch = mt.collate([
+    ...     [mt.Segment("speech", [7, 1, 8]), mt.Segment("text", [3, 5, 4], target=True)],
+    ...     [mt.Segment("text", [3, 4])],
+    ... ])
+    >>> batch["streams"]["text"]["tokens"].tolist()
+    [[3, 5, 4], [3, 4, 0]]
+    >>> batch["streams"]["text"]["times"].tolist()
+    [[3, 4, 5], [0, 1, -1]]
+    >>> batch["streams"]["text"]["labels"].tolist()
+    [[-100, 5, 4], [-100, -100, -100]]
+
+    Segments that run side by side stand in a tuple; the longest says when the next begins:
+
+    >>> duet = (mt.Segment("music", [1, 2, 3]), mt.Segment("dance", [5, 6]))
+    >>> batch = mt.collate([[mt.Segment("text", [3, 4]), duet, mt.Segment("text", [7])]])
+    >>> [stream["times"].tolist() for stream in batch["streams"].values()]
+    [[[0, 1, 5]], [[2, 3, 4]], [[2, 3]]]
+
+    Args:
+        examples: Each a sequence of segments in the order in which they are spoken, written, ...; an entry
+            may be a tuple of segments of different towers that begin at the same time.
+
+    Returns:
+        ``{"streams": {tower: {"tokens", "times", "mask", "labels"}}}`` with int64 tensors (mask: bool) of
+        shape (batch, length of that tower's longest stream). ``times`` counts ticks of a clock that all
+        towers share from the start of the example, a token a tick, and is -1 at padding; ``labels`` stand at
+        the tokens that they name (the model shifts them) and are -100 where nothing is to be predicted.
+
+    Raises:
+        ValueError: The batch, an example or a segment is empty, or tokens are not a row of whole numbers.
+    """
+    if len(examples) == 0:
+        raise ValueError("the batch is empty; collate needs at least one example")
+    check_examples(examples)
+    for number, example in enumerate(examples):
+        if len(example) == 0:
+            raise ValueError(f"example {number} has no segments")
+    return {"streams": make_streams(examples)}
+
+
+def to_device(batch: Batch, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
+    """Return a batch with its tensors on a device; what else it holds is kept.
+
+    >>> import multitower as mt
+    >>> from multitower.testing import tiny_model
+    >>> model, batch = tiny_model(), mt.collate([[mt.Segment("text", [0, 7, 1], target=True)]])
+    >>> model(**mt.batch.to_device(batch, model.device)).loss.device
+    device(type='cpu')
+
+    Args:
+        batch: As ``collate`` gives it, packed or not, with or without states that were kept.
+        device: Where they are to be.
+        non_blocking: Whether copies from pinned memory need not be waited for, as in ``Tensor.to``.
+    """
+    streams = {
+        name: {key: tensor.to(device, non_blocking=non_blocking) for key, tensor in stream.items()}
+        for name, stream in batch["streams"].items()
+    }
+    return {**batch, "streams": streams}
+
+
+def check_examples(examples: Sequence[Example]) -> None:
+    """Check that each example is a list of segments, or of tuples of them; it may be empty.
+
+    >>> check_examples([Segment("text", [1])])
+    Traceback (most recent call last):
+    ValueError: example 0 must be a list of multitower.Segment, or of tuples of them, where there is a Segment
+
+    Raises:
+        ValueError: One is not.
+    """
+    for number, example in enumerate(examples):
+        entries = list(example) if isinstance(example, Sequence) else []
+        segments = [each for entry in entries for each in (entry if isinstance(entry, tuple) else (entry,))]
+        wrong = [each for each in segments if not isinstance(each, Segment)]
+        if wrong or not isinstance(example, Sequence):
+            raise ValueError(
+                f"example {number} must be a list of multitower.Segment, or of tuples of them, where there "
+                f"is a {type(wrong[0] if wrong else example).__name__}"
+            )
+
+
+def make_streams(examples: Sequence[Example]) -> dict[str, Stream]:
+    """Return the streams of a batch as ``collate`` does; here an example may be empty."""
+    timed = [place_in_time(example, number) for number, example in enumerate(examples)]
+    names = list(dict.fromkeys(segment.tower for row in timed for segment, _ in row))
+    rows: dict[str, list[Stream]] = {name: [] for name in names}
+    for row in timed:
+        pieces: dict[str, list[Stream]] = {name: [_nothing()] for name in names}
+        for segment, time in row:
+            tokens = torch.as_tensor(segment.tokens)
+            labels = torch.full_like(tokens, IGNORE)
+            if segment.target:
+                labels[1:] = tokens[1:]
+            pieces[segment.tower].append(
+                {
+                    "tokens": tokens,
+                    "times": torch.arange(time, time + len(tokens)),
+                    "mask": torch.ones_like(tokens, dtype=torch.bool),
+                    "labels": labels,
+                }
+            )
+        for name in names:
+            rows[name].append({key: torch.cat([piece[key] for piece in pieces[name]]) for key in PADDING})
+    return {
+        name: {
+            key: pad_sequence([row[key] for row in rows[name]], batch_first=True, padding_value=value)
+            for key, value in PADDING.items()
+        }
+        for name in names
+    }
+
+
+def place_in_time(example: Example, number: int = 0) -> list[tuple[Segment, int]]:
+    """Return the segments of an example, their tokens as tensors, each with the time at which it begins.
+
+    >>> example = [(Segment("a", [1, 2]), Segment("b", [3])), Segment("a", [4])]
+    >>> [(segment.tower, time) for segment, time in place_in_time(example)]
+    [('a', 0), ('b', 0), ('a', 2)]
+
+    Raises:
+        ValueError: A segment is empty or not of whole numbers, or a tower stands twice in one tuple. The
+            message calls the example by its number.
+    """
+    timed: list[tuple[Segment, int]] = []
+    time = 0
+    for entry in example:
+        together = entry if isinstance(entry, tuple) else (entry,)
+        towers = [segment.tower for segment in together]
+        if len(set(towers)) < len(towers) or not towers:
+            raise ValueError(
+                f"example {number}: segments that run at the same time must be of different towers, not "
+                f"{', '.join(towers) or 'none'}"
+            )
+        tensors = [replace(segment, tokens=_as_tokens(segment, number)) for segment in together]
+        timed += [(segment, time) for segment in tensors]
+        time += max(len(segment.tokens) for segment in tensors)
+    return timed
+
+
+PADDING = {"tokens": 0, "times": -1, "mask": False, "labels": IGNORE}
+
+
+def check_streams(streams: Mapping[str, Mapping[str, Tensor]], vocabularies: Mapping[str, int]) -> None:
+    """Check a batch against the towers' vocabulary sizes.
+
+    >>> check_streams({"text": {"tokens": torch.tensor([[9]])}}, {"text": 5})
+    Traceback (most recent call last):
+    ValueError: stream 'text' lacks 'times' and 'mask'; build batches with multitower.collate
+
+    The values of tokens are looked at only on the CPU: elsewhere that would wait for the device.
+
+    Raises:
+        ValueError: There is no stream, a stream belongs to no tower, lacks a tensor or has other shapes
+            than the rest, or tokens are outside the vocabulary.
+    """
+    if not streams:
+        raise ValueError("the batch has no streams; build it with multitower.collate")
+    for name, stream in streams.items():
+        if name not in vocabularies:
+            raise ValueError(f"there is a stream for {name!r}, but the towers are {', '.join(vocabularies)}")
+        missing = [key for key in ("tokens", "times", "mask") if key not in stream]
+        if missing:
+            raise ValueError(
+                f"stream {name!r} lacks {' and '.join(map(repr, missing))}; build batches with "
+                "multitower.collate"
+            )
+        tokens = stream["tokens"]
+        for key, value in stream.items():
+            states = key.startswith(STATES)
+            if value.shape[:2] != tokens.shape or value.dim() != (3 if states else 2):
+                wanted = "they must be (batch, length, width) and" if states else "both must be"
+                raise ValueError(
+                    f"stream {name!r}: {key} has shape {tuple(value.shape)} and tokens has "
+                    f"{tuple(tokens.shape)}; {wanted} (batch, length)"
+                )
+        if values_at_hand(tokens) and tokens.numel():
+            _check_values(name, stream, vocabularies[name])
+    if len({EXAMPLES in stream for stream in streams.values()}) > 1:
+        unpacked = [name for name, stream in streams.items() if EXAMPLES not in stream]
+        raise ValueError(f"streams of one batch must all be packed or none, but {unpacked} are not")
+    rows = [stream["tokens"].shape[0] for stream in streams.values()]
+    if any(size != rows[0] for size in rows):
+        shapes = {name: tuple(stream["tokens"].shape) for name, stream in streams.items()}
+        raise ValueError(f"streams of one batch must have the same number of rows, not {shapes}")
+
+
+def values_at_hand(tensor: Tensor) -> bool:
+    """Whether the values of a tensor can be looked at without waiting for a device, or breaking a graph.
+
+    >>> values_at_hand(torch.ones(2)), values_at_hand(torch.ones(2, device="meta"))
+    (True, False)
+    """
+    if torch.compiler.is_compiling() or tensor.device.type != "cpu":
+        return False
+    return not isinstance(tensor, FakeTensor)
+
+
+def _check_values(name: str, stream: Mapping[str, Tensor], vocabulary: int) -> None:
+    tokens, mask = stream["tokens"], stream["mask"]
+    low, high = map(int, tokens.aminmax())
+    if low < 0 or high >= vocabulary:
+        raise ValueError(
+            f"stream {name!r} holds token {low if low < 0 else high}, but tower {name!r} has a vocabulary of "
+            f"{vocabulary} (ids 0 to {vocabulary - 1}); was it encoded for another tower?"
+        )
+    if bool((mask[:, 1:] > mask[:, :-1]).any()):
+        raise ValueError(f"stream {name!r} must be padded on the right: its mask is True again after False")
+    if EXAMPLES in stream and bool((stream[EXAMPLES].diff() < 0).any()):
+        raise ValueError(
+            f"stream {name!r} is packed, but the examples in a row are not in ascending order; build it with "
+            "multitower.pack"
+        )
+
+
+def _as_tokens(segment: Segment, example: int) -> Tensor:
+    where = f"example {example}, segment of tower {segment.tower!r}"
+    try:
+        if isinstance(segment.tokens, str | bytes | Mapping):
+            raise TypeError
+        tokens = torch.as_tensor(segment.tokens).detach().cpu()
+    except (TypeError, ValueError, RuntimeError, LookupError, OverflowError) as error:
+        raise ValueError(
+            f"{where}: tokens must be a row of ids, which this {type(segment.tokens).__name__} is not: "
+            "give what the modality's encode gives, or tokenizer(text).input_ids"
+        ) from error
+    if tokens.dim() != 1 or tokens.numel() == 0:
+        raise ValueError(f"{where}: tokens must be a row of one or more ids, not {tuple(tokens.shape)}")
+    if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+        raise ValueError(f"{where}: tokens must be whole numbers, not {tokens.dtype}")
+    return tokens.long()
+
+
+def _nothing() -> Stream:
+    empty = torch.empty(0, dtype=torch.long)
+    return {"tokens": empty, "times": empty, "mask": empty.bool(), "labels": empty}

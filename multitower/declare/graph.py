@@ -1,0 +1,307 @@
+"""Declare which pretrained decoders read which others: plain data, no torch modules run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import networkx as nx
+from torch import nn
+
+from ..errors import GraphError
+from ..storage.find import as_declared
+from .peft_config import is_peft_config, plain_config
+from .spec import LinkSpec, TowerSpec
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+    from ..model import FusedModel
+
+
+OPTIONS = ("gate", "projection", "heads", "position", "window", "feed_forward")
+"""The options of a link that say what its taps are, not where."""
+
+
+class FusionGraph:
+    """A directed graph of pretrained decoders (towers) and gated cross-attentions (links).
+
+    >>> import multitower as mt
+    >>> graph = mt.FusionGraph()
+    >>> graph.add_tower("speech", "path/to/speech-decoder", train="all")
+    >>> graph.add_tower("text", "path/to/text-decoder")
+    >>> graph.add_link("speech", "text", interleave=(1, 2))
+    >>> graph.add_link("text", "speech", taps=[(2, 1), (4, 2)])
+    >>> print(graph)
+    FusionGraph: 2 towers, 2 links
+      tower speech: path/to/speech-decoder, train=all
+      tower text: path/to/text-decoder, train=none
+      link speech->text: interleave (1, 2)
+      link text->speech: taps (2, 1), (4, 2)
+    >>> mt.FusionGraph.from_json(graph.to_json()) == graph
+    True
+
+    Source: Zayats et al., "Zipper" (arXiv 2405.18669), there for two towers and both directions.
+    """
+
+    def __init__(self) -> None:
+        self._towers: dict[str, TowerSpec] = {}
+        self._links: dict[str, LinkSpec] = {}
+        self._modules: dict[str, nn.Module] = {}
+
+    @property
+    def towers(self) -> Mapping[str, TowerSpec]:
+        """The towers by name, in the order in which they were added."""
+        return dict(self._towers)
+
+    @property
+    def links(self) -> Mapping[str, LinkSpec]:
+        """The links by name, in the order in which they were added."""
+        return dict(self._links)
+
+    @property
+    def modules(self) -> Mapping[str, nn.Module]:
+        """The modules that were given as sources, by tower."""
+        return dict(self._modules)
+
+    def add_tower(
+        self,
+        name: str,
+        source: str | os.PathLike[str] | nn.Module,
+        *,
+        train: str | PeftConfig = "none",
+        adapter: str | None = None,
+    ) -> None:
+        """Add a pretrained decoder.
+
+        Args:
+            name: How links, segments and outputs refer to the tower.
+            source: A folder or Hub id of a transformers causal LM, such a model itself, or a ``Tower``; or
+                "loader://...", for which the plugin of that name is asked (``multitower.plugins``). A module
+                is used as it is, not copied: compiling sets ``requires_grad`` on its parameters. A checkpoint
+                refers to a Hub id or loader, and holds what comes from a folder or is given as a module. The
+                same module may be given for several towers, which then share its weights, adapters of peft
+                included, and are trained alike. The same path or Hub id is loaded once for all towers with
+                ``train="none"``, and anew for each tower that learns.
+            train: "none" keeps the tower frozen, "all" trains it, "lora" trains peft adapters on it: LoRA on
+                all linear layers, or what another ``peft.PeftConfig`` says that is given instead, or those
+                that a PeftModel given as source has. The model is changed in place.
+            adapter: What stands between the embedding h and layer 1 in a fused run: None for nothing;
+                "residual" for ``h + mlp(h)``, whose last layer is zero at the start; "gated" for
+                ``h + tanh(g) * mlp(h)`` with g = 0 at the start; "paper" for ``relu(mlp(h))`` as Zipper
+                prints it (not the identity at the start). With an adapter every training step runs backward
+                through the tower, frozen or not, and its states cannot be kept (``KeptStates``).
+
+        Raises:
+            GraphError: The name is taken or not a name, an option is unknown, or the adapters of a config
+                have no place in a tower.
+        """
+        if name in self._towers:
+            raise GraphError(f"there is a tower {name!r} already; give this one another name")
+        if name in self._links:
+            raise GraphError(f"there is a link {name!r}; give the tower another name")
+        if not isinstance(source, str | os.PathLike | nn.Module):
+            raise GraphError(
+                f"tower {name!r}: expected a folder, a Hub id or a module, not {type(source).__name__}"
+            )
+        origin = None if isinstance(source, nn.Module) else as_declared(source)
+        peft = None
+        if is_peft_config(train):
+            try:
+                train, peft = "lora", plain_config(train)
+            except ValueError as error:
+                raise GraphError(f"tower {name!r}: {error}") from error
+        self._towers[name] = TowerSpec(name, origin, train, adapter, peft)  # type: ignore[arg-type]  # TowerSpec checks train
+        if isinstance(source, nn.Module):
+            self._modules[name] = source
+
+    def add_link(
+        self,
+        source: str,
+        target: str,
+        *,
+        interleave: int | tuple[int, int] | None = None,
+        taps: Iterable[tuple[int, int]] | None = None,
+        embeddings: bool = False,
+        gate: str | None = None,
+        projection: str = "none",
+        heads: int | None = None,
+        position: str | None = "rotary",
+        window: int | None = None,
+        feed_forward: bool = False,
+        name: str | None = None,
+    ) -> None:
+        """Let the target tower read the source tower.
+
+        Args:
+            source: Name of the tower that is read.
+            target: Name of the tower that reads.
+            interleave: ``(i, j)`` joins source layer n*i to target layer n*j for n = 1, 2, ... (Zipper);
+                ``j`` joins every j-th target layer to the source layer at the same relative depth.
+            taps: Exactly these pairs (source layer, target layer), counted from 1, instead of interleave.
+                Layer 0 is what enters layer 1: the embedded tokens, after the input adapter if there is one.
+            embeddings: Whether ``interleave`` counts from n = 0, which adds the tap (0, 0): before its first
+                layer the target then reads the source's embedded tokens.
+            gate: How a tap begins as the identity. None: the last linear layers of its attention and of its
+                feed-forward are zero at the start (as B in LoRA, arXiv 2106.09685). "tanh": each is
+                multiplied by ``tanh`` of a learned gate that is zero at the start (Flamingo and Zipper).
+            projection: What stands before keys and values: "mlp" (three layers, Zipper), "linear", "relu" (a
+                linear layer and a ReLU), or "none", where they are made of the source's states as these are.
+            heads: Attention heads; they must divide the target's width. Default: 32 to 64 channels each.
+            position: "rotary" lets queries and keys carry rotary positions of the shared time, and needs an
+                even head width; None, as in Zipper, leaves it to the towers to know where their tokens stand.
+            window: How many ticks of the shared time back a query sees; None for all.
+            feed_forward: Whether a feed-forward follows the attention, as in Flamingo and Zipper; a tap then
+                has about three times the parameters.
+            name: Needed only to tell apart several links between the same pair; "source->target" otherwise.
+
+        Raises:
+            GraphError: A tower is unknown, the name is taken, or an option is malformed.
+        """
+        name = f"{source}->{target}" if name is None else name
+        for tower in (source, target):
+            if tower not in self._towers:
+                raise GraphError(
+                    f"link {name!r}: there is no tower {tower!r}; towers so far: "
+                    f"{', '.join(self._towers) or 'none'}. Call add_tower({tower!r}, ...) first"
+                )
+        if name in self._links or name in self._towers:
+            what = "link" if name in self._links else "tower"
+            raise GraphError(f"there is a {what} {name!r} already; give this link a name=... of its own")
+        pairs: Any = None if taps is None else tuple(tuple(tap) for tap in taps)
+        self._links[name] = LinkSpec(
+            source,
+            target,
+            name,
+            interleave=interleave,
+            taps=pairs,
+            embeddings=embeddings,
+            gate=gate,
+            projection=projection,
+            heads=heads,
+            position=position,
+            window=window,
+            feed_forward=feed_forward,
+        )
+
+    def to_networkx(self) -> nx.MultiDiGraph[str]:
+        """Return the graph to networkx: nodes carry their TowerSpec, edges (keyed by name) their LinkSpec."""
+        graph: nx.MultiDiGraph[str] = nx.MultiDiGraph()
+        for tower in self._towers.values():
+            graph.add_node(tower.name, spec=tower)
+        for link in self._links.values():
+            graph.add_edge(link.source, link.target, key=link.name, spec=link)
+        return graph
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the declaration as plain data that ``from_dict`` and JSON understand."""
+        return {
+            "towers": [dataclasses.asdict(tower) for tower in self._towers.values()],
+            "links": [dataclasses.asdict(link) for link in self._links.values()],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> FusionGraph:
+        """Rebuild a graph from ``to_dict``.
+
+        Raises:
+            GraphError: The data are not of that form.
+        """
+        graph = cls()
+        try:
+            for entry in data["towers"]:
+                tower = TowerSpec(**entry)
+                if tower.name in graph._towers:
+                    raise GraphError(f"tower {tower.name!r} stands there twice")
+                graph._towers[tower.name] = tower
+            for entry in data["links"]:
+                stride = entry.get("interleave")
+                entry = {**entry, "interleave": tuple(stride) if isinstance(stride, list) else stride}
+                graph.add_link(**entry)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise GraphError(f"this is not a fusion graph as to_dict writes it: {error!r}") from error
+        return graph
+
+    def to_json(self) -> str:
+        """Return the declaration as JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> FusionGraph:
+        """Rebuild a graph from ``to_json``.
+
+        Raises:
+            GraphError: The text is not JSON, or not of that form.
+        """
+        try:
+            return cls.from_dict(json.loads(text))
+        except json.JSONDecodeError as error:
+            raise GraphError(f"this is not JSON: {error}") from error
+
+    def compile(self) -> FusedModel:
+        """Load the towers and build the fused model.
+
+        Raises:
+            GraphError: There is no tower, a tap names a layer out of range, or layers wait for each other.
+            TowerError: A source cannot be used as a tower, or does not take the adapters declared for it.
+            ImportError: The extra "lora" is not installed, and a tower asks for it.
+        """
+        from ..model import FusedModel  # the one import that runs up: what users type
+
+        if not self._towers:
+            raise GraphError("the graph has no towers; call add_tower first")
+        return FusedModel.from_graph(self)
+
+    def copy(self) -> FusionGraph:
+        """Return a graph that can be added to without changing this one; modules in it are the same."""
+        twin = FusionGraph()
+        twin._towers, twin._links, twin._modules = dict(self._towers), dict(self._links), dict(self._modules)
+        return twin
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, FusionGraph) and self.to_dict() == other.to_dict()
+
+    __hash__ = None  # type: ignore[assignment]  # a graph can still grow
+
+    def __repr__(self) -> str:
+        lines = [f"FusionGraph: {len(self._towers)} towers, {len(self._links)} links"]
+        for tower in self._towers.values():
+            kind = f" ({tower.peft['peft_type']})" if tower.peft else ""
+            kind += f", adapter={tower.adapter}" if tower.adapter else ""
+            lines.append(f"  tower {tower.name}: {tower.source or 'a module'}, train={tower.train}{kind}")
+        for link in self._links.values():
+            taps = "taps " + ", ".join(map(str, link.taps)) if link.taps else f"interleave {link.interleave}"
+            taps += " and embeddings" if link.embeddings else ""
+            lines.append(
+                f"  link {link.name}: {taps}{''.join(f', {each}' for each in _unlike_default(link))}"
+            )
+        return "\n".join(lines)
+
+
+def _unlike_default(link: LinkSpec) -> list[str]:
+    """Name what the taps of a link are, where they are not as by default."""
+    options = [each for each in dataclasses.fields(link) if each.name in OPTIONS]
+    values = {
+        each.name: getattr(link, each.name) for each in options if getattr(link, each.name) != each.default
+    }
+    return [f"{name}={value}" for name, value in values.items()]
+
+
+def redeclared(graph: FusionGraph, names: Iterable[str], **changes: Any) -> FusionGraph:
+    """Return a graph in which some towers or links are declared otherwise; it holds no modules.
+
+    >>> graph = FusionGraph()
+    >>> graph.add_tower("text", "path/to/text-decoder")
+    >>> print(redeclared(graph, ["text"], train="all"))
+    FusionGraph: 1 towers, 0 links
+      tower text: path/to/text-decoder, train=all
+    """
+    names = set(names)
+    data = graph.to_dict()
+    for spec in (*data["towers"], *data["links"]):
+        if spec["name"] in names:
+            spec.update(changes)
+    return FusionGraph.from_dict(data)

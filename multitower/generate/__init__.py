@@ -1,0 +1,1 @@
+"""Decoding, one segment after another or several towers at once."""

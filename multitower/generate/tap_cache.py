@@ -1,0 +1,260 @@
+"""What taps read while a tower is decoded: keys and values, computed once, growing with their source."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..batch.collate import Stream, values_at_hand
+from ..compile.schedule import Tap
+from ..link.attention import Visibility, visibility
+from ..link.cross_attention import GatedCrossAttention, KeysValues, add
+from ..run.embed import embed
+from ..run.fusion import Fusion
+from ..run.tables import Rotations
+
+
+class Entry(NamedTuple):
+    """What one tap reads, on its target's device.
+
+    Attributes:
+        source: Keys and values.
+        times: When each token of the source stands, int64, shape (batch, source length).
+        mask: Whether it is one, bool, shape (batch, source length).
+    """
+
+    source: KeysValues
+    times: Tensor
+    mask: Tensor
+
+    def then(self, other: Entry, place: int) -> Entry:
+        """Put what another entry holds at this place of the source, instead of what stands there."""
+        keys, values = (
+            torch.cat([old[:, :, :place], new], 2) for old, new in zip(self.source, other.source, strict=True)
+        )
+        return Entry(
+            KeysValues(keys, values),
+            torch.cat([self.times[:, :place], other.times], 1),
+            torch.cat([self.mask[:, :place], other.mask], 1),
+        )
+
+    def of_rows(self, rows: Sequence[int]) -> Entry:
+        """Return these rows; all of them in their order are not copied."""
+        if list(rows) == list(range(len(self.times))):
+            return self
+        chosen = torch.tensor(rows, device=self.times.device)
+        keys, values = (part[chosen] for part in self.source)
+        return Entry(KeysValues(keys, values), self.times[chosen], self.mask[chosen])
+
+    def repeat(self, times: int) -> Entry:
+        """Repeat each row for its beams or returned sequences; rows of one example need no reordering."""
+        return Entry(
+            KeysValues(*(part.repeat_interleave(times, 0) for part in self.source)),
+            self.times.repeat_interleave(times, 0),
+            self.mask.repeat_interleave(times, 0),
+        )
+
+
+class TapCache:
+    """An entry for each tap whose source has tokens.
+
+    Args:
+        model: The model.
+        targets: The towers that are to be decoded: what only others read is not kept.
+        entries: The entries; see ``fill`` for the first ones.
+    """
+
+    def __init__(self, model: Fusion, targets: Collection[str], entries: Mapping[Tap, Entry]) -> None:
+        self.model, self.targets = model, targets
+        self.entries = dict(entries)
+        self.given = {tap: entry.times.shape[1] for tap, entry in entries.items()}
+
+    @classmethod
+    def fill(cls, model: Fusion, streams: Mapping[str, Stream], targets: Collection[str]) -> TapCache:
+        """Run the towers once over what is given, up to the last layer that a tap reads."""
+        cache = cls(model, targets, {})
+        placed = {name: _placed(model, name, stream) for name, stream in streams.items()}
+        taps = [tap for name in placed for tap in cache.readers(name)]
+        wanted: dict[str, int] = {}
+        for tap in taps:
+            wanted[tap.source] = max(tap.source_layer, wanted.get(tap.source, 0))
+        given = model.run(placed, wanted=wanted).given if placed else {}
+        rotations = Rotations({name: stream["times"] for name, stream in placed.items()})
+        entries = {
+            tap: cache._read(tap, given[tap.source, tap.source_layer], placed[tap.source], rotations)
+            for tap in taps
+        }
+        return cls(model, targets, entries)
+
+    def readers(self, name: str) -> list[Tap]:
+        """Return the taps that read a tower for those that are to be decoded."""
+        return [tap for tap in self.model.schedule.taps if tap.source == name and tap.target in self.targets]
+
+    def of_rows(self, rows: Sequence[int]) -> TapCache:
+        """Return a cache of these rows, apart from this one."""
+        entries = {tap: entry.of_rows(rows) for tap, entry in self.entries.items()}
+        return TapCache(self.model, self.targets, entries)
+
+    def refresh(self, name: str, stream: Stream) -> None:
+        """Run one tower over all its tokens, of which some are new, and note what it gives to others.
+
+        Nothing else need run: what the others gave for their tokens does not depend on later ones.
+        """
+        model, tower = self.model, self.model.tower(name)
+        readers = self.readers(name)
+        if not readers:
+            return
+        stream = _placed(model, name, stream)
+        reader = TapReader(model, name, self, stream["times"])
+        rotations = Rotations({name: stream["times"]})
+        positions = torch.arange(stream["tokens"].shape[1], device=tower.device)
+        embedded, context = embed(name, tower, stream)
+        x = model.adapt(name, embedded)
+        new: dict[Tap, Entry] = {}
+        for layer in range(max(tap.source_layer for tap in readers) + 1):
+            x = tower.layer(layer, x, context) if layer else x
+            here = [tap for tap in readers if tap.source_layer == layer]
+            new |= {tap: self._read(tap, x, stream, rotations) for tap in here}
+            x = reader.update(layer, x, positions)
+        self.entries |= new
+
+    def grow(self, tap: Tap, states: Tensor, stream: Stream, place: int) -> None:
+        """Add what the source gave for further tokens; ``place`` counts them from those that were given."""
+        new = self._read(tap, states, stream, Rotations({tap.source: stream["times"]}))
+        old = self.entries.get(tap)
+        self.entries[tap] = new if old is None else old.then(new, self.given.get(tap, 0) + place)
+
+    def _read(self, tap: Tap, states: Tensor, stream: Stream, rotations: Rotations) -> Entry:
+        device, module = self.model.tower(tap.target).device, self.model.tap(tap)
+        source = module.read(states, rotations.of(tap.source, module))
+        source = KeysValues(*(part.contiguous() for part in source))  # read once for each token to come
+        return Entry(source, stream["times"].to(device), stream["mask"].to(device))
+
+
+class Read(NamedTuple):
+    """One tap as each step runs it.
+
+    Attributes:
+        module: The tap.
+        entry: What it reads.
+        sight: What its visibility depends on beside the times of the step: source, window and dtype.
+    """
+
+    module: GatedCrossAttention
+    entry: Entry
+    sight: tuple[str, int | None, torch.dtype]
+
+
+class Step(NamedTuple):
+    """What the taps of one decoding step share.
+
+    Attributes:
+        times: When its tokens stand, int64, shape (batch, length).
+        rotations: Of these times.
+        seen: What they see, by ``Read.sight``.
+    """
+
+    times: Tensor
+    rotations: Rotations
+    seen: dict[tuple[str, int | None, torch.dtype], Visibility]
+
+
+class TapReader:
+    """What is done after each layer of one tower while it is decoded: an ``Inject``.
+
+    Args:
+        model: The model.
+        name: The tower.
+        cache: What its taps read, all of it earlier than the last token of the prompts.
+        times: When the tokens of its prompts stand, int64, shape (batch, prompt length), padded on the left.
+    """
+
+    def __init__(self, model: Fusion, name: str, cache: TapCache, times: Tensor) -> None:
+        self.model, self.name, self.cache = model, name, cache
+        self.times = F.pad(times, (1, 0), value=-1)  # for torch.compile, to which a length of 1 is a constant
+        self.reads = self.reads_now()
+        self.repeated: dict[int, dict[int, list[Read]]] = {}
+        self.step: Step | None = None
+        self.late: dict[int, Step] = {}
+        every = [read for reads in self.reads.values() for read in reads]
+        self.settled = not any(module.rotary or window is not None for module, _, (_, window, _) in every)
+
+    def reads_now(self) -> dict[int, list[Read]]:
+        """Give, by the layer that they follow, the taps whose sources have tokens."""
+        links, reads = self.model._graph.links, dict[int, list[Read]]()
+        for tap in self.model.schedule.taps:
+            if tap.target == self.name and tap in self.cache.entries:
+                module = self.model.tap(tap)
+                sight = (tap.source, links[tap.link].window, module.query.weight.dtype)
+                read = Read(module, self.cache.entries[tap], sight)
+                reads.setdefault(tap.target_layer, []).append(read)
+        return reads
+
+    def __call__(self, layer: int, x: Tensor, positions: Tensor) -> Tensor:
+        """Adapt what is embedded, and let the state after a layer read others."""
+        return self.update(layer, x if layer else self.model.adapt(self.name, x), positions)
+
+    def update(self, layer: int, x: Tensor, positions: Tensor) -> Tensor:
+        """Let the state that a layer gave read others."""
+        if layer == 0:
+            self.step = self._step(len(x), positions) if self.reads else None
+        if layer not in self.reads:
+            return x
+        step, updates = self.step, []
+        assert step is not None
+        for module, entry, sight in self._reads(len(x))[layer]:
+            if sight not in step.seen:
+                step.seen[sight] = visibility(step.times, entry.times, entry.mask, *sight[1:])
+            turn = step.rotations.of(self.name, module)
+            updates.append(module(x, entry.source, step.seen[sight], turn))
+        if layer == max(self.reads):
+            self.step = None
+        return add(x, updates)
+
+    def times_of(self, positions: Tensor) -> Tensor:
+        """Return the times of tokens: those of the prompt are known, later ones follow one by one."""
+        places = positions.to(self.times.device) + 1
+        known = places.clamp(max=self.times.shape[1] - 1)
+        return self.times[:, known] + (places - known)
+
+    def _step(self, rows: int, positions: Tensor) -> Step:
+        """Begin a step; late ones, which see all there is, share one as long as nothing depends on when."""
+        late = self.settled and values_at_hand(positions) and int(positions[0]) >= self.times.shape[1] - 2
+        if late and rows in self.late:
+            return self.late[rows]
+        times = self.times_of(positions[:1] if late else positions)
+        times = times.repeat_interleave(self._copies(rows), 0)
+        step = Step(times, Rotations({self.name: times}), {})
+        if late:
+            self.late[rows] = step
+        return step
+
+    def _reads(self, rows: int) -> dict[int, list[Read]]:
+        """Return the taps with what they read repeated for as many rows."""
+        copies = self._copies(rows)
+        if copies == 1:
+            return self.reads
+        if copies not in self.repeated:
+            self.repeated[copies] = {
+                layer: [read._replace(entry=read.entry.repeat(copies)) for read in reads]
+                for layer, reads in self.reads.items()
+            }
+        return self.repeated[copies]
+
+    def _copies(self, rows: int) -> int:
+        copies = rows // len(self.times)  # divmod would not do: a compiled step may have any number of rows
+        if not copies or rows % len(self.times):
+            raise ValueError(
+                f"{rows} rows are decoded where {len(self.times)} were prepared; a decoding loop must keep "
+                "all rows until the last has ended"
+            )
+        return copies
+
+
+def _placed(model: Fusion, name: str, stream: Stream) -> Stream:
+    device = model.tower(name).device
+    return {key: value.to(device) for key, value in stream.items() if key != "labels"}

@@ -1,0 +1,176 @@
+"""Fused models put on the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from ..base.extras import require
+from ..checkpoint.save import save_pretrained
+from ..declare.graph import redeclared
+from ..errors import CheckpointError
+from ..plugins.modality import Modality
+from ..run.fusion import Fusion
+from ..storage.find import PARTS, hub_id, is_path
+from ..tower.peft_tower import base_model, is_peft_model
+from .card import is_generated, model_card
+
+CARD = "README.md"
+
+
+def push_to_hub(
+    model: Fusion,
+    repo_id: str,
+    *,
+    modalities: Mapping[str, Modality] | None = None,
+    embed_towers: bool = False,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    commit_message: str = "Upload a fused model",
+    revision: str | None = None,
+    create_pr: bool = False,
+    license: str | None = None,  # noqa: A002  # what the Hub calls it
+    max_shard_size: int | str = "5GB",
+) -> str:
+    """Put a checkpoint and its model card on the Hub, in one commit.
+
+    >>> from multitower.testing import tiny_model
+    >>> push_to_hub(tiny_model(), "me/tiny", private=True)                        # doctest: +SKIP
+    'https://huggingface.co/me/tiny/commit/...'
+
+    The commit takes out what an older checkpoint there had and this one has not; readers get the one or the
+    other, whole. Other files are left alone, and so is a model card that somebody has written or edited. The
+    path of a folder on this machine, from which a stored tower came, is not published.
+
+    Args:
+        model: The model.
+        repo_id: Where to: "owner/name". The repository is made unless it exists.
+        modalities: As for ``save_pretrained``: what makes the tokens of towers, by tower.
+        embed_towers: As for ``save_pretrained``: whether to store frozen towers, too.
+        private: Whether a new repository is private; None for what the owner has as default.
+        token: What allows writing; None for the one that this machine is logged in with.
+        commit_message: What the commit is called.
+        revision: The branch to put it on, which must exist; None for the main one.
+        create_pr: Whether to propose the commit as a pull request.
+        license: The licence of the fused model for its card, an id of the Hub such as "apache-2.0".
+        max_shard_size: As for ``save_pretrained``.
+
+    Returns:
+        The address of the commit, or of the pull request.
+
+    Raises:
+        CheckpointError: A frozen tower comes from a folder, which would be published with it; or see
+            ``save_pretrained``.
+        ImportError: huggingface_hub is not installed.
+        huggingface_hub.errors.HfHubHTTPError: The Hub refuses.
+    """
+    _check_reachable(model, embed_towers)
+    hub = require("huggingface_hub", "hub")
+    api = hub.HfApi(token=token)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "checkpoint"
+        with _without_paths(model) as nameless:
+            save_pretrained(
+                nameless,
+                folder,
+                embed_towers=embed_towers,
+                modalities=modalities,
+                max_shard_size=max_shard_size,
+            )
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        there = set(api.list_repo_files(repo_id, revision=revision))
+        if CARD not in there or is_generated(_read(api, repo_id, revision)):
+            card = model_card(
+                model,
+                repo_id,
+                embed_towers=embed_towers,
+                modalities=modalities,
+                license=license,
+                tower_licenses=_licenses(model, hub, api),
+            )
+            (folder / CARD).write_text(card, encoding="utf-8")
+        files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+        stale = (file for file in there - set(files) if any(fnmatch(file, part) for part in PARTS))
+        commit = api.create_commit(
+            repo_id,
+            [
+                *(hub.CommitOperationAdd(name, path) for name, path in sorted(files.items())),
+                *(hub.CommitOperationDelete(name) for name in sorted(stale)),
+            ],
+            commit_message=commit_message,
+            revision=revision,
+            create_pr=create_pr,
+        )
+    return str(commit.pr_url or commit.commit_url)
+
+
+def _check_reachable(model: Fusion, embed_towers: bool) -> None:
+    """Check that no frozen tower comes from a path on this machine, so that none is published unasked."""
+    local = [
+        f"{name!r} ({spec.source})"
+        for name, spec in model.graph.towers.items()
+        if is_path(spec.source) and not embed_towers and spec.train != "all"
+    ]
+    if local:
+        raise CheckpointError(
+            f"towers {', '.join(local)} come from paths that others do not have, so that they would be "
+            "published with the checkpoint; push with embed_towers=True if they may be, or first load the "
+            "model with their ids on the Hub: from_pretrained(folder, towers={name: 'owner/name'})"
+        )
+
+
+@contextmanager
+def _without_paths(model: Fusion) -> Iterator[Fusion]:
+    """Return the same model without any name of a folder on this machine; towers from such are all stored."""
+    local = [name for name, spec in model.graph.towers.items() if is_path(spec.source)]
+    graph = redeclared(model.graph, local, source=None)
+    named: list[tuple[Any, str]] = []
+    for native in map(model.unimodal, model.towers):
+        inner = base_model(native)
+        named += [(getattr(inner, "config", None), "_name_or_path"), (inner, "name_or_path")]
+        if is_peft_model(native):
+            configs: Any = native.peft_config
+            named += [(config, "base_model_name_or_path") for config in configs.values()]
+    named = [each for each in named if hub_id(getattr(*each, None) or "?") is None and hasattr(*each)]
+    before = [getattr(*each) for each in named]
+    try:
+        for each in named:
+            setattr(*each, "")
+        yield type(model)(graph, {name: model.tower(name) for name in model.towers}, model)
+    finally:
+        for each, value in zip(named, before, strict=True):
+            setattr(*each, value)
+
+
+def _read(api: Any, repo_id: str, revision: str | None) -> str:
+    with open(api.hf_hub_download(repo_id, CARD, revision=revision), encoding="utf-8", newline="") as card:
+        return card.read()
+
+
+def _licenses(model: Fusion, hub: Any, api: Any) -> dict[str, str]:
+    """Return the licences of towers, as their own model cards state them."""
+    found: dict[str, Any] = {}
+    for name, spec in model.graph.towers.items():
+        origin = hub_id(spec.source)
+        if origin is not None:
+            found[name] = _card_on_hub(name, origin, hub, api)
+        elif spec.source is not None and (Path(spec.source) / CARD).is_file():
+            found[name] = hub.ModelCard.load(Path(spec.source) / CARD, ignore_metadata_errors=True).data
+    return {name: data.license for name, data in found.items() if data and isinstance(data.license, str)}
+
+
+def _card_on_hub(name: str, origin: str, hub: Any, api: Any) -> Any:
+    try:
+        return api.model_info(origin).card_data
+    except hub.errors.RepositoryNotFoundError:
+        warnings.warn(
+            f"tower {name!r} comes from {origin!r}, which the Hub does not have, or not for everyone: unless "
+            "the tower is stored with embed_towers=True, others may not be able to load this checkpoint",
+            stacklevel=4,
+        )
+        return None

@@ -1,0 +1,138 @@
+"""The kernels by which links attend, and what they need to know of which token sees which."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from ..batch.collate import values_at_hand
+
+SDPA, FLEX = "sdpa", "flex_attention"
+"""The names that transformers gives them."""
+
+WITHOUT_FLEX = ("cpu", "mps")
+"""Types of devices for which torch's flex_attention has no backward; on the CPU some sizes do not compile."""
+
+
+class Visibility(NamedTuple):
+    """Which source tokens each target token may read.
+
+    Attributes:
+        mask: Shape (batch, 1, target length, source length), to be added to the scores: 0 where a token is
+            read, else minus infinity. Rows that see nothing are open here, so that their softmax is finite,
+            and closed by ``sees``. None where every token sees all. For flex_attention a BlockMask.
+        sees: bool, shape (batch, target length, 1): whether a target token sees anything at all. None where
+            every token does.
+    """
+
+    mask: Tensor | BlockMask | None
+    sees: Tensor | None
+
+    def is_blind(self) -> bool:
+        """Whether no query sees anything; asked only on the CPU: elsewhere one would wait for the answer."""
+        return self.sees is not None and values_at_hand(self.sees) and not bool(self.sees.any())
+
+
+def visibility(
+    query_times: Tensor,
+    key_times: Tensor,
+    key_mask: Tensor,
+    window: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Visibility:
+    """Let each query see the keys of strictly earlier time.
+
+    >>> seen = visibility(torch.tensor([[0, 2]]), torch.tensor([[1, -1]]), torch.tensor([[True, False]]))
+    >>> seen.sees.flatten().tolist()
+    [False, True]
+    >>> seen.mask[0, 0, 1].tolist()
+    [0.0, -inf]
+
+    Args:
+        query_times: int64, shape (batch, target length).
+        key_times: int64, shape (batch, source length).
+        key_mask: bool, shape (batch, source length): False at padding.
+        window: How many ticks back a query sees; None for all.
+        dtype: That of the scores.
+    """
+    key_times, key_mask = key_times.to(query_times.device), key_mask.to(query_times.device)
+    if values_at_hand(query_times) and _all_see_all(query_times, key_times, key_mask, window):
+        return Visibility(None, None)
+    mask = (query_times[:, :, None] > key_times[:, None, :]) & key_mask[:, None, :]
+    if window is not None:
+        mask = mask & ((query_times - window)[:, :, None] <= key_times[:, None, :])
+    sees = mask.any(-1, keepdim=True)
+    closed = torch.zeros_like(mask, dtype=dtype).masked_fill(sees & ~mask, float("-inf"))
+    return Visibility(closed[:, None], sees)
+
+
+def _all_see_all(query_times: Tensor, key_times: Tensor, key_mask: Tensor, window: int | None) -> bool:
+    if not query_times.numel() or not key_times.numel() or not bool(key_mask.all()):
+        return False
+    later = bool((query_times.amin(1) > key_times.amax(1)).all())
+    return later and (window is None or bool((query_times.amax(1) - key_times.amin(1) <= window).all()))
+
+
+def block_visibility(
+    query_times: Tensor, key_times: Tensor, key_mask: Tensor, window: int | None = None
+) -> Visibility:
+    """Say the same to flex_attention, which leaves out blocks of which nothing is seen.
+
+    >>> times = torch.arange(300)[None]
+    >>> seen = block_visibility(times, times, torch.ones_like(times, dtype=torch.bool), window=50)
+    >>> seen.mask.kv_num_blocks.tolist()                # of 3 blocks of 128 keys, by each block of queries
+    [[[1, 2, 2]]]
+
+    Args:
+        query_times: As in ``visibility``, the rest too.
+        key_times: See there.
+        key_mask: See there.
+        window: See there.
+    """
+    device = query_times.device
+    keys, real = key_times.to(device), key_mask.to(device)
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        age = query_times[batch, query] - keys[batch, key]
+        near = age > 0 if window is None else (age > 0) & (age <= window)
+        return near & real[batch, key]
+
+    sizes = (len(keys), None, query_times.shape[1], keys.shape[1])
+    mask = create_block_mask(sees, *sizes, device=device)
+    ordered = torch.where(real, keys, torch.iinfo(torch.int64).max).sort(-1).values
+    before = torch.searchsorted(ordered, query_times)
+    beyond = torch.zeros_like(before) if window is None else torch.searchsorted(ordered, query_times - window)
+    return Visibility(mask, (before > beyond)[:, :, None])
+
+
+def has_flex(device: torch.device) -> bool:
+    """Whether links attend by flex_attention there, if they are to.
+
+    >>> has_flex(torch.device("cpu")), has_flex(torch.device("cuda"))
+    (False, True)
+    """
+    return device.type not in WITHOUT_FLEX
+
+
+def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | BlockMask | None) -> Tensor:
+    """Attend, each of shape (batch, heads, length, head width), by the kernel that the mask is for."""
+    if isinstance(mask, BlockMask):
+        attended: Tensor = _flex()(query, keys, values, block_mask=mask)
+        return attended
+    return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
+
+
+def _flex() -> Callable[..., Any]:
+    """Return flex_attention compiled, without which it computes everything; in a graph it will be anyway."""
+    return flex_attention if torch.compiler.is_compiling() else _compiled()  # type: ignore[return-value]  # it is one
+
+
+@functools.cache
+def _compiled() -> Callable[..., Any]:
+    return torch.compile(flex_attention)

@@ -1,0 +1,343 @@
+"""Raw data in, raw data out: a fused model with the modalities of its towers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..batch.collate import Segment
+from ..checkpoint.modalities import check_modalities, load_modalities
+from ..checkpoint.placement import DeviceMap
+from ..generate.generate import Policy
+from ..generate.options import begin_token, check_named, given, options_of
+from ..hub.push import push_to_hub
+from ..model import FusedModel
+from ..plugins.entry_points import as_modality
+from ..plugins.modality import Modality
+from ..storage.find import find_checkpoint
+from ..storage.integrity import steadily
+from .raw import Raw, by_tower, leaves, read_example, replaced
+from .streaming import stream_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Pipeline:
+    """A fused model that takes and gives raw data: texts, sound files, images, what its modalities know.
+
+    >>> import multitower as mt
+    >>> from multitower.testing import tiny_model
+    >>> class Letters(mt.Modality):
+    ...     name, accepts, vocab_size, begin, end = "letters", (str,), 16, 0, 1
+    ...     def encode(self, raw):
+    ...         return torch.tensor([0, *(ord(letter) - 95 for letter in raw), 1])
+    ...     def decode(self, tokens):
+    ...         return "".join(chr(token + 95) for token in tokens.tolist() if token > 1)
+    >>> pipe = mt.Pipeline(tiny_model(), {"text": Letters(), "speech": Letters()})
+    >>> len(pipe([("speech", "ab")], output="text", do_sample=True, max_new_tokens=8, eos_token_id=None))
+    8
+
+    Args:
+        model: The fused model.
+        modalities: What makes tokens of raw data and raw data of tokens, by tower; a tokenizer of
+            transformers stands for the modality "text" of it. Towers without one take segments of tokens
+            only, and are not decoded.
+
+    Attributes:
+        model: The fused model.
+        modalities: The modalities by tower.
+
+    Raises:
+        ValueError: A modality is given for no tower, or has more ids than its tower; or a tokenizer has no
+            token to begin or to end with.
+        TypeError: What is given as modality is none.
+        PluginError: A tokenizer is given, and the modality "text" is not installed.
+    """
+
+    def __init__(
+        self, model: FusedModel, modalities: Mapping[str, Modality | PreTrainedTokenizerBase]
+    ) -> None:
+        self.model = model
+        self.modalities: dict[str, Modality] = {name: as_modality(each) for name, each in modalities.items()}
+        check_modalities(model, self.modalities)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is; see ``FusedModel.device``."""
+        return self.model.device
+
+    def to(self, *where: Any, **options: Any) -> Pipeline:
+        """Move the model, or give it another dtype, as ``torch.nn.Module.to`` does; return the pipeline."""
+        self.model.to(*where, **options)
+        return self
+
+    def __repr__(self) -> str:
+        known = {name: self.modalities.get(name, "tokens only") for name in self.model.towers}
+        return f"Pipeline({', '.join(f'{name}: {modality}' for name, modality in known.items())})"
+
+    def __call__(
+        self,
+        inputs: list[Any],
+        output: str | tuple[str, ...] | list[Any] | Policy,
+        *,
+        batch_size: int | None = None,
+        return_segments: bool = False,
+        **options: Any,
+    ) -> Any:
+        """Encode what is given, decode what is asked for, and give it as raw data.
+
+        A begin or end token that a modality has and its tower has not takes the place of the tower's, unless
+        the options say otherwise.
+
+        Args:
+            inputs: An example, or a list of examples. An example is a list of what is given, in order:
+                pairs ``(tower, raw)``, ``Segment`` of tokens, or tuples of these that begin at the same
+                time, as in ``[("text", "sing"), (("music", "a.wav"), ("dance", steps))]``.
+            output: The tower to decode; or a tuple of towers, decoded at the same time; or a list of both,
+                decoded one after the other; or a function that chooses, as ``FusedModel.generate`` takes it.
+            batch_size: How many examples are decoded at once; all unless given.
+            return_segments: Whether to give segments of tokens in place of raw data, and of pairs. In the
+                turns of a conversation these can be given back as they are; raw data would be encoded anew,
+                which need not give the same tokens. ``decode`` makes raw data of them.
+            options: Options of ``FusedModel.generate``.
+
+        Returns:
+            For an example its result, for a list of examples the list of their results. A result has the
+            form of ``output``: the raw data of a tower, a tuple of such, or a list of both. Of a function
+            it is a list of what can be appended to the example: pairs ``(tower, raw)``, or tuples of pairs.
+            With ``num_return_sequences`` above one each result is a list of that many.
+
+        Raises:
+            ValueError: A tower is unknown or has no modality; or see ``FusedModel.generate``, and what
+                modalities raise of data that are unfit, with a note that says which.
+            TypeError: Something is no example, or raw data are of a type that the modality does not take.
+        """
+        if isinstance(inputs, list) and not inputs:
+            raise ValueError("there is nothing to decode from: give an example; [[]] is one that is empty")
+        several = isinstance(inputs, list) and isinstance(inputs[0], list)
+        wanted = output if callable(output) or isinstance(output, list) else [output]
+        if not callable(wanted) and not return_segments:
+            for name in leaves([wanted]):
+                self._modality(name, "output")
+        examples = self._encode(inputs if several else [inputs])
+        size = len(examples) if batch_size is None else batch_size
+        if size < 1:
+            raise ValueError(f"batch_size={size} must be 1 or more")
+        options = self._with_edges(options)
+        batches = [examples[start : start + size] for start in range(0, len(examples), size)]
+        rows = [row for batch in batches for row in self.model.generate(batch, wanted, **options)]
+        decoded = rows if return_segments else self._decode(rows, pairs=callable(output))
+        results = decoded if wanted is output else [row[0] for row in decoded]
+        copies = len(results) // len(examples)
+        if copies > 1:
+            results = [results[start : start + copies] for start in range(0, len(results), copies)]
+        return results if several else results[0]
+
+    def decode(self, segments: Any) -> Any:
+        """Return raw data in place of segments, in the form in which they come.
+
+        >>> turns = [("text", "sing")]                                              # doctest: +SKIP
+        >>> answer = pipe(turns, output="speech", return_segments=True)             # doctest: +SKIP
+        >>> pipe.decode(answer)                                                     # doctest: +SKIP
+        >>> turns += [answer, ("text", "louder")]                                   # doctest: +SKIP
+
+        Args:
+            segments: What a call with ``return_segments`` gives: a segment, a tuple or a list of such, of
+                one example or of several.
+
+        Raises:
+            ValueError: A tower has no modality.
+            TypeError: There is something else than segments.
+        """
+        if isinstance(segments, list):
+            return [self.decode(entry) for entry in segments]
+        wrong = [leaf for leaf in leaves([[segments]]) if not isinstance(leaf, Segment)]
+        if wrong:
+            raise TypeError(f"decode takes multitower.Segment, not {type(wrong[0]).__name__}")
+        return self._decode([[segments]], pairs=False)[0][0]
+
+    def stream(self, example: list[Any], output: str, **options: Any) -> Iterator[str]:
+        """Return a text piece by piece while it is decoded; together they are what the call gives.
+
+        >>> for piece in pipe.stream([("speech", "clip.wav")], output="text"):     # doctest: +SKIP
+        ...     print(piece, end="", flush=True)
+
+        Decoding runs in a thread, under the ``torch.autocast`` and the device of this call; it ends when the
+        text does, or when the iterator is closed. Until then a model in training mode is not to be used
+        elsewhere: decoding puts it into eval mode.
+
+        Args:
+            example: As for a call; a single one.
+            output: The tower to decode, one whose raw data are text.
+            options: Options of ``FusedModel.generate``, but no streamer.
+
+        Raises:
+            ValueError: See a call; or the tower's raw data are not text, or the options hold a streamer.
+            TypeError: See a call; or the output is not a single tower.
+        """
+        if not isinstance(output, str):
+            raise TypeError(f"a stream is of one tower: give its name as output, not {output!r}")
+        if given(options, "streamer") is not None:
+            raise ValueError("stream has a streamer of its own; give yours to a call, or to model.generate")
+        modality = self._modality(output, "output")
+        nothing = modality.decode(torch.tensor([modality.begin, modality.end]))
+        if not isinstance(nothing, str):
+            raise ValueError(
+                f"tower {output!r} gives {type(nothing).__name__}, not text, and only text can be had in "
+                "pieces; call the pipeline instead"
+            )
+        check_named(options, list(self.model.towers))
+        own = options_of(output, self._with_edges(options))
+        generate = partial(self.model.generate, self._encode([example]), [output])
+        return stream_text(generate, modality, begin_token(self.model.tower(output), own), own)
+
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        embed_towers: bool = False,
+        max_shard_size: int | str = "5GB",
+    ) -> None:
+        """Write a checkpoint of the model and its modalities; see ``FusedModel.save_pretrained``."""
+        self.model.save_pretrained(
+            folder, embed_towers=embed_towers, modalities=self.modalities, max_shard_size=max_shard_size
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        towers: Mapping[str, str | os.PathLike[str] | nn.Module] | None = None,
+        modalities: Mapping[str, Modality] | None = None,
+        allow_changed_towers: bool | Collection[str] = False,
+        dtype: torch.dtype | str | None = None,
+        device_map: DeviceMap | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+    ) -> Pipeline:
+        """Load a checkpoint with its modalities.
+
+        Args:
+            folder: The checkpoint, or its id on the Hub, "owner/name"; a folder that exists wins.
+            towers: Where to take towers from instead, as for ``FusedModel.from_pretrained``.
+            modalities: Modalities by tower, in place of those of the checkpoint or in addition.
+            allow_changed_towers: See ``checkpoint.from_pretrained``.
+            dtype: See there.
+            device_map: See there.
+            revision: A branch, tag or commit on the Hub.
+            token: What opens a private repository on the Hub.
+            cache_dir: Where downloads are kept.
+
+        Raises:
+            PluginError: A modality's plugin is not installed, which names the package, or broken.
+            CheckpointError: A file is missing or damaged; or see ``FusedModel.from_pretrained``.
+            ValueError: See ``Pipeline``.
+        """
+        instead, origins = modalities or {}, towers or {}
+
+        def load(root: Path) -> Pipeline:
+            stored = load_modalities(root, but=instead)
+            model = FusedModel.from_pretrained(
+                root,
+                towers=origins,
+                allow_changed_towers=allow_changed_towers,
+                dtype=dtype,
+                device_map=device_map,
+            )
+            return cls(model, {**stored, **instead})
+
+        root = find_checkpoint(folder, revision=revision, token=token, cache_dir=cache_dir)
+        return steadily(root, load, again=not any(isinstance(tower, nn.Module) for tower in origins.values()))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        embed_towers: bool = False,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str = "Upload a fused model",
+        revision: str | None = None,
+        create_pr: bool = False,
+        license: str | None = None,  # noqa: A002  # what the Hub calls it
+        max_shard_size: int | str = "5GB",
+    ) -> str:
+        """Put a checkpoint of the model and its modalities on the Hub; see ``FusedModel.push_to_hub``."""
+        return push_to_hub(
+            self.model,
+            repo_id,
+            modalities=self.modalities,
+            embed_towers=embed_towers,
+            private=private,
+            token=token,
+            commit_message=commit_message,
+            revision=revision,
+            create_pr=create_pr,
+            license=license,
+            max_shard_size=max_shard_size,
+        )
+
+    def _modality(self, name: str, where: str) -> Modality:
+        if not isinstance(name, str) or name not in self.model.towers:
+            raise ValueError(
+                f"{where}: there is no tower {name!r}; the towers are {', '.join(self.model.towers)}"
+            )
+        if name not in self.modalities:
+            raise ValueError(
+                f"{where}: tower {name!r} has no modality; there are ones for "
+                f"{', '.join(self.modalities) or 'none'}: Pipeline(model, {{{name!r}: ...}})"
+            )
+        return self.modalities[name]
+
+    def _encode(self, examples: Sequence[Any]) -> list[list[Any]]:
+        """Return examples of segments."""
+        rows = [read_example(example, number) for number, example in enumerate(examples)]
+        table: dict[Raw, Segment] = {}
+        for name, raws in by_tower(leaf for leaf in leaves(rows) if isinstance(leaf, Raw)).items():
+            for raw in raws:
+                accepts = self._modality(name, raw.where).accepts
+                if not isinstance(raw.data, accepts):
+                    kinds = " or ".join(kind.__name__ for kind in accepts)
+                    raise TypeError(
+                        f"{raw.where}: tower {name!r} takes {kinds}, not {type(raw.data).__name__}"
+                    )
+            try:
+                encoded = self.modalities[name].encode_batch([raw.data for raw in raws])
+            except Exception as error:
+                error.add_note(f"raised for tower {name!r} in {'; '.join(raw.where for raw in raws)}")
+                raise
+            segments = (Segment(name, tokens) for tokens in encoded)
+            table |= zip(raws, segments, strict=True)
+        return replaced(rows, lambda leaf: table.get(leaf, leaf))
+
+    def _decode(self, rows: Sequence[Any], *, pairs: bool) -> list[list[Any]]:
+        """Return raw data in place of segments, or the pairs of a tower and its raw data."""
+        table: dict[Segment, Any] = {}
+        for name, segments in by_tower(leaves(rows)).items():
+            raws = self._modality(name, "output").decode_batch([segment.tokens for segment in segments])
+            table |= zip(segments, raws, strict=True)
+        return replaced(rows, lambda leaf: (leaf.tower, table[leaf]) if pairs else table[leaf])
+
+    def _with_edges(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Have towers begin and end with their modalities' tokens, where theirs are others."""
+        edges: dict[str, dict[str, int]] = {}
+        for name, modality in self.modalities.items():
+            tower, own = self.model.tower(name), options_of(name, options)
+            wanted = {}
+            if modality.begin != tower.begin:
+                wanted["bos_token_id"] = modality.begin
+            if modality.end not in tower.end:
+                wanted["eos_token_id"] = modality.end
+            for key, token in wanted.items():
+                if key not in own and given(own, key) is None:
+                    edges.setdefault(key, {})[name] = token
+        return {**options, **{key: {**options.get(key, {}), **tokens} for key, tokens in edges.items()}}

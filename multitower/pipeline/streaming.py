@@ -1,0 +1,118 @@
+"""Text as it is decoded, by transformers' own streamer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from contextvars import copy_context
+from threading import Event
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..base.extras import require
+from ..plugins.modality import Modality
+
+
+def stream_text(
+    generate: Callable[..., object], modality: Modality, begin: int | None, options: Mapping[str, Any]
+) -> Iterator[str]:
+    """Return the text of a segment piece by piece, while ``generate`` decodes it in a thread.
+
+    The thread runs under what this call runs under: ``torch.autocast`` and what chooses a device. When the
+    iterator is closed, decoding ends after the token that is being computed.
+
+    Args:
+        generate: Called with options of transformers' ``generate``.
+        modality: What makes text of the tokens.
+        begin: The token that opens the segment.
+        options: The options; what stops and follows the decoding is added.
+
+    Raises:
+        Exception: Whatever ``generate`` raises.
+    """
+    transformers = require("transformers", "transformers")
+    streamer = transformers.TextIteratorStreamer(TokenizerOf(modality, begin), skip_prompt=True)
+    closed = Event()
+
+    def is_closed(tokens: Tensor, scores: Any, **_: Any) -> Tensor:
+        return torch.full((len(tokens),), closed.is_set(), device=tokens.device)
+
+    criteria = transformers.StoppingCriteriaList([*(options.get("stopping_criteria") or ()), is_closed])
+
+    enter, context = _surroundings(), copy_context()
+
+    def run() -> None:
+        try:
+            with ExitStack() as stack:
+                enter(stack)
+                generate(**{**options, "streamer": streamer, "stopping_criteria": criteria})
+        finally:
+            streamer.text_queue.put(streamer.stop_signal)
+
+    def pieces() -> Iterator[str]:
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(context.run, run)
+            try:
+                yield from filter(None, streamer)
+            finally:
+                closed.set()
+            running.result()
+
+    return pieces()
+
+
+def _surroundings() -> Callable[[ExitStack], None]:
+    """Note what torch keeps for this thread alone; return a function that has another enter the same."""
+    accelerator = torch.accelerator.current_accelerator()
+    casts = [
+        torch.autocast(kind, torch.get_autocast_dtype(kind), cache_enabled=torch.is_autocast_cache_enabled())
+        for kind in ("cpu", *(() if accelerator is None else (accelerator.type,)))
+        if torch.is_autocast_enabled(kind)
+    ]
+    default = torch.get_default_device()
+    has_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch declares none
+    stream = torch.cuda.current_stream() if has_cuda else None
+
+    def enter(stack: ExitStack) -> None:
+        if stream is not None:
+            stack.enter_context(torch.cuda.stream(stream))  # which chooses its device as well
+        if default != torch.get_default_device():
+            stack.enter_context(default)
+        for cast in casts:
+            stack.enter_context(cast)
+
+    return enter
+
+
+class TokenizerOf:
+    r"""A modality, as a streamer sees a tokenizer.
+
+    A streamer begins anew after each line. What a token says may depend on those before it, so they are
+    kept here, and the text of all without that of the earlier lines is given.
+
+    >>> from multitower import Modality
+    >>> class Words(Modality):
+    ...     encode = None
+    ...     def decode(self, tokens):
+    ...         return " ".join(["one", "\n", "two"][token] for token in tokens.tolist())
+    >>> tokenizer = TokenizerOf(Words())
+    >>> tokenizer.decode([0, 1]), tokenizer.decode([2])
+    ('one \n', ' two')
+    """
+
+    def __init__(self, modality: Modality, begin: int | None = None) -> None:
+        self._modality = modality
+        self._lines = [] if begin is None else [begin]
+        self._length_of_lines = 0
+
+    def decode(self, tokens: list[int]) -> str:
+        """Return the text of the tokens of this line."""
+        text = str(self._modality.decode(torch.tensor([*self._lines, *tokens])))
+        new = text[self._length_of_lines :]
+        if new.endswith("\n"):
+            self._lines += tokens
+            self._length_of_lines = len(text)
+        return new

@@ -1,0 +1,180 @@
+"""The codec between raw data and the tokens of one tower."""
+
+from __future__ import annotations
+
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import CheckpointError
+from ..storage.files import read_json, read_tensors
+
+FORMAT = 1
+CONFIG, TENSORS = "modality.json", "modality.safetensors"
+
+
+class Modality(ABC):
+    """What a modality plugin offers: raw data to the tokens of one tower, and back.
+
+    >>> import multitower as mt, torch
+    >>> class Letters(mt.Modality):
+    ...     name, accepts = "letters", (str,)
+    ...     vocab_size, begin, end = 28, 26, 27
+    ...     def encode(self, raw):
+    ...         return torch.tensor([26, *(ord(letter) - ord("a") for letter in raw), 27])
+    ...     def decode(self, tokens):
+    ...         return "".join(chr(ord("a") + token) for token in tokens.tolist() if token < 26)
+    >>> Letters().decode(Letters().encode("zip"))
+    'zip'
+
+    ``multitower.testing.check_modality`` tells its author whether it is right. What it needs on disk it names
+    in ``config`` and ``tensors``; saving and loading then come by themselves.
+
+    Attributes:
+        name: What kind of data this is, in lower case: the name of its entry point.
+        accepts: The types of raw data that ``encode`` takes.
+        vocab_size: Number of token ids; ``begin``, ``end`` and ``pad`` are among them.
+        begin: Id of the token that opens every encoded segment.
+        end: Id of the token that closes every encoded segment; it may be the same.
+        pad: Id of the token that fills rows up; ``decode`` drops it at the edges. ``end`` unless it is set.
+        default_tower: What ``add_tower`` can be given for these tokens: a Hub id, say. None where there is
+            no decoder to recommend.
+    """
+
+    name: str
+    accepts: tuple[type, ...]
+    vocab_size: int
+    begin: int
+    end: int
+    default_tower: str | None = None
+
+    @property
+    def pad(self) -> int:
+        """Id of the token that fills rows up."""
+        return self.end
+
+    @abstractmethod
+    def encode(self, raw: Any) -> Tensor:
+        """Return the tokens of one piece of raw data: int64, shape (length,), begin and end included.
+
+        Raises:
+            TypeError: It is of a type that is not accepted.
+            ValueError: It is empty, damaged or otherwise unfit.
+        """
+
+    @abstractmethod
+    def decode(self, tokens: Tensor) -> Any:
+        """Return the raw data of tokens of shape (length,), with or without begin and end.
+
+        Towers emit anything: tokens in an order that no encoder would give, and none at all. What means
+        nothing is dropped.
+        """
+
+    def encode_batch(self, raws: Sequence[Any]) -> list[Tensor]:
+        """Return the tokens of each of several pieces of raw data; the same as one by one, maybe faster."""
+        return [self.encode(raw) for raw in raws]
+
+    def decode_batch(self, rows: Sequence[Tensor]) -> list[Any]:
+        """Return the raw data of each of several rows of tokens; the same as one by one, maybe faster."""
+        return [self.decode(tokens) for tokens in rows]
+
+    def config(self) -> dict[str, Any]:
+        """Return what ``restore`` needs beside ``tensors``, as JSON can hold it."""
+        return {}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors that ``restore`` needs."""
+        return {}
+
+    @classmethod
+    def restore(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        """Make the modality anew; by default by calling the class with both, by name."""
+        return cls(**config, **tensors)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write ``modality.json`` and, where there are tensors, ``modality.safetensors`` into a folder."""
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        tensors = {key: tensor.contiguous() for key, tensor in self.tensors().items()}
+        document = {
+            "format": FORMAT,
+            "modality": self.name,
+            "config": self.config(),
+            "tensors": sorted(tensors),
+        }
+        written = json.dumps(document, indent=2, allow_nan=False) + "\n"
+        if tensors:
+            save_file(tensors, path / TENSORS)
+        else:
+            (path / TENSORS).unlink(missing_ok=True)
+        (path / CONFIG).write_text(written, encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str]) -> Self:
+        """Load what ``save_pretrained`` wrote.
+
+        Raises:
+            CheckpointError: A file is missing, damaged, or that of another modality; the message names it.
+        """
+        path = Path(folder)
+        config = cls.read_config(path)
+        expected = read_json(path / CONFIG).get("tensors")
+        tensors = read_tensors(path / TENSORS) if expected else {}
+        if sorted(tensors) != expected:
+            raise CheckpointError(
+                f"{path / TENSORS} holds {sorted(tensors)} where {CONFIG} speaks of {expected}; was the "
+                "folder wholly copied?"
+            )
+        try:
+            return cls.restore(config, tensors)
+        except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RuntimeError) as error:
+            raise CheckpointError(f"{path} is damaged: {error!r}") from error
+
+    @classmethod
+    def read_config(cls, folder: Path) -> dict[str, Any]:
+        """Read what ``config`` gave when this was saved.
+
+        Raises:
+            CheckpointError: The file is missing, damaged, or that of another modality.
+        """
+        file = folder / CONFIG
+        document = read_json(file)
+        version, name, config = (document.get(key) for key in ("format", "modality", "config"))
+        if not isinstance(version, int) or not isinstance(config, dict):
+            raise CheckpointError(f"{file} is damaged: expected a format, a modality and a config")
+        if version > FORMAT:
+            raise CheckpointError(f"{file} has format {version}; this release reads up to {FORMAT}: upgrade")
+        if name != cls.name:
+            raise CheckpointError(f"{file} is that of modality {name!r}, not of {cls.name!r}")
+        return config
+
+
+def check_tokens(tokens: Tensor) -> list[int]:
+    """Return tokens as a list, where they can be tokens.
+
+    >>> import torch
+    >>> check_tokens(torch.tensor([3, 1]))
+    [3, 1]
+
+    Args:
+        tokens: Integers, shape (length,).
+
+    Raises:
+        ValueError: They are of another shape or dtype, or negative.
+    """
+    tensor = torch.as_tensor(tokens)
+    if tensor.ndim != 1 or (len(tensor) and (tensor.is_floating_point() or tensor.is_complex())):
+        raise ValueError(
+            f"tokens have shape {tuple(tensor.shape)} and dtype {tensor.dtype}: "
+            "give integers of shape (length,), one example at a time"
+        )
+    if len(tensor) and int(tensor.min()) < 0:
+        raise ValueError(f"tokens hold {int(tensor.min())}: drop labels that are ignored before decoding")
+    return [int(token) for token in tensor.tolist()]

@@ -1,0 +1,305 @@
+"""The fused module: towers, links and adapters, and the loop that runs them by the schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from ..batch.collate import Streams, check_streams
+from ..compile.freeze import set_trained
+from ..compile.modules import make_adapters, make_links
+from ..compile.schedule import Schedule, Tap, make_schedule
+from ..compile.towers import load_towers
+from ..declare.graph import FusionGraph
+from ..errors import GraphError
+from ..link.attention import FLEX, SDPA, Visibility
+from ..link.cross_attention import GatedCrossAttention, add, is_open
+from ..tower import Tower
+from .embed import embed
+from .familiar import Familiar
+from .output import FusedOutput, States, score
+from .parameters import named_gates, parameter_groups
+from .request import brings_states, brought_states, check_wanted, with_labels
+from .tables import Rotations, visibilities
+
+
+class Fusion(Familiar):
+    """Towers, links and input adapters as one module; see ``FusedModel``, which adds what is done with it.
+
+    >>> from multitower.testing import tiny_model
+    >>> import multitower as mt
+    >>> batch = mt.collate([[mt.Segment("speech", [0, 5, 1]), mt.Segment("text", [0, 7, 1], target=True)]])
+    >>> tiny_model()(**batch).logits["text"].shape
+    torch.Size([1, 3, 16])
+
+    Args:
+        graph: The declaration.
+        towers: A tower for each that the graph names.
+        kept: A model that this one continues: towers, input adapters and taps of it that the graph has too
+            are the same modules in both.
+        empty: Whether new input adapters and links are left on the meta device, without values.
+
+    Raises:
+        GraphError: A tower is missing, heads do not fit, the layers cannot be scheduled, or a tower shares
+            weights with one that is trained in another way.
+        TowerError: A tower with train="lora" has no adapters that can be trained.
+    """
+
+    def __init__(
+        self,
+        graph: FusionGraph,
+        towers: Mapping[str, Tower],
+        kept: Fusion | None = None,
+        *,
+        empty: bool = False,
+    ) -> None:
+        super().__init__()
+        if set(towers) != set(graph.towers):
+            raise GraphError(f"the graph has the towers {list(graph.towers)}, but got {list(towers)}")
+        self._graph = FusionGraph.from_dict(graph.to_dict())
+        depths = {name: tower.depth for name, tower in towers.items()}
+        self.schedule: Schedule = make_schedule(depths, graph.links.values())
+        self.towers = nn.ModuleDict(dict(towers))
+        with torch.device("meta") if empty else nullcontext():
+            adapters = {} if kept is None else dict(kept.adapters.items())
+            self.adapters: nn.ModuleDict = nn.ModuleDict(make_adapters(graph.towers, towers, adapters))
+            links = make_links(graph.links, self.schedule, towers, {} if kept is None else kept.taps())
+        self.links = nn.ModuleDict({name: nn.ModuleDict(taps) for name, taps in links.items()})
+        if kept is None:
+            set_trained(graph, towers)
+        else:
+            set_trained(graph, towers, kept._graph, {name: kept.tower(name) for name in kept.towers})
+        self.attn_implementation: str = SDPA if kept is None else kept.attn_implementation
+        self.train(kept is None or kept.training)
+
+    @classmethod
+    def from_graph(cls, graph: FusionGraph) -> Self:
+        """Load the towers of a graph and build their model; see ``FusionGraph.compile``."""
+        return cls(graph, load_towers(graph.towers, graph.modules))
+
+    @property
+    def graph(self) -> FusionGraph:
+        """What the model was declared to be: a copy, to add to and hand to ``FusedModel.extend``."""
+        return self._graph.copy()
+
+    def forward(
+        self,
+        streams: Streams,
+        *,
+        output_attentions: bool = False,
+        logits: bool = True,
+    ) -> FusedOutput:
+        """Run the batch that ``collate`` made; towers that it does not mention do not run.
+
+        Args:
+            streams: For each tower in the batch its "tokens", "times", "mask" and, for a loss, "labels". A
+                tower whose states are there too (see ``KeptStates``) does not run, and gives no logits.
+            output_attentions: Whether to give the attention weights of every tap as well.
+            logits: Whether to give logits. Without, only what the losses depend on is run: no head, layer or
+                tap that no label needs, and heads only where a row has a label. Parameters of these get no
+                gradient, instead of one of zeros.
+
+        Raises:
+            ValueError: A stream belongs to no tower, is malformed, or holds tokens beyond the vocabulary.
+        """
+        check_streams(streams, {name: self.tower(name).vocab_size for name in self.towers})
+        scored = streams if logits else with_labels(streams)
+        scored = [name for name in scored if not brings_states(streams[name])]
+        wanted = {name: self.tower(name).depth + 1 for name in scored}
+        states = self._run(streams, wanted, output_attentions)
+        towers = {name: self.tower(name) for name in streams}
+        return score(towers, streams, states, scored, logits=logits, training=self.training)
+
+    def run(
+        self,
+        streams: Streams,
+        *,
+        wanted: Mapping[str, int] | None = None,
+        output_attentions: bool = False,
+    ) -> States:
+        """Run the schedule up to the heads; see ``forward``.
+
+        Args:
+            streams: As in ``forward``.
+            wanted: For each tower in question the layer whose output is wanted, ``depth + 1`` for the state
+                that enters the head; only what these depend on is run. All of every tower unless given.
+            output_attentions: As in ``forward``.
+        """
+        check_streams(streams, {name: self.tower(name).vocab_size for name in self.towers})
+        if wanted is None:
+            wanted = {name: self.tower(name).depth + 1 for name in streams}
+        return self._run(streams, wanted, output_attentions)
+
+    def unimodal(self, name: str) -> nn.Module:
+        """Return one tower without links and input adapters: the transformers model or the PeftModel."""
+        return self.tower(name).native
+
+    def tower(self, name: str) -> Tower:
+        """Return one tower.
+
+        Raises:
+            KeyError: There is no tower of that name.
+        """
+        if name not in self.towers:
+            raise KeyError(f"there is no tower {name!r}; the towers are {', '.join(self.towers)}")
+        tower = self.towers[name]
+        assert isinstance(tower, Tower)
+        return tower
+
+    def tap(self, tap: Tap) -> GatedCrossAttention:
+        """Return the module of one tap of the schedule."""
+        module = self._link(tap.link)[tap.key]
+        assert isinstance(module, GatedCrossAttention)
+        return module
+
+    def taps(self) -> dict[Tap, GatedCrossAttention]:
+        """Return the module of each tap of the schedule."""
+        return {tap: self.tap(tap) for tap in self.schedule.taps}
+
+    def adapt(self, name: str, embedded: Tensor) -> Tensor:
+        """Apply a tower's input adapter, if it has one."""
+        return self.adapters[name](embedded) if name in self.adapters else embedded
+
+    def gates(self) -> dict[str, float]:
+        """Return how far each gate is open: tanh of its parameter, by readable name.
+
+        >>> import multitower as mt
+        >>> from multitower.testing import tiny_tower
+        >>> graph = mt.FusionGraph()
+        >>> graph.add_tower("speech", tiny_tower(seed=0))
+        >>> graph.add_tower("text", tiny_tower(seed=1))
+        >>> graph.add_link("speech", "text", interleave=2, gate="tanh")
+        >>> graph.compile().gates()
+        {'speech->text 2-2 attention': 0.0}
+
+        Only links with ``gate="tanh"`` and adapters of the form "gated" have gates. ``contributions`` says
+        for every form how much it changes.
+        """
+        return {
+            name: gate.detach().tanh().item()
+            for name, gate in named_gates(dict(self.adapters.items()), self.taps()).items()
+        }
+
+    def is_open(self, name: str) -> bool:
+        """Whether a link, or the input adapter of a tower, has left the identity that it was at the start.
+
+        >>> from multitower.testing import tiny_model
+        >>> tiny_model().is_open("speech->text")
+        False
+
+        Raises:
+            KeyError: There is no link of that name, nor a tower.
+        """
+        if name in self.links:
+            return any(map(is_open, self._link(name).values()))
+        self.tower(name)
+        return name in self.adapters and is_open(self.adapters[name])
+
+    def parameter_groups(
+        self,
+        lr: float,
+        *,
+        towers: float | Mapping[str, float] | None = None,
+        links: float | Mapping[str, float] | None = None,
+        adapters: float | Mapping[str, float] | None = None,
+        gates: float | None = None,
+    ) -> list[dict[str, Any]]:
+        """Return what an optimizer should train, with a learning rate for each part.
+
+        >>> from multitower.testing import tiny_model
+        >>> groups = tiny_model().parameter_groups(lr=3e-3, towers={"speech": 1e-3})
+        >>> optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
+        >>> [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+        [(0.001, 0.01), (0.001, 0.0), (0.003, 0.0), (0.003, 0.01)]
+
+        Norms, biases and gates come without weight decay.
+
+        Args:
+            lr: For all that is not named below.
+            towers: For the trained parameters of towers, peft's among them: one rate, or rates by tower.
+            links: For links: one rate, or rates by link.
+            adapters: For input adapters: one rate, or rates by tower.
+            gates: For the gates of ``gate="tanh"`` and of "gated" adapters. They begin at zero and scale the
+                gradients of all behind them, so they learn at ten times ``lr`` unless this is given.
+
+        Raises:
+            ValueError: A name is that of no part which is trained.
+        """
+        return parameter_groups(self, lr, {"towers": towers, "links": links, "adapters": adapters}, gates)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training mode; frozen towers stay in eval mode."""
+        super().train(mode)
+        for name, spec in self._graph.towers.items():
+            if spec.train == "none":
+                self.tower(name).eval()
+        return self
+
+    def set_attn_implementation(self, implementation: str) -> None:
+        """Choose how links attend when a batch is run: by "sdpa", or by "flex_attention".
+
+        The latter leaves out blocks of which nothing is seen, as in packed batches and with short windows;
+        on the CPU and on MPS, where torch has no backward of it, links attend by sdpa all the same. Towers
+        have their own: ``unimodal(name).set_attn_implementation(...)``. Raises a ValueError for any other.
+        """
+        if implementation not in (SDPA, FLEX):
+            raise ValueError(f"links attend by {SDPA!r} or {FLEX!r}, not by {implementation!r}")
+        self.attn_implementation = implementation
+
+    def _run(self, streams: Streams, wanted: Mapping[str, int], output_attentions: bool) -> States:
+        towers = {name: self.tower(name) for name in streams}
+        check_wanted(towers, streams, wanted)
+        dtypes = {tap.link: self.tap(tap).query.weight.dtype for tap in self.schedule.taps}
+        flex = self.attn_implementation == FLEX and not output_attentions
+        seen = visibilities(self._graph.links.values(), dtypes, streams, flex=flex)
+        rotations = Rotations({name: stream["times"] for name, stream in streams.items()})
+        states = States({}, {}, brought_states(self._graph, towers, streams), {})
+        read_layers = self.schedule.read_layers
+        for step in self.schedule.needed(wanted, seen, states.given):
+            name, layer = step.tower, step.layer
+            if step.taps:
+                x = self._tapped(step.taps, states, rotations, seen, output_attentions)
+            elif layer:
+                x = towers[name].layer(layer, states.hidden[name], states.contexts[name])
+            else:
+                x, states.contexts[name] = self._embedded(name, towers[name], streams[name])
+            if not step.taps and (name, layer) in read_layers:
+                states.given[name, layer] = x
+            states.hidden[name] = x
+        return states
+
+    def _embedded(self, name: str, tower: Tower, stream: Mapping[str, Tensor]) -> tuple[Tensor, Any]:
+        """Return what enters a tower's first layer, input adapter included, and the context of its layers."""
+        x, context = embed(name, tower, stream)
+        if self._graph.towers[name].train == "none":
+            x = x.detach()  # transformers' activation checkpointing asks for its gradient
+        return self.adapt(name, x), context
+
+    def _tapped(
+        self,
+        taps: Sequence[Tap],
+        states: States,
+        rotations: Rotations,
+        seen: Mapping[str, Visibility],
+        output_attentions: bool,
+    ) -> Tensor:
+        """Return the state of a tower after a layer with what its taps add; all of them read it as it is."""
+        x, updates = states.hidden[taps[0].target], []
+        for tap in taps:
+            module = self.tap(tap)
+            source = module.read(states.given[tap.source, tap.source_layer], rotations.of(tap.source, module))
+            turn = rotations.of(tap.target, module)
+            updates.append(module(x, source, seen[tap.link], turn))
+            if output_attentions:
+                weights = module.weights(x, source, seen[tap.link], turn)
+                states.attentions.setdefault(tap.link, {})[tap.key] = weights
+        return add(x, updates)
+
+    def _link(self, name: str) -> nn.ModuleDict:
+        link = self.links[name]
+        assert isinstance(link, nn.ModuleDict)
+        return link

@@ -1,0 +1,120 @@
+"""What a forward of a fused model gives, and the loss of its logits."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..batch.collate import IGNORE, Streams, values_at_hand
+from ..compile.schedule import Layer
+from ..tower import Tower
+from .targets import watch_targets
+
+
+class FusedOutput(NamedTuple):
+    """What a forward gives.
+
+    Attributes:
+        loss: The sum of ``losses``, a scalar, or None when no stream has labels.
+        losses: For each tower with labels the mean cross-entropy over its labels, a scalar (0 without any).
+        logits: For each tower of the batch, shape (batch, length of its stream, its vocabulary), but not
+            for those whose states came with it; empty when not asked for.
+        attentions: For each link and tap ("source layer-target layer"), when asked for, the weights of
+            shape (batch, heads, target length, source length); links that see nothing may be left out.
+    """
+
+    loss: Tensor | None
+    losses: dict[str, Tensor]
+    logits: dict[str, Tensor]
+    attentions: dict[str, dict[str, Tensor]]
+
+
+class States(NamedTuple):
+    """What the schedule leaves behind before the heads run.
+
+    Attributes:
+        hidden: The state of each tower that ran, after the last layer that was needed of it, shape (batch,
+            length of its stream, its width).
+        contexts: What the head of each tower needs beside it.
+        given: What each layer that some tap reads gave, before any tap updated it.
+        attentions: As in ``FusedOutput``.
+    """
+
+    hidden: dict[str, Tensor]
+    contexts: dict[str, Any]
+    given: dict[Layer, Tensor]
+    attentions: dict[str, dict[str, Tensor]]
+
+
+def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean cross-entropy of labels by the logits one place before them; 0 without any label.
+
+    >>> round(token_loss(torch.zeros(1, 3, 4), torch.tensor([[-100, 2, 1]])).item(), 4)     # log 4
+    1.3863
+    """
+    return _mean(logits, _next(labels).to(logits.device))
+
+
+def head_loss(tower: Tower, hidden: Tensor, context: Any, labels: Tensor) -> Tensor:
+    """Return the same loss from the state after the last layer, without logits where no row has a label.
+
+    Which these are is asked only on the CPU: elsewhere that would wait for the device.
+    """
+    following = _next(labels)
+    places = (following != IGNORE).any(0).nonzero().flatten() if values_at_hand(labels) else None
+    if places is None or not 0 < len(places) < labels.shape[1] - 1:
+        return token_loss(tower.head(hidden, context), labels)
+    logits = tower.head_at(hidden, context, places.to(hidden.device))
+    return _mean(logits, following[:, places].to(logits.device))
+
+
+def _next(labels: Tensor) -> Tensor:
+    """Return the label of the token after each: so logits need not be copied."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+
+
+def _mean(logits: Tensor, labels: Tensor) -> Tensor:
+    scores = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
+    total = F.cross_entropy(scores, labels.flatten(), ignore_index=IGNORE, reduction="sum")
+    return total / (labels != IGNORE).sum().clamp(min=1)
+
+
+def score(
+    towers: Mapping[str, Tower],
+    streams: Streams,
+    states: States,
+    names: Collection[str],
+    *,
+    logits: bool,
+    training: bool,
+) -> FusedOutput:
+    """Run the heads of some towers on their last states, and take losses.
+
+    Args:
+        towers: Those of the batch.
+        streams: The batch.
+        states: What the schedule left.
+        names: Which towers are scored.
+        logits: As in ``FusedModel.forward``.
+        training: Whether to watch for batches from which nothing would be learnt.
+    """
+    final = {name: (towers[name], states.hidden[name], states.contexts[name]) for name in names}
+    scores = {name: tower.head(*state) for name, (tower, *state) in final.items()} if logits else {}
+    losses: dict[str, Tensor] = {}
+    labelled = {name: stream["labels"] for name, stream in streams.items() if "labels" in stream}
+    for name, labels in labelled.items():
+        if name in scores:
+            losses[name] = token_loss(scores[name], labels)
+        elif name in final:
+            losses[name] = head_loss(*final[name], labels)
+        else:
+            losses[name] = torch.zeros((), device=labels.device)
+    if training and torch.is_grad_enabled():
+        watch_targets(towers, streams, losses)
+    device = next(iter(losses.values())).device if losses else None
+    loss = torch.stack([loss.to(device) for loss in losses.values()]).sum() if losses else None
+    return FusedOutput(loss, losses, scores, states.attentions)

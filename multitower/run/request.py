@@ -1,0 +1,106 @@
+"""What a batch asks of a model: layers that are wanted, labels to predict, and states that it brings."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from torch import Tensor
+
+from ..batch.collate import IGNORE, STATES, Streams, values_at_hand
+from ..compile.schedule import Layer
+from ..declare.graph import FusionGraph
+from ..tower import Tower
+from .targets import may_have_labels
+
+
+def why_not_constant(graph: FusionGraph, name: str) -> str:
+    """Return why training changes the states of a tower, as declared; empty where only its tokens do.
+
+    >>> from multitower.testing import tiny_model
+    >>> why_not_constant(tiny_model().graph, "speech")
+    "is trained (train='all')"
+    """
+    spec = graph.towers[name]
+    if spec.train != "none":
+        return f"is trained (train={spec.train!r})"
+    if spec.adapter is not None:
+        return f"has an input adapter, which is trained (adapter={spec.adapter!r}, not None)"
+    links = [link.name for link in graph.links.values() if link.target == name]
+    return f"reads others through {', '.join(map(repr, links))}" if links else ""
+
+
+def brought_states(graph: FusionGraph, towers: Mapping[str, Tower], streams: Streams) -> dict[Layer, Tensor]:
+    """Return the states that a batch brings, "layer 2" of a stream being what layer 2 of its tower gives.
+
+    Raises:
+        ValueError: The tower's states may change, it has no such layer or another width, or is to predict.
+    """
+    brought: dict[Layer, Tensor] = {}
+    for name, stream in streams.items():
+        states = {key: value for key, value in stream.items() if key.startswith(STATES)}
+        if not states:
+            continue
+        what, tower = f"stream {name!r} brings states", towers[name]
+        reason = why_not_constant(graph, name)
+        if reason:
+            raise ValueError(
+                f"{what}, but tower {name!r} {reason}: leave {', '.join(states)} out of the batch"
+            )
+        if values_at_hand(stream["tokens"]) and has_labels(stream):
+            raise ValueError(
+                f"{what}, so that tower {name!r} does not run, and has labels; give it one of both"
+            )
+        layers = {f"{STATES}{layer}": layer for layer in range(tower.depth + 1)}
+        for key, value in states.items():
+            if key not in layers:
+                raise ValueError(f"{what} of {key!r}, but tower {name!r} has layers 0 to {tower.depth}")
+            if value.shape[-1] != tower.width:
+                raise ValueError(
+                    f"{what} of shape {tuple(value.shape)}, but tower {name!r} is {tower.width} wide"
+                )
+            brought[name, layers[key]] = value
+    return brought
+
+
+def brings_states(stream: Mapping[str, Tensor]) -> bool:
+    """Return whether a stream brings states, so that its tower need not run.
+
+    >>> import torch
+    >>> brings_states({"tokens": torch.zeros(1, 2)}), brings_states({"layer 3": torch.zeros(1, 2, 8)})
+    (False, True)
+    """
+    return any(key.startswith(STATES) for key in stream)
+
+
+def has_labels(stream: Mapping[str, Tensor]) -> bool:
+    """Return whether something is to be predicted."""
+    return "labels" in stream and bool((stream["labels"][:, 1:] != IGNORE).any())
+
+
+def with_labels(streams: Streams) -> Collection[str]:
+    """Name the streams with labels to predict, or, if there is none, all that say that there is none.
+
+    Values are looked at only on the CPU: elsewhere that would wait for the device.
+    """
+    labelled = [name for name, stream in streams.items() if "labels" in stream]
+    return [name for name in labelled if may_have_labels(streams[name]["labels"])] or labelled
+
+
+def check_wanted(towers: Mapping[str, Tower], streams: Streams, wanted: Mapping[str, int]) -> None:
+    """Check that layers whose output is wanted are layers of towers in the batch.
+
+    Raises:
+        ValueError: One is not.
+    """
+    for name, layer in wanted.items():
+        if name not in streams:
+            raise ValueError(
+                f"layer {layer} of {name!r} is wanted, but the batch has streams for {', '.join(streams)} "
+                "alone"
+            )
+        depth = towers[name].depth
+        if not 0 <= layer <= depth + 1:
+            raise ValueError(
+                f"layer {layer} of {name!r} is wanted, which has the layers 1 to {depth} (0 is what enters "
+                f"layer 1, {depth + 1} the state that enters the head)"
+            )

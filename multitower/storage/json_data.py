@@ -1,0 +1,57 @@
+"""Python's own data in JSON, and back just as they were."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+
+def to_json(value: Any) -> Any:
+    """Return data as what JSON can hold without loss: tuples, mappings and infinities are named as such.
+
+    >>> import json, math
+    >>> value = {"betas": (0.9, 0.999), 30: None, "best": -math.inf}
+    >>> from_json(json.loads(json.dumps(to_json(value)))) == value
+    True
+
+    Raises:
+        TypeError: There is something else in it than None, booleans, numbers, strings, lists, tuples and
+            mappings of these.
+    """
+    if type(value) is float and not math.isfinite(value):
+        return {"float": repr(value)}
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if type(value) is list:
+        return [to_json(each) for each in value]
+    if type(value) is tuple:
+        return {"tuple": [to_json(each) for each in value]}
+    if isinstance(value, Mapping):
+        kind = "counter" if isinstance(value, Counter) else "dict"
+        return {kind: [[to_json(key), to_json(each)] for key, each in value.items()]}
+    raise TypeError(f"{value!r}, a {type(value).__name__}, is not plain data")
+
+
+def from_json(value: Any) -> Any:
+    """Return back what ``to_json`` took.
+
+    Raises:
+        ValueError: It is not what ``to_json`` gives.
+    """
+    if isinstance(value, list):
+        return [from_json(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    try:
+        ((kind, content),) = value.items()
+        if kind == "float":
+            return float(content)
+        if kind == "tuple":
+            return tuple(from_json(each) for each in content)
+        return {"dict": dict, "counter": Counter}[kind](
+            {from_json(key): from_json(each) for key, each in content}
+        )
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"these are not data as they were saved: {str(value)[:60]}") from error

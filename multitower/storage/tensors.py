@@ -1,0 +1,180 @@
+"""Tensors in one safetensors file, or in several with an index, as the Hub has them; read without a copy."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import CheckpointError
+from .files import read_json
+
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+MAPPED = 32 * 10**6
+"""How many bytes ``each_tensor`` leaves in memory at a time, where single tensors are no larger."""
+
+Inventory = dict[str, str]
+"""By tensor its dtype, as safetensors writes it, and its shape: ``F32 [2, 3]``."""
+
+
+def write_tensors(tensors: Mapping[str, Tensor], file: Path, max_shard_size: int | str) -> None:
+    """Write tensors to a file, or to ``<stem>-00001-of-0000N.safetensors`` and an index above a size.
+
+    >>> import tempfile, torch
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     file = Path(folder, "links.safetensors")
+    ...     write_tensors({"a": torch.zeros(2), "b": torch.ones(3)}, file, max_shard_size=10)
+    ...     print(sorted(path.name for path in file.parent.iterdir())[-1])
+    ...     print(inventory(file))
+    links.safetensors.index.json
+    {'a': 'F32 [2]', 'b': 'F32 [3]'}
+
+    Args:
+        tensors: The tensors by name; none may share memory with another.
+        file: Where to write them, in a folder that exists.
+        max_shard_size: In bytes, or as in "5GB"; a larger tensor has a file of its own.
+
+    Raises:
+        ValueError: The size is none.
+    """
+    shards = _split(tensors, size_in_bytes(max_shard_size))
+    names = [file.name]
+    if len(shards) > 1:
+        numbers = range(1, len(shards) + 1)
+        names = [f"{file.stem}-{number:05}-of-{len(shards):05}.safetensors" for number in numbers]
+    for name, shard in zip(names, shards, strict=True):
+        whole = {key: tensor.contiguous() for key, tensor in shard.items()}
+        save_file(whole, file.with_name(name), metadata={"format": "pt"})
+    if len(shards) > 1:
+        places = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        index_of(file).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def inventory(file: Path) -> Inventory:
+    """Return which tensors there are, from headers and index alone.
+
+    Raises:
+        CheckpointError: A file is missing or damaged, or the index says other things than the files.
+    """
+    found: Inventory = {}
+    for shard, expected in _shards(file).items():
+        with _opened(shard) as stored:
+            keys = set(stored.keys())
+            if expected is not None and keys != expected:
+                wrong = ", ".join(sorted(keys ^ expected))
+                raise CheckpointError(f"{shard} and {index_of(file).name} differ in what it holds: {wrong}")
+            for key in keys:
+                part = stored.get_slice(key)
+                found[key] = f"{part.get_dtype()} {part.get_shape()}"
+    return dict(sorted(found.items()))
+
+
+def each_tensor(file: Path) -> Iterator[tuple[str, Tensor]]:
+    """Return tensors one after the other; what is read is not kept, so that memory for them is small.
+
+    Raises:
+        CheckpointError: A file is missing or damaged.
+    """
+    for shard in _shards(file):
+        with _opened(shard) as stored:
+            keys = list(stored.keys())
+        while keys:
+            with _opened(shard) as stored:
+                read = 0
+                while keys and read < MAPPED:
+                    key = keys.pop()
+                    tensor = stored.get_tensor(key)
+                    read += tensor.nbytes
+                    yield key, tensor
+            del stored, tensor
+
+
+def mapped_tensors(file: Path) -> dict[str, Tensor]:
+    """Return all tensors as views of the files, which come into memory when they are used.
+
+    Raises:
+        CheckpointError: A file is missing or damaged.
+    """
+    tensors: dict[str, Tensor] = {}
+    for shard in _shards(file):
+        with _opened(shard) as stored:
+            keys = list(stored.keys())
+            tensors |= {key: stored.get_tensor(key) for key in keys}
+    return tensors
+
+
+def size_in_bytes(size: int | str) -> int:
+    """Read a size as transformers writes it.
+
+    >>> size_in_bytes("5GB"), size_in_bytes(100)
+    (5000000000, 100)
+
+    Raises:
+        ValueError: It is none.
+    """
+    found = re.fullmatch(r"(\d+)\s*([KMGT]B)", size.upper()) if isinstance(size, str) else None
+    number = int(found[1]) * UNITS[found[2]] if found else size
+    if not isinstance(number, int) or isinstance(number, bool) or number <= 0:
+        raise ValueError(f"max_shard_size={size!r}: give a number of bytes, or one with KB, MB, GB or TB")
+    return number
+
+
+def index_of(file: Path) -> Path:
+    """Return where the index of a sharded file stands."""
+    return file.with_name(f"{file.name}.index.json")
+
+
+def _split(tensors: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for key, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > limit:
+            shards.append({})
+            size = 0
+        shards[-1][key] = tensor
+        size += tensor.nbytes
+    return shards
+
+
+def _shards(file: Path) -> dict[Path, set[str] | None]:
+    """Return the files with the tensors that the index says are in each; None without an index."""
+    index = index_of(file)
+    if not index.exists():
+        return {file: None}
+    if file.exists():
+        raise CheckpointError(
+            f"{file} and {index.name} are both there; remove what is not of this checkpoint"
+        )
+    places = read_json(index).get("weight_map")
+    name = re.compile(re.escape(file.stem) + r"-\d{5}-of-\d{5}\.safetensors")
+    if not isinstance(places, dict) or not all(
+        isinstance(place, str) and name.fullmatch(place) for place in places.values()
+    ):
+        raise CheckpointError(f"{index} is damaged: it does not say in which file each tensor is")
+    shards: dict[Path, set[str] | None] = {}
+    for place in sorted(set(places.values())):
+        shards[file.with_name(place)] = {key for key, each in places.items() if each == place}
+    stray = {path for path in file.parent.iterdir() if name.fullmatch(path.name)} - set(shards)
+    if stray:
+        raise CheckpointError(f"{index} does not mention {', '.join(sorted(path.name for path in stray))}")
+    return shards
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        stored = safe_open(file, framework="pt")
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file} is missing; was the checkpoint wholly copied?") from error
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{file} is damaged or half-written: {error}") from error
+    yield stored

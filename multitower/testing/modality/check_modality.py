@@ -1,0 +1,140 @@
+"""Everything that a modality promises, checked on samples of its data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ...plugins.modality import Modality
+from . import on_disk as codec_files
+from . import promises as codec_checks
+from .case import Case, RoundTrip, kept_random_states
+
+MODALITY_PROMISES: dict[str, Callable[[Case], None]] = {
+    "attributes": codec_checks.check_attributes,
+    "tokens": codec_checks.check_tokens,
+    "round trip": codec_checks.check_round_trip,
+    "edges": codec_checks.check_edges,
+    "repetition": codec_checks.check_repetition,
+    "batches": codec_checks.check_batches,
+    "inputs": codec_checks.check_inputs,
+    "raw data": codec_checks.check_raw_data,
+    "any tokens": codec_checks.check_any_tokens,
+    "saved": codec_files.check_saved,
+    "damage": codec_files.check_damage,
+}
+"""The checks by name: each raises an AssertionError that explains what is wrong."""
+
+
+def check_modality(
+    modality: Modality,
+    samples: Sequence[Any],
+    *,
+    round_trip: RoundTrip = "data",
+    bound: float | None = None,
+    edges_inside: bool = False,
+) -> None:
+    """Check everything that a modality promises, on these samples; return what is broken, and how.
+
+    >>> import multitower as mt, torch
+    >>> from multitower.plugins import check_tokens
+    >>> class Bytes(mt.Modality):
+    ...     name, accepts = "bytes", (bytes,)
+    ...     vocab_size, begin, end = 258, 256, 257
+    ...     def encode(self, raw):
+    ...         if not isinstance(raw, bytes):
+    ...             raise TypeError(f"give bytes, not {type(raw).__name__}")
+    ...         return torch.tensor([256, *raw, 257])
+    ...     def decode(self, tokens):
+    ...         return bytes(token for token in check_tokens(tokens) if token < 256)
+    >>> check_modality(Bytes(), [b"", b"two towers"])
+
+    A modality that loses something says how much may be lost:
+
+    >>> class Loud(Bytes):
+    ...     def decode(self, tokens):
+    ...         return super().decode(tokens).upper()
+    >>> check_modality(Loud(), [b"two"])
+    Traceback (most recent call last):
+    AssertionError: Loud breaks 1 of 11 promises:
+      round trip: sample 0 comes back as b'TWO', not as b'two'; where a loss is meant, ...
+    >>> def changed(raw, again):
+    ...     return sum(a != b for a, b in zip(raw, again, strict=True))
+    >>> check_modality(Loud(), [b"two"], round_trip=changed, bound=3)
+
+    Encoded and decoded are: the samples; tokens as no encoder would give them; raw data that are not
+    accepted. The modality is saved, loaded, and loaded from damaged files in a temporary folder. The global
+    random generators are left as they were.
+
+    Args:
+        modality: The modality.
+        samples: Some pieces of raw data, of each type that it accepts, of unlike length, the shortest that
+            there is among them. They are copied before they are encoded; arrays, tensors, and containers
+            and dataclasses of them are compared part by part, other objects by ``==``.
+        round_trip: What survives encoding and decoding. ``"data"``: ``decode(encode(raw))`` is ``raw``.
+            ``"tokens"``: ``encode(decode(tokens))`` are the tokens of each sample. A function of ``raw`` and
+            of what came back: how much was lost, a number that is at most ``bound``.
+        bound: The most that may be lost; given with a function, and only then.
+        edges_inside: Whether ``begin`` and ``end`` may also stand between other tokens.
+
+    Raises:
+        AssertionError: Some promise is broken; all of them are listed.
+        ValueError: There are no samples, or ``round_trip`` and ``bound`` do not go together.
+    """
+    report = modality_report(modality, samples, round_trip=round_trip, bound=bound, edges_inside=edges_inside)
+    broken = {name: reason for name, reason in report.items() if reason}
+    if broken:
+        raise AssertionError(
+            f"{type(modality).__name__} breaks {len(broken)} of {len(MODALITY_PROMISES)} promises:"
+            + "".join(f"\n  {name}: {reason}" for name, reason in broken.items())
+        )
+
+
+def modality_report(
+    modality: Modality,
+    samples: Sequence[Any],
+    *,
+    round_trip: RoundTrip = "data",
+    bound: float | None = None,
+    edges_inside: bool = False,
+) -> dict[str, str]:
+    """Check each promise of a modality; return by its name what is wrong, empty where nothing is.
+
+    >>> import multitower as mt, torch
+    >>> class Nothing(mt.Modality):
+    ...     name, accepts = "nothing", (str,)
+    ...     vocab_size, begin, end = 2, 0, 1
+    ...     def encode(self, raw):
+    ...         return torch.tensor([0, 1])
+    ...     def decode(self, tokens):
+    ...         return ""
+    >>> report = modality_report(Nothing(), ["", "two"])
+    >>> report["tokens"]
+    ''
+    >>> report["round trip"]
+    "sample 1 comes back as '', not as 'two'; where a loss is meant, declare it with round_trip="
+
+    The arguments are those of ``check_modality``.
+
+    Raises:
+        ValueError: There are no samples, or ``round_trip`` and ``bound`` do not go together.
+    """
+    if not samples:
+        raise ValueError("there are no samples: give some pieces of raw data that the modality encodes")
+    if not callable(round_trip) and round_trip not in ("data", "tokens"):
+        raise ValueError(
+            f"round_trip={round_trip!r}: give 'data', 'tokens' or a function that measures a loss"
+        )
+    if callable(round_trip) != (bound is not None):
+        raise ValueError("round_trip= and bound= go together: a function that measures a loss, and its limit")
+    report = {}
+    with kept_random_states():
+        for name, check in MODALITY_PROMISES.items():
+            report[name] = ""
+            try:
+                check(Case(modality, samples, round_trip, bound, edges_inside))
+            except AssertionError as error:
+                report[name] = str(error)
+            except Exception as error:  # whatever a modality raises is its author's to read
+                report[name] = f"{type(error).__name__}: {error}"
+    return report

@@ -1,0 +1,124 @@
+"""What checks have in common: models to check on, and what counts as the same."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...batch.collate import Example, Stream, collate
+from ...declare.spec import LinkSpec
+from ...model import FusedModel
+from ...tower import Tower, TransformersTower
+from ...tower.peft_tower import base_model
+from ..tiny import open_links
+
+Streams = Mapping[str, Stream]
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Return how far two ways to the same numbers may differ, against the largest of them.
+
+    >>> tolerance(torch.float32), tolerance(torch.bfloat16) > 0.02
+    (0.0001, True)
+    """
+    return 1e-4 if dtype == torch.float32 else torch.finfo(dtype).eps ** 0.5 / 4
+
+
+def rounding(model: FusedModel) -> float:
+    """Return the tolerance of a fused model: that of its coarsest dtype, since its towers read each other.
+
+    >>> from multitower.testing import tiny_model
+    >>> rounding(tiny_model())
+    0.0001
+    """
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    if any(isinstance(model.tower(name), TransformersTower) for name in model.towers):
+        dtypes.add(torch.float32)  # many of them take norms and rotary tables in it, whatever their weights
+    return max(map(tolerance, dtypes))
+
+
+def assert_equal(found: Tensor, expected: Tensor, what: str) -> None:
+    """Raise an AssertionError, saying how far off, where two tensors are not the same bit for bit."""
+    if not torch.equal(found, expected):
+        raise AssertionError(f"{what} (by {_worst(found, expected)[0]:.2g})")
+
+
+def assert_close(found: Tensor, expected: Tensor, what: str, within: float) -> None:
+    """Raise an AssertionError, saying how far off, where two tensors differ by more than rounding."""
+    worst, largest = _worst(found, expected)
+    if not worst <= within * max(1.0, largest):
+        raise AssertionError(f"{what} (by {worst:.2g})")
+
+
+def native_logits(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Return what ``unimodal`` gives as a function from tokens to logits."""
+    model: Any = module
+    if isinstance(base_model(model), Tower):
+        return lambda tokens: model(tokens)
+    return lambda tokens: model(input_ids=tokens, use_cache=False).logits
+
+
+def closed(model: FusedModel) -> FusedModel:
+    """Return a copy in eval mode with every gate closed."""
+    return open_links(copy.deepcopy(model).eval(), scale=0.0)
+
+
+def opened(model: FusedModel) -> FusedModel:
+    """Return a copy in eval mode with every gate open, each by another width."""
+    return open_links(copy.deepcopy(model).eval(), seed=1)
+
+
+def streams_of(model: FusedModel, examples: Sequence[Example]) -> dict[str, Stream]:
+    """Collate examples, each stream to where its tower takes it."""
+    return {
+        name: {key: value.to(model.tower(name).device) for key, value in stream.items()}
+        for name, stream in collate(examples)["streams"].items()
+    }
+
+
+def alone(model: FusedModel, name: str, tokens: Tensor) -> Tensor:
+    """Run one tower with its input adapter, and without any link."""
+    tower = model.tower(name)
+    embedded, context = tower.embed(tokens)
+    hidden = model.adapt(name, embedded)
+    for layer in range(1, tower.depth + 1):
+        hidden = tower.layer(layer, hidden, context)
+    return tower.head(hidden, context)
+
+
+def visible(streams: Streams, link: LinkSpec) -> list[list[list[int]]]:
+    """Give, for each row and each place in the target's stream, the places in the source's that it may read.
+
+    Written down from what is promised, not from how it is done: strictly earlier, real, within the window.
+    """
+    source, target = streams[link.source], streams[link.target]
+    keys = [
+        [(place, time) for place, (time, real) in enumerate(zip(times, mask, strict=True)) if real]
+        for times, mask in zip(source["times"].tolist(), source["mask"].tolist(), strict=True)
+    ]
+    return [
+        [
+            [
+                place
+                for place, then in row
+                if then < now and (link.window is None or now - then <= link.window)
+            ]
+            if real
+            else []
+            for now, real in zip(times, mask, strict=True)
+        ]
+        for row, times, mask in zip(keys, target["times"].tolist(), target["mask"].tolist(), strict=True)
+    ]
+
+
+def _worst(found: Tensor, expected: Tensor) -> tuple[float, float]:
+    if found.shape != expected.shape:
+        raise AssertionError(f"shape {tuple(found.shape)} where {tuple(expected.shape)} is expected")
+    if not expected.numel():
+        return 0.0, 0.0
+    difference = (found.double() - expected.double()).abs().max()
+    return difference.item(), expected.double().abs().max().item()

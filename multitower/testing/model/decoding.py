@@ -1,0 +1,160 @@
+"""Checks of ``generate``: step by step, with caches, it must give what a forward gives."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...batch.collate import Example, Segment, place_in_time
+from ...model import FusedModel
+from ...tower import TransformersTower
+from .compare import assert_close, opened, rounding, streams_of
+
+STEPS = 4
+"""How many tokens are decoded, at most."""
+
+
+@torch.no_grad()
+def check_decoding(model: FusedModel, examples: Sequence[Example]) -> None:
+    """Check that greedy decoding, batched and with caches, gives at each step the logits of a whole forward.
+
+    >>> import multitower as mt
+    >>> from multitower.testing import tiny_model
+    >>> check_decoding(tiny_model(), [[mt.Segment("speech", [0, 5, 1]), mt.Segment("text", [0, 7])]])
+
+    Every tower with a begin token is decoded after all examples together, then compared row by row: each by
+    itself, each after those before it, and all at the same time.
+
+    Raises:
+        AssertionError: Some step has other logits, or a segment ends too early or too late.
+        ImportError: transformers is not installed.
+    """
+    model = opened(model)
+    given = [_without_targets(example) for example in examples]
+    names = [name for name in model.towers if model.tower(name).begin is not None]
+    for output in [*([name] for name in names), *([names] if len(names) > 1 else [])]:
+        together = all(model.tower(name).pads_left for name in output)
+        for rows in [given] if together else [[row] for row in given]:
+            _check_steps(model, rows, output, STEPS)
+    if len(names) > 1:
+        together = all(model.tower(name).pads_left for name in names)
+        for rows in [given] if together else [[row] for row in given]:
+            _check_together(model, rows, tuple(names), STEPS)
+
+
+@torch.no_grad()
+def check_prefill(model: FusedModel, examples: Sequence[Example]) -> None:
+    """Check that a prompt that is read in chunks, of whatever size, decodes as it does read at once.
+
+    >>> import multitower as mt
+    >>> from multitower.testing import tiny_model
+    >>> check_prefill(tiny_model(), [[mt.Segment("speech", [0, 5, 1]), mt.Segment("text", [0, 7])]])
+
+    Only towers that decode with a cache of keys and values can; there is nothing to check for others.
+
+    Raises:
+        AssertionError: Some step has other logits, or a segment ends too early or too late.
+    """
+    model = opened(model)
+    given = [_without_targets(example) for example in examples]
+    for name in model.towers:
+        tower = model.tower(name)
+        if tower.begin is None or not isinstance(tower, TransformersTower) or not tower.decodes_cached:
+            continue
+        if getattr(tower.model, "_is_stateful", False):
+            continue
+        for rows in [given] if tower.pads_left else [[row] for row in given]:
+            longest = max(_own_tokens(row, name) for row in rows)
+            for size in range(1, longest + 1):
+                _check_steps(model, rows, [name], 2, f" in chunks of {size}", prefill_chunk_size=size)
+
+
+def _check_steps(
+    model: FusedModel,
+    rows: Sequence[Any],
+    output: Sequence[str],
+    steps: int,
+    how: str = "",
+    **options: object,
+) -> None:
+    """Decode; compare the logits of every step with those of one forward over what was decoded."""
+    scores = _Scores()
+    decoded = model.generate(
+        rows, output=output, do_sample=False, max_new_tokens=steps, logits_processor=[scores], **options
+    )
+    for place, name in enumerate(output):
+        segments = [new[place] for new in decoded]
+        longest = max(len(segment.tokens) for segment in segments if isinstance(segment, Segment))
+        seen = [scores.seen.pop(0) for _ in range(longest - 1)]
+        how_now = f"{how} after {', '.join(output[:place])}" if place else how
+        for number, (row, new) in enumerate(zip(rows, decoded, strict=True)):
+            segment, stepwise = new[place], [each[number] for each in seen]
+            assert isinstance(segment, Segment)
+            where = f"tower {name!r}, row {number}{how_now}"
+            _check_row(model, [*row, *new[: place + 1]], segment, stepwise, steps, where)
+
+
+def _check_row(
+    model: FusedModel,
+    row: Sequence[Any],
+    segment: Segment,
+    seen: Sequence[Tensor],
+    steps: int,
+    where: str,
+) -> None:
+    """Compare the logits from which a segment at a row's end was decoded with those of a forward."""
+    name, tokens = segment.tower, torch.as_tensor(segment.tokens)
+    ended = int(tokens[-1]) in model.tower(name).end and len(tokens) > 1
+    assert ended or len(tokens) == steps + 1, f"{where}: the segment {tokens.tolist()} ends without an end"
+    expected = model(streams_of(model, [row])).logits[name][0, -len(tokens) : -1].cpu()
+    stepwise = torch.stack(list(seen[: len(tokens) - 1]))
+    assert_close(
+        stepwise,
+        expected.float(),
+        f"{where}: decoding gives other logits than a forward over what was decoded",
+        max(rounding(model), 1e-6),
+    )
+    assert torch.equal(stepwise.argmax(-1), tokens[1:]), f"{where}: not the best token was taken"
+
+
+def _check_together(model: FusedModel, rows: Sequence[Any], names: tuple[str, ...], steps: int) -> None:
+    """As ``_check_steps``, of towers that are decoded at the same time."""
+    scores = {name: _Scores() for name in names}
+    processors = {name: [each] for name, each in scores.items()}
+    decoded = model.generate(
+        rows, output=[names], do_sample=False, max_new_tokens=steps, logits_processor=processors
+    )
+    for number, (row, (new,)) in enumerate(zip(rows, decoded, strict=True)):
+        assert isinstance(new, tuple)
+        for segment in new:
+            others = ", ".join(name for name in names if name != segment.tower)
+            where = f"tower {segment.tower!r}, row {number} at the time of {others}"
+            stepwise = [each[number] for each in scores[segment.tower].seen]
+            _check_row(model, [*row, new], segment, stepwise, steps, where)
+
+
+class _Scores:
+    """A logits processor that changes nothing and keeps what it sees."""
+
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.seen.append(scores.detach().float().cpu().clone())
+        return scores
+
+
+def _own_tokens(row: Example, name: str) -> int:
+    """Count the prompt's tokens of a tower, the begin token of the new segment among them."""
+    return 1 + sum(len(segment.tokens) for segment, _ in place_in_time(row) if segment.tower == name)
+
+
+def _without_targets(example: Example) -> list[Any]:
+    def plain(segment: Segment) -> Segment:
+        return dataclasses.replace(segment, target=False)
+
+    return [tuple(map(plain, entry)) if isinstance(entry, tuple) else plain(entry) for entry in example]

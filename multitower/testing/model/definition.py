@@ -1,0 +1,116 @@
+"""A fused model by its definition: recursively, one token at a time, without masks, batches or a schedule."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...batch.collate import Example
+from ...declare.spec import LinkSpec
+from ...link.cross_attention import GatedCrossAttention
+from ...model import FusedModel
+from .compare import Streams, assert_close, opened, rounding, streams_of, visible
+
+
+@torch.no_grad()
+def check_definition(model: FusedModel, examples: Sequence[Example]) -> None:
+    """Check that logits are what the definition of a link says, computed slowly, token by token.
+
+    >>> import multitower as mt
+    >>> from multitower.testing import tiny_model
+    >>> check_definition(tiny_model(), [[mt.Segment("speech", [0, 5, 1]), mt.Segment("text", [0, 7])]])
+
+    Each tap reads what the source's layer gave before any tap updated it; the taps after one layer all
+    read the target's state as it is, and add up; a token reads the strictly earlier ones of its window.
+
+    Raises:
+        AssertionError: The logits of some tower are others.
+    """
+    model = opened(model)
+    streams = streams_of(model, examples)
+    logits, expected = model(streams).logits, defined_logits(model, streams)
+    for name, stream in streams.items():
+        assert_close(
+            logits[name][stream["mask"]],
+            expected[name][stream["mask"]],
+            f"tower {name!r}: the logits are not what the definition of its links gives",
+            rounding(model),
+        )
+
+
+def defined_logits(model: FusedModel, streams: Streams) -> dict[str, Tensor]:
+    """Give each tower's logits by the definition; only those at real tokens count."""
+    towers = {name: model.tower(name) for name in streams}
+    embedded = {name: towers[name].embed(streams[name]["tokens"]) for name in streams}
+    links = [each for each in model.graph.links.values() if each.source in streams and each.target in streams]
+    taps = [
+        (link, source_layer, target_layer)
+        for link in links
+        for source_layer, target_layer in link.resolve(towers[link.source].depth, towers[link.target].depth)
+    ]
+
+    @functools.cache
+    def given(name: str, layer: int) -> Tensor:
+        if layer == 0:
+            return model.adapt(name, embedded[name][0])
+        return towers[name].layer(layer, updated(name, layer - 1), embedded[name][1])
+
+    @functools.cache
+    def updated(name: str, layer: int) -> Tensor:
+        x = given(name, layer)
+        update = torch.zeros_like(x)
+        for link, source_layer, target_layer in taps:
+            if (link.target, target_layer) == (name, layer):
+                module = model.links[link.name][f"{source_layer}-{target_layer}"]  # type: ignore[index]  # a ModuleDict
+                update += _read(module, x, given(link.source, source_layer), streams, link)
+        return x + update
+
+    return {name: tower.head(updated(name, tower.depth), embedded[name][1]) for name, tower in towers.items()}
+
+
+def _read(module: GatedCrossAttention, x: Tensor, source: Tensor, streams: Streams, link: LinkSpec) -> Tensor:
+    """Return what one tap adds to the target's state x."""
+    weight = module.query.weight
+    memory = module.project(module.source_norm(source.to(weight.device, weight.dtype)))
+    keys, values = module.key(memory), module.value(memory)
+    query_times, key_times = streams[link.target]["times"], streams[link.source]["times"].to(x.device)
+    update = torch.zeros_like(x)
+    for row, places in enumerate(visible(streams, link)):
+        for place, seen in enumerate(places):
+            if seen:
+                state = x[row, place].to(weight.dtype)
+                query = _heads(module, module.query(module.norm(state))[None], query_times[row, place][None])
+                key = _heads(module, keys[row, seen], key_times[row, seen])
+                value = _split(module, values[row, seen])
+                scores = torch.einsum("qhd,khd->hk", query, key) / query.shape[-1] ** 0.5
+                read = module.out(torch.einsum("hk,khd->hd", scores.softmax(-1), value).flatten())
+                added = read * _opening(module.attention_gate)
+                ffn, norm = module.ffn, module.ffn_norm
+                if ffn is not None and norm is not None:
+                    added = added + ffn(norm(state + added)) * _opening(module.ffn_gate)
+                update[row, place] = added.to(x.dtype)
+    return update
+
+
+def _heads(module: GatedCrossAttention, states: Tensor, times: Tensor) -> Tensor:
+    """Split states of shape (length, width) into heads, turned as complex numbers where there is rotary."""
+    heads = _split(module, states)
+    if not module.rotary:
+        return heads
+    half = heads.shape[-1] // 2
+    angles = times[:, None, None] * 10_000.0 ** (-torch.arange(half, device=heads.device) / half)
+    wide = torch.promote_types(heads.dtype, torch.float32)
+    numbers = torch.complex(*heads.to(wide).chunk(2, -1))
+    turned = numbers * torch.complex(angles.cos().to(wide), angles.sin().to(wide))
+    return torch.cat([turned.real, turned.imag], -1).to(heads.dtype)
+
+
+def _opening(gate: Tensor | None) -> Tensor | float:
+    return 1.0 if gate is None else gate.tanh()
+
+
+def _split(module: GatedCrossAttention, states: Tensor) -> Tensor:
+    return states.view(len(states), module.heads, -1)

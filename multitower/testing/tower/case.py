@@ -1,0 +1,87 @@
+"""A tower that is checked, and how what it gives is compared."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ...tower import Tower, TransformersTower
+
+TOLERANCE = 1e-4
+"""How far two ways to the same float32 logits may differ, against the largest of them."""
+
+Logits = Callable[[nn.Module, Tensor], Tensor]
+"""From a model and tokens of shape (batch, length) to logits of shape (batch, length, vocab_size)."""
+
+
+class Case(NamedTuple):
+    """A tower that is checked, and how to get the logits of its model."""
+
+    tower: Tower
+    own: Logits | None
+
+    @property
+    def has_native(self) -> bool:
+        """Whether the tower was made of another model."""
+        return self.tower.native is not self.tower
+
+    def native(self, tokens: Tensor) -> Tensor:
+        """Return the logits of the model that the tower was made of."""
+        model: Any = self.tower.native
+        if self.own is not None:
+            return self.own(model, tokens)
+        if isinstance(self.tower, TransformersTower):
+            output = model(input_ids=tokens, use_cache=False)
+        else:
+            output = model(tokens)
+        logits: Tensor = output[0] if isinstance(output, tuple) else getattr(output, "logits", output)
+        return logits
+
+    def copy(self) -> Case:
+        """Copy the tower and the model."""
+        return self._replace(tower=copy.deepcopy(self.tower))
+
+    def tokens(self, rows: int, length: int) -> Tensor:
+        """Draw random tokens, the first and the last of the vocabulary among them."""
+        size = self.tower.vocab_size
+        generator = torch.Generator().manual_seed(rows + length)
+        tokens = torch.randint(size, (rows, length), generator=generator)
+        tokens[0, :2] = torch.tensor([size - 1, 0])[:length]
+        return tokens.to(self.tower.device)
+
+    def run(self, tokens: Tensor, *cache: Any, **positions: Tensor) -> Tensor:
+        """Run the tower layer by layer, with what else its ``embed`` takes, if anything."""
+        tower: Any = self.tower
+        hidden, context = tower.embed(tokens, *cache, **positions)
+        for index in range(1, self.tower.depth + 1):
+            hidden = self.tower.layer(index, hidden, context)
+        return self.tower.head(hidden, context)
+
+
+def call(what: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function of the tower; return which it was if it fails."""
+    try:
+        return function(*arguments)
+    except Exception as error:
+        raise AssertionError(f"{what} fails with {type(error).__name__}: {error}") from error
+
+
+def assert_equal(found: Tensor, expected: Tensor) -> None:
+    """Compare with the model's own logits, bit for bit."""
+    assert found.shape == expected.shape, (
+        f"the model's own logits have shape {tuple(expected.shape)}, the tower's {tuple(found.shape)}; say "
+        "how to get them with check_tower(tower, logits=lambda native, tokens: ...)"
+    )
+    worst = (found - expected).abs().max().item()
+    assert torch.equal(found, expected), f"the logits are not the model's own (they differ by {worst:.2g})"
+
+
+def assert_close(found: Tensor, expected: Tensor, what: str) -> None:
+    """Compare two ways to the same, up to rounding."""
+    tolerance = max(TOLERANCE, torch.finfo(expected.dtype).eps ** 0.5 / 4)
+    worst = (found - expected).abs().max().item()
+    assert worst <= tolerance * expected.abs().max().item(), f"{what} (by {worst:.2g})"

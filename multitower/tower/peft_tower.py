@@ -1,0 +1,311 @@
+"""Towers with peft adapters: LoRA, IA3, LoHa, VeRA, ... on a model that stays as it was."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..base.extras import require
+from ..declare.peft_config import check_config
+from ..errors import TowerError
+from ..storage.fingerprint import sampled_fingerprint
+from .base import Tower
+from .inject import Inject
+from .offload import is_offloaded, whole_state
+
+DEFAULT = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "target_modules": "all-linear"}
+"""What ``train="lora"`` means; the rest is as peft sets it."""
+
+
+def is_peft_model(model: object) -> bool:
+    """Whether this is a ``peft.PeftModel``; peft is not imported to find out."""
+    peft = sys.modules.get("peft")
+    return peft is not None and isinstance(model, peft.PeftModel)
+
+
+def make_config(data: Mapping[str, Any]) -> Any:
+    """Rebuild a ``peft.PeftConfig``, ready to be trained, from ``plain_config`` or an adapter_config.json.
+
+    >>> make_config({"peft_type": "IA3"}).peft_type.value
+    'IA3'
+
+    Raises:
+        ValueError: The data are of no config that peft knows, or its adapters have no place in a tower.
+        ImportError: peft is not installed.
+    """
+    peft = require("peft", "lora")
+    try:
+        config = peft.PeftConfig.from_peft_type(
+            **{**data, "inference_mode": False, "base_model_name_or_path": None}
+        )
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"this is no config of peft {peft.__version__}: {error!r}") from error
+    check_config(config)
+    return config
+
+
+def with_adapters(model: nn.Module, declared: Mapping[str, Any] | None) -> nn.Module:
+    """Return the PeftModel around a model, changed in place: with new adapters, or those that it has.
+
+    Args:
+        model: A transformers causal LM, a ``Tower``, or a PeftModel around one of these.
+        declared: A config as ``plain_config`` gives it, or None for ``DEFAULT``.
+
+    Raises:
+        ValueError: peft cannot put these adapters on this model, or they would change its own tensors.
+        ImportError: peft is not installed.
+    """
+    if is_peft_model(model):
+        if declared is not None:
+            raise ValueError("it has peft adapters already, which train='lora' trains; give it no config")
+        return model
+    config = make_config(DEFAULT if declared is None else declared)
+    if any(parameter.is_meta for parameter in model.parameters()) and not is_offloaded(model):
+        with torch.device("meta"):
+            return add_adapter(model, config)
+    before = sampled_fingerprint(model.state_dict())
+    adapted = add_adapter(model, config)
+    if sampled_fingerprint(base_state(adapted)) != before:
+        raise ValueError(
+            "this peft config changes the model's own tensors (init_lora_weights, for one, may do that), so "
+            "that its origin could not be referred to; call peft.get_peft_model yourself and give the result"
+        )
+    return adapted
+
+
+def add_adapter(model: nn.Module, config: Any, name: str = "default", *, autocast: bool = True) -> nn.Module:
+    """Put one adapter on a model or PeftModel, in place; return the PeftModel.
+
+    Args:
+        model: The model.
+        config: A ``peft.PeftConfig``; it is changed.
+        name: The adapter's name.
+        autocast: Whether the adapter is kept in float32 where the model is in half precision.
+
+    Raises:
+        ValueError: peft cannot do it.
+    """
+    peft = require("peft", "lora")
+    try:
+        with _expected_warnings():
+            if is_peft_model(model):
+                model.add_adapter(name, config, autocast_adapter_dtype=autocast)  # type: ignore[operator]  # a PeftModel
+                return model
+            adapted: nn.Module = peft.get_peft_model(model, config, name, autocast_adapter_dtype=autocast)
+    except (ValueError, TypeError, AttributeError, KeyError, NotImplementedError, RuntimeError) as error:
+        advice = (
+            " (a Tower needs target_modules by name and no task_type)" if isinstance(model, Tower) else ""
+        )
+        raise ValueError(
+            f"peft cannot put {config.peft_type.value} adapters on {type(model).__name__}: {error}{advice}"
+        ) from error
+    return adapted
+
+
+def base_model(model: Any) -> nn.Module:
+    """Return the model inside of a PeftModel; any other model is given back.
+
+    Raises:
+        ValueError: The PeftModel is more than its inner model, which alone runs in a tower.
+    """
+    if not is_peft_model(model):
+        assert isinstance(model, nn.Module)
+        return model
+    for config in model.peft_config.values():
+        check_config(config)
+    inner = model.get_base_model()
+    inside = {id(parameter) for parameter in inner.parameters()}
+    outside = [name for name, parameter in model.named_parameters() if id(parameter) not in inside]
+    if outside:
+        raise ValueError(f"its {type(model.base_model).__name__} has parameters of its own, as {outside[0]}")
+    assert isinstance(inner, nn.Module)
+    return inner
+
+
+def base_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors that a model has without its adapters, under the names that they have there.
+
+    >>> import peft
+    >>> from multitower.testing import tiny_tower
+    >>> config = peft.LoraConfig(target_modules=["attention"])
+    >>> with warnings.catch_warnings(action="ignore"):
+    ...     model = peft.get_peft_model(tiny_tower(), config)
+    >>> list(base_state(model)) == list(tiny_tower().state_dict())
+    True
+    """
+    inner = base_model(model)
+    state = whole_state(inner)
+    return {name: state[key] for key in state if (name := _base_name(inner, key)) is not None}
+
+
+def adapter_names(model: nn.Module) -> set[str]:
+    """Name the tensors of adapters, as the state of the model inside names them; see ``base_state``."""
+    inner = base_model(model)
+    return {key for key in inner.state_dict() if _base_name(inner, key) is None}
+
+
+def merged_into(model: nn.Module) -> list[Tensor]:
+    """Return the tensors that merging the adapters of a model may change, each once."""
+    found = {
+        id(tensor): tensor
+        for module in model.modules()
+        if _kept(module) is not None
+        for tensor in (*module.parameters(), *module.buffers())
+    }
+    return list(found.values())
+
+
+def check_mergeable(model: nn.Module) -> None:
+    """Check that folding the adapters into the weights changes no layer that has none.
+
+    Raises:
+        ValueError: A tensor with adapters is tied to another, which would change with it.
+    """
+    owners: dict[int, list[str]] = {}
+    for name, tensor in base_state(model).items():
+        owners.setdefault(tensor.data_ptr(), []).append(name)
+    adapted: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        if _kept(module) == "base_layer":
+            weight = getattr(module.get_base_layer(), "weight", None)  # type: ignore[operator]  # a BaseTunerLayer
+            if weight is not None:
+                adapted.setdefault(weight.data_ptr(), []).append(module)
+    for place, modules in adapted.items():
+        tied = owners.get(place, [])
+        if len(tied) > 1 and not (len(modules) == len(tied) and _one_adapter(modules)):
+            raise ValueError(
+                f"{' and '.join(tied)} are tied, so that what is merged into one would change the other; "
+                "keep the adapters apart, or untie them"
+            )
+
+
+def _one_adapter(modules: list[nn.Module]) -> bool:
+    """Whether modules of peft train the same rows of their tables, and have the values of these in common."""
+    deltas = {id(getattr(module, "trainable_tokens_delta", module)) for module in modules}
+    return len(deltas) == 1
+
+
+def check_whole(model: nn.Module) -> None:
+    """Check that no model with peft layers has lost the PeftModel around it.
+
+    Raises:
+        ValueError: It has; then peft could not save its adapters.
+    """
+    if not is_peft_model(model) and any(_kept(module) for module in model.modules()):
+        raise ValueError(
+            "it has peft layers, but no PeftModel around it (was it compiled before, or did transformers add "
+            "them?); give the PeftModel, which peft.AutoPeftModelForCausalLM loads, or the model without them"
+        )
+
+
+def check_trained(name: str, model: nn.Module) -> None:
+    """Check that a tower with ``train="lora"`` has something to train.
+
+    Raises:
+        TowerError: There are no adapters, or all of them are frozen.
+    """
+    if not is_peft_model(model):
+        raise TowerError(f"tower {name!r} has no adapters for train='lora'; FusionGraph.compile adds them")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise TowerError(
+            f"tower {name!r} has train='lora', but its adapters are frozen; load them with "
+            "is_trainable=True, or declare train='none'"
+        )
+
+
+class PeftTower(Tower):
+    """A ``Tower`` whose modules have peft adapters, and the PeftModel around it.
+
+    >>> import peft
+    >>> from multitower.testing import tiny_tower
+    >>> tower = PeftTower(with_adapters(tiny_tower(), {"peft_type": "LORA", "target_modules": ["attention"]}))
+    >>> type(tower.native).__name__, tower.depth
+    ('PeftModel', 2)
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        tower = base_model(model)
+        assert isinstance(tower, Tower)
+        self.tower = tower
+        self.depth, self.width, self.vocab_size = tower.depth, tower.width, tower.vocab_size
+        self.begin, self.end = tower.begin, tower.end
+        self.max_length, self.hard_limit, self.caches = tower.max_length, tower.hard_limit, tower.caches
+        self._native = (model,)  # not registered: its parameters are the tower's
+
+    @property
+    def native(self) -> nn.Module:
+        """The PeftModel."""
+        return self._native[0]
+
+    @property
+    def pads_left(self) -> bool:
+        """See ``Tower``."""
+        return self.tower.pads_left
+
+    @property
+    def packs(self) -> bool:  # type: ignore[override]  # that of the tower inside
+        """See ``Tower``."""
+        return self.tower.packs
+
+    def embed(self, tokens: Tensor, *cache: Any, **positions: Tensor) -> tuple[Tensor, Any]:
+        """See ``Tower.embed``; a cache goes to towers that set ``caches``, positions to those that pack."""
+        tower: Any = self.tower
+        embedded: tuple[Tensor, Any] = tower.embed(tokens, *cache, **positions)
+        return embedded
+
+    def layer(self, index: int, hidden: Tensor, context: Any) -> Tensor:
+        """See ``Tower.layer``."""
+        return self.tower.layer(index, hidden, context)
+
+    def head(self, hidden: Tensor, context: Any) -> Tensor:
+        """See ``Tower.head``."""
+        return self.tower.head(hidden, context)
+
+    def head_at(self, hidden: Tensor, context: Any, places: Tensor) -> Tensor:
+        """See ``Tower.head_at``."""
+        return self.tower.head_at(hidden, context, places)
+
+    def decoder(self, inject: Inject) -> Any:
+        """See ``Tower.decoder``."""
+        return self.tower.decoder(inject)
+
+
+def _kept(module: nn.Module | Tensor) -> str | None:
+    """Under what name a module of peft keeps the module that it stands for."""
+    if sys.modules.get("peft") is None:
+        return None
+    if isinstance(module, require("peft.tuners.tuners_utils", "lora").BaseTunerLayer):
+        return "base_layer"
+    if isinstance(module, require("peft.utils.other", "lora").AuxiliaryTrainingWrapper):
+        return "token_adapter" if module._modules.get("original_module") is None else "original_module"
+    return None
+
+
+def _base_name(model: nn.Module, key: str) -> str | None:
+    """Return the name that a tensor has without peft; None for a tensor of an adapter."""
+    parts: list[str] = []
+    node: Any = model
+    for part in key.split("."):
+        kept = _kept(node)
+        if kept is None:
+            parts.append(part)
+        elif part != kept:
+            return None
+        node = getattr(node, part)
+    return ".".join(parts)
+
+
+@contextmanager
+def _expected_warnings() -> Iterator[None]:
+    """Keep quiet about what peft sets right by itself, and about what it asks of transformers."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        yield

@@ -1,0 +1,194 @@
+"""What of a training run changes, by name: parameters, the optimizer's state of them, random numbers."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..run.fusion import Fusion
+from ..storage.fingerprint import sampled_fingerprint
+from ..tower.peft_tower import adapter_names, is_peft_model
+
+Settings = dict[str, Any]
+
+
+def trained_state(model: Fusion) -> dict[str, Tensor]:
+    """Return the tensors that training may change, each once: of links, input adapters and trained towers.
+
+    >>> from multitower.testing import tiny_model
+    >>> sorted({name.partition(".")[0] for name in trained_state(tiny_model())})
+    ['links', 'towers']
+    >>> any(name.startswith("towers.text.") for name in trained_state(tiny_model()))    # it is frozen
+    False
+    """
+    trained: dict[int, str] = {}
+    state = model.state_dict(keep_vars=True)
+    changing = _changing(model)
+    for name, tensor in state.items():
+        if tensor.requires_grad or not name.startswith("towers.") or name.startswith(changing):
+            trained.setdefault(id(tensor), name)
+    return {name: state[name] for name in trained.values()}
+
+
+def _changing(model: Fusion) -> tuple[str, ...]:
+    """Return how the names of tensors begin that belong to trained towers or to adapters."""
+    begins = []
+    for name, spec in model.graph.towers.items():
+        if spec.train == "all":
+            begins.append(f"towers.{name}.")
+        elif spec.train == "lora" and is_peft_model(model.unimodal(name)):
+            inside = next(iter(dict(model.tower(name).named_children())))
+            begins += [f"towers.{name}.{inside}.{key}" for key in adapter_names(model.unimodal(name))]
+    return tuple(begins)
+
+
+def frozen_fingerprints(model: Fusion) -> dict[str, str]:
+    """Return a fingerprint of what of each tower is not trained; of offloaded tensors there is none."""
+    trained = {id(tensor) for tensor in trained_state(model).values()}
+    prints = {}
+    for name in model.towers:
+        state = model.tower(name).state_dict(keep_vars=True)
+        frozen = {
+            key: _whole(tensor.detach())
+            for key, tensor in state.items()
+            if id(tensor) not in trained and tensor.device.type != "meta"
+        }
+        if frozen:
+            prints[name] = sampled_fingerprint(frozen)
+    return prints
+
+
+def optimizer_state(model: Fusion, optimizer: Optimizer) -> tuple[dict[str, Tensor], Settings]:
+    """Return what an optimizer keeps: its tensors as "optimizer.<key>.<parameter>", and all else.
+
+    Raises:
+        ValueError: It trains a parameter that is not the model's.
+    """
+    names = _names(model, optimizer)
+    groups = [
+        {**group, "params": [names[parameter] for parameter in group["params"]]}
+        for group in optimizer.param_groups
+    ]
+    tensors: dict[str, Tensor] = {}
+    others: dict[str, dict[str, Any]] = {}
+    for parameter, kept in optimizer.state.items():
+        others[names[parameter]] = {}
+        for key, value in kept.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{key}.{names[parameter]}"] = value
+            else:
+                others[names[parameter]][key] = value
+    return tensors, {"class": type(optimizer).__name__, "groups": groups, "state": others}
+
+
+def expected_tensors(model: Fusion, listed: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Make room for the tensors of an optimizer, which are divided among processes as their parameters are.
+
+    Args:
+        model: The model.
+        listed: Shape and dtype of each tensor, as ``described`` gives them; others than the optimizer's are
+            left out, and so are those of parameters that the model has not.
+    """
+    parameters = dict(model.named_parameters())
+    room = {}
+    for name, (shape, dtype) in listed.items():
+        kind, _, parameter = (*name.split(".", 2), "", "")[:3]
+        if kind == "optimizer" and parameter in parameters:
+            owner, to = parameters[parameter], getattr(torch, dtype)
+            alike = list(owner.shape) == shape
+            room[name] = torch.empty_like(owner, dtype=to) if alike else torch.empty(shape, dtype=to)
+    return room
+
+
+def load_optimizer(
+    model: Fusion, optimizer: Optimizer, settings: Settings, tensors: Mapping[str, Tensor]
+) -> None:
+    """Load what ``optimizer_state`` gave."""
+    names = _names(model, optimizer)
+    state: dict[str, dict[str, Any]] = {name: dict(kept) for name, kept in settings["state"].items()}
+    for name, tensor in tensors.items():
+        kind, key, parameter = (*name.split(".", 2), "", "")[:3]
+        if kind == "optimizer":
+            state[parameter][key] = tensor
+    order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+    places = {name: place for place, name in enumerate(order)}
+    groups = [
+        {**saved, "params": [places[names[parameter]] for parameter in group["params"]]}
+        for saved, group in zip(settings["groups"], optimizer.param_groups, strict=True)
+    ]
+    optimizer.load_state_dict(
+        {"state": {places[name]: kept for name, kept in state.items()}, "param_groups": groups}
+    )
+
+
+def unlike_settings(model: Fusion, optimizer: Optimizer, settings: Settings) -> list[str]:
+    """Return where an optimizer is another one than that of which there are settings."""
+    names, problems = _names(model, optimizer), []
+    if settings["class"] != type(optimizer).__name__:
+        problems.append(f"the optimizer is {type(optimizer).__name__}; {settings['class']} was saved")
+    mine = [{names[parameter] for parameter in group["params"]} for group in optimizer.param_groups]
+    if mine != [set(group["params"]) for group in settings["groups"]]:
+        problems.append("the optimizer's groups hold other parameters than those that were saved")
+    return problems
+
+
+def described(tensor: Tensor) -> list[Any]:
+    """Return shape and dtype as plain data.
+
+    >>> described(torch.zeros(2, 3))
+    [[2, 3], 'float32']
+    """
+    return [list(tensor.shape), str(tensor.dtype).removeprefix("torch.")]
+
+
+def is_distributed() -> bool:
+    """Return whether several processes train together."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def random_state() -> dict[str, Tensor]:
+    """Return the state of torch's random numbers in this process."""
+    rank = dist.get_rank() if is_distributed() else 0
+    state = {f"random.cpu.{rank}": torch.get_rng_state()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch's own
+        state[f"random.cuda.{rank}"] = torch.cuda.get_rng_state()
+    return state
+
+
+def load_random_state(tensors: Mapping[str, Tensor]) -> None:
+    """Set what ``random_state`` gave, for this process; warn where there is nothing for it."""
+    for name in random_state():
+        if name not in tensors:
+            warnings.warn(
+                f"the checkpoint has no {name}: it was saved by other processes or devices, so that random "
+                "numbers (dropout, for instance) will be others than in an unbroken run",
+                stacklevel=3,
+            )
+        elif ".cuda." in name:
+            torch.cuda.set_rng_state(tensors[name])
+        else:
+            torch.set_rng_state(tensors[name])
+
+
+def _names(model: Fusion, optimizer: Optimizer) -> dict[Tensor, str]:
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter not in names:
+                raise ValueError(
+                    f"the optimizer trains a parameter of shape {tuple(parameter.shape)} that is not the "
+                    "model's; was it made for another model?"
+                )
+    return names
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """Return a tensor that is divided among processes whole."""
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()

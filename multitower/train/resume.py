@@ -1,0 +1,294 @@
+"""A training run on disk, to go on with: what is trained, and what the optimizer keeps of it.
+
+    folder/  training.json       graph, step, settings of the optimizer and scheduler, shape and dtype of each
+                                 tensor, fingerprints of what is not trained
+             *.safetensors       the tensors, as torch's distributed checkpoint writes them: each process its
+                                 part; "model.<name>", "optimizer.<key>.<name>", "random.<device>.<rank>"
+
+Nothing of it is pickled. Towers that are not trained are not copied: build the model as for the first run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from ..compile.towers import load_towers
+from ..declare.graph import FusionGraph, redeclared
+from ..errors import CheckpointError
+from ..run.fusion import Fusion
+from ..storage.atomic import current, replacing
+from ..storage.files import read_json
+from ..storage.find import as_declared
+from ..storage.json_data import from_json, to_json
+from .optimizer_state import (
+    described,
+    expected_tensors,
+    frozen_fingerprints,
+    is_distributed,
+    load_optimizer,
+    load_random_state,
+    optimizer_state,
+    random_state,
+    trained_state,
+    unlike_settings,
+)
+
+T = TypeVar("T")
+F = TypeVar("F", bound=Fusion)
+Source = str | os.PathLike[str] | nn.Module
+TRAINING, VERSION = "training.json", 1
+
+
+def save_training(
+    folder: str | os.PathLike[str],
+    model: Fusion,
+    optimizer: Optimizer,
+    *,
+    scheduler: LRScheduler | None = None,
+    step: int = 0,
+) -> None:
+    """Write all that a training run needs to go on as if it had not been broken off, bit for bit.
+
+    >>> import tempfile
+    >>> from multitower.testing import tiny_model
+    >>> def start():
+    ...     model = tiny_model()
+    ...     return model, torch.optim.AdamW(model.parameter_groups(lr=1e-3))
+    >>> with tempfile.TemporaryDirectory() as place:
+    ...     save_training(place + "/run", *start(), step=200)
+    ...     load_training(place + "/run", *start())
+    200
+
+    Written are links, input adapters, towers with ``train="all"`` and peft adapters; what the optimizer keeps
+    of each parameter; and the state of torch's random numbers. That of the data loader is yours to keep. Of
+    several processes (``torch.distributed``, FSDP2) each calls this and writes its own part; where one
+    cannot, all fail. A save that is broken off leaves an older checkpoint as it was.
+
+    Args:
+        folder: A new folder, or an older training checkpoint, which is replaced. All processes see it.
+        model: The model.
+        optimizer: Its optimizer.
+        scheduler: What changes the learning rate, if anything does.
+        step: How many steps have been made.
+
+    Raises:
+        CheckpointError: The folder holds other things or cannot be written to; or the optimizer or scheduler
+            keeps something else than tensors and plain data.
+        ValueError: The optimizer trains a parameter that is not the model's.
+        ImportError: This torch cannot write distributed checkpoints as safetensors.
+    """
+    writer, target = _storage("HuggingFaceStorageWriter"), Path(folder).absolute()
+    _on_first(lambda: _check_free(target))
+    tensors, settings = optimizer_state(model, optimizer)
+    tensors |= {f"model.{name}": tensor.detach() for name, tensor in trained_state(model).items()}
+    try:
+        document = {
+            "training_version": VERSION,
+            "graph": model.graph.to_dict(),
+            "step": step,
+            "optimizer": to_json(settings),
+            "scheduler": None if scheduler is None else to_json(scheduler.state_dict()),
+            "scheduler_class": None if scheduler is None else type(scheduler).__name__,
+            "tensors": {name: described(tensor) for name, tensor in tensors.items()},
+            "frozen": frozen_fingerprints(model),
+        }
+    except TypeError as error:
+        raise CheckpointError(f"the optimizer or the scheduler cannot be saved: {error}") from error
+    try:
+        with _replacing(target) as fresh, _distributed_checkpoint() as checkpoint:
+            text = json.dumps(document, indent=1, allow_nan=False) + "\n"
+            _on_first(lambda: (fresh / TRAINING).write_text(text, encoding="utf-8"))
+            checkpoint.save(
+                tensors | random_state(),
+                storage_writer=writer(str(fresh), save_distributed=True),
+                no_dist=not is_distributed(),
+            )
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot save to {target}, which is as it was: {error}") from error
+
+
+def load_training(
+    folder: str | os.PathLike[str],
+    model: Fusion,
+    optimizer: Optimizer | None = None,
+    *,
+    scheduler: LRScheduler | None = None,
+) -> int:
+    """Load what ``save_training`` wrote into a model that was built in the same way; return the step.
+
+    All is read and compared before anything is changed. There may be more or fewer processes than when it was
+    saved; a warning then says that random numbers will be others.
+
+    Args:
+        folder: The checkpoint.
+        model: A model of the same graph.
+        optimizer: An optimizer of the same kind, for the same parameters; None to load the model alone.
+        scheduler: To be given with the optimizer if, and only if, one was saved.
+
+    Raises:
+        CheckpointError: A file is missing or damaged; model, optimizer or scheduler are other ones than
+            those that were saved, of which all is listed; or a tower that is not trained is another one.
+    """
+    reader, root = _storage("HuggingFaceStorageReader"), current(Path(folder))
+    document = _read(root)
+    listed, trained = document["tensors"], trained_state(model)
+    wanted = {f"model.{name}": tensor for name, tensor in trained.items()}
+    problems = []
+    settings = document["optimizer"]
+    if optimizer is None:
+        listed = {name: found for name, found in listed.items() if name.startswith("model.")}
+    else:
+        wanted |= expected_tensors(model, listed)
+        problems += unlike_settings(model, optimizer, settings)
+        if (scheduler is None) != (document["scheduler"] is None):
+            problems.append("a scheduler was saved" if scheduler is None else "no scheduler was saved")
+        kind, saved = type(scheduler).__name__, document.get("scheduler_class")
+        if scheduler is not None and saved is not None and kind != saved:
+            problems.append(f"the scheduler is {kind}; {saved} was saved")
+    problems += [f"missing: {name}" for name in wanted if name not in listed]
+    problems += [f"unexpected: {name}" for name in listed if name not in wanted]
+    problems += [
+        f"{name} is {listed[name]}, but the model has {described(tensor)}"
+        for name, tensor in wanted.items()
+        if name in listed and listed[name] != described(tensor)
+    ]
+    frozen = frozen_fingerprints(model)
+    problems += [
+        f"tower {name!r}: what is not trained of it is not what it was"
+        for name in {**frozen, **document["frozen"]}
+        if frozen.get(name) != document["frozen"].get(name)
+    ]
+    if problems:
+        raise CheckpointError(f"{root} does not fit:\n  " + "\n  ".join(problems))
+    if optimizer is not None:
+        wanted |= random_state()
+    try:
+        with _distributed_checkpoint() as checkpoint:
+            source = reader(str(root))
+            there = source.read_metadata().state_dict_metadata
+            loaded = {
+                name: torch.empty_like(tensor)
+                for name, tensor in wanted.items()
+                if name in there or not name.startswith("random.")
+            }
+            checkpoint.load(loaded, storage_reader=source, no_dist=not is_distributed())
+    except (OSError, SafetensorError, ValueError, RuntimeError, KeyError, AssertionError) as error:
+        raise CheckpointError(f"{root} is damaged, or not wholly copied: {error}") from error
+    with torch.no_grad():
+        for name, tensor in trained.items():
+            tensor.copy_(loaded[f"model.{name}"])
+    if optimizer is not None:
+        load_optimizer(model, optimizer, settings, loaded)
+        load_random_state(loaded)
+    if optimizer is not None and scheduler is not None:
+        scheduler.load_state_dict(document["scheduler"])
+    step: int = document["step"]
+    return step
+
+
+def rebuild(cls: type[F], folder: str | os.PathLike[str], towers: Mapping[str, Source]) -> F:
+    """Return the model of a training checkpoint; see ``FusedModel.from_training``."""
+    graph, given = FusionGraph.from_dict(_read(current(Path(folder)))["graph"]), dict(towers)
+    unknown = set(given) - set(graph.towers)
+    if unknown:
+        raise CheckpointError(f"towers={sorted(unknown)}: the model has the towers {', '.join(graph.towers)}")
+    for name, tower in given.items():
+        graph = redeclared(graph, [name], source=None if isinstance(tower, nn.Module) else as_declared(tower))
+    modules = {name: tower for name, tower in given.items() if isinstance(tower, nn.Module)}
+    model = cls(graph, load_towers(graph.towers, modules))
+    load_training(folder, model)
+    return model.eval()
+
+
+def _read(root: Path) -> dict[str, Any]:
+    document, file = read_json(root / TRAINING), root / TRAINING
+    version = document.get("training_version")
+    if type(version) is not int or version > VERSION:
+        raise CheckpointError(
+            f"{file} has version {version!r}; this release reads up to {VERSION}: upgrade multitower"
+        )
+    try:
+        document["optimizer"] = from_json(document["optimizer"])
+        document["scheduler"] = from_json(document["scheduler"])
+        for key, kind in {"step": int, "tensors": dict, "frozen": dict, "graph": dict}.items():
+            if not isinstance(document[key], kind):
+                raise ValueError(f"{key} is {document[key]!r}")
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{file} is damaged: {error!r}") from error
+    return document
+
+
+def _storage(name: str) -> Any:
+    import torch.distributed.checkpoint as checkpoint
+
+    found = getattr(checkpoint, name, None)
+    if found is None:
+        raise ImportError(
+            f"torch {torch.__version__} cannot keep distributed checkpoints as safetensors; training "
+            "checkpoints need torch 2.9 or newer"
+        )
+    return found
+
+
+def _check_free(target: Path) -> None:
+    if target.exists() and any(target.iterdir()) and not (target / TRAINING).exists():
+        raise CheckpointError(f"{target} is not empty and holds no {TRAINING}; save to a folder of its own")
+
+
+@contextmanager
+def _replacing(target: Path) -> Iterator[Path]:
+    """Return all processes the one folder that is to take the place of the target."""
+    with ExitStack() as stack:
+
+        def begin() -> Path:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            return stack.enter_context(replacing(target))
+
+        yield _on_first(begin)
+        _on_first(stack.pop_all().close)
+
+
+def _on_first(step: Callable[[], T]) -> T:
+    """Have the first process do something, and all of them get what comes of it, or fail with its error."""
+    if not is_distributed():
+        return step()
+    answer: list[Any] = [None, None]
+    failure: Exception | None = None
+    if dist.get_rank() == 0:
+        try:
+            answer[0] = step()
+        except Exception as error:
+            failure, answer[1] = error, (isinstance(error, CheckpointError), str(error) or repr(error))
+    dist.broadcast_object_list(answer)
+    if answer[1] is not None:
+        known, message = answer[1]
+        raise (CheckpointError if known else OSError)(message) from failure
+    result: T = answer[0]
+    return result
+
+
+@contextmanager
+def _distributed_checkpoint() -> Iterator[Any]:
+    """Return ``torch.distributed.checkpoint``, with errors like others and no word about a single process."""
+    import torch.distributed.checkpoint as checkpoint
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            yield checkpoint
+    except CheckpointException as error:
+        raise OSError("; ".join(str(each) for each, _ in error.failures.values())) from error

@@ -1,0 +1,196 @@
+"""The states of frozen towers that nothing feeds, computed once for a data set and kept on disk."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from ..batch.collate import Batch, Stream
+from ..errors import CheckpointError
+from ..run.fusion import Fusion
+from ..run.request import has_labels, why_not_constant
+from ..storage.atomic import current, replacing
+from ..storage.files import read_json
+from ..storage.tensors import size_in_bytes
+from .state_cache_files import INDEX, RowWriter, TowerRows, open_rows, tower_fingerprint, write_index
+
+
+class KeptStates:
+    """What taps read of frozen towers, kept in a folder and added to batches: the towers need not run.
+
+    >>> import multitower as mt, tempfile, torch
+    >>> from multitower.testing import tiny_tower
+    >>> graph = mt.FusionGraph()
+    >>> graph.add_tower("speech", tiny_tower(seed=0), adapter=None)         # frozen, and reads no other
+    >>> graph.add_tower("text", tiny_tower(seed=1), train="all")
+    >>> graph.add_link("speech", "text", interleave=1)
+    >>> model = graph.compile()
+    >>> batch = mt.collate([[mt.Segment("speech", [0, 5, 1]), mt.Segment("text", [0, 7, 1], target=True)]])
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     kept = mt.train.KeptStates.compute(model, [batch], folder)
+    ...     ready = kept(batch)
+    >>> [(key, tuple(each.shape)) for key, each in ready["streams"]["speech"].items() if each.dim() == 3]
+    [('layer 1', (1, 3, 8)), ('layer 2', (1, 3, 8))]
+    >>> torch.equal(model(**ready).loss, model(**batch).loss)
+    True
+
+    A row is found by its tokens, so that the order of batches does not matter, nor how rows are put together.
+    A batch that was among those computed gets what its towers give, bit for bit; rows in other company get
+    what they gave in their first, which differs from what they would give now by rounding at most. In a
+    ``DataLoader`` it stands behind ``collate``, also in its workers: a pickle of it holds the path, and the
+    files are mapped anew.
+
+    Args:
+        folder: What ``compute`` wrote.
+        model: The model that is to be trained.
+
+    Raises:
+        CheckpointError: The folder is none, or damaged; or a tower has changed since, may change in
+            training, or is read at a layer that was not kept.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], model: Fusion) -> None:
+        self.folder = Path(folder).absolute()
+        root = current(self.folder)
+        if not (root / INDEX).is_file():
+            raise CheckpointError(f"{self.folder} has no {INDEX}: it holds no states; see KeptStates.compute")
+        self._document = read_json(root / INDEX)
+        self._towers = open_rows(self.folder, self._document)
+        self._read = _read_layers(model)
+        for name, tower in self._towers.items():
+            self._check(model, name, tower)
+
+    @classmethod
+    def compute(
+        cls,
+        model: Fusion,
+        batches: Iterable[Batch],
+        folder: str | os.PathLike[str],
+        *,
+        max_shard_size: int | str = "1GB",
+    ) -> KeptStates:
+        """Run the frozen towers that read no other over batches, and keep what taps read of them.
+
+        Padding is not kept, nor states that are there already, bit for bit. Files are written to a folder
+        beside it, which then takes its place: where this is broken off or killed, nothing is there, or what
+        was there before. Give ``tqdm(batches)`` for a progress bar, and compute under the
+        ``torch.autocast`` under which the model is trained, if any.
+
+        Args:
+            model: The model. Kept are towers with train="none" and adapter=None into which no link leads.
+            batches: As ``collate`` gives them.
+            folder: A new folder, an empty one, or older kept states, which are replaced.
+            max_shard_size: At which size a file of a tower is full, in bytes or as in "1GB"; about twice as
+                much of each tower is in memory.
+
+        Raises:
+            ValueError: The model has no such tower, or the batches have no tokens of any.
+            CheckpointError: The folder holds other things, or the disk is full or may not be written to.
+        """
+        target = Path(folder).absolute()
+        if target.exists() and not target.is_dir():
+            raise CheckpointError(f"{target} is a file; give a folder to keep states in")
+        if target.is_dir() and any(target.iterdir()) and not (target / INDEX).exists():
+            raise CheckpointError(f"{target} is not empty and holds no {INDEX}; give a folder of its own")
+        reasons = {name: _why_not_kept(model, name) for name in model.towers}
+        reads = {name: layers for name, layers in _read_layers(model).items() if not reasons[name]}
+        if not reads:
+            why = "; ".join(f"tower {name!r} {why or 'is read by no link'}" for name, why in reasons.items())
+            raise ValueError(f"the model has no states to keep: {why}")
+        limit = size_in_bytes(max_shard_size)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(target) as fresh:
+                writers = [RowWriter(model, fresh, name, layers, limit) for name, layers in reads.items()]
+                for batch in batches:
+                    for writer in writers:
+                        if writer.name in batch["streams"]:
+                            writer.add(batch["streams"][writer.name])
+                write_index(writers, fresh)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"cannot keep states in {target}, which is as it was: {error}") from error
+        return cls(target, model)
+
+    def __call__(self, batch: Batch) -> Batch:
+        """Add to a batch the states that were kept of its rows.
+
+        A stream with labels is left as it is: its tower has to run.
+
+        Args:
+            batch: As ``collate`` gives it.
+
+        Returns:
+            A batch in which streams of kept towers have, for each layer that some tap reads, what it gives:
+            "layer 2" of shape (batch, length, width), zero at padding.
+
+        Raises:
+            ValueError: No states were kept of a row.
+        """
+        streams = {
+            name: {**stream, **self._states(name, stream)}
+            if name in self._towers and not has_labels(stream)
+            else stream
+            for name, stream in batch["streams"].items()
+        }
+        return {**batch, "streams": streams}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key != "_towers"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._towers = open_rows(self.folder, self._document)
+
+    def __repr__(self) -> str:
+        towers = (f"{name} layers {', '.join(map(str, each.layers))}" for name, each in self._towers.items())
+        return f"<KeptStates in {self.folder}: {'; '.join(towers)}>"
+
+    def _states(self, name: str, stream: Stream) -> Stream:
+        try:
+            states = self._towers[name].states(stream, self._read.get(name, []))
+        except LookupError as error:
+            raise ValueError(
+                f"{self.folder} keeps no states of {error} of stream {name!r}; compute them from all batches "
+                "that are to be trained on"
+            ) from None
+        return {key: value.to(stream["tokens"].device) for key, value in states.items()}
+
+    def _check(self, model: Fusion, name: str, tower: TowerRows) -> None:
+        what = f"{self.folder} keeps states of tower {name!r}"
+        if name not in model.towers:
+            raise CheckpointError(f"{what}, but the towers are {', '.join(model.towers)}")
+        reason = _why_not_kept(model, name)
+        if reason:
+            raise CheckpointError(f"{what}, but in this model it {reason}; train without them")
+        missing = [str(layer) for layer in self._read.get(name, []) if layer not in tower.layers]
+        if missing:
+            raise CheckpointError(
+                f"{what} of layers {', '.join(map(str, tower.layers))}, but this model also reads "
+                f"{', '.join(missing)}; compute them anew"
+            )
+        if tower_fingerprint(model, name) != tower.fingerprint:
+            raise CheckpointError(
+                f"{what}, but its weights or their dtype are others in this model; compute them anew"
+            )
+
+
+def _why_not_kept(model: Fusion, name: str) -> str:
+    """Return why the states of a tower may change, by what is declared or by what was done to it since."""
+    tower, declared = model.tower(name), why_not_constant(model.graph, name)
+    if not declared and any(parameter.requires_grad for parameter in tower.parameters()):
+        return "has parameters with requires_grad=True"
+    if not declared and any(module.training for module in tower.modules()):
+        return "is in training mode"
+    return declared
+
+
+def _read_layers(model: Fusion) -> dict[str, list[int]]:
+    """Give, by tower, the layers that taps read."""
+    read: dict[str, list[int]] = {}
+    for name, layer in sorted(model.schedule.read_layers):
+        read.setdefault(name, []).append(layer)
+    return read
