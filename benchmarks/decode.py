@@ -34,6 +34,7 @@ from measure import begin, in_turn, milliseconds, now, options, plot_ratios, rat
 from models import SIZES, make_reader, random_tokens
 from multitower.batch.collate import make_streams
 from multitower.generate.generate import decode_rows
+from multitower.generate.options import settle
 from multitower.generate.tap_cache import TapCache, TapReader
 from multitower.link.attention import visibility
 
@@ -156,9 +157,10 @@ class Decoding:
         clock = Clock(self.clock)
         choices = {"max_new_tokens": self.new, "min_new_tokens": self.new, "do_sample": False}
         static = {} if self.backend is None else {"cache_implementation": "static"}
-        prompts = [torch.ones(1, dtype=torch.long)] * self.rows
+        prompts = torch.ones_like(self.times)
         every = {**choices, **static, "logits_processor": [*processors, clock]}
-        decode_rows(decoder, prompts, begin=1, end=(2,), options=every)
+        settings = settle("text", self.model.tower("text"), {**every, "bos_token_id": 1, "eos_token_id": 2})
+        decode_rows(decoder, prompts, prompts > 0, settings)
         return clock.per_token()
 
 

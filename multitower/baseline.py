@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from .base.extras import require
 from .batch.collate import EXAMPLES, IGNORE, Example, Segment, check_streams, place_in_time
-from .generate.generate import check_given, decode_rows
-from .generate.grouping import groups
-from .generate.options import OF_ONE_VOCABULARY, check_named, check_own, check_supported, given, options_of
+from .generate.generate import check_given, decode_rows, pad_left
+from .generate.options import OF_ONE_VOCABULARY, Settings, check_named, given, groups, options_of, settle
 from .plugins.modality import Modality
 from .run.output import FusedOutput, token_loss
 from .tower.decode_transformers import why_not_faithful
 from .tower.probe import LENGTH, evaluated, last_position
+from .tower.weights import execution_device
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -106,40 +106,38 @@ class VocabularyExpansion(nn.Module):
                 or an option cannot be passed on.
         """
         self._check(examples, output, options)
+        settings = {name: self._settle(name, options) for name in output}
         rows = [list(example) for example in examples]
         decoded: list[list[Segment]] = [[] for _ in rows]
         with evaluated(self):
             for name in output:
-                segments = self._decode(rows, name, options)
+                segments = self._decode(rows, settings[name])
                 decoded = [[*before, segment] for before, segment in zip(decoded, segments, strict=True)]
                 rows = [[*row, segment] for row, segment in zip(rows, segments, strict=True)]
         return decoded
 
-    def _decode(self, rows: Sequence[Example], name: str, options: Mapping[str, Any]) -> list[Segment]:
+    def _settle(self, name: str, options: Mapping[str, Any]) -> Settings:
+        """Resolve the options of one modality, of whose tokens alone is to be decoded."""
         modality, offset = self.modalities[name], self.offsets[name]
         own = range(offset, offset + modality.vocab_size)
         vocabulary = self.model.config.get_text_config().vocab_size
-        taken = {
-            "suppress_tokens": [token for token in range(vocabulary) if token not in own],
-            **options_of(name, options),
-        }
-        prompts = [self._flatten(row, offset + modality.begin) for row in rows]
-        decoded: dict[int, Segment] = {}
-        for group in groups(_Native(self.model), [len(prompt) for prompt in prompts], taken):
-            sequences = decode_rows(
-                self.model,
-                [prompts[row] for row in group],
-                begin=offset + modality.begin,
-                end=(offset + modality.end,),
-                options=taken,
-                most=_Native(self.model).max_length,
-            )
-            decoded |= zip(group, (Segment(name, each - offset) for each in sequences), strict=True)
+        others = [token for token in range(vocabulary) if token not in own]
+        decodable = _Native(self.model, offset + modality.begin, (offset + modality.end,))
+        return settle(name, decodable, {"suppress_tokens": others, **options_of(name, options)})
+
+    def _decode(self, rows: Sequence[Example], settings: Settings) -> list[Segment]:
+        name, decoded = settings.name, dict[int, Segment]()
+        prompts = [self._flatten(row, settings.begin) for row in rows]
+        for group in groups([(settings, [len(prompt) for prompt in prompts])]):
+            tokens = pad_left([prompts[row] for row in group], settings.begin)
+            mask = pad_left([torch.ones_like(prompts[row]) for row in group], 0)
+            device = settings.tower.device
+            sequences = decode_rows(self.model, tokens.to(device), mask.to(device), settings)
+            segments = (Segment(name, each - self.offsets[name]) for each in sequences)
+            decoded |= zip(group, segments, strict=True)
         return [decoded[row] for row in range(len(rows))]
 
     def _check(self, examples: Sequence[Example], output: Sequence[str], options: Mapping[str, Any]) -> None:
-        check_supported(options)
-        check_own(options, _Native(self.model), "model.model")
         check_named(options, self.modalities)
         check_given(examples, {name: each.vocab_size for name, each in self.modalities.items()})
         if isinstance(output, str) or not output:
@@ -187,10 +185,14 @@ def _with_new_rows(model: Any, new: list[int], train: str | PeftConfig) -> Any:
 
 
 class _Native:
-    """What ``groups`` asks of a tower, asked of the model by itself."""
+    """What ``settle`` asks of a tower, asked of the model by itself."""
 
-    def __init__(self, model: Any) -> None:
-        self.native = model
+    def __init__(self, model: Any, begin: int, end: tuple[int, ...]) -> None:
+        self.native, self.begin, self.end = model, begin, end
+
+    @property
+    def device(self) -> torch.device:
+        return execution_device(self.native)
 
     @property
     def max_length(self) -> int | None:

@@ -14,8 +14,8 @@ from .compile.towers import shared_with
 from .errors import ExportError
 from .run import surgery
 from .run.fusion import Fusion
-from .tower.offload import is_offloaded
 from .tower.probe import evaluated
+from .tower.weights import is_offloaded
 
 KEYS = ("tokens", "times", "mask")
 

@@ -12,6 +12,7 @@ from torch import nn
 from .batch.collate import Batch, Example, Streams
 from .checkpoint import save
 from .checkpoint.load import load_fusion
+from .checkpoint.manifest import open_checkpoint
 from .checkpoint.placement import DeviceMap
 from .declare.graph import FusionGraph
 from .generate.generate import Decoded, Entry, Policy, generate
@@ -198,6 +199,7 @@ class FusedModel(Fusion):
         allow_changed_towers: bool | Collection[str] = False,
         dtype: torch.dtype | str | None = None,
         device_map: DeviceMap | None = None,
+        verify: bool = False,
         revision: str | None = None,
         token: str | bool | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
@@ -205,11 +207,12 @@ class FusedModel(Fusion):
         """Load a folder or "owner/name"; see ``checkpoint.load_fusion`` and ``storage.find_checkpoint``."""
         return load_fusion(
             cls,
-            find_checkpoint(folder, revision=revision, token=token, cache_dir=cache_dir),
+            open_checkpoint(find_checkpoint(folder, revision=revision, token=token, cache_dir=cache_dir)),
             towers=towers,
             allow_changed_towers=allow_changed_towers,
             dtype=dtype,
             device_map=device_map,
+            verify=verify,
         )
 
     @classmethod

@@ -16,7 +16,7 @@ import multitower as mt
 import other_device
 from frozen_sources import data, fused
 from models import EXAMPLES, causal_lm, pair
-from multitower.testing.model.check_model import PROMISES
+from multitower.testing import MODEL_PROMISES
 from other_device import DEVICE, OtherDevice, Wait
 
 
@@ -77,9 +77,9 @@ def test_a_look_at_values_is_a_wait(device: OtherDevice, look: Callable[[torch.T
 
 
 @MODELS
-@pytest.mark.parametrize("promise", sorted(PROMISES.keys() - UNMOVED))
+@pytest.mark.parametrize("promise", sorted(MODEL_PROMISES.keys() - UNMOVED))
 def test_promises_hold(device: OtherDevice, make: Callable[[], mt.FusedModel], promise: str) -> None:
-    PROMISES[promise](make().to(DEVICE), EXAMPLES)
+    MODEL_PROMISES[promise](make().to(DEVICE), EXAMPLES)
 
 
 @MODELS

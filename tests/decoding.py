@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.generation.streamers import BaseStreamer
 
 import multitower as mt
-from models import causal_lm, pair, segment
+from models import BEGIN, END, causal_lm, pair, segment
 from multitower.testing import open_links
 
 STEPS = 7
@@ -57,7 +57,7 @@ def fused(family: str, *, gates: bool) -> mt.FusedModel:
 
 
 def prompt(example: list[mt.Segment]) -> list[int]:
-    return [token for each in example if each.tower == "text" for token in each.tokens] + [0]
+    return [token for each in example if each.tower == "text" for token in each.tokens] + [BEGIN]
 
 
 def decode(model: mt.FusedModel, examples: list[list[mt.Segment]], **options: object) -> list[list[int]]:
@@ -66,13 +66,13 @@ def decode(model: mt.FusedModel, examples: list[list[mt.Segment]], **options: ob
 
 
 def decode_alone(
-    model: nn.Module, examples: list[list[mt.Segment]], *, ends: tuple[int, ...] = (1,), **options: object
+    model: nn.Module, examples: list[list[mt.Segment]], *, ends: tuple[int, ...] = (END,), **options: object
 ) -> list[list[int]]:
     """Decode prompts of one length by the tower itself, each from its begin to its end token."""
     torch.manual_seed(11)
     prompts = torch.tensor([prompt(example) for example in examples])
     mask = torch.ones_like(prompts)
-    sequences = model.generate(prompts, attention_mask=mask, **{"pad_token_id": 1, **options})
+    sequences = model.generate(prompts, attention_mask=mask, **{"pad_token_id": 0, **options})
     return [cut(sequence[prompts.shape[1] - 1 :].tolist(), ends) for sequence in sequences]
 
 
@@ -85,10 +85,10 @@ def greedy(
     model: mt.FusedModel,
     example: list[mt.Segment],
     change: Callable[[Tensor, Tensor], Tensor] = lambda tokens, scores: scores,
-    ends: tuple[int, ...] = (1,),
+    ends: tuple[int, ...] = (END,),
 ) -> list[int]:
     """Decode without a cache, padding or generate."""
-    before, tokens = prompt(example)[:-1], [0]
+    before, tokens = prompt(example)[:-1], [BEGIN]
     for _ in range(STEPS):
         logits = model(**mt.collate([[*example, mt.Segment("text", tokens)]])).logits["text"][:, -1]
         tokens.append(int(change(torch.tensor([before + tokens]), logits.detach().clone()).argmax()))
@@ -101,7 +101,7 @@ class Stop(transformers.StoppingCriteria):
     """Stops a row that has an even token in the second place or later after its prompt."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **unused: object) -> Tensor:
-        return (input_ids[:, -1] % 2 == 0) & (input_ids[:, -2] != 0)
+        return (input_ids[:, -1] % 2 == 0) & (input_ids[:, -2] != BEGIN)
 
 
 class Kept(BaseStreamer):

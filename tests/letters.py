@@ -16,17 +16,17 @@ STEPS = {"max_new_tokens": 6, "do_sample": False, "repetition_penalty": 5.0}
 class Letters(mt.Modality):
     name, accepts, vocab_size = "letters", (str,), 14
 
-    def __init__(self, begin: int = 0, end: int = 1) -> None:
+    def __init__(self, begin: int = 1, end: int = 2) -> None:
         self.begin, self.end = begin, end
 
     def encode(self, raw: str) -> Tensor:
         if not raw:
             raise ValueError("there is no letter")
-        return torch.tensor([self.begin, *(ord(letter) - ord("a") + 2 for letter in raw), self.end])
+        return torch.tensor([self.begin, *(ord(letter) - ord("a") + 3 for letter in raw), self.end])
 
     def decode(self, tokens: Tensor) -> str:
         edges = (self.begin, self.end)
-        return "".join(chr(ord("a") + token - 2) for token in tokens.tolist() if token not in edges)
+        return "".join(chr(ord("a") + token - 3) for token in tokens.tolist() if token not in edges)
 
 
 class Tune(Letters):
@@ -50,4 +50,4 @@ def simple_pipe() -> mt.Pipeline:
 
 def pipe_of_other_edges() -> mt.Pipeline:
     """Modalities that begin and end with other tokens than their towers; of speech only the end differs."""
-    return mt.Pipeline(pair(gates=True), {"text": Letters(begin=12, end=13), "speech": Tune(begin=0, end=11)})
+    return mt.Pipeline(pair(gates=True), {"text": Letters(begin=12, end=13), "speech": Tune(begin=1, end=11)})

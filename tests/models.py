@@ -8,6 +8,9 @@ from torch import nn
 import multitower as mt
 from multitower.testing import open_links, tiny_tower
 
+BEGIN, END = 1, 2
+"""Of every tiny tower; what pads is 0, so that no one of them can pass for another."""
+
 transformers_families = ("llama", "gpt2", "qwen3", "gemma3_text", "bloom", "phi3")
 
 
@@ -20,7 +23,7 @@ def causal_lm(
     seed: int = 0,
     config: dict | None = None,
 ) -> nn.Module:
-    """A tiny random transformers model: id 0 is its begin, 1 its end; ``config`` adds to its config."""
+    """A tiny random transformers model: ``config`` adds to its config."""
     import transformers
 
     default = transformers.AutoConfig.for_model(family)
@@ -29,8 +32,8 @@ def causal_lm(
         "hidden_size": width,
         "num_hidden_layers": depth,
         "num_attention_heads": 2,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
+        "bos_token_id": BEGIN,
+        "eos_token_id": END,
         "pad_token_id": None,
     }
     if hasattr(default, "num_key_value_heads"):
@@ -66,7 +69,7 @@ def pair(
 
 
 def segment(tower: str, *tokens: int, target: bool = False) -> mt.Segment:
-    return mt.Segment(tower, [0, *tokens, 1], target=target)
+    return mt.Segment(tower, [BEGIN, *tokens, END], target=target)
 
 
 EXAMPLES = [

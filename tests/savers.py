@@ -20,7 +20,6 @@ from typing import Any
 import torch
 
 import multitower as mt
-from multitower.storage import atomic
 from multitower.testing import tiny_model, tiny_tower
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -54,14 +53,11 @@ def _save(
     folder: Path,
     pipe: Connection,
     *,
-    exchange: bool = True,
     saves: int | None = None,
     kill_at: int | None = None,
     flush: bool = True,
 ) -> None:
     torch.set_num_threads(1)
-    if not exchange:
-        atomic._exchange = lambda one, other: False  # type: ignore[assignment]  # on purpose
     if not flush:
         os.fsync = lambda handle: None  # type: ignore[assignment]  # on purpose
     models = [tiny_model(seed) for seed in (0, 1)]

@@ -1,4 +1,4 @@
-"""Checkpoints as a stranger may write them: changed, and sealed again so that the change is not noticed."""
+"""Checkpoints as a stranger may write them: changed, and the manifest too, so that it is not noticed."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from multitower.checkpoint.layout import is_links
 from multitower.errors import CheckpointError
-from multitower.storage.integrity import DIGEST, FILES, write_sealed
+from multitower.storage.integrity import DIGEST, FILES, write_manifest
 from multitower.storage.tensors import inventory
 
 
-def reseal(
+def rewrite_manifest(
     folder: Path, change: Callable[[dict[str, Any]], object] = lambda document: None, *, tensors: bool = False
 ) -> None:
     """Make ``fusion.json`` agree with the files of a checkpoint; before that, change what it says.
@@ -31,5 +30,4 @@ def reseal(
     for part in list(document["tensors"]) if tensors else []:
         with suppress(CheckpointError):
             document["tensors"][part] = inventory(folder / part)
-    links = sorted(path.name for path in folder.iterdir() if is_links(path.name))
-    write_sealed(folder, document, [*links, "towers", "modalities"])
+    write_manifest(folder, document)

@@ -13,98 +13,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from broken_modalities import (
-    SAMPLES,
-    CannotEncodeMuch,
-    ChangesTheBatch,
-    ChangesTheData,
-    ChangesTheSamples,
-    ChangesTheTokens,
-    Cipher,
-    CountsItsCalls,
-    DecodesByChance,
-    DrawsANumber,
-    DropsEmptyRows,
-    EndsTwice,
-    HasNoBegin,
-    HasNoEnd,
-    IsBeyondItself,
-    KeepsItsTokens,
-    LooksUp,
-    NeedsABatch,
-    NeedsBegin,
-    NeedsTokens,
-    PadsItsBatches,
-    ReadsPadding,
-    SaysAList,
-    SaysARow,
-    SaysInt32,
-    SaysNothing,
-    SaysValueError,
-    Seeds,
-    Shouts,
-    Shuffles,
-    SortsItsBatches,
-    StacksItsBatches,
-    StopsItsBatches,
-    TakesAnything,
-    Tokens,
-    TripsOverNothing,
-    TripsOverStrangers,
-    built,
-)
+from broken import Breakage
+from broken_modalities import BROKEN, SAMPLES, ChangesTheData, Cipher, EndsTwice, Tokens, built
 from multitower.testing import MODALITY_PROMISES, check_modality, modality_report
 from multitower.testing.modality.case import same
 from test_check_modality_files import BROKEN as BROKEN_ON_DISK
 
-BROKEN = [
-    (SaysInt32, "tokens", "encode of sample 0 gives torch.int32, expected torch.int64"),
-    (SaysAList, "tokens", "encode of sample 0 gives a list, expected a torch.Tensor"),
-    (SaysARow, "tokens", r"gives tokens of shape \(1, 2\), expected \(length,\)"),
-    (HasNoBegin, "tokens", "opens with token 5, not with begin, 256"),
-    (HasNoEnd, "tokens", "closes with token 5, not with end, 257"),
-    (SaysNothing, "tokens", r"gives \[\], expected begin, any number of tokens, and end"),
-    (EndsTwice, "tokens", "gives end inside, at 1; a tower that writes it stops there"),
-    (IsBeyondItself, "tokens", "gives token 258, beyond the vocabulary of 258"),
-    (CannotEncodeMuch, "tokens", "encode of sample 1 fails with KeyError: 'too much'"),
-    (Shouts, "round trip", "sample 1 comes back as b'TWO TOWERS', not as b'two towers'; where a loss"),
-    (NeedsBegin, "edges", "something else for the tokens of sample 1 without begin: b'wo towers', not b'two"),
-    (ReadsPadding, "edges", "something else for the tokens of sample 0 with padding behind"),
-    (DrawsANumber, "repetition", "encode gives other tokens for sample 1 the second time"),
-    (
-        DecodesByChance,
-        "repetition",
-        "decode gives something else .* second time: does it use a random number",
-    ),
-    (CountsItsCalls, "repetition", "decode gives something else .* or what it kept from the call before"),
-    (Seeds, "repetition", "change the global random state of torch; use a generator of your own"),
-    (Shuffles, "repetition", "change the global random state of random"),
-    (
-        SortsItsBatches,
-        "batches",
-        "encode_batch gives Tensor of shape .* at place 1, where one by one there is",
-    ),
-    (DropsEmptyRows, "batches", "decode_batch gives 19 for 20"),
-    (StopsItsBatches, "batches", "decode_batch gives b.* at place .*, where one by one there is b"),
-    (PadsItsBatches, "batches", r"encode_batch gives Tensor of shape \(12,\) .* at place 0"),
-    (StacksItsBatches, "batches", "encode_batch gives a tuple, expected a list"),
-    (NeedsABatch, "batches", "decode_batch of nothing fails with IndexError"),
-    (ChangesTheData, "inputs", "encode changes sample 2 in place; work on a copy of it"),
-    (ChangesTheTokens, "inputs", "decode changes the tokens in place; work on a copy of them"),
-    (ChangesTheBatch, "inputs", "decode_batch changes the tokens in place"),
-    (ChangesTheSamples, "inputs", "encode_batch changes the samples in place"),
-    (
-        KeepsItsTokens,
-        "inputs",
-        "other tokens for sample 0 when those it gave before are changed; give a copy",
-    ),
-    (TakesAnything, "raw data", "encode of None, a NoneType, gives Tensor.*; expected a TypeError"),
-    (TripsOverStrangers, "raw data", "encode of None, a NoneType, fails with AttributeError"),
-    (SaysValueError, "raw data", "fails with ValueError: what is this.; expected a TypeError"),
-    (TripsOverNothing, "raw data", "encode of b'' fails with IndexError.*expected tokens or a ValueError"),
-    (LooksUp, "any tokens", "fails with IndexError: .*; towers write any tokens: drop what means nothing"),
-    (NeedsTokens, "any tokens", r"decode of \[\], shape \(0,\) and torch.int64, fails with IndexError"),
-]
+
+def round_trip_of(kind: type[Cipher], **declared: Any) -> str:
+    report = modality_report(built(kind), SAMPLES, promises=["round trip"], **declared)
+    return report["round trip"]
 
 
 def test_a_good_modality_keeps_every_promise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,32 +37,29 @@ def test_a_good_modality_keeps_every_promise(tmp_path: Path, monkeypatch: pytest
 
 def test_samples_are_left_as_they_were() -> None:
     samples = [b"two", bytearray(b"towers")]
-    assert modality_report(built(ChangesTheData), samples)["inputs"]
+    assert modality_report(built(ChangesTheData), samples, promises=["inputs"])["inputs"]
     assert samples[1] == b"towers"
 
 
-@pytest.mark.parametrize(("kind", "promise", "message"), BROKEN, ids=[kind.__name__ for kind, *_ in BROKEN])
-def test_what_is_broken_is_named(kind: type[Cipher], promise: str, message: str) -> None:
-    with pytest.raises(AssertionError, match=rf"{kind.__name__} breaks (?s:.*)\n  {promise}: .*{message}"):
-        check_modality(built(kind), SAMPLES)
+@BROKEN.each()
+def test_what_is_broken_is_named(broken: Breakage) -> None:
+    with pytest.raises(AssertionError, match=broken.report):
+        check_modality(built(broken.kind), SAMPLES, promises=[broken.promise])
 
 
 def test_every_promise_can_be_broken() -> None:
-    promises = {promise for _, promise, _ in [*BROKEN, *BROKEN_ON_DISK]}
+    promises = {broken.promise for broken in [*BROKEN, *BROKEN_ON_DISK]}
     assert promises | {"attributes"} == set(MODALITY_PROMISES)
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        SaysInt32, EndsTwice, Shouts, ReadsPadding, Seeds, SortsItsBatches, ChangesTheData, ChangesTheTokens,
-        ChangesTheBatch, KeepsItsTokens, TakesAnything,
-    ],
-)  # fmt: skip
-def test_what_is_whole_is_not_blamed(kind: type[Cipher]) -> None:
-    (cause,) = [promise for each, promise, _ in BROKEN if each is kind]
-    broken = {name for name, reason in modality_report(built(kind), SAMPLES).items() if reason}
-    assert broken == {cause}
+@BROKEN.each(alone=True)
+def test_what_is_whole_is_not_blamed(broken: Breakage) -> None:
+    report = modality_report(built(broken.kind), SAMPLES)
+    assert {name for name, reason in report.items() if reason} == {broken.promise}
+
+
+def report_of_attributes(modality: Any) -> str:
+    return modality_report(modality, SAMPLES, promises=["attributes"])["attributes"]
 
 
 @pytest.mark.parametrize(
@@ -168,22 +83,20 @@ def test_what_is_whole_is_not_blamed(kind: type[Cipher]) -> None:
 )
 def test_wrong_attributes_are_named(attributes: dict[str, Any], message: str) -> None:
     modality = built(type("Odd", (Cipher,), attributes))
-    assert re.search(message, modality_report(modality, SAMPLES)["attributes"])
+    assert re.search(message, report_of_attributes(modality))
 
 
 def test_a_pad_beyond_the_vocabulary_is_named() -> None:
     modality = built(type("Odd", (Cipher,), {"pad": 300}))
-    assert (
-        modality_report(modality, SAMPLES)["attributes"] == "pad: token 300 is beyond the vocabulary of 258"
-    )
+    assert report_of_attributes(modality) == "pad: token 300 is beyond the vocabulary of 258"
 
 
 def test_what_is_no_modality_is_named() -> None:
-    assert "str is no subclass of multitower.Modality" in modality_report("text", SAMPLES)["attributes"]
+    assert "str is no subclass of multitower.Modality" in report_of_attributes("text")
 
 
 def test_tokens_that_are_the_data_are_named() -> None:
-    report = modality_report(built(Tokens), [torch.tensor([256, 3, 257])])
+    report = modality_report(built(Tokens), [torch.tensor([256, 3, 257])], promises=["inputs"])
     assert report["inputs"] == "the tokens of sample 0 share its memory; give a copy"
 
 
@@ -212,17 +125,17 @@ def farthest(raw: bytes, again: bytes) -> int:
 
 def test_a_loss_can_be_declared() -> None:
     check_modality(built(ForgetsASixteenth), SAMPLES, round_trip=farthest, bound=15)
-    report = modality_report(built(ForgetsASixteenth), SAMPLES, round_trip=farthest, bound=14)
-    assert report["round trip"] == "sample 1 comes back with a loss of 15, more than 14"
-    nan = modality_report(built(), SAMPLES, round_trip=lambda raw, again: float("nan"), bound=1.0)
-    assert "a loss of nan, more than 1" in nan["round trip"]
+    lost = round_trip_of(ForgetsASixteenth, round_trip=farthest, bound=14)
+    assert lost == "sample 1 comes back with a loss of 15, more than 14"
+    nan = round_trip_of(Cipher, round_trip=lambda raw, again: float("nan"), bound=1.0)
+    assert "a loss of nan, more than 1" in nan
 
 
 def test_tokens_alone_can_make_the_round_trip() -> None:
-    assert "comes back as" in modality_report(built(ForgetsASixteenth), SAMPLES)["round trip"]
+    assert "comes back as" in round_trip_of(ForgetsASixteenth)
     check_modality(built(ForgetsASixteenth), SAMPLES, round_trip="tokens")
-    report = modality_report(built(Drifts), SAMPLES, round_trip="tokens")
-    assert "sample 1 has other tokens after decode and encode" in report["round trip"]
+    drifted = round_trip_of(Drifts, round_trip="tokens")
+    assert "sample 1 has other tokens after decode and encode" in drifted
 
 
 @pytest.mark.parametrize(

@@ -13,15 +13,20 @@ import torch
 from safetensors.torch import load_file
 
 import multitower as mt
+from broken import Breakage, Breakages
 from broken_modalities import SAMPLES, Cipher, built
 from multitower.testing import check_modality, modality_report
 
+BROKEN = Breakages()
 
+
+@BROKEN.of("saved", "that is loaded differs in the tokens of sample 1, the tokens of sample 2")
 class ForgetsItsShift(Cipher):
     def config(self) -> dict[str, Any]:
         return {}
 
 
+@BROKEN.of("saved", "save_pretrained of what was loaded fails with FileNotFoundError", alone=True)
 class ForgetsLater(Cipher):
     """Loads well, and what is loaded cannot be saved: its file stood in the folder."""
 
@@ -39,36 +44,42 @@ class ForgetsLater(Cipher):
         super().save_pretrained(folder)
 
 
+@BROKEN.of("saved", "writes outside its folder: saved.log")
 class WritesBeside(Cipher):
     def save_pretrained(self, folder: Any) -> None:
         super().save_pretrained(folder)
         Path(f"{folder}.log").write_text("saved")
 
 
+@BROKEN.of("saved", "writes outside its folder: elsewhere.cipher.log", alone=True)
 class WritesHere(Cipher):
     def save_pretrained(self, folder: Any) -> None:
         super().save_pretrained(folder)
         Path("cipher.log").write_text("saved")
 
 
+@BROKEN.of("saved", "writes table, a pickle, which runs code when it is loaded", alone=True)
 class WritesAPickle(Cipher):
     def save_pretrained(self, folder: Any) -> None:
         super().save_pretrained(folder)
         Path(folder, "table").write_bytes(pickle.dumps([1]))
 
 
+@BROKEN.of("saved", "writes table.data, a pickle")
 class WritesForTorch(Cipher):
     def save_pretrained(self, folder: Any) -> None:
         super().save_pretrained(folder)
         torch.save(self.table, Path(folder, "table.data"))
 
 
+@BROKEN.of("saved", "writes model.bin, a pickle")
 class WritesAModel(Cipher):
     def save_pretrained(self, folder: Any) -> None:
         super().save_pretrained(folder)
         Path(folder, "model.bin").write_bytes(b"")
 
 
+@BROKEN.of("saved", "from_pretrained fails with CheckpointError: .*modality.json is missing")
 class RemembersWhere(Cipher):
     def save_pretrained(self, folder: Any) -> None:
         super().save_pretrained(folder)
@@ -80,6 +91,7 @@ class RemembersWhere(Cipher):
         return super().from_pretrained(json.loads(file.read_text()) if file.exists() else folder)
 
 
+@BROKEN.of("damage", "from_pretrained of a folder that is nowhere gives .*; expected a mult", alone=True)
 class TakesAnyFolder(Cipher):
     @classmethod
     def from_pretrained(cls, folder: Any) -> Self:
@@ -89,6 +101,7 @@ class TakesAnyFolder(Cipher):
             return cls(torch.arange(256))
 
 
+@BROKEN.of("damage", "from_pretrained of a folder that is nowhere fails with FileNotFoundError", alone=True)
 class ReadsByItself(Cipher):
     @classmethod
     def from_pretrained(cls, folder: Any) -> Self:
@@ -96,6 +109,7 @@ class ReadsByItself(Cipher):
         return super().from_pretrained(folder)
 
 
+@BROKEN.of("damage", "from_pretrained of a folder without extra.json gives .*; expected a mult", alone=True)
 class HasAFileOfItsOwn(Cipher):
     """Reads a file beside the others, and does without where it is missing or damaged."""
 
@@ -118,10 +132,12 @@ class HasAFileOfItsOwn(Cipher):
         return loaded
 
 
+@BROKEN.of("damage", "from_pretrained of a folder with half of extra.json gives ")
 class TakesHalves(HasAFileOfItsOwn):
     harmless = (ValueError,)
 
 
+@BROKEN.of("damage", "a folder with half of modality.safetensors fails with SafetensorError")
 class ReadsTensorsByItself(Cipher):
     @classmethod
     def from_pretrained(cls, folder: Any) -> Self:
@@ -131,6 +147,7 @@ class ReadsTensorsByItself(Cipher):
         return cls.restore(config, load_file(file))
 
 
+@BROKEN.of("damage", "from_pretrained of a folder that is another's gives ", alone=True)
 class IsAnyones(Cipher):
     @classmethod
     def read_config(cls, folder: Path) -> dict[str, Any]:
@@ -151,38 +168,13 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.chdir(tmp_path)
 
 
-BROKEN = [
-    (ForgetsItsShift, "saved", "that is loaded differs in the tokens of sample 1, the tokens of sample 2"),
-    (ForgetsLater, "saved", "save_pretrained of what was loaded fails with FileNotFoundError"),
-    (WritesBeside, "saved", "writes outside its folder: saved.log"),
-    (WritesHere, "saved", "writes outside its folder: elsewhere.cipher.log"),
-    (WritesAPickle, "saved", "writes table, a pickle, which runs code when it is loaded"),
-    (WritesForTorch, "saved", "writes table.data, a pickle"),
-    (WritesAModel, "saved", "writes model.bin, a pickle"),
-    (RemembersWhere, "saved", "from_pretrained fails with CheckpointError: .*modality.json is missing"),
-    (
-        TakesAnyFolder,
-        "damage",
-        "from_pretrained of a folder that is nowhere gives .*; expected a multitower.Ch",
-    ),
-    (ReadsByItself, "damage", "from_pretrained of a folder that is nowhere fails with FileNotFoundError"),
-    (HasAFileOfItsOwn, "damage", "from_pretrained of a folder without extra.json gives .*; expected a mult"),
-    (TakesHalves, "damage", "from_pretrained of a folder with half of extra.json gives "),
-    (ReadsTensorsByItself, "damage", "a folder with half of modality.safetensors fails with SafetensorError"),
-    (IsAnyones, "damage", "from_pretrained of a folder that is another's gives "),
-]
+@BROKEN.each()
+def test_what_is_broken_is_named(broken: Breakage) -> None:
+    with pytest.raises(AssertionError, match=broken.report):
+        check_modality(built(broken.kind), SAMPLES, promises=[broken.promise])
 
 
-@pytest.mark.parametrize(("kind", "promise", "message"), BROKEN, ids=[kind.__name__ for kind, *_ in BROKEN])
-def test_what_is_broken_is_named(kind: type[Cipher], promise: str, message: str) -> None:
-    with pytest.raises(AssertionError, match=rf"{kind.__name__} breaks (?s:.*)\n  {promise}: .*{message}"):
-        check_modality(built(kind), SAMPLES)
-
-
-@pytest.mark.parametrize(
-    "kind",
-    [ForgetsLater, WritesHere, WritesAPickle, TakesAnyFolder, ReadsByItself, HasAFileOfItsOwn, IsAnyones],
-)
-def test_what_is_whole_is_not_blamed(kind: type[Cipher]) -> None:
-    (cause,) = [promise for each, promise, _ in BROKEN if each is kind]
-    assert {name for name, reason in modality_report(built(kind), SAMPLES).items() if reason} == {cause}
+@BROKEN.each(alone=True)
+def test_what_is_whole_is_not_blamed(broken: Breakage) -> None:
+    report = modality_report(built(broken.kind), SAMPLES)
+    assert {name for name, reason in report.items() if reason} == {broken.promise}

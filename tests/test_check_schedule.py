@@ -10,7 +10,7 @@ import multitower as mt
 from multitower.compile import schedule
 from multitower.compile.schedule import Schedule, Step
 from multitower.declare.spec import LinkSpec
-from multitower.testing import PROMISES, check_schedule
+from multitower.testing import MODEL_PROMISES, check_schedule
 from multitower.testing.model import schedule as schedules
 from test_checks import EXAMPLES, make_model, patched
 
@@ -79,7 +79,7 @@ def test_a_model_with_another_schedule_than_its_graph_is_reported() -> None:
     model = make_model()
     model.schedule = turned(model.schedule)
     with pytest.raises(AssertionError, match="another schedule than its graph"):
-        PROMISES["schedule"](model, EXAMPLES)
+        MODEL_PROMISES["schedule"](model, EXAMPLES)
 
 
 @pytest.mark.parametrize(

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 import multitower as mt
 from adapted import fused
 from models import EXAMPLES, causal_lm, pair
+from multitower.storage import integrity
 from multitower.testing import tiny_tower
-from multitower.tower.peft_tower import base_state
-from tampering import reseal
+from tampering import rewrite_manifest
 
 BLANKS = {
     "speech": lambda: tiny_tower(9, depth=4, width=12, vocab_size=14),
@@ -49,7 +46,7 @@ def document(folder: Path) -> dict[str, Any]:
 
 
 def rewrite(folder: Path, **changes: Any) -> None:
-    reseal(folder, lambda saved: saved.update(changes))
+    rewrite_manifest(folder, lambda saved: saved.update(changes))
 
 
 def test_fusion_json_says_what_the_format_asks(tmp_path: Path) -> None:
@@ -67,19 +64,29 @@ def test_fusion_json_says_what_the_format_asks(tmp_path: Path) -> None:
         "files",
         "digest",
     ]
-    assert said["format_version"] == 2
+    assert said["format_version"] == 1
     assert said["multitower"] == mt.__version__
     assert mt.FusionGraph.from_dict(said["graph"]) == model.graph
     assert said["schedule"] == {"fingerprint": model.schedule.fingerprint}
     record = said["towers"]["text"]
     assert record.pop("fingerprint").startswith("sha256:")
+    assert record.pop("values").startswith("sha256:")
     assert record == {
         "class": "LlamaForCausalLM",
         "depth": 2,
         "width": 16,
         "revision": None,
         "embedded": True,
+        "proof": {
+            "path": "model.layers",
+            "width": 16,
+            "beyond": 0,
+            "masked": True,
+            "positions": None,
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        },
     }
+    assert said["towers"]["speech"]["proof"] is None
     parts = ["links.safetensors", "towers/speech/model.safetensors", "towers/text/model.safetensors"]
     assert list(said["tensors"]) == parts
     assert said["tensors"]["links.safetensors"]["links.speech->text.2-1.norm.weight"] == "F32 [16]"
@@ -170,7 +177,6 @@ def test_a_link_of_another_graph_is_listed_tap_by_tap(tmp_path: Path) -> None:
     said = document(tmp_path)
     said["graph"]["links"][0]["taps"] = [[1, 2], [2, 1]]
     said["graph"]["links"][0] |= {"interleave": None, "embeddings": False}
-    said["schedule"] = None
     rewrite(tmp_path, **said)
     with pytest.raises(mt.errors.CheckpointError) as caught:
         mt.FusedModel.from_pretrained(tmp_path, towers=blanks())
@@ -197,91 +203,9 @@ def test_a_version_that_is_none_is_refused(tmp_path: Path, version: Any) -> None
 
 def test_a_newer_version_says_what_to_upgrade_to(tmp_path: Path) -> None:
     pair().save_pretrained(tmp_path)
-    rewrite(tmp_path, format_version=3, multitower="0.9.1")
-    with pytest.raises(mt.errors.CheckpointError, match=r"version 3.*pip install -U 'multitower>=0\.9\.1'"):
+    rewrite(tmp_path, format_version=2, multitower="0.9.1")
+    with pytest.raises(mt.errors.CheckpointError, match=r"version 2.*pip install -U 'multitower>=0\.9\.1'"):
         mt.FusedModel.from_pretrained(tmp_path, towers=blanks())
-
-
-def save_version_1(model: mt.FusedModel, folder: Path) -> None:
-    """Write a checkpoint as version 1 was written, models with adapters referred to, all others stored."""
-
-    def fingerprint(tensors: dict[str, Tensor]) -> str:
-        digest = hashlib.sha256()
-        for name, tensor in sorted(tensors.items()):
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            flat = tensor.detach().reshape(-1)
-            sample = flat[:: max(1, len(flat) // 64)].cpu()
-            digest.update(bytes(sample.contiguous().view(torch.uint8).tolist()))
-        return digest.hexdigest()[:32]
-
-    records: dict[str, Any] = {}
-    for name in model.graph.towers:
-        native, place = model.unimodal(name), folder / "towers" / name
-        adapted = isinstance(native, peft.PeftModel)
-        state = base_state(native)
-        records[name] = {
-            "class": type(native).__name__,
-            "embedded": not adapted,
-            "fingerprint": fingerprint(state),
-        }
-        if adapted:
-            native.save_pretrained(place / "adapter", save_embedding_layers=False)
-            stored = peft.get_peft_model_state_dict(native, save_embedding_layers=False)
-            records[name] |= {"adapters": {"default": fingerprint(stored)}, "active_adapters": ["default"]}
-        elif isinstance(native, mt.Tower):
-            place.mkdir(parents=True)
-            save_file(state, place / "model.safetensors", metadata={"format": "pt"})
-        else:
-            native.save_pretrained(place)
-    folder.mkdir(exist_ok=True)
-    links = {key: value for key, value in model.state_dict().items() if not key.startswith("towers.")}
-    save_file(links, folder / "links.safetensors", metadata={"format": "pt"})
-    said = {"format_version": 1, "graph": model.graph.to_dict(), "towers": records}
-    (folder / "fusion.json").write_text(json.dumps(said, indent=2) + "\n")
-
-
-def test_version_1_is_read_and_saved_as_the_newest(tmp_path: Path) -> None:
-    model = pair(causal_lm("llama"), gates=True, train="all")
-    save_version_1(model, tmp_path / "old")
-    given = {"speech": BLANKS["speech"]()}
-    again = mt.FusedModel.from_pretrained(tmp_path / "old", towers=given)
-    assert_same(model, again)
-    again.save_pretrained(tmp_path / "old")
-    assert document(tmp_path / "old")["format_version"] == 2
-    assert_same(model, mt.FusedModel.from_pretrained(tmp_path / "old", towers={"speech": BLANKS["speech"]()}))
-
-
-def test_adapters_of_version_1_are_read(tmp_path: Path) -> None:
-    causal_lm("llama", seed=3).save_pretrained(tmp_path / "text-model")
-    model = fused(tmp_path / "text-model")
-    save_version_1(model, tmp_path / "old")
-    assert_same(model, mt.FusedModel.from_pretrained(tmp_path / "old"))
-    adapter = tmp_path / "old/towers/text/adapter/adapter_model.safetensors"
-    tensors = load_file(adapter)
-    save_file({**tensors, min(tensors): tensors[min(tensors)] + 1}, adapter)
-    with pytest.raises(mt.errors.CheckpointError, match="holds other values"):
-        mt.FusedModel.from_pretrained(tmp_path / "old")
-
-
-@pytest.mark.parametrize("change", ["links", "tower", "plain", "other"])
-def test_version_1_is_held_to_what_it_says(tmp_path: Path, change: str) -> None:
-    save_version_1(pair(causal_lm("llama"), gates=True), tmp_path)
-    parts = {"links": "links.safetensors", "plain": "towers/speech/model.safetensors"}
-    file = tmp_path / parts.get(change, "towers/text/model.safetensors")
-    tensors = load_file(file)
-    first = sorted(tensors)[0]
-    if change == "links":
-        tensors[first] = tensors[first].half()
-    else:
-        tensors[first] = tensors[first] + 1
-    save_file(tensors, file, metadata={"format": "pt"})
-    if change == "other":
-        rewrite(tmp_path, towers={"text": 3})
-    with pytest.raises(
-        mt.errors.CheckpointError,
-        match=r"float16|tower 'text' .* is not the one|for tower 'speech'|is damaged",
-    ):
-        mt.FusedModel.from_pretrained(tmp_path, towers={"speech": BLANKS["speech"]()})
 
 
 @pytest.mark.parametrize(
@@ -290,6 +214,7 @@ def test_version_1_is_held_to_what_it_says(tmp_path: Path, change: str) -> None:
         {"tensors": {}},
         {"tensors": {"../links.safetensors": {}}},
         {"tensors": 3},
+        {"modalities": None},
         {"schedule": 3},
         {"schedule": {}},
         {"towers": {"speech": {}, "text": {}}},
@@ -303,12 +228,23 @@ def test_damaged_documents_are_refused(tmp_path: Path, change: dict[str, Any]) -
         mt.FusedModel.from_pretrained(tmp_path, towers=blanks())
 
 
+@pytest.mark.parametrize(
+    "files", [None, 3, {"links.safetensors": None}, {"links.safetensors": {"bytes": "1"}}]
+)
+def test_a_manifest_that_names_no_files_is_refused(tmp_path: Path, files: Any) -> None:
+    pair(gates=True, train="all").save_pretrained(tmp_path)
+    said = {**document(tmp_path), "files": files}
+    (tmp_path / "fusion.json").write_text(json.dumps({**said, "digest": integrity._digest(said)}))
+    with pytest.raises(mt.errors.CheckpointError, match="does not say which files the checkpoint has"):
+        mt.FusedModel.from_pretrained(tmp_path, towers=blanks())
+
+
 @pytest.mark.parametrize("name", ["../x", "a/b", "..", ""])
 def test_adapters_stay_in_their_folder(tmp_path: Path, name: str) -> None:
     causal_lm("llama", seed=3).save_pretrained(tmp_path / "text-model")
     fused(tmp_path / "text-model").save_pretrained(tmp_path / "fused")
     said = document(tmp_path / "fused")
-    said["towers"]["text"]["adapters"] = {name: said["towers"]["text"]["adapters"]["default"]}
+    said["towers"]["text"] |= {"adapters": [name], "active_adapters": [name]}
     rewrite(tmp_path / "fused", **said)
     with pytest.raises(mt.errors.CheckpointError, match="cannot have adapters"):
         mt.FusedModel.from_pretrained(tmp_path / "fused")

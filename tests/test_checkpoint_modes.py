@@ -18,7 +18,8 @@ import multitower as mt
 from fake_hub import COMMIT, Download
 from models import causal_lm, pair
 from multitower.testing import open_links, tiny_tower
-from tampering import reseal
+from multitower.tower import transformers as towers
+from tampering import rewrite_manifest
 from test_checkpoint_format import BLANKS, assert_same, blanks, document
 
 # peft 0.21 asks transformers 5.23 in the old way.
@@ -42,11 +43,19 @@ def model(origin: Path) -> mt.FusedModel:
     return open_links(graph.compile().eval(), seed=7)
 
 
-def test_one_changed_value_is_noticed(model: mt.FusedModel, origin: Path, tmp_path: Path) -> None:
+def test_one_changed_value_is_noticed_where_all_are_compared(
+    model: mt.FusedModel, origin: Path, tmp_path: Path
+) -> None:
     model.save_pretrained(tmp_path / "fused")
     tensors = load_file(origin / "model.safetensors")
-    tensors["model.embed_tokens.weight"][7, 3] += 1e-3
-    save_file(tensors, origin / "model.safetensors", metadata={"format": "pt"})
+    changed = {key: value.clone() for key, value in tensors.items()}
+    changed["model.embed_tokens.weight"][7, 3] += 1e-3  # between the begin, the middle and the end
+    save_file(changed, origin / "model.safetensors", metadata={"format": "pt"})
+    mt.FusedModel.from_pretrained(tmp_path / "fused")
+    with pytest.raises(mt.errors.CheckpointError, match=r"is not the one .* allow_changed_towers=\['text'\]"):
+        mt.FusedModel.from_pretrained(tmp_path / "fused", verify=True)
+    changed["model.embed_tokens.weight"][-1, -1] += 1e-3
+    save_file(changed, origin / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(mt.errors.CheckpointError, match=r"is not the one .* allow_changed_towers=\['text'\]"):
         mt.FusedModel.from_pretrained(tmp_path / "fused")
 
@@ -77,7 +86,7 @@ def test_a_stored_tower_is_never_a_changed_one(model: mt.FusedModel, tmp_path: P
     save_file({**tensors, min(tensors): tensors[min(tensors)] + 1}, file, metadata={"format": "pt"})
     with pytest.raises(mt.errors.CheckpointError, match=r"damaged: towers/speech/model\.safetensors"):
         mt.FusedModel.from_pretrained(tmp_path / "fused", allow_changed_towers=True)
-    reseal(tmp_path / "fused")
+    rewrite_manifest(tmp_path / "fused")
     with pytest.raises(mt.errors.CheckpointError, match=r"tower 'speech' .* is not the one"):
         mt.FusedModel.from_pretrained(tmp_path / "fused", allow_changed_towers=True)
 
@@ -145,7 +154,7 @@ def test_weights_are_converted_as_transformers_does(tmp_path: Path, family: str,
     assert torch.equal(text(tokens).logits, expected(tokens).logits)
     assert {each.dtype for each in again.parameters()} == {expected.dtype}
     assert torch.equal(given.table.weight, tiny_tower(1).table.weight.to(expected.dtype))
-    again(**mt.collate([[mt.Segment("speech", [0, 1]), mt.Segment("text", [0, 3], target=True)]]))
+    again(**mt.collate([[mt.Segment("speech", [1, 2]), mt.Segment("text", [1, 3], target=True)]]))
 
 
 def test_links_keep_a_dtype_of_their_own(model: mt.FusedModel, tmp_path: Path) -> None:
@@ -324,3 +333,48 @@ def test_a_tower_without_values_is_refused(model: mt.FusedModel, tmp_path: Path)
         empty = causal_lm("llama", seed=3)
     with pytest.raises(mt.errors.CheckpointError, match="tower 'text' is on the meta device"):
         mt.FusedModel.from_pretrained(tmp_path / "fused", towers={"text": empty})
+
+
+def unproved(proof: dict[str, Any]) -> dict[str, Any]:
+    return {**proof, "versions": {**proof["versions"], "torch": "2.0"}}
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "runs"),
+    [
+        (dict, {}, False),
+        (dict, {"verify": True}, True),
+        (unproved, {}, True),
+        (lambda proof: None, {}, True),
+        (lambda proof: {**proof, "beyond": -1}, {}, True),
+        (lambda proof: {**proof, "width": "16"}, {}, True),
+    ],
+)
+def test_what_was_proved_before_the_save_is_not_proved_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any, options: dict[str, Any], runs: bool
+) -> None:
+    model = pair(causal_lm("qwen3"), causal_lm("gpt2", depth=4, vocab_size=14), gates=True, train="all")
+    model.save_pretrained(tmp_path)
+    said = document(tmp_path)
+    for record in said["towers"].values():
+        record["proof"] = change(record["proof"])
+    rewrite_manifest(tmp_path, lambda saved: saved.update(said))
+    asked, probe = [], towers.probe
+    monkeypatch.setattr(towers, "probe", lambda *args: asked.append(args) or probe(*args))
+    again = mt.FusedModel.from_pretrained(tmp_path, **options)
+    assert len(asked) == 2 * runs
+    assert_same(model, again)
+    for name in model.towers:
+        one, other = model.tower(name), again.tower(name)
+        for key in ("path", "depth", "width", "vocab_size", "hard_limit", "proof"):
+            assert getattr(one, key) == getattr(other, key), key
+
+
+@pytest.mark.parametrize("path", ["model", "model.layers.0", "nothing", ""])
+def test_a_proof_of_another_model_is_refused(tmp_path: Path, path: str) -> None:
+    graph = mt.FusionGraph()
+    graph.add_tower("text", causal_lm("llama"), train="all")
+    graph.compile().save_pretrained(tmp_path)
+    rewrite_manifest(tmp_path, lambda saved: saved["towers"]["text"]["proof"].update(path=path))
+    with pytest.raises(mt.errors.CheckpointError, match="has no layers in"):
+        mt.FusedModel.from_pretrained(tmp_path)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import runpy
 import subprocess
 import sys
 import tomllib
@@ -13,9 +15,14 @@ from pathlib import Path
 import pytest
 
 import multitower
+from fake_hub import Download
+from letters import Letters
+from models import causal_lm
 from multitower.cli import main as cli
 from multitower.cli.main import main
+from multitower.cli.new_modality import new_modality
 from multitower.plugins.entry_points import modality_class
+from multitower.testing import tiny_model
 
 ROOT = Path(multitower.__file__).parents[1]
 
@@ -160,6 +167,13 @@ def test_a_name_that_cannot_be_one_is_refused(
     assert not list(tmp_path.iterdir())
 
 
+def test_the_template_leaves_no_name_behind(tmp_path: Path) -> None:
+    folder = new_modality("smell", tmp_path / "smell")
+    texts = {path: path.read_text() for path in folder.rglob("*") if path.is_file()}
+    assert len(texts) == 5
+    assert not [path for path, text in texts.items() if "octets" in f"{path}{text}".lower()]
+
+
 def test_a_name_that_is_taken_is_refused(
     tmp_path: Path, install: Install, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -202,11 +216,14 @@ def test_nothing_is_left_half_written(
     assert not list(tmp_path.iterdir())
 
 
-def test_python_m_multitower_is_the_command() -> None:
-    command = [sys.executable, "-m", "multitower", "--version"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert run.stdout == f"multitower {multitower.__version__}\n"
+def test_python_m_multitower_is_the_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["multitower", "--version"])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_module("multitower", run_name="__main__")
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"multitower {multitower.__version__}\n"
 
 
 def test_the_command_is_installed() -> None:
@@ -218,3 +235,26 @@ def test_the_command_is_installed() -> None:
 def test_without_a_command_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     assert "new-modality" in capsys.readouterr().out
+
+
+def test_a_checkpoint_is_verified(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "fused"
+    tiny_model().save_pretrained(folder, modalities={"text": Letters()})
+    assert main(["verify", str(folder)]) == 0
+    assert re.search(r"fused is as it was saved, every byte of \d files", capsys.readouterr().out)
+    (folder / "modalities/text/modality.json").write_text("{}")
+    assert main(["verify", str(folder)]) == 1
+    assert "damaged: modalities/text/modality.json" in capsys.readouterr().err
+    assert main(["verify", str(tmp_path)]) == 1
+    assert "fusion.json is missing" in capsys.readouterr().err
+
+
+def test_towers_that_are_referred_to_are_named(
+    downloaded: Download, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    downloaded("org/text", causal_lm("llama", seed=3))
+    graph = multitower.FusionGraph()
+    graph.add_tower("text", "org/text")
+    graph.compile().save_pretrained(tmp_path / "fused")
+    assert main(["verify", str(tmp_path / "fused")]) == 0
+    assert "not in it, and compared by from_pretrained(folder, verify=True): text" in capsys.readouterr().out

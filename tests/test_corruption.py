@@ -19,10 +19,10 @@ def test_only_what_is_predicted_inside_a_segment_changes(
     batch = mt.collate(
         [
             [
-                mt.Segment("speech", [0, *row, 1], target=True),
-                mt.Segment("text", [0, *row, 1]),
-                mt.Segment("speech", [0, 91, 1]),
-                mt.Segment("speech", [0, *row[::-1], 1], target=True),
+                mt.Segment("speech", [1, *row, 2], target=True),
+                mt.Segment("text", [1, *row, 2]),
+                mt.Segment("speech", [1, 91, 2]),
+                mt.Segment("speech", [1, *row[::-1], 2], target=True),
             ]
             for row in rows
         ]

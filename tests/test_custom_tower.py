@@ -74,7 +74,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", DONE)
-def test_x_transformers_give_every_guarantee(name: str) -> None:
+def test_x_transformers_give_every_promise(name: str) -> None:
     model = wrapper(*DONE[name])
     tower = XTransformersTower(model)
     assert tower.caches == (name != "only attention")  # which shifts tokens, and would need the state before
@@ -105,7 +105,7 @@ def test_looking_leaves_the_model_and_the_random_numbers_alone() -> None:
         assert torch.equal(value, before[name])
 
 
-def test_plain_pytorch_gives_every_guarantee() -> None:
+def test_plain_pytorch_gives_every_promise() -> None:
     torch.manual_seed(0)
     model = GPT(vocabulary=14, length=32, width=16, depth=3, heads=2).eval()
     tower = GPTTower(model)

@@ -109,7 +109,7 @@ def test_nothing_takes_the_memory_of_weights(tmp_path):
     ).save_pretrained(tmp_path)
     graph = FusionGraph()
     graph.add_tower("text", tmp_path, train="all")
-    batch = mt.collate([[mt.Segment("text", [0, 5, 1], target=True)]])
+    batch = mt.collate([[mt.Segment("text", [1, 5, 2], target=True)]])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found = mt.inspect.estimate(graph, batch).total
     grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
@@ -136,7 +136,7 @@ def test_a_given_module_is_left_as_it_is():
     module = causal_lm("llama")
     graph = FusionGraph()
     graph.add_tower("text", module, train="lora")
-    mt.inspect.estimate(graph, mt.collate([[mt.Segment("text", [0, 5, 1], target=True)]]))
+    mt.inspect.estimate(graph, mt.collate([[mt.Segment("text", [1, 5, 2], target=True)]]))
     assert type(module).__name__ == "LlamaForCausalLM"
     assert all(each.requires_grad and not each.is_meta for each in module.parameters())
     assert not any("lora" in name for name, _ in module.named_parameters())
@@ -264,7 +264,7 @@ def test_a_head_that_runs_at_labels_alone_is_its_towers(train: str) -> None:
     graph = FusionGraph()
     graph.add_tower("text", causal_lm("llama"), train=train, adapter=None)
     model = graph.compile()
-    batch = mt.collate([[segment("text", 6), mt.Segment("text", [0, 5, 1], target=True)]])
+    batch = mt.collate([[segment("text", 6), mt.Segment("text", [1, 5, 2], target=True)]])
     whole, lean = model.estimate(batch), model.estimate(batch, logits=False)
     skipped = batch["streams"]["text"]["tokens"].numel() - 2
     head = model.unimodal("text").get_output_embeddings().weight.numel()

@@ -12,7 +12,7 @@ class Codec:
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
-        self.begin, self.end = 0, 1
+        self.begin, self.end = 1, 2
 
 
 @pytest.fixture
@@ -26,10 +26,10 @@ def model(native: torch.nn.Module) -> mt.baseline.VocabularyExpansion:
 
 
 EXAMPLES = [
-    [mt.Segment("speech", [0, 5, 6, 1]), mt.Segment("text", [0, 9, 3, 1], target=True)],
-    [mt.Segment("text", [0, 4, 1]), mt.Segment("speech", [0, 9, 1], target=True), mt.Segment("text", [0, 2])],
+    [mt.Segment("speech", [1, 5, 6, 2]), mt.Segment("text", [1, 9, 3, 2], target=True)],
+    [mt.Segment("text", [1, 4, 2]), mt.Segment("speech", [1, 9, 2], target=True), mt.Segment("text", [1, 2])],
 ]
-ROWS = [[20, 25, 26, 21, 0, 9, 3, 1], [0, 4, 1, 20, 29, 21, 0, 2]]
+ROWS = [[21, 25, 26, 22, 1, 9, 3, 2], [1, 4, 2, 21, 29, 22, 1, 2]]
 
 
 def test_streams_become_one_row(model: mt.baseline.VocabularyExpansion, native: torch.nn.Module) -> None:
@@ -38,8 +38,8 @@ def test_streams_become_one_row(model: mt.baseline.VocabularyExpansion, native: 
     assert logits.shape[-1] == 34
     torch.testing.assert_close(out.logits["row"], logits)
     log = logits.log_softmax(-1)
-    text = -(log[0, 4, 9] + log[0, 5, 3] + log[0, 6, 1]) / 3
-    speech = -(log[1, 3, 29] + log[1, 4, 21]) / 2
+    text = -(log[0, 4, 9] + log[0, 5, 3] + log[0, 6, 2]) / 3
+    speech = -(log[1, 3, 29] + log[1, 4, 22]) / 2
     torch.testing.assert_close(out.losses, {"speech": speech, "text": text})
     torch.testing.assert_close(out.loss, text + speech)
 
@@ -57,14 +57,14 @@ def test_decoding_stays_within_the_modality(
 ) -> None:
     given = [EXAMPLES[0][:1], EXAMPLES[1][:1]]
     decoded = model.generate(given, output=["speech", "text"], max_new_tokens=4, do_sample=False)
-    for row, start in zip(decoded, ([20, 25, 26, 21], [0, 4, 1]), strict=True):
+    for row, start in zip(decoded, ([21, 25, 26, 22], [1, 4, 2]), strict=True):
         speech, text = (segment.tokens.tolist() for segment in row)
-        tokens = [*start, 20]
+        tokens = [*start, 21]
         for token in speech[1:]:
             logits = native(torch.tensor([tokens])).logits[0, -1]
             assert token + 20 == 20 + int(logits[20:].argmax())
             tokens.append(token + 20)
-        assert speech[0] == text[0] == 0
+        assert speech[0] == text[0] == 1
         assert max(text) < 20
 
 
@@ -72,9 +72,9 @@ def test_bad_streams_are_refused(model: mt.baseline.VocabularyExpansion) -> None
     with pytest.raises(ValueError, match="a stream for 'music'"):
         model(**mt.collate([[mt.Segment("music", [1])]]))
     with pytest.raises(ValueError, match="vocabulary of 14"):
-        model(**mt.collate([[mt.Segment("speech", [0, 14])]]))
+        model(**mt.collate([[mt.Segment("speech", [1, 14])]]))
     with pytest.raises(ValueError, match="the batch is packed"):
-        model(**mt.pack(mt.collate([[mt.Segment("speech", [0, 1])]])))
+        model(**mt.pack(mt.collate([[mt.Segment("speech", [1, 2])]])))
 
 
 @pytest.mark.parametrize(

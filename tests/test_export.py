@@ -38,8 +38,8 @@ assert torch.equal(run(streams), load_file(expected)["logits"])
 
 # greedy decoding: the text begins when the speech has ended
 row = {key: tensor[:1, :6] for key, tensor in streams["speech"].items()}
-text = [0]
-while len(text) < 6 and (len(text) == 1 or text[-1] != 1):
+text = [1]
+while len(text) < 6 and (len(text) == 1 or text[-1] != 2):
     tokens = torch.tensor([text])
     times = 6 + torch.arange(len(text))[None]
     logits = run({"speech": row, "text": {"tokens": tokens, "times": times, "mask": tokens >= 0}})
@@ -97,7 +97,7 @@ def test_only_what_is_read_is_part_of_it(tmp_path: Path) -> None:
     model = open_links(graph.compile())
     program = export_tower(model, "text")
     names = ("music", "speech", "text")
-    streams = streams_of([[mt.Segment(name, [0, 4, 5]) for name in names], [mt.Segment("text", [0])]])
+    streams = streams_of([[mt.Segment(name, [1, 4, 5]) for name in names], [mt.Segment("text", [1])]])
     assert torch.equal(program.module()(streams), model.eval()(streams).logits["text"])
     assert not any(".dance." in name for name in program.state_dict)
     assert program.state_dict["model.towers.speech.norm.weight"].numel() == 0
@@ -109,7 +109,7 @@ def test_only_what_is_read_is_part_of_it(tmp_path: Path) -> None:
 
 def test_a_tower_that_reads_nothing_is_exported_alone() -> None:
     model = pair(gates=True).drop("speech->text")
-    streams = streams_of([[mt.Segment("text", [0, 5, 6])]])
+    streams = streams_of([[mt.Segment("text", [1, 5, 6])]])
     run = export_tower(model, "text").module()
     assert torch.equal(run(streams), model(streams).logits["text"])
 
@@ -120,7 +120,7 @@ def test_adapters_dtype_and_mode_are_kept() -> None:
     graph.add_tower("text", causal_lm("llama"), train=peft.LoraConfig(r=2, init_lora_weights=False))
     graph.add_link("speech", "text", interleave=1)
     model = open_links(graph.compile()).train()
-    streams = streams_of([[mt.Segment("speech", [0, 5, 1]), mt.Segment("text", [0, 5, 6])]])
+    streams = streams_of([[mt.Segment("speech", [1, 5, 2]), mt.Segment("text", [1, 5, 6])]])
     run = export_tower(model, "text").module()
     assert model.training
     assert torch.equal(run(streams), model.eval()(streams).logits["text"])

@@ -72,7 +72,7 @@ def test_a_failed_load_leaves_given_modules_as_they_were(
             assert torch.equal(again(batch).logits[name], expected)
 
 
-EXAMPLE = mt.collate([[mt.Segment("plain", [0, 5, 1]), mt.Segment("text", [0, 4, 1])]])["streams"]
+EXAMPLE = mt.collate([[mt.Segment("plain", [1, 5, 2]), mt.Segment("text", [1, 4, 2])]])["streams"]
 
 
 def _refuse(*_: Any, **__: Any) -> None:

@@ -49,7 +49,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("family", REPRESENTATIVE)
-def test_family_gives_every_guarantee(family: str) -> None:
+def test_family_gives_every_promise(family: str) -> None:
     with warnings.catch_warnings():
         # Which families do stands in docs/coverage.md.
         warnings.filterwarnings("ignore", message=".*decodes without its cache")

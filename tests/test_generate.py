@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import multitower as mt
-from models import causal_lm, pair, segment
+from models import BEGIN, END, causal_lm, pair, segment
 
 SOURCES = [
     [segment("speech", 5, 6, 7, 8)],
@@ -25,11 +25,11 @@ def towers(kind: str, position: str | None = None, window: int | None = None) ->
 
 
 def greedy_by_hand(model: mt.FusedModel, example: list[mt.Segment], name: str, steps: int) -> list[int]:
-    tokens = [0]
+    tokens = [BEGIN]
     for _ in range(steps):
         logits = model(**mt.collate([[*example, mt.Segment(name, tokens)]])).logits[name]
         tokens.append(int(logits[0, -1].argmax()))
-        if tokens[-1] == 1:
+        if tokens[-1] == END:
             break
     return tokens
 
@@ -83,8 +83,8 @@ def test_beam_search_finds_better_scores_than_greedy(kind: str) -> None:
 def test_closed_gates_decode_as_the_native_model() -> None:
     text = causal_lm("llama")
     model = pair(text)
-    prompt = torch.tensor([[0, 4, 5, 1, 0]])
-    native = text.generate(prompt, max_new_tokens=6, do_sample=False, pad_token_id=1)
+    prompt = torch.tensor([[BEGIN, 4, 5, END, BEGIN]])
+    native = text.generate(prompt, max_new_tokens=6, do_sample=False, pad_token_id=0)
     fused = model.generate([[segment("text", 4, 5)]], output=["text"], max_new_tokens=6)
     assert fused[0][0].tokens.tolist() == native[0, 4:].tolist()
 
@@ -122,7 +122,7 @@ def test_generate_restores_the_mode() -> None:
         ({"attention_mask": 1}, "comes from the examples"),
         ({"return_dict_in_generate": True}, "not supported"),
         ({"output": ["text", "speech"], "num_return_sequences": 2, "do_sample": True}, "single output"),
-        ({"examples": [[mt.Segment("text", [0, 99])]]}, "vocabulary of 20"),
+        ({"examples": [[mt.Segment("text", [1, 99])]]}, "vocabulary of 20"),
     ],
 )
 def test_bad_calls_teach(arguments: dict, message: str) -> None:
@@ -203,5 +203,5 @@ def test_a_model_that_was_compiled_for_itself_still_decodes_with_its_links(compi
     else:
         options["compile_config"] = CompileConfig(backend="eager", mode=None)
         options["compile_config"]._compile_all_devices = True
-    alone = native.generate(torch.tensor([[0]]), attention_mask=torch.tensor([[1]]), **options)
+    alone = native.generate(torch.tensor([[BEGIN]]), attention_mask=torch.tensor([[1]]), **options)
     assert lists(model.generate([SOURCES[0]], ["text"], **options)) == expected != [alone.tolist()]

@@ -26,7 +26,7 @@ from decoding import (
     prompt,
     text_model,
 )
-from models import causal_lm, pair, segment
+from models import BEGIN, END, causal_lm, pair, segment
 from multitower.testing import open_links, tiny_tower
 
 
@@ -61,13 +61,13 @@ GREEDY = {
     "encoder_repetition_penalty": {"encoder_repetition_penalty": 1.8},
     "no_repeat_ngram_size": {"no_repeat_ngram_size": 1},
     "encoder_no_repeat_ngram_size": {"encoder_no_repeat_ngram_size": 1},
-    "min_new_tokens": {"min_new_tokens": 6, "eos_token_id": [1, 16, 18]},
-    "min_length": {"min_length": 8, "eos_token_id": [1, 16, 18]},
+    "min_new_tokens": {"min_new_tokens": 6, "eos_token_id": [END, 16, 18]},
+    "min_length": {"min_length": 8, "eos_token_id": [END, 16, 18]},
     "forced_bos_token_id": {"forced_bos_token_id": 6},
     "forced_eos_token_id": {"forced_eos_token_id": 3},
     "suppress_tokens": {"suppress_tokens": [16, 18, 8]},
     "begin_suppress_tokens": {"begin_suppress_tokens": [16, 18, 8]},
-    "bad_words_ids": {"bad_words_ids": [[16], [18, 16], [0, 8]]},
+    "bad_words_ids": {"bad_words_ids": [[16], [18, 16], [BEGIN, 8]]},
     "sequence_bias": {"sequence_bias": {(7,): 300.0, (7, 7): -900.0}},
     "exponential_decay": {"exponential_decay_length_penalty": (2, 40.0)},
     "renormalize_logits": {"renormalize_logits": True, "remove_invalid_values": True},
@@ -89,7 +89,7 @@ SAMPLED = {
     "prefix_allowed": {"prefix_allowed_tokens_fn": lambda row, tokens: [row + 2, 5, 7, len(tokens) % 20]},
     "generation_config": {
         "generation_config": transformers.GenerationConfig(
-            do_sample=True, temperature=30.0, top_k=7, max_new_tokens=5, eos_token_id=[1, 16]
+            do_sample=True, temperature=30.0, top_k=7, max_new_tokens=5, eos_token_id=[END, 16]
         ),
         "max_new_tokens": 5,
     },
@@ -105,7 +105,7 @@ CASES = [
 
 
 def _ends(options: dict) -> tuple[int, ...]:
-    ends = options.get("eos_token_id", getattr(options.get("generation_config"), "eos_token_id", None) or 1)
+    ends = options.get("eos_token_id", getattr(options.get("generation_config"), "eos_token_id", None) or END)
     return (ends,) if isinstance(ends, int) else tuple(ends or ())
 
 
@@ -127,21 +127,25 @@ def test_options_change_something(name: str) -> None:
     same = ("use_cache", "max_time", "renormalize_logits", "no end")
     model = text_model("llama")
     options = {"max_new_tokens": STEPS, **GREEDY[name]}
-    plain = {"max_new_tokens": STEPS, "eos_token_id": options.get("eos_token_id", 1) if "min" in name else 1}
+    plain = {
+        "max_new_tokens": STEPS,
+        "eos_token_id": options.get("eos_token_id", END) if "min" in name else END,
+    }
     found = [decode_alone(model, [example], ends=_ends(options), **options) for example in GIVEN]
     without = [decode_alone(model, [example], ends=_ends(plain), **plain) for example in GIVEN]
     assert (found == without) == (name in same)
 
 
-OTHERS = [token for token in range(20) if token not in (0, 4)]
+OTHERS = [token for token in range(20) if token not in (0, BEGIN, 4)]
 SEE_PADDING = [
-    {"bad_words_ids": [[0, 0, 18]]},
-    {"sequence_bias": {(0, 0, 18): -900.0}},
+    {"bad_words_ids": [[0, BEGIN, 18]]},
+    {"sequence_bias": {(0, BEGIN, 18): -900.0}},
     {"no_repeat_ngram_size": 2, "suppress_tokens": OTHERS},
     {"encoder_no_repeat_ngram_size": 2, "suppress_tokens": OTHERS},
     {"watermarking_config": transformers.WatermarkingConfig(bias=300.0, context_width=2)},
     {"forced_bos_token_id": 6},
-    {"min_length": 8, "eos_token_id": [1, 16, 18]},
+    {"forced_bos_token_id": 0},
+    {"min_length": 8, "eos_token_id": [END, 16, 18]},
     {"max_length": 12, "max_new_tokens": None},
 ]
 
@@ -153,7 +157,7 @@ def test_padding_is_no_part_of_a_row(options: dict) -> None:
     alone = [tokens for example in GIVEN for tokens in decode_alone(text, [example], ends=ends, **options)]
     prompts = torch.tensor([[0] * (length - len(prompt(each))) + prompt(each) for each in GIVEN])
     mask = torch.tensor([[0] * (length - len(prompt(each))) + [1] * len(prompt(each)) for each in GIVEN])
-    padded = text.generate(prompts, attention_mask=mask, pad_token_id=1, **options)
+    padded = text.generate(prompts, attention_mask=mask, pad_token_id=0, **options)
     assert [cut(row[length - 1 :].tolist(), ends) for row in padded] != alone
     assert decode(fused("llama", gates=False), GIVEN, **options) == alone
 
@@ -229,8 +233,10 @@ def test_assisted_decoding_is_greedy(family: str, name: str) -> None:
         ({"suppress_tokens": [16, 18]}, transformers.SuppressTokensLogitsProcessor([16, 18])),
         ({"logits_processor": [Halve()]}, Halve()),
         (
-            {"bad_words_ids": [[0, 0, 18], [0, 16], [18]]},
-            transformers.NoBadWordsLogitsProcessor([[0, 0, 18], [0, 16], [18]], torch.tensor([1])),
+            {"bad_words_ids": [[END, BEGIN, 18], [BEGIN, 16], [18]]},
+            transformers.NoBadWordsLogitsProcessor(
+                [[END, BEGIN, 18], [BEGIN, 16], [18]], torch.tensor([END])
+            ),
         ),
     ],
 )
@@ -245,14 +251,14 @@ def test_open_gates_with_processors_by_hand(
 
 def test_open_gates_sample_from_their_own_distribution() -> None:
     model = fused("llama", gates=True)
-    tokens = [0]
+    tokens = [BEGIN]
     torch.manual_seed(11)
     for _ in range(STEPS):
         logits = model(**mt.collate([[*GIVEN[1], mt.Segment("text", tokens)]])).logits["text"][0, -1]
         best, ids = (logits / 30).topk(6)
         chosen = torch.full_like(logits, -math.inf).scatter(0, ids, best).softmax(-1)
         tokens.append(int(chosen.multinomial(1)))
-        if tokens[-1] == 1:
+        if tokens[-1] == END:
             break
     options = {"do_sample": True, "temperature": 30.0, "top_k": 6, "max_new_tokens": STEPS}
     assert decode(model, [GIVEN[1]], **options) == [tokens]
@@ -269,7 +275,7 @@ def test_wide_beams_find_the_best_of_all_sequences(tower: str, copies: int) -> N
     options = {"max_new_tokens": steps, "eos_token_id": None, "num_beams": size**2}
     found = decode(model, examples, **options, num_return_sequences=copies)
     for number, example in enumerate(examples):
-        every = [[0, *tokens] for tokens in itertools.product(range(size), repeat=steps)]
+        every = [[BEGIN, *tokens] for tokens in itertools.product(range(size), repeat=steps)]
         batch = mt.collate([[*example, mt.Segment("text", tokens)] for tokens in every])
         scores = model(**batch).logits["text"][:, -steps - 1 : -1].log_softmax(-1)
         total = scores.gather(2, torch.tensor(every)[:, 1:, None]).sum((1, 2))

@@ -68,7 +68,6 @@ def test_what_cannot_work_is_refused(options: dict, message: str) -> None:
         ("guidance_scale", 1.5, "a prompt of its own"),
         ("assistant_early_exit", 1, "take prompt_lookup_num_tokens or assistant_model"),
         ("token_healing", True, "heal the tokens before"),
-        ("cache_implementation", "paged", "take 'dynamic' or 'static'"),
     ],
 )
 def test_what_cannot_work_is_refused_of_the_tower_itself(
@@ -78,6 +77,17 @@ def test_what_cannot_work_is_refused_of_the_tower_itself(
     monkeypatch.setattr(model.unimodal("text").generation_config, key, value)
     with pytest.raises(ValueError, match=message):
         model.generate(GIVEN, output, max_new_tokens=2)
+
+
+def test_a_paged_cache_of_the_tower_itself_is_refused_where_it_would_be_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = pair(causal_lm("llama"))
+    monkeypatch.setattr(model.unimodal("text").generation_config, "cache_implementation", "paged")
+    with pytest.raises(ValueError, match="take 'dynamic' or 'static'"):
+        decode(model, GIVEN, max_new_tokens=2)
+    assert decode(model, GIVEN, max_new_tokens=2, cache_implementation=None)
+    assert model.generate(GIVEN, [("text", "speech")], max_new_tokens=2)
 
 
 def test_what_is_off_is_not_refused() -> None:

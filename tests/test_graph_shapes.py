@@ -54,8 +54,8 @@ def declare(shape: str) -> mt.FusionGraph:
 
 
 def examples(names: list[str]) -> list[list[mt.Segment]]:
-    forth = [mt.Segment(name, [0, 5, 6, 1], target=True) for name in names]
-    back = [mt.Segment(name, [0, 4, 1], target=True) for name in reversed(names)]
+    forth = [mt.Segment(name, [1, 5, 6, 2], target=True) for name in names]
+    back = [mt.Segment(name, [1, 4, 2], target=True) for name in reversed(names)]
     return [forth, [*back, *forth[:1]]]
 
 
@@ -76,7 +76,7 @@ def test_every_shape_lives_its_life(shape: str, tmp_path: Path) -> None:
     optimizer.step()
     assert out.loss.isfinite()
     wanted = names[-2:]
-    given = [[mt.Segment(names[0], [0, 5, 1])], [mt.Segment(name, [0, 3, 1]) for name in names[:3]]]
+    given = [[mt.Segment(names[0], [1, 5, 2])], [mt.Segment(name, [1, 3, 2]) for name in names[:3]]]
     decoded = model.generate(given, output=wanted, max_new_tokens=3)
     assert [[part.tower for part in row] for row in decoded] == [wanted, wanted]
     model.save_pretrained(tmp_path / "fused")
@@ -119,7 +119,7 @@ def test_several_links_between_a_pair_add_up(tmp_path: Path) -> None:
     model, turned = compiled("deep", "early", "near"), compiled("near", "early", "deep")
     open_links(model)
     turned.load_state_dict(model.state_dict())
-    batch = mt.collate([[mt.Segment("speech", [0, 5, 6, 1]), mt.Segment("text", [0, 3, 4, 1])]])
+    batch = mt.collate([[mt.Segment("speech", [1, 5, 6, 2]), mt.Segment("text", [1, 3, 4, 2])]])
     logits = model(**batch, output_attentions=True)
     assert set(logits.attentions) == {"deep", "early", "near"}
     assert torch.equal(turned(**batch).logits["text"], logits.logits["text"])
@@ -137,9 +137,9 @@ def test_a_transformers_model_without_links_decodes_as_alone() -> None:
     graph.add_tower("text", model)
     graph.add_tower("apart", tiny_tower())
     fused = graph.compile()
-    given = [[mt.Segment("apart", [0, 3, 1]), mt.Segment("text", [0, 5, 6])]]
+    given = [[mt.Segment("apart", [1, 3, 2]), mt.Segment("text", [1, 5, 6])]]
     ((decoded,),) = fused.generate(given, output=["text"], max_new_tokens=5)
-    alone = model.generate(torch.tensor([[0, 5, 6, 0]]), max_new_tokens=5, pad_token_id=1, do_sample=False)
+    alone = model.generate(torch.tensor([[1, 5, 6, 1]]), max_new_tokens=5, pad_token_id=0, do_sample=False)
     assert decoded.tokens.tolist() == alone[0, 3:].tolist()
 
 

@@ -31,7 +31,8 @@ def test_a_pickle_is_small_and_knows_when_the_folder_was_replaced(folder: Path) 
     assert len(pickled) < 2000
     before = kept(batches[0])["streams"]["speech"]["layer 3"]
     assert torch.equal(pickle.loads(pickled)(batches[0])["streams"]["speech"]["layer 3"], before)
-    mt.train.KeptStates.compute(model, batches[:1], folder)
+    other = fused(speech=tiny_tower(9, depth=4, width=12, vocab_size=14))
+    mt.train.KeptStates.compute(other, batches, folder)
     assert torch.equal(kept(batches[0])["streams"]["speech"]["layer 3"], before)  # still mapped
     with pytest.raises(mt.errors.CheckpointError, match="was replaced by other states"):
         pickle.loads(pickled)
@@ -131,23 +132,21 @@ def test_states_beside_labels_are_refused(folder: Path) -> None:
         model(**batch)
 
 
-@pytest.mark.parametrize("damage", ["index", "rows", "shard", "version", "no shard", "no index"])
+@pytest.mark.parametrize("damage", ["index", "file", "other file", "version", "no file", "no index"])
 def test_damaged_folders_are_refused(folder: Path, damage: str) -> None:
     model = fused()
     mt.train.KeptStates.compute(model, data(1), folder)
-    index, rows, shard = (
-        folder / name for name in ("kept.json", "rows.safetensors", "speech-00001.safetensors")
-    )
+    index, file = folder / "kept.json", folder / "speech-00001.safetensors"
     if damage == "index":
-        index.write_text(index.read_text().replace('"shards"', '"shreds"'))
-    elif damage == "rows":
-        rows.write_bytes(rows.read_bytes()[:-1] + b"?")
-    elif damage == "shard":
-        os.truncate(shard, shard.stat().st_size - 1)
+        index.write_text(index.read_text().replace('"files"', '"flies"'))
+    elif damage == "file":
+        os.truncate(file, file.stat().st_size - 1)
+    elif damage == "other file":
+        file.write_bytes((folder / "image-00001.safetensors").read_bytes())
     elif damage == "version":
         index.write_text(index.read_text().replace('"format_version": 1', '"format_version": 2'))
     else:
-        (shard if damage == "no shard" else index).unlink()
+        (file if damage == "no file" else index).unlink()
     with pytest.raises(
         mt.errors.CheckpointError, match=f"{folder}.* (damaged|missing|version 2|holds no states)"
     ):
@@ -206,5 +205,5 @@ def test_other_folders_are_not_replaced(folder: Path) -> None:
     (folder / "thesis").write_text("mine")
     with pytest.raises(mt.errors.CheckpointError, match=r"is not empty and holds no kept\.json"):
         mt.train.KeptStates.compute(fused(), data(1), folder)
-    with pytest.raises(mt.errors.CheckpointError, match="is a file"):
+    with pytest.raises(mt.errors.CheckpointError, match="thesis is not empty"):
         mt.train.KeptStates.compute(fused(), data(1), folder / "thesis")

@@ -79,6 +79,14 @@ def test_no_import_runs_up() -> None:
     assert upward == UPWARD
 
 
+def test_only_the_strategies_need_hypothesis() -> None:
+    needing = {
+        name for name, path in MODULES.items() if "hypothesis import" in path.read_text(encoding="utf-8")
+    }
+    assert needing == {"testing.strategies"}
+    assert not [module for module, other in EDGES if other in needing]
+
+
 def test_no_files_import_each_other() -> None:
     graph = nx.DiGraph(edge for edge in EDGES if edge not in UPWARD)
     packages = [module for module in graph if MODULES[module].name == "__init__.py"]

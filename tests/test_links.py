@@ -24,7 +24,7 @@ def two(**options: Any) -> mt.FusedModel:
     return graph.compile().eval()
 
 
-BATCH = mt.collate([[mt.Segment("speech", [0, 5, 6, 1]), mt.Segment("text", [0, 7, 8, 1], target=True)]])
+BATCH = mt.collate([[mt.Segment("speech", [1, 5, 6, 2]), mt.Segment("text", [1, 7, 8, 2], target=True)]])
 
 
 @given(cases())
@@ -40,7 +40,7 @@ def test_last_projections_that_begin_elsewhere_are_noticed(monkeypatch: pytest.M
     model = two()
     assert model.is_open("speech->text")
     assert not torch.equal(
-        model(**BATCH).logits["text"], model.unimodal("text")(torch.tensor([[0, 7, 8, 1]]))
+        model(**BATCH).logits["text"], model.unimodal("text")(torch.tensor([[1, 7, 8, 2]]))
     )
 
 

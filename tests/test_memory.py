@@ -50,9 +50,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells how much memory a process has held")
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
-def test_loading_takes_little_more_than_what_is_stored(folders: tuple[Path, Path], dtype: str | None) -> None:
+def test_loading_takes_what_is_stored_and_what_is_converted(
+    folders: tuple[Path, Path], dtype: str | None
+) -> None:
     command = [sys.executable, "-c", LOAD, *map(str, folders), *([dtype] if dtype else [])]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     stored = sum(file.stat().st_size for file in folders[1].rglob("*.safetensors"))
     assert stored > 100e6
-    assert 0.5 * stored < int(done.stdout) < 1.1 * stored
+    converted = stored / 2 if dtype else 0  # a mapped file stays mapped until its last tensor has gone
+    assert 0.5 * stored < int(done.stdout) < 1.1 * stored + converted

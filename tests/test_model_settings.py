@@ -161,7 +161,7 @@ def test_a_vocabulary_that_was_resized_before(weights_are_tied: bool, tmp_path: 
     model.resize_token_embeddings(23, mean_resizing=False)
     fused = pair(model, gates=True)
     assert fused.tower("text").vocab_size == 23
-    batch = mt.collate([[EXAMPLES[0][0], mt.Segment("text", [0, 21, 22, 1], target=True)]])
+    batch = mt.collate([[EXAMPLES[0][0], mt.Segment("text", [1, 21, 22, 2], target=True)]])
     fused(**batch).loss.backward()
     assert fused(**batch).logits["text"].shape[-1] == 23
     fused.save_pretrained(tmp_path / "fused")

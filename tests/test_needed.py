@@ -154,9 +154,9 @@ def test_heads_run_only_where_some_row_has_a_label(train: str) -> None:
     seen: list[torch.Size] = []
     decoder.lm_head.register_forward_hook(lambda module, args, logits: seen.append(logits.shape[:2]))
     example = [
-        mt.Segment("text", [0, 4, 5, 1]),
+        mt.Segment("text", [1, 4, 5, 2]),
         segment("speech", 3),
-        mt.Segment("text", [0, 3, 1], target=True),
+        mt.Segment("text", [1, 3, 2], target=True),
     ]
     model(**mt.collate([example, example]), logits=False)
     model(**mt.collate([example, example[1:]]), logits=False)

@@ -6,7 +6,7 @@ import transformers
 
 import multitower as mt
 from letters import STEPS, Letters, Tune, decoded, pipe_of_other_edges
-from models import pair, segment
+from models import causal_lm, pair, segment
 from multitower.generate.options import options_of
 
 
@@ -18,13 +18,13 @@ def other_edges() -> mt.Pipeline:
 def test_segments_begin_and_end_as_their_modalities_say(other_edges: mt.Pipeline) -> None:
     pipe = other_edges
     given, edges = [("speech", [5, 6])], {"bos_token_id": 12, "eos_token_id": 13}
-    example = [mt.Segment("speech", [0, 5, 6, 11])]
+    example = [mt.Segment("speech", [1, 5, 6, 11])]
     (text,) = decoded(pipe, example, ["text"], **edges)
     assert text.tokens[0] == 12
     letters = Letters(12, 13).decode(text.tokens)
     assert pipe(given, "text", **STEPS) == letters
     (speech,) = decoded(pipe, [*example, text], ["speech"], eos_token_id=11)
-    assert pipe(given, ["text", "speech"], **STEPS) == [letters, Tune(0, 11).decode(speech.tokens)]
+    assert pipe(given, ["text", "speech"], **STEPS) == [letters, Tune(1, 11).decode(speech.tokens)]
     both = decoded(
         pipe,
         example,
@@ -33,19 +33,19 @@ def test_segments_begin_and_end_as_their_modalities_say(other_edges: mt.Pipeline
         eos_token_id={"text": 13, "speech": 11},
     )
     ((text, speech),) = both
-    together = (Letters(12, 13).decode(text.tokens), Tune(0, 11).decode(speech.tokens))
+    together = (Letters(12, 13).decode(text.tokens), Tune(1, 11).decode(speech.tokens))
     assert pipe(given, ("text", "speech"), **STEPS) == together
 
 
 def test_a_segment_ends_at_the_end_of_its_modality(other_edges: mt.Pipeline) -> None:
     always = {"sequence_bias": {(13,): 1e4}, "max_new_tokens": 6}
     assert other_edges([("speech", [5])], "text", **always) == ""
-    never = {"sequence_bias": {(1,): 1e4}, "max_new_tokens": 6}
+    never = {"sequence_bias": {(2,): 1e4}, "max_new_tokens": 6}
     assert len(other_edges([("speech", [5])], "text", **never)) == 6
 
 
 def test_the_callers_edges_win(other_edges: mt.Pipeline) -> None:
-    pipe, given, example = other_edges, [("speech", [5, 6])], [mt.Segment("speech", [0, 5, 6, 11])]
+    pipe, given, example = other_edges, [("speech", [5, 6])], [mt.Segment("speech", [1, 5, 6, 11])]
     (text,) = decoded(pipe, example, ["text"], bos_token_id=7, eos_token_id=9)
     expected = Letters(12, 13).decode(text.tokens)
     assert pipe(given, "text", bos_token_id=7, eos_token_id=9, **STEPS) == expected
@@ -74,6 +74,18 @@ def test_options_may_be_given_by_tower() -> None:
         model.generate([example], ["text"], output_scores={"text": True})
 
 
+@pytest.mark.parametrize("output", [["text"], [("text", "speech")]])
+def test_none_turns_off_what_a_tower_sets_for_itself(output: list) -> None:
+    text = causal_lm("llama")
+    model = pair(text, gates=True)
+    none = {key: {"text": None} for key in ("eos_token_id", "suppress_tokens")}
+    plain = str(model.generate([[]], output, max_new_tokens=6, **none))
+    second = next(token for token in range(2, 20) if f", {token}," in plain)
+    text.generation_config.update(eos_token_id=second, suppress_tokens=[second], max_new_tokens=6)
+    assert str(model.generate([[]], output, max_new_tokens=6)) != plain
+    assert str(model.generate([[]], output, max_new_tokens=6, **none)) == plain
+
+
 def test_towers_decoded_together_end_each_by_its_own_token() -> None:
     model, example = pair(gates=True), [segment("speech", 5, 6)]
     ((text, speech),) = decoded(mt.Pipeline(model, {}), example, [("text", "speech")])
@@ -84,11 +96,9 @@ def test_towers_decoded_together_end_each_by_its_own_token() -> None:
     assert ends["speech"] not in other.tokens[1:-1]
 
 
-def test_what_a_tower_has_of_its_own_stands_in_a_copy_of_the_config() -> None:
+def test_what_a_generation_config_sets_is_as_any_option_of_a_tower() -> None:
     config = transformers.GenerationConfig(num_beams=2, max_new_tokens=9)
     options = {"generation_config": config, "max_new_tokens": {"text": 4}, "streamer": {"text": "mine"}}
-    own = options_of("text", options)
-    assert own.keys() == {"generation_config", "streamer"}
-    assert (own["generation_config"].max_new_tokens, own["generation_config"].num_beams) == (4, 2)
+    assert options_of("text", options) == {"num_beams": 2, "max_new_tokens": 4, "streamer": "mine"}
+    assert options_of("speech", options) == {"num_beams": 2, "max_new_tokens": 9}
     assert config.max_new_tokens == 9
-    assert options_of("speech", options) == {"generation_config": config}

@@ -40,7 +40,7 @@ graph.add_tower("music", causal_lm("llama", vocab_size=music.vocab_size, seed=3)
 graph.add_link("music", "text", interleave=1)
 graph.add_link("speech", "music", interleave=1)
 model = graph.compile()
-example = [mt.Segment("speech", [0, 5, 1]), mt.Segment("music", music.encode(TUNE), target=True)]
+example = [mt.Segment("speech", [1, 5, 2]), mt.Segment("music", music.encode(TUNE), target=True)]
 model(**mt.collate([example])).loss.backward()
 model.save_pretrained("fused", modalities={"music": music})
 """
@@ -53,7 +53,7 @@ music = pipe.modalities["music"]
 assert type(music).__module__ == "multitower_music.modality"
 assert "^F2" in music.signs
 
-example, tune = [mt.Segment("speech", [0, 5, 1])], "M:6/8\\n|: ^F2G :|\\n"
+example, tune = [mt.Segment("speech", [1, 5, 2])], "M:6/8\\n|: ^F2G :|\\n"
 written = pipe([*example, ("music", tune)], output="music", max_new_tokens=20)
 edges = {"bos_token_id": music.begin, "eos_token_id": music.end}
 given = [*example, mt.Segment("music", music.encode(tune))]

@@ -8,21 +8,21 @@ import torch
 import multitower as mt
 from multitower.testing import tiny_tower
 
-DONE, SAY = 1, 2
-WRITE_IT, SAY_IT = 3, 4
-WORDS = range(5, 64)
+BEGIN, DONE, SAY = 1, 2, 3
+WRITE_IT, SAY_IT = 4, 5
+WORDS = range(6, 64)
 PAIRS = [(task, word) for task in (WRITE_IT, SAY_IT) for word in WORDS]
 HELD_OUT = [(task, word) for task, word in PAIRS if (word + task) % 5 == 0]
 
 
 def heard(task: int, word: int) -> mt.Segment:
-    return mt.Segment("ears", [0, task, word, 1])
+    return mt.Segment("ears", [BEGIN, task, word, DONE])
 
 
 def answer(task: int, word: int) -> list[mt.Segment]:
     """The word is written down and, if asked for, said: the end of what is written announces it."""
-    written = mt.Segment("text", [0, word, SAY if task == SAY_IT else DONE], target=True)
-    return [written, mt.Segment("voice", [0, word, word, 1], target=True)][: 1 + (task == SAY_IT)]
+    written = mt.Segment("text", [BEGIN, word, SAY if task == SAY_IT else DONE], target=True)
+    return [written, mt.Segment("voice", [BEGIN, word, word, DONE], target=True)][: 1 + (task == SAY_IT)]
 
 
 def follow_the_end(row: list[mt.Segment]) -> str | None:
@@ -59,7 +59,7 @@ def test_what_the_model_chooses_follows_from_what_it_was_given(trained: mt.Fused
 
 
 def test_rows_that_go_different_ways_become_what_each_becomes_alone(trained: mt.FusedModel) -> None:
-    given = [[heard(task, word)] for task in (SAY_IT, WRITE_IT) for word in (5, 8)]
+    given = [[heard(task, word)] for task in (SAY_IT, WRITE_IT) for word in (6, 8)]
     together = trained.generate(given, follow_the_end, max_new_tokens=5)
     alone = [trained.generate([row], follow_the_end, max_new_tokens=5)[0] for row in given]
     as_lists = [
@@ -68,4 +68,4 @@ def test_rows_that_go_different_ways_become_what_each_becomes_alone(trained: mt.
     ]
     assert as_lists[0] == as_lists[1]
     assert [len(row) for row in together] == [2, 2, 1, 1]
-    assert as_lists[0][0] == [("text", [0, 5, SAY]), ("voice", [0, 5, 5, 1])]
+    assert as_lists[0][0] == [("text", [BEGIN, 6, SAY]), ("voice", [BEGIN, 6, 6, DONE])]

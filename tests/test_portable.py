@@ -19,7 +19,7 @@ from multitower.plugins.entry_points import TOWERS
 from multitower.testing import open_links
 from multitower.train.resume import save_training
 from plugin import Offer
-from tampering import reseal
+from tampering import rewrite_manifest
 
 LOADER = """
 import torch
@@ -83,7 +83,6 @@ def test_local_towers_go_where_the_checkpoint_goes(
 
 @pytest.mark.usefixtures("never_asked")
 def test_a_local_folder_that_has_gone_is_named(folders: Path, tmp_path: Path) -> None:
-    """As releases wrote it that referred to folders."""
     fused("models/speech", "models/text").save_pretrained("fused")
 
     def referred(saved: dict[str, Any]) -> None:
@@ -92,7 +91,7 @@ def test_a_local_folder_that_has_gone_is_named(folders: Path, tmp_path: Path) ->
         del saved["tensors"]["towers/text/model.safetensors"]
 
     shutil.rmtree("fused/towers/text")
-    reseal(folders / "fused", referred)
+    rewrite_manifest(folders / "fused", referred)
     mt.FusedModel.from_pretrained("fused")
     shutil.rmtree("models")
     gone = r"'text' is referred to by the folder 'models/text'.*towers=\{'text': \.\.\.\}.*embed_towers=True"

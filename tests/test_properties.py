@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import multitower as mt
 from models import causal_lm
 from multitower import testing
+from multitower.compile.schedule import make_schedule
 from multitower.declare.spec import LinkSpec
 from multitower.testing.strategies import Case, cases, cyclic_structures, structures, tiny_towers
 
@@ -168,7 +169,7 @@ def test_every_step_runs_once_in_time_and_as_early_as_it_can(case: Structure) ->
 @given(cyclic_structures())
 def test_cycles_are_refused_and_shown(case: Structure) -> None:
     with pytest.raises(mt.errors.GraphError, match="wait for each other"):
-        mt.schedule.make_schedule(*case)
+        make_schedule(*case)
     testing.check_schedule(*case)
 
 
@@ -177,4 +178,4 @@ def test_links_by_a_single_number_never_wait_for_each_other(case: Structure, dat
     depths, links = case
     steps = [data.draw(st.integers(1, depths[link.target])) for link in links]
     numbered = [replace(link, interleave=step, taps=None) for link, step in zip(links, steps, strict=True)]
-    assert mt.schedule.make_schedule(depths, numbered).stages
+    assert make_schedule(depths, numbered).stages

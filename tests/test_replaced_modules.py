@@ -102,13 +102,13 @@ def test_resized_embeddings_are_followed(tmp_path: Path, family: str, size: int)
     model.unimodal("text").resize_token_embeddings(size, mean_resizing=False)
     assert model.tower("text").vocab_size == size
     check(model)
-    batch = mt.collate([[segment("speech", 5), mt.Segment("text", [0, size - 1, 2], target=True)]])
+    batch = mt.collate([[segment("speech", 5), mt.Segment("text", [1, size - 1, 2], target=True)]])
     assert model(**batch).logits["text"].shape[-1] == size
     batch["streams"]["text"]["tokens"][0, 1] = size
     with pytest.raises(ValueError, match="text"):
         model(**batch)
     with pytest.raises(ValueError, match="text"):
-        model.generate([[mt.Segment("text", [0, size])]], output=["text"], max_new_tokens=2)
+        model.generate([[mt.Segment("text", [1, size])]], output=["text"], max_new_tokens=2)
     model.save_pretrained(tmp_path / "fused")
     again = mt.FusedModel.from_pretrained(tmp_path / "fused", towers={"speech": model.tower("speech")})
     assert again.tower("text").vocab_size == size

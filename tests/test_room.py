@@ -10,7 +10,7 @@ from torch import nn
 
 import families
 import multitower as mt
-from models import causal_lm, pair, segment
+from models import BEGIN, END, causal_lm, pair, segment
 from multitower.testing import tiny_tower
 
 LIMIT = 16
@@ -26,11 +26,11 @@ def fused(family: str) -> mt.FusedModel:
 
 
 def text(length: int) -> mt.Segment:
-    return mt.Segment("text", [0, *[5] * (length - 1)], target=True)
+    return mt.Segment("text", [BEGIN, *[5] * (length - 1)], target=True)
 
 
 def given(length: int) -> mt.Segment:
-    return mt.Segment("text", [0, *[5] * (length - 1)])
+    return mt.Segment("text", [BEGIN, *[5] * (length - 1)])
 
 
 @pytest.mark.parametrize(
@@ -147,9 +147,9 @@ def test_decoding_that_ends_by_itself_may_have_a_limit_beyond() -> None:
         ["text"],
         max_new_tokens=99,
         forced_bos_token_id=None,
-        suppress_tokens=[token for token in range(20) if token != 1],
+        suppress_tokens=[token for token in range(20) if token != END],
     )
-    assert decoded.tokens.tolist() == [0, 1]
+    assert decoded.tokens.tolist() == [BEGIN, END]
 
 
 def test_where_nothing_is_said_decoding_ends_at_the_last_position() -> None:

@@ -15,7 +15,7 @@ import multitower as mt
 from fake_hub import Download
 from models import causal_lm, segment
 from multitower.testing import open_links, tiny_tower
-from tampering import reseal
+from tampering import rewrite_manifest
 
 DIALOGUE = [
     [segment("ask", 5, 6, 7), segment("answer", 4, 9, target=True)],
@@ -219,14 +219,14 @@ def test_a_checkpoint_from_before_loads_without_sharing(downloaded: Download, tm
     downloaded("org/model", causal_lm("llama", depth=4))
     model = open_links(dialogue("org/model", "org/model"))
     model.save_pretrained(tmp_path / "fused")
-    reseal(tmp_path / "fused", lambda saved: saved["towers"].update(answer=saved["towers"]["ask"]))
+    rewrite_manifest(tmp_path / "fused", lambda saved: saved["towers"].update(answer=saved["towers"]["ask"]))
     assert_same(model, mt.FusedModel.from_pretrained(tmp_path / "fused"))
 
 
 @pytest.mark.parametrize("first", ["answer", "nobody", 3])
 def test_a_damaged_record_is_named(folder: str, tmp_path: Path, first: object) -> None:
     dialogue(folder, folder).save_pretrained(tmp_path / "fused")
-    reseal(tmp_path / "fused", lambda saved: saved["towers"]["answer"].update(shared_with=first))
+    rewrite_manifest(tmp_path / "fused", lambda saved: saved["towers"]["answer"].update(shared_with=first))
     with pytest.raises(mt.errors.CheckpointError, match=r"fusion\.json is damaged"):
         mt.FusedModel.from_pretrained(tmp_path / "fused")
 

@@ -12,7 +12,7 @@ from letters import STEPS, Letters, Tune
 from models import causal_lm, pair
 from multitower.plugins import entry_points as plugins
 from plugin import LETTERS, Offer
-from tampering import reseal
+from tampering import rewrite_manifest
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def test_damaged_records_are_named(
     model: mt.FusedModel, letters: type[mt.Modality], tmp_path: Path, damage: Any
 ) -> None:
     model.save_pretrained(tmp_path / "fused", modalities={"text": letters()})
-    reseal(tmp_path / "fused", lambda document: document.update(modalities=damage))
+    rewrite_manifest(tmp_path / "fused", lambda document: document.update(modalities=damage))
     with pytest.raises(mt.errors.CheckpointError, match=r"fusion\.json is damaged"):
         mt.Pipeline.from_pretrained(tmp_path / "fused")
 
@@ -126,7 +126,7 @@ def test_a_missing_modality_folder_is_named(
 ) -> None:
     model.save_pretrained(tmp_path / "fused", modalities={"text": letters()})
     shutil.rmtree(tmp_path / "fused/modalities/text")
-    reseal(tmp_path / "fused")
+    rewrite_manifest(tmp_path / "fused")
     with pytest.raises(mt.errors.CheckpointError, match=r"modalities/text/modality\.json is missing"):
         mt.Pipeline.from_pretrained(tmp_path / "fused")
 
@@ -135,5 +135,4 @@ def test_a_checkpoint_without_modalities_makes_a_pipeline_of_tokens(
     model: mt.FusedModel, tmp_path: Path
 ) -> None:
     model.save_pretrained(tmp_path / "fused")
-    reseal(tmp_path / "fused", lambda document: document.pop("modalities"))
     assert mt.Pipeline.from_pretrained(tmp_path / "fused").modalities == {}

@@ -12,11 +12,11 @@ from models import EXAMPLES, pair, segment
 def test_streams_keep_order_and_time() -> None:
     streams = mt.collate(EXAMPLES)["streams"]
     text, speech = streams["text"], streams["speech"]
-    assert text["tokens"].tolist()[1] == [0, 4, 5, 6, 7, 8, 1, 0, 2, 1]
+    assert text["tokens"].tolist()[1] == [1, 4, 5, 6, 7, 8, 2, 1, 2, 2]
     assert text["times"].tolist()[1] == [0, 1, 2, 3, 4, 5, 6, 12, 13, 14]
     assert speech["times"].tolist()[1] == [7, 8, 9, 10, 11, -1]
-    assert speech["labels"].tolist()[1] == [-100, 9, 3, 2, 1, -100]
-    assert text["labels"].tolist()[0][:4] == [-100, 9, 3, 1]
+    assert speech["labels"].tolist()[1] == [-100, 9, 3, 2, 2, -100]
+    assert text["labels"].tolist()[0][:4] == [-100, 9, 3, 2]
     assert not speech["mask"][2].any()
     assert {stream[key].dtype for stream in streams.values() for key in ("tokens", "times", "labels")} == {
         torch.int64
@@ -48,7 +48,7 @@ def test_stream_without_a_tower() -> None:
 @pytest.mark.parametrize("token", [20, -1])
 def test_token_beyond_the_vocabulary(token: int) -> None:
     with pytest.raises(ValueError, match=rf"stream 'text' holds token {token}, .* vocabulary of 20"):
-        pair()(**mt.collate([[mt.Segment("text", [0, token])]]))
+        pair()(**mt.collate([[mt.Segment("text", [1, token])]]))
 
 
 def test_malformed_streams_teach() -> None:

@@ -48,7 +48,7 @@ class Words(Letters):
     name = "words"
 
     def decode(self, tokens: Tensor) -> str:
-        return "".join(f"w{token} " for token in tokens.tolist() if token > 1)
+        return "".join(f"w{token} " for token in tokens.tolist() if token > 2)
 
 
 class Count(transformers.StoppingCriteria):
@@ -118,7 +118,7 @@ name: ContextVar[str] = ContextVar("name", default="none")
 
 def test_a_stream_is_decoded_under_what_its_caller_is_under() -> None:
     pipe, given = mt.Pipeline(pair(causal_lm("llama"), gates=True), {"text": Words()}), [segment("speech", 5)]
-    options = {"max_new_tokens": 3, "eos_token_id": None, "suppress_tokens": [0, 1]}
+    options = {"max_new_tokens": 3, "eos_token_id": None, "suppress_tokens": [0, 1, 2]}
     plain, cast, apart = (Surroundings() for _ in range(3))
     whole = pipe(given, "text", stopping_criteria=[plain], **options)
     with torch.autocast("cpu", torch.float16, cache_enabled=False):

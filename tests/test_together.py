@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import multitower as mt
-from models import causal_lm, pair, segment
+from models import BEGIN, END, causal_lm, pair, segment
 from multitower.testing import check_decoding, open_links, tiny_tower
 
 GIVEN = [
@@ -26,15 +26,15 @@ def fusion(kind: str) -> mt.FusedModel:
 
 @torch.no_grad()
 def by_hand(model: mt.FusedModel, example: list, names: tuple[str, ...], steps: int) -> tuple[list[int], ...]:
-    rows = {name: [0] for name in names}
+    rows = {name: [BEGIN] for name in names}
     for _ in range(steps):
         batch = mt.collate([[*example, tuple(mt.Segment(name, row) for name, row in rows.items())]])
         out = model(**batch)
         for name, row in rows.items():
-            if len(row) == 1 or row[-1] != 1:
+            if len(row) == 1 or row[-1] != END:
                 last = int(batch["streams"][name]["mask"][0].sum()) - 1
                 row.append(int(out.logits[name][0, last].argmax()))
-        if all(row[-1] == 1 for row in rows.values()):
+        if all(row[-1] == END for row in rows.values()):
             break
     return tuple(rows.values())
 
@@ -51,9 +51,9 @@ def test_towers_decoded_at_the_same_time_equal_uncached_row_by_row(kind: str) ->
 def test_rows_and_towers_that_end_at_different_steps() -> None:
     model = fusion("llama")
     ends = {by_hand(model, row, ("text", "speech"), 7)[0][3] for row in GIVEN}
-    assert 1 not in ends
+    assert END not in ends
     longest = model.generate(GIVEN, output=[("text", "speech")], max_new_tokens=7)
-    model.unimodal("text").generation_config.eos_token_id = [1, *sorted(ends)[:2]]
+    model.unimodal("text").generation_config.eos_token_id = [END, *sorted(ends)[:2]]
     decoded = model.generate(GIVEN, output=[("text", "speech")], max_new_tokens=7)
     shorter = 0
     for ((text, speech),), ((long_text, _),), row in zip(decoded, longest, GIVEN, strict=True):
@@ -85,7 +85,7 @@ def test_three_towers_one_of_them_new() -> None:
     for source, target in ("ab", "bc", "ca", "cb"):
         graph.add_link(source, target, interleave=1)
     model = open_links(graph.compile().eval(), seed=3)
-    row = [mt.Segment("a", [0, 5, 1]), mt.Segment("b", [0, 6, 7, 1])]
+    row = [mt.Segment("a", [BEGIN, 5, END]), mt.Segment("b", [BEGIN, 6, 7, END])]
     ((first, second),) = model.generate([row], output=["a", ("c", "b")], max_new_tokens=4)
     assert first.tokens.tolist() == by_hand(model, row, ("a",), 4)[0]
     assert tuple(each.tokens.tolist() for each in second) == by_hand(model, [*row, first], ("c", "b"), 4)
@@ -107,7 +107,7 @@ def test_a_policy_chooses_by_the_end_token() -> None:
     model = fusion("llama")
     firsts = [model.generate([row], output=["text"], max_new_tokens=3)[0][0].tokens for row in GIVEN]
     turn = int(firsts[0][1])
-    model.unimodal("text").generation_config.eos_token_id = [1, turn]
+    model.unimodal("text").generation_config.eos_token_id = [END, turn]
 
     def policy(row: list[mt.Segment]) -> str | tuple[str, str] | None:
         if len(row) == 0 or row[-1].tower == "speech":
@@ -133,11 +133,14 @@ def test_a_policy_chooses_by_the_end_token() -> None:
         ({"output": [("text", "text")]}, "a tower stands twice"),
         ({"output": [()]}, "list of towers"),
         ({"output": [("text", "music")]}, "no tower 'music'"),
-        ({"output": [("text", "speech")], "num_beams": 2}, "num_beams: towers that are decoded at the same"),
+        (
+            {"output": [("text", "speech")], "num_beams": 2},
+            "beam_search: towers that are decoded at the same",
+        ),
         ({"output": lambda row: "music"}, "no tower 'music'"),
         (
             {"output": lambda row: "text", "num_return_sequences": 2, "do_sample": True},
-            r"needs output=\[...\] with a single tower",
+            r"needs a single output tower, as in output=\['text'\]",
         ),
     ],
 )

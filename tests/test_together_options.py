@@ -6,12 +6,11 @@ import pytest
 import torch
 
 import multitower as mt
-from decoding import GIVEN, STEPS, decode, fused, text_model
+from decoding import EVEN, GIVEN, STEPS, Stop, decode, fused, text_model
 from models import causal_lm, pair, segment
-from multitower.generate.together import ONLY_ALONE, STEPWISE
-from test_generate_matrix import GREEDY
+from test_generate_matrix import GREEDY, SAMPLED, Halve
 
-ONE_BY_ONE = [name for name, options in GREEDY.items() if set(options) <= set(STEPWISE)]
+ONE_BY_ONE = [name for name in GREEDY if "beams" not in name]
 CASES = [(name, own) for name in ONE_BY_ONE for own in (False, True) if (name, own) != ("no end", True)]
 
 
@@ -25,6 +24,8 @@ def test_options_mean_the_same_token_by_token(name: str, own: bool, monkeypatch:
     """Under closed gates a tower decodes beside others as by itself, whoever set the option."""
     text, model = text_model("llama"), fused("llama", gates=False)
     options = {} if own else {key: {"text": value} for key, value in GREEDY[name].items()}
+    if name == "watermarking" and not own:
+        options = GREEDY[name]  # which may be a mapping by itself, and so is none by tower
     if own:
         set_own(text, GREEDY[name], monkeypatch)
     alone = decode(model, GIVEN, max_new_tokens=STEPS, **options)
@@ -57,30 +58,59 @@ def test_a_batch_is_its_rows_where_tokens_that_were_there_are_penalised() -> Non
     ]
 
 
-ALONE_SETTINGS = {
-    "num_beams": 3,
-    "num_return_sequences": 2,
-    "max_time": 1.0,
-    "encoder_repetition_penalty": 1.8,
-    "encoder_no_repeat_ngram_size": 1,
-    "exponential_decay_length_penalty": (2, 40.0),
+ONE_TOKEN = [
+    name for name in SAMPLED if name not in ("num_return_sequences", "sampled beams", "prefix_allowed")
+]
+
+
+@pytest.mark.parametrize("family", ["llama", "mamba"])
+@pytest.mark.parametrize("name", ONE_TOKEN)
+def test_a_tower_in_a_tuple_of_its_own_samples_as_it_does_alone(name: str, family: str) -> None:
+    model, options = fused(family, gates=True), {"max_new_tokens": STEPS, **SAMPLED[name]}
+    alone = decode(model, EVEN, **options)
+    torch.manual_seed(11)
+    together = model.generate(EVEN, output=[("text",)], **options)
+    assert [text.tokens.tolist() for ((text,),) in together] == alone
+
+
+def test_functions_of_the_caller_hold_at_the_same_time() -> None:
+    model = fused("llama", gates=False)
+    functions = {
+        "logits_processor": [Halve()],
+        "stopping_criteria": [Stop()],
+        "prefix_allowed_tokens_fn": lambda row, tokens: [int(tokens[-1]) + 1, 7, 8, 16],
+    }
+    for key, function in functions.items():
+        for example in GIVEN:
+            alone = decode(model, [example], max_new_tokens=STEPS, **{key: function})
+            options = {"max_new_tokens": STEPS, key: {"text": function}}
+            ((together,),) = model.generate([example], [("text", "speech")], **options)
+            assert [together[0].tokens.tolist()] == alone
+
+
+NOT_BY_TOKEN = {
+    "num_beams": (3, "beam_sample"),
+    "stop_strings": (["a"], "stop_strings"),
+    "dola_layers": ("low", "dola_generation"),
 }
 
 
-@pytest.mark.parametrize("key", ALONE_SETTINGS)
+@pytest.mark.parametrize("key", NOT_BY_TOKEN)
 def test_what_has_no_meaning_token_by_token_is_refused(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     text, model = text_model("llama"), fused("llama", gates=False)
-    set_own(text, {key: ALONE_SETTINGS[key], "do_sample": True}, monkeypatch)
-    neutral = ONLY_ALONE[key]
-    message = (
-        "num_return_sequences > 1 needs a single output"
-        if key == "num_return_sequences"
-        else rf"'text' has {key}=.* set model.unimodal\('text'\).generation_config.{key} = {neutral}"
-    )
+    value, name = NOT_BY_TOKEN[key]
+    set_own(text, {key: value, "do_sample": True}, monkeypatch)
+    message = rf"{name}: towers .*or change it, in this call or in model.unimodal\('text'\).generation_config"
     with pytest.raises(ValueError, match=message):
-        model.generate(GIVEN, output=[("text", "speech")], max_new_tokens=STEPS)
-    set_own(text, {key: neutral}, monkeypatch)
-    model.generate(GIVEN, output=[("text", "speech")], max_new_tokens=1)
+        model.generate(GIVEN, output=[("text",)], max_new_tokens=STEPS)
+    off = 1 if key.startswith("num") else None
+    model.generate(GIVEN, output=[("text",)], max_new_tokens=1, **{key: off})
+
+
+@pytest.mark.parametrize("key", ["streamer", "custom_generate", "num_beamz", "prefill_chunk_size"])
+def test_what_no_step_looks_at_is_refused(key: str) -> None:
+    with pytest.raises(ValueError, match=f"{key}: towers that are decoded at the same time"):
+        fused("llama", gates=False).generate(GIVEN[:1], output=[("text",)], **{key: 1})
 
 
 @pytest.mark.parametrize("own", [{"cache_implementation": "static"}, {"prompt_lookup_num_tokens": 2}])
@@ -91,6 +121,14 @@ def test_what_is_for_speed_alone_changes_nothing(own: dict, monkeypatch: pytest.
     found = model.generate(GIVEN, output=[("text", "speech")], max_new_tokens=STEPS)
     tokens = [[[part.tokens.tolist() for part in entry] for (entry,) in each] for each in (found, expected)]
     assert tokens[0] == tokens[1]
+
+
+def test_a_cache_of_another_kind_changes_nothing() -> None:
+    model, given = fused("llama", gates=True), {"output": [("text", "speech")], "max_new_tokens": STEPS}
+    static = model.generate(GIVEN, **given, cache_implementation="static")
+    assert str(static) == str(model.generate(GIVEN, **given))
+    with pytest.raises(ValueError, match="assisted_generation: towers that are decoded"):
+        model.generate(GIVEN, **given, prompt_lookup_num_tokens=2)
 
 
 def test_what_is_suppressed_at_the_beginning_comes_after_a_forced_first_token() -> None:

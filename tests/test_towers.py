@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import multitower as mt
-from models import EXAMPLES, causal_lm, pair, transformers_families
+from models import BEGIN, END, EXAMPLES, causal_lm, pair, transformers_families
 from multitower.testing import open_links
 from multitower.tower import as_tower
 
@@ -20,7 +20,7 @@ def test_tower_is_bit_equal_to_the_model(family: str) -> None:
     tower = mt.TransformersTower(model)
     tokens = torch.randint(0, 20, (3, 9))
     assert torch.equal(tower(tokens), model(tokens, use_cache=False).logits)
-    assert (tower.depth, tower.width, tower.vocab_size, tower.begin, tower.end) == (3, 16, 20, 0, (1,))
+    assert (tower.depth, tower.width, tower.vocab_size, tower.begin, tower.end) == (3, 16, 20, BEGIN, (END,))
     assert tower.native is model
 
 
@@ -145,11 +145,11 @@ import sys
 sys.modules["transformers"] = None
 import multitower as mt
 from multitower.testing import tiny_model
-batch = mt.collate([[mt.Segment("speech", [0, 5, 1]), mt.Segment("text", [0, 7, 1], target=True)]])
+batch = mt.collate([[mt.Segment("speech", [1, 5, 2]), mt.Segment("text", [1, 7, 2], target=True)]])
 model = tiny_model()
 model(**batch).loss.backward()
 try:
-    model.generate([[mt.Segment("speech", [0, 5, 1])]], output=["text"])
+    model.generate([[mt.Segment("speech", [1, 5, 2])]], output=["text"])
 except ImportError as error:
     print(error)
 """

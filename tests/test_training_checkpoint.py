@@ -191,12 +191,12 @@ def test_what_does_not_fit_is_all_listed_and_nothing_changed(tmp_path: Path) -> 
     with pytest.raises(mt.errors.CheckpointError) as caught:
         load_training(tmp_path / "run", other, fresh, scheduler=warm_up(fresh))
     for part in (
-        "missing: model.towers.text.model.model.layers.0.self_attn.q_proj.lora_A.default.weight",
+        "model.towers.text.model.model.layers.0.self_attn.q_proj.lora_A.default.weight is not there, but",
         "model.links.text->speech.1-2.key.weight is [[12, 16], 'float32'], but the model has",
         "tower 'text': what is not trained of it is not what it was",
         "the optimizer is SGD; AdamW was saved",
         "the optimizer's groups hold other parameters",
-        "no scheduler was saved",
+        "the scheduler is LambdaLR; None was saved",
     ):
         assert part in str(caught.value)
     assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in before.items())

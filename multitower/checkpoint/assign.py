@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError
 from ..storage.files import check_fit
 from ..storage.fingerprint import is_packed
-from ..storage.tensors import each_tensor, mapped_tensors
+from ..storage.tensors import mapped_tensors
 
 
 def ties(state: Mapping[str, Tensor]) -> dict[str, str]:
@@ -46,18 +46,16 @@ def check_stored(state: Mapping[str, Tensor], file: Path) -> None:
     check_fit(needed, tensors, file)
 
 
-def as_stored(state: Mapping[str, Tensor], file: Path) -> Iterator[tuple[str, Tensor]]:
-    """Return the tensors of a file under all names that they have in a model, one after the other."""
+def as_stored(state: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
+    """Return the tensors of a file under all names that they have in a model."""
     names = _names(state)
-    for key, tensor in each_tensor(file):
-        for name in names[key]:
-            yield name, tensor
+    return {name: tensor for key, tensor in mapped_tensors(file).items() for name in names[key]}
 
 
 def copy_into(state: Mapping[str, Tensor], file: Path) -> None:
     """Copy the tensors of a file, which fit, into those of a model."""
     with torch.no_grad():
-        for key, tensor in each_tensor(file):
+        for key, tensor in mapped_tensors(file).items():
             state[key].copy_(tensor)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from ..base.extras import require
 from ..declare.spec import LinkSpec
@@ -17,7 +17,7 @@ from ..link.cross_attention import GatedCrossAttention
 from ..storage.files import read_json
 from ..tower import Tower
 from ..tower.load import kernels_in
-from .layout import ADAPTER_CONFIG, WEIGHTS
+from .layout import ADAPTER_CONFIG
 
 COUNTS = re.compile(r"layer|expert|label|block|depth|^num_")
 MODULES, RANK, BUFFERS = 1024, 64, 1 << 24
@@ -28,35 +28,33 @@ PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "modules_to_s
 PATTERN_KEYS = ("rank_pattern", "alpha_pattern")
 
 
-def check_model(folder: Path) -> None:
+def check_model(folder: Path, tensors: int, stored: int) -> None:
     """Check that transformers may load a stored tower.
 
     Nothing but safetensors in this folder may be read, no code may come from elsewhere, and the model may
     have no more values than the files can hold.
 
+    Args:
+        folder: The tower's.
+        tensors: How many tensors its files hold.
+        stored: How many bytes they have.
+
     Raises:
         CheckpointError: It may not; the message names the file.
     """
-    if not any((folder / file).exists() for file in (WEIGHTS, f"{WEIGHTS}.index.json")):
-        raise CheckpointError(f"{folder / WEIGHTS} is missing; was the checkpoint wholly copied?")
+    file = folder / "config.json"
     if (folder / ADAPTER_CONFIG).exists():
         raise CheckpointError(f"{folder / ADAPTER_CONFIG} has no place there; adapters stand in adapter/")
-    files = _weight_files(folder)
-    tensors = sum(len(_shapes(file)) for file in files)
-    config = read_json(folder / "config.json")
+    config = read_json(file)
     if kernels := kernels_in(config):
-        raise CheckpointError(
-            f"{folder / 'config.json'} asks for the kernels {kernels!r}, which may be code of others"
-        )
+        raise CheckpointError(f"{file} asks for the kernels {kernels!r}, which may be code of others")
     for key, value in _settings(config):
         if COUNTS.search(key) and _is_count(value) and value > max(tensors, MODULES):
-            raise CheckpointError(
-                f"{folder / 'config.json'} says {key}={value}, but there are only {tensors} tensors"
-            )
-    _check_values(folder, sum(file.stat().st_size for file in files))
+            raise CheckpointError(f"{file} says {key}={value}, but there are only {tensors} tensors")
+    _check_values(folder, stored)
 
 
-def check_adapter(file: Path, config: Mapping[str, Any], weights: Path) -> None:
+def check_adapter(file: Path, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
     """Check that a peft config asks for no larger adapters than are stored, and no endless pattern.
 
     Args:
@@ -67,7 +65,7 @@ def check_adapter(file: Path, config: Mapping[str, Any], weights: Path) -> None:
     Raises:
         CheckpointError: It does.
     """
-    most = max([RANK, *(size for shape in _shapes(weights).values() for size in shape)])
+    most = max([RANK, *(size for tensor in weights.values() for size in tensor.shape)])
     ranks = [
         value
         for key in SETTINGS_OF_RANK
@@ -120,30 +118,12 @@ def check_links(links: Mapping[str, LinkSpec], towers: Mapping[str, Tower], stor
             )
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """Return the files that transformers will read; an index may name no others than those beside it."""
-    if (folder / WEIGHTS).exists():
-        return [folder / WEIGHTS]
-    index = folder / f"{WEIGHTS}.index.json"
-    places = read_json(index).get("weight_map")
-    names = set(places.values()) if isinstance(places, dict) and _are_names(places) else set()
-    beside = {file.name for file in folder.glob("*.safetensors")}
-    if not names or not names <= beside:
-        wrong = ", ".join(sorted(names - beside)) or "none"
-        raise CheckpointError(f"{index} names files that are not beside it ({wrong}); was it wholly copied?")
-    return [folder / name for name in sorted(names)]
-
-
-def _are_names(places: Mapping[str, Any]) -> bool:
-    return all(isinstance(place, str) for place in places.values())
-
-
 def _check_values(folder: Path, stored: int) -> None:
     """Build a stored model without memory for its values, and count them."""
     transformers = require("transformers", "transformers")
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        with torch.device("meta"):
+        with require("transformers.initialization", "transformers").no_init_weights(), torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except ImportError:
         raise
@@ -176,13 +156,3 @@ def _settings(data: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _shapes(file: Path) -> dict[str, list[int]]:
-    try:
-        with safe_open(file, framework="pt") as stored:
-            return {key: stored.get_slice(key).get_shape() for key in stored.keys()}  # noqa: SIM118  # no mapping
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{file} is missing; was the checkpoint wholly copied?") from error
-    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{file} is damaged or half-written: {error}") from error

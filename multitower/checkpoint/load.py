@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -15,15 +14,12 @@ from ..errors import CheckpointError, GraphError, TowerError
 from ..run.fusion import Fusion
 from ..storage.files import FUSION, check_fit
 from ..storage.find import find_checkpoint
-from ..storage.integrity import steadily
 from ..storage.tensors import mapped_tensors
 from ..tower.rollback import unchanged_on_error
 from .assign import assign
-from .layout import LINKS, TOWERS
+from .layout import LINKS, fusion_state, tower_of
 from .limits import check_links
-from .manifest import Checkpoint, Given, for_all_that_share, read_checkpoint, sources, with_sources
-from .pages import page_out
-from .parts import fusion_state, tower_of
+from .manifest import Checkpoint, Given, for_all_that_share, open_checkpoint, sources, with_sources
 from .placement import DeviceMap, as_devices, as_dtype, check_movable, move
 from .towers import Loaded, load_one
 
@@ -32,12 +28,13 @@ F = TypeVar("F", bound=Fusion)
 
 def load_fusion(
     cls: type[F],
-    folder: str | os.PathLike[str],
+    checkpoint: Checkpoint,
     *,
     towers: Mapping[str, Given] | None = None,
     allow_changed_towers: bool | Collection[str] = False,
     dtype: torch.dtype | str | None = None,
     device_map: DeviceMap | None = None,
+    verify: bool = False,
 ) -> F:
     """Load what ``save_pretrained`` wrote.
 
@@ -46,16 +43,17 @@ def load_fusion(
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     tiny_model().save_pretrained(folder + "/fused")
     ...     towers = {"speech": tiny_tower(depth=3, width=12), "text": tiny_tower(depth=2, width=8)}
-    ...     model = load_fusion(mt.FusedModel, folder + "/fused", towers=towers, dtype="bfloat16")
+    ...     model = mt.FusedModel.from_pretrained(folder + "/fused", towers=towers, dtype="bfloat16")
     >>> {parameter.dtype for parameter in model.parameters()}
     {torch.bfloat16}
 
-    All files are checked before anything is loaded, and where loading fails, modules that were given are as
-    they were. Weights are mapped from the files, not copied.
+    Headers, sizes and small files are checked before anything is loaded, samples of each tower's tensors when
+    it is, and every value with ``verify=True``. Where loading fails, modules that were given are as they
+    were. Weights are mapped from the files, not copied.
 
     Args:
         cls: The class of the model.
-        folder: The checkpoint.
+        checkpoint: The checkpoint.
         towers: Where to take towers from instead: a path, a Hub id or a module. Needed for towers that
             are not from transformers; where the checkpoint holds their weights, these are loaded, also into
             a module on the meta device. Where it holds peft adapters, give the model without them; they are
@@ -66,6 +64,7 @@ def load_fusion(
             each tensor keeps its own.
         device_map: Where to put the model: a device, or one for each tower. Links and input adapters go where
             the tower is that they feed. By default towers that are loaded go to the CPU, others stay.
+        verify: Whether to read and compare every byte of the checkpoint, and every value of its towers.
 
     Raises:
         CheckpointError: A file is missing, damaged or of a newer format; tensors are missing, unexpected
@@ -74,49 +73,25 @@ def load_fusion(
         ValueError: A dtype or device is unknown.
         ImportError: A tower has peft adapters, and the extra "lora" is not installed.
     """
-    given = towers or {}
-
-    def load(root: Path) -> F:
-        return _load(cls, root, given, allow_changed_towers, dtype, device_map)
-
-    return steadily(
-        Path(folder), load, again=not any(isinstance(tower, nn.Module) for tower in given.values())
-    )
-
-
-def _load(
-    cls: type[F],
-    root: Path,
-    towers: Mapping[str, Given],
-    allow_changed_towers: bool | Collection[str],
-    dtype: torch.dtype | str | None,
-    device_map: DeviceMap | None,
-) -> F:
-    checkpoint = read_checkpoint(root)
     names = list(checkpoint.records)
     wanted, devices = as_dtype(dtype), as_devices(device_map, names)
     _check_names(allow_changed_towers, names)
-    given = for_all_that_share(checkpoint.records, towers)
-    checkpoint.check_tensors([LINKS, *checkpoint.parts(names)])
-    checkpoint.check_files([*checkpoint.links(), *(f"{TOWERS}/{name}" for name in names)])
+    given = for_all_that_share(checkpoint.records, towers or {})
+    checkpoint.check(names, links=True, verify=verify)
     graph = with_sources(checkpoint.graph, given)
     with unchanged_on_error(each for each in given.values() if isinstance(each, nn.Module)):
-        loaded = _load_towers(checkpoint, graph, given, allow_changed_towers)
+        loaded = _load_towers(checkpoint, graph, given, allow_changed_towers, verify)
         model = _fuse(cls, checkpoint, graph, loaded)
         for name, each in loaded.items():
             check_movable(name, each.tower, wanted, devices.get(name))
     for name, each in loaded.items():
         if "shared_with" not in checkpoint.records[name]:
             each.fill()
-            mapped = not isinstance(given.get(name), nn.Module)
-            move(each.tower.native, wanted, devices.get(name), mapped=mapped)
+            move(each.tower.native, wanted, devices.get(name))
 
     def placed(key: str, tensor: Tensor) -> Tensor:
-        target = model.tower(tower_of(graph, key))
-        moved = tensor.to(device=target.device, dtype=wanted if tensor.is_floating_point() else None)
-        if moved is not tensor:
-            page_out(tensor)
-        return moved
+        device = model.tower(tower_of(graph, key)).device
+        return tensor.to(device=device, dtype=wanted if tensor.is_floating_point() else None)
 
     assign(model, checkpoint.root / LINKS, placed)
     return model.eval()
@@ -129,6 +104,7 @@ def load_tower(
     tower: Given | None = None,
     dtype: torch.dtype | str | None = None,
     device_map: str | int | torch.device | None = None,
+    verify: bool = False,
 ) -> nn.Module:
     """Load one tower of a checkpoint alone, as the ordinary model that it is; nothing else is read.
 
@@ -147,6 +123,7 @@ def load_tower(
         tower: Where to take it from instead, as for ``from_pretrained``.
         dtype: What to convert its weights to.
         device_map: The device to put it on.
+        verify: Whether to read and compare every byte of its files, and every value.
 
     Returns:
         The transformers model, the ``PeftModel`` or the ``Tower``, in eval mode.
@@ -154,35 +131,21 @@ def load_tower(
     Raises:
         CheckpointError: There is no such tower; or see ``load_fusion``.
     """
-
-    def load(root: Path) -> nn.Module:
-        return _load_tower(root, name, tower, dtype, device_map)
-
-    return steadily(find_checkpoint(folder), load, again=not isinstance(tower, nn.Module))
-
-
-def _load_tower(
-    root: Path,
-    name: str,
-    tower: Given | None,
-    dtype: torch.dtype | str | None,
-    device_map: str | int | torch.device | None,
-) -> nn.Module:
-    checkpoint = read_checkpoint(root)
+    checkpoint = open_checkpoint(find_checkpoint(folder))
     if name not in checkpoint.records:
-        raise CheckpointError(f"{root} has no tower {name!r}; the towers are {', '.join(checkpoint.records)}")
+        raise CheckpointError(
+            f"{checkpoint.root} has no tower {name!r}; the towers are {', '.join(checkpoint.records)}"
+        )
     first = checkpoint.records[name].get("shared_with", name)
     wanted, devices = as_dtype(dtype), as_devices(device_map, [first])
-    checkpoint.check_tensors(checkpoint.parts([first]))
-    checkpoint.check_files([f"{TOWERS}/{first}"])
+    checkpoint.check([first], links=False, verify=verify)
     given = {} if tower is None else sources({first: tower})
     spec = with_sources(checkpoint.graph, given).towers[first]
     with unchanged_on_error([tower] if isinstance(tower, nn.Module) else []):
-        loaded = load_one(checkpoint, spec, given.get(first))
+        loaded = load_one(checkpoint, spec, given.get(first), verify=verify)
         check_movable(name, loaded.tower, wanted, devices.get(first))
     loaded.fill()
-    mapped = not isinstance(tower, nn.Module)
-    move(loaded.tower.native, wanted, devices.get(first), mapped=mapped)
+    move(loaded.tower.native, wanted, devices.get(first))
     return loaded.tower.native.eval()
 
 
@@ -199,6 +162,7 @@ def _load_towers(
     graph: FusionGraph,
     given: Mapping[str, str | nn.Module],
     changed: bool | Collection[str],
+    verify: bool,
 ) -> dict[str, Loaded]:
     loaded: dict[str, Loaded] = {}
     errors: list[CheckpointError] = []
@@ -209,7 +173,7 @@ def _load_towers(
         if first is not None:
             continue
         try:
-            loaded[name] = load_one(checkpoint, spec, given.get(name), changed)
+            loaded[name] = load_one(checkpoint, spec, given.get(name), changed, verify=verify)
         except CheckpointError as error:
             errors.append(error)
     if len(errors) == 1:
@@ -221,19 +185,17 @@ def _load_towers(
 
 def _fuse(cls: type[F], checkpoint: Checkpoint, graph: FusionGraph, loaded: Mapping[str, Loaded]) -> F:
     """Return the model, its links still empty, if all that is stored of them fits it."""
-    stored = sum((checkpoint.root / name).stat().st_size for name in checkpoint.links())
-    check_links(graph.links, {name: each.tower for name, each in loaded.items()}, stored)
+    check_links(graph.links, {name: each.tower for name, each in loaded.items()}, checkpoint.stored("links"))
     try:
         model = cls(graph, {name: each.tower for name, each in loaded.items()}, empty=True)
     except (GraphError, TowerError) as error:
         raise CheckpointError(f"{checkpoint.root / FUSION} does not fit its towers: {error}") from error
-    if checkpoint.schedule not in (None, model.schedule.fingerprint):
+    file, state = checkpoint.root / LINKS, fusion_state(model)
+    tensors = mapped_tensors(file)
+    state = {key: each.to(tensors.get(key, each).dtype) for key, each in state.items()}  # not the towers'
+    check_fit(state, tensors, file)
+    if checkpoint.schedule != model.schedule.fingerprint:
         raise CheckpointError(
             f"{checkpoint.root / FUSION} is damaged: the links were trained between other layers than it says"
         )
-    file, state = checkpoint.root / LINKS, fusion_state(model)
-    tensors = mapped_tensors(file)
-    if checkpoint.tensors is not None:  # then dtypes have been checked, and may be others than the towers'
-        state = {key: each.to(tensors.get(key, each).dtype) for key, each in state.items()}
-    check_fit(state, tensors, file)
     return model

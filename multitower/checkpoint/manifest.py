@@ -7,20 +7,30 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from torch import nn
 
 from ..declare.graph import FusionGraph
 from ..errors import CheckpointError
+from ..storage.atomic import current
 from ..storage.files import FUSION
 from ..storage.find import as_declared
-from ..storage.integrity import FILES, check_files, read_sealed
+from ..storage.integrity import FILES, Files, check_files, read_manifest
 from ..storage.tensors import Inventory, inventory
-from .layout import ADAPTER_WEIGHTS, LINKS, TOWERS, WEIGHTS, adapter_folder, is_links
-from .migrate import migrated
+from .layout import ADAPTER_WEIGHTS, LINKS, TOWERS, WEIGHTS, adapter_folder
 
 Records = dict[str, dict[str, Any]]
+RECORD = {
+    "depth": (int,),
+    "width": (int,),
+    "embedded": (bool,),
+    "revision": (str, NoneType),
+    "fingerprint": (str,),
+    "values": (str,),
+}
+"""What is said of each tower that is not the model of another, and of which types it may be."""
 Given = str | os.PathLike[str] | nn.Module
 """What a caller may name as a tower."""
 
@@ -33,78 +43,78 @@ class Checkpoint:
         root: The folder.
         graph: The declaration, as ``FusionGraph.to_dict`` gives it.
         records: What is said of each tower; one that shares the model of another comes after it.
-        tensors: What is in each file with tensors; None where an older version of the format does not say.
-        schedule: The fingerprint of the schedule, or None.
-        document: All that it says.
+        modalities: What is said of the modality of each tower that has one.
+        tensors: What is in each file with tensors.
+        schedule: The fingerprint of the schedule.
+        files: Size and SHA-256 of each file.
     """
 
     root: Path
     graph: dict[str, Any]
     records: Records
-    tensors: dict[str, Inventory] | None
-    schedule: str | None
-    document: dict[str, Any]
+    modalities: Records
+    tensors: dict[str, Inventory]
+    schedule: str
+    files: Files
 
-    def parts(self, towers: Iterable[str]) -> list[str]:
-        """Name the files with tensors of some towers."""
-        return [part for name in towers for part in parts_of(name, self.records[name])]
-
-    def links(self) -> list[str]:
-        """Name the files of the links, those that are there and those that should be."""
-        present = (path.name for path in self.root.iterdir())
-        return sorted({name for name in (*present, *self.document.get(FILES, ())) if is_links(name)})
-
-    def check_files(self, parts: Iterable[str]) -> None:
-        """Check that files and folders are as they were saved; see ``integrity.check_files``."""
-        check_files(self.root, self.document, parts)
-
-    def check_tensors(self, parts: list[str]) -> None:
-        """Check that files hold the tensors that they should, from their headers alone.
+    def check(self, towers: Iterable[str], *, links: bool, verify: bool) -> None:
+        """Check the files of some towers, and of the links if asked, by their headers, then by their bytes.
 
         Raises:
-            CheckpointError: They do not; all that is wrong, in whichever of the files, is listed.
+            CheckpointError: They are not as they were saved; all that is wrong is listed.
         """
         problems: list[str] = []
-        for part in parts:
+        towers = list(towers)
+        for part in [LINKS] * links + parts_of(self.records, towers):
             try:
                 found = inventory(self.root / part)
             except CheckpointError as error:
                 problems.append(str(error))
                 continue
-            if self.tensors is not None:
-                problems += [f"{part}: {each}" for each in _differences(self.tensors[part], found)]
+            problems += [f"{part}: {each}" for each in _differences(self.tensors[part], found)]
         if problems:
             raise CheckpointError(f"{self.root} is not as it was saved:\n  " + "\n  ".join(problems))
+        parts = ("links",) * links + tuple(f"{TOWERS}/{name}/" for name in towers)
+        check_files(self.root, self.files, parts, verify=verify)
+
+    def stored(self, beginning: str) -> int:
+        """Return how many bytes the files with tensors have whose paths begin in one way."""
+        names = (name for name in self.files if name.startswith(beginning) and name.endswith(".safetensors"))
+        return sum(self.files[name]["bytes"] for name in names)
 
 
-def parts_of(name: str, record: Mapping[str, Any]) -> list[str]:
-    """Name the files with tensors that a checkpoint holds for a tower.
+def parts_of(records: Mapping[str, Mapping[str, Any]], towers: Iterable[str]) -> list[str]:
+    """Name the files with tensors that a checkpoint holds for some towers.
 
-    >>> parts_of("text", {"embedded": True, "adapters": {"default": "..."}})
+    >>> parts_of({"text": {"embedded": True, "adapters": ["default"]}}, ["text"])
     ['towers/text/model.safetensors', 'towers/text/adapter/adapter_model.safetensors']
     """
-    parts = [f"{TOWERS}/{name}/{WEIGHTS}"] if record.get("embedded") else []
-    adapters = [adapter_folder(adapter) for adapter in record.get("adapters", {})]
-    return parts + [f"{TOWERS}/{name}/{folder}/{ADAPTER_WEIGHTS}" for folder in adapters]
+    parts = []
+    for name in towers:
+        parts += [f"{TOWERS}/{name}/{WEIGHTS}"] if records[name].get("embedded") else []
+        adapters = map(adapter_folder, records[name].get("adapters", ()))
+        parts += [f"{TOWERS}/{name}/{adapter}/{ADAPTER_WEIGHTS}" for adapter in adapters]
+    return parts
 
 
-def read_checkpoint(root: Path) -> Checkpoint:
-    """Read ``fusion.json``.
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Read ``fusion.json``, once for all that is done with a checkpoint.
 
     Raises:
         CheckpointError: It is missing, damaged, or of a newer version of the format.
     """
-    document = migrated(read_sealed(root), root / FUSION)
+    root = current(folder)
+    document = read_manifest(root)
     try:
         graph = FusionGraph.from_dict(document["graph"]).to_dict()
         records = _records(graph, document["towers"])
-        tensors, schedule = document["tensors"], document["schedule"]
-        checkpoint = Checkpoint(root, graph, records, tensors, schedule and schedule["fingerprint"], document)
-        if tensors is not None and not _are_inventories(tensors, [LINKS, *checkpoint.parts(records)]):
+        tensors, schedule = document["tensors"], document["schedule"]["fingerprint"]
+        modalities = _modalities(records, document["modalities"])
+        if not _are_inventories(tensors, [LINKS, *parts_of(records, records)]):
             raise ValueError("it does not say which tensors there are")
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{root / FUSION} is damaged: {error!r}") from error
-    return checkpoint
+    return Checkpoint(root, graph, records, modalities, tensors, schedule, document[FILES])
 
 
 def for_all_that_share(
@@ -158,19 +168,30 @@ def _records(graph: Mapping[str, Any], towers: Mapping[str, Any]) -> Records:
     for spec in graph["towers"]:
         name = spec["name"]
         records[name] = record = dict(towers[name])
-        first = record.get("shared_with")
-        if first is not None:
+        if "shared_with" in record:
+            first = record["shared_with"]
             if first == name or "shared_with" in records[first]:
                 raise KeyError(f"tower {name!r} cannot share the model of {first!r}")
             continue
-        if not isinstance(record.get("fingerprint"), str):
-            raise KeyError(f"tower {name!r} has no fingerprint")
-        if not isinstance(record.get("adapters", {}), dict):
+        wrong = [key for key, kinds in RECORD.items() if type(record.get(key)) not in kinds]
+        if wrong:
+            raise ValueError(f"tower {name!r}: it does not say {', '.join(wrong)}")
+        adapters, active = record.get("adapters", ()), record.get("active_adapters", ())
+        if "adapters" in record and not (isinstance(adapters, list) and isinstance(active, list) and active):
             raise ValueError(f"tower {name!r}: it does not say which peft adapters there are")
-        for adapter in record.get("adapters", {}):
-            if not re.fullmatch(r"\w[\w .-]*", adapter):
-                raise KeyError(f"tower {name!r} cannot have adapters {adapter!r}")
+        for adapter in (*adapters, *active):
+            if not re.fullmatch(r"\w[\w .-]*", adapter) or adapter not in adapters:
+                raise ValueError(f"tower {name!r} cannot have adapters {adapter!r}")
     return records
+
+
+def _modalities(records: Records, modalities: Any) -> Records:
+    for name, record in modalities.items():
+        if name not in records or type(record["modality"]) is not str:
+            raise ValueError(f"modality of tower {name!r}: {record!r}")
+        if not all(isinstance(record[key], str | None) for key in ("package", "version")):
+            raise ValueError(f"modality of tower {name!r}: {record!r}")
+    return dict(modalities)
 
 
 def _are_inventories(tensors: Any, parts: list[str]) -> bool:

@@ -9,20 +9,14 @@ from __future__ import annotations
 import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
 
-from ..declare.spec import is_name
 from ..errors import CheckpointError, PluginError
 from ..plugins.entry_points import describe, modality_class
 from ..plugins.modality import Modality
 from ..run.fusion import Fusion
-from ..storage.files import FUSION
-from ..storage.integrity import check_files, read_sealed
-
-MODALITIES = "modalities"
-
-Records = dict[str, dict[str, str | None]]
-"""By tower: "modality", "package" and "version", the latter two None where no package offers the class."""
+from ..storage.integrity import check_files
+from .layout import MODALITIES
+from .manifest import Checkpoint, Records, open_checkpoint
 
 
 def check_modalities(model: Fusion, modalities: Mapping[str, Modality]) -> None:
@@ -79,7 +73,7 @@ def keep_modalities(old: Path, new: Path, towers: Collection[str]) -> Records:
     """
     if not (old / MODALITIES).is_dir():
         return {}
-    records = read_records(old)
+    records = open_checkpoint(old).modalities
     gone = set(records) - set(towers)
     for entry in (old / MODALITIES).iterdir():
         place = new / MODALITIES / entry.name
@@ -93,44 +87,28 @@ def keep_modalities(old: Path, new: Path, towers: Collection[str]) -> Records:
     return {name: record for name, record in records.items() if name in towers}
 
 
-def read_records(folder: Path) -> Records:
-    """Read which modalities a checkpoint has.
-
-    Raises:
-        CheckpointError: ``fusion.json`` is missing or damaged.
-    """
-    return _records_of(read_sealed(folder), folder)
-
-
-def _records_of(data: Mapping[str, Any], folder: Path) -> Records:
-    found, towers = data.get("modalities", {}), data.get("towers")
-    if not isinstance(found, dict) or not isinstance(towers, dict):
-        raise CheckpointError(f"{folder / FUSION} is damaged: it does not say which towers have modalities")
-    for name, record in found.items():
-        if name not in towers or not is_name(name) or not _is_record(record):
-            raise CheckpointError(f"{folder / FUSION} is damaged: modality of tower {name!r}: {record!r}")
-    return found
-
-
-def load_modalities(folder: Path, but: Collection[str] = ()) -> dict[str, Modality]:
+def load_modalities(
+    checkpoint: Checkpoint, but: Collection[str] = (), *, verify: bool = False
+) -> dict[str, Modality]:
     """Load the modalities that a checkpoint has, through the plugins that are installed.
 
     Args:
-        folder: The checkpoint.
+        checkpoint: The checkpoint.
         but: Towers whose modalities are not wanted.
+        verify: Whether to compare every byte of their files.
 
     Raises:
         PluginError: The plugin of a modality is not installed, or broken.
         CheckpointError: A file is missing or damaged.
     """
     loaded: dict[str, Modality] = {}
-    data = read_sealed(folder)
-    for name, record in _records_of(data, folder).items():
+    folder = checkpoint.root
+    for name, record in checkpoint.modalities.items():
         if name in but:
             continue
-        check_files(folder, data, [f"{MODALITIES}/{name}"])
+        check_files(folder, checkpoint.files, (f"{MODALITIES}/{name}/",), verify=verify)
         try:
-            kind = modality_class(str(record["modality"]), record["package"])
+            kind = modality_class(record["modality"], record["package"])
         except PluginError as error:
             raise PluginError(
                 f"{folder}, tower {name!r}: {error}; or give a modality yourself, with "
@@ -145,12 +123,3 @@ def load_modalities(folder: Path, but: Collection[str] = ()) -> dict[str, Modali
                 f"{folder / MODALITIES / name} is damaged: {type(error).__name__}: {error}"
             ) from error
     return loaded
-
-
-def _is_record(found: Any) -> bool:
-    return (
-        isinstance(found, dict)
-        and set(found) >= {"modality", "package", "version"}
-        and isinstance(found["modality"], str)
-        and all(isinstance(found[key], str | None) for key in ("package", "version"))
-    )

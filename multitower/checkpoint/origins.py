@@ -15,8 +15,8 @@ from ..storage.find import hub_id, is_path
 from ..tower import Tower
 from ..tower.load import from_source, revision_of
 from ..tower.peft_tower import base_model, base_state
-from ..tower.quantised import quantisation_of
-from .parts import whole
+from ..tower.weights import quantisation_of
+from .layout import whole
 
 
 def is_to_be_stored(model: Fusion, name: str, embed_towers: bool) -> bool:
@@ -47,15 +47,10 @@ def is_to_be_stored(model: Fusion, name: str, embed_towers: bool) -> bool:
 
 
 def check_reference(root: Path, spec: TowerSpec, *, on_hub: bool) -> None:
-    """Check that what a checkpoint refers to may be there; a folder is never asked of the Hub.
-
-    Args:
-        root: The checkpoint.
-        spec: The tower.
-        on_hub: Whether its source may be an id on the Hub.
+    """Check that a folder that a checkpoint refers to is here, for it is never asked of the Hub.
 
     Raises:
-        CheckpointError: It is a folder that is not here.
+        CheckpointError: It is not.
     """
     source = spec.source
     if source is None or "://" in source or os.path.isdir(source) or (on_hub and hub_id(source)):

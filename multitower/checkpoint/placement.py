@@ -11,9 +11,7 @@ from torch import nn
 
 from ..errors import CheckpointError
 from ..tower import Tower
-from ..tower.offload import is_offloaded
-from ..tower.quantised import quantisation_of
-from .pages import page_out
+from ..tower.weights import is_offloaded, quantisation_of
 
 DeviceMap = str | int | torch.device | Mapping[str, str | int | torch.device]
 
@@ -74,10 +72,8 @@ def check_movable(name: str, tower: Tower, dtype: torch.dtype | None, device: to
 
 
 @torch.no_grad()
-def move(
-    module: nn.Module, dtype: torch.dtype | None, device: torch.device | None, *, mapped: bool = False
-) -> None:
-    """Return a model a device and a dtype, one tensor after the other.
+def move(module: nn.Module, dtype: torch.dtype | None, device: torch.device | None) -> None:
+    """Put a model on a device and into a dtype, one tensor after the other.
 
     Tensors that are not saved, as tables of rotary positions, keep their dtype, and so does what a model of
     transformers keeps in float32.
@@ -86,18 +82,13 @@ def move(
         module: The model.
         dtype: Its new dtype; None for that which it has.
         device: Its new device; None for where it is.
-        mapped: Whether its tensors are views of files, and may leave memory once they have been converted:
-            the small ones first, so that there is room for the large ones.
     """
     if dtype is not None:
         saved, kept = set(module.state_dict()), _kept_in_float32(module, dtype)
-        tensors = [*module.named_parameters(), *module.named_buffers()]
-        for name, tensor in sorted(tensors, key=lambda pair: pair[1].nbytes):
+        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
             if tensor.is_floating_point() and (name in saved or isinstance(tensor, nn.Parameter)):
                 wanted = torch.float32 if any(re.search(each, name) for each in kept) else dtype
-                old, tensor.data = tensor.data, tensor.data.to(device=device, dtype=wanted)
-                if mapped and old is not tensor.data:
-                    page_out(old)
+                tensor.data = tensor.data.to(device=device, dtype=wanted)
     if device is not None:
         module.to(device)
     config: Any = getattr(module, "config", None)

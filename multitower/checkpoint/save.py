@@ -13,7 +13,6 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..base.logs import logger
-from ..base.version import __version__
 from ..compile.towers import shared_with
 from ..errors import CheckpointError
 from ..plugins.modality import Modality
@@ -21,21 +20,20 @@ from ..run.fusion import Fusion
 from ..storage.atomic import replacing
 from ..storage.files import FUSION
 from ..storage.find import is_path
-from ..storage.fingerprint import fingerprint
-from ..storage.integrity import write_sealed
+from ..storage.fingerprint import fingerprint, sampled_fingerprint
+from ..storage.integrity import is_part, write_manifest
 from ..storage.tensors import inventory, size_in_bytes, write_tensors
 from ..tower import Tower
 from ..tower.load import revision_of
-from ..tower.offload import is_offloaded
 from ..tower.peft_tower import base_model, base_state, is_peft_model
-from ..tower.quantised import can_be_stored, quantisation_of
+from ..tower.weights import can_be_stored, is_offloaded, quantisation_of
 from .adapters import save_adapters
 from .assign import ties
-from .layout import ADAPTER, FORMAT_VERSION, LINKS, MAX_SHARD_SIZE, TOWERS, WEIGHTS, is_links
-from .manifest import parts_of
-from .modalities import MODALITIES, Records, check_modalities, keep_modalities, write_modalities
+from .layout import ADAPTER, LINKS, MAX_SHARD_SIZE, TOWERS, WEIGHTS, fusion_state, whole
+from .manifest import Records, parts_of
+from .modalities import check_modalities, keep_modalities, write_modalities
 from .origins import is_to_be_stored
-from .parts import fusion_state, whole
+from .proof import write_proof
 
 
 def save_pretrained(
@@ -116,10 +114,8 @@ def _described(model: Fusion, records: Mapping[str, Mapping[str, Any]]) -> Itera
             yield f"{name} is referred to, {source}" + (f" at {revision}" if revision else "")
 
 
-def _write(
-    model: Fusion, folder: Path, embed_towers: bool, modalities: Records, limit: int
-) -> dict[str, dict[str, Any]]:
-    records: dict[str, dict[str, Any]] = {}
+def _write(model: Fusion, folder: Path, embed_towers: bool, modalities: Records, limit: int) -> Records:
+    records: Records = {}
     shared = shared_with({name: model.tower(name) for name in model.graph.towers})
     for name in model.graph.towers:
         if name in shared:
@@ -137,25 +133,23 @@ def _write(
             "width": model.tower(name).width,
             "revision": revision_of(base_model(native)),
             "embedded": embedded,
-            "fingerprint": fingerprint(state),
+            "fingerprint": sampled_fingerprint(state),
+            "values": fingerprint(state),
+            "proof": write_proof(model.tower(name)),
         }
         if embedded:
             _save_model(base_model(native), state, place, limit)
         if is_peft_model(native):
             records[name] |= save_adapters(name, native, place / ADAPTER)
     write_tensors(fusion_state(model), folder / LINKS, limit)
-    parts = [LINKS, *(part for name, record in records.items() for part in parts_of(name, record))]
     document = {
-        "format_version": FORMAT_VERSION,
-        "multitower": __version__,
         "graph": model.graph.to_dict(),
         "schedule": {"fingerprint": model.schedule.fingerprint},
         "towers": records,
         "modalities": modalities,
-        "tensors": {part: inventory(folder / part) for part in parts},
+        "tensors": {part: inventory(folder / part) for part in [LINKS, *parts_of(records, records)]},
     }
-    links = sorted(path.name for path in folder.iterdir() if is_links(path.name))
-    write_sealed(folder, document, [*links, TOWERS, MODALITIES])
+    write_manifest(folder, document)
     _let_read(folder)
     return records
 
@@ -194,7 +188,7 @@ def _save_model(model: Any, state: dict[str, Tensor], folder: Path, limit: int) 
 def _keep_others(old: Path, new: Path) -> None:
     """Copy what a user keeps beside a checkpoint, such as a README."""
     for entry in old.iterdir():
-        if entry.name not in (FUSION, TOWERS, MODALITIES) and not is_links(entry.name):
+        if entry.name != FUSION and not is_part(entry.name):
             if entry.is_dir():
                 shutil.copytree(entry, new / entry.name, symlinks=True)
             else:

@@ -12,16 +12,16 @@ from torch import nn
 
 from ..declare.spec import TowerSpec
 from ..errors import CheckpointError, TowerError
-from ..storage.fingerprint import same_fingerprint
+from ..storage.fingerprint import fingerprint, sampled_fingerprint
 from ..tower import Tower, TransformersTower, as_tower
 from ..tower.peft_tower import base_state
 from .adapters import load_adapters
 from .assign import as_stored, assign, check_real, check_stored, convert_dtypes, copy_into, restore_dtypes
-from .layout import ADAPTER, TOWERS, WEIGHTS
+from .layout import ADAPTER, TOWERS, WEIGHTS, whole
 from .limits import check_model
 from .manifest import Checkpoint
 from .origins import check_reference, ways_out
-from .parts import whole
+from .proof import read_proof
 
 
 class Loaded(NamedTuple):
@@ -36,6 +36,8 @@ def load_one(
     spec: TowerSpec,
     given: str | nn.Module | None,
     changed: bool | Collection[str] = False,
+    *,
+    verify: bool = False,
 ) -> Loaded:
     """Load a tower, from what is given, else from the checkpoint, else from where it came from.
 
@@ -44,26 +46,28 @@ def load_one(
         spec: Its declaration.
         given: A path, a Hub id or a module, or None.
         changed: Whether another tower than the one that was saved will do, for all or for those named.
+        verify: Whether to compare all of its values, and not a sample.
 
     Raises:
         CheckpointError: It cannot be had, does not fit, or is another one.
     """
     name, record = spec.name, checkpoint.records[spec.name]
     place = checkpoint.root / TOWERS / name
-    stored = place if record.get("embedded") else None
+    stored = place if record["embedded"] else None
     origin = spec.source if given is None else given
     if stored is not None and given is None and (stored / "config.json").exists():
-        check_model(stored)
-        origin = str(stored)
+        tensors = checkpoint.tensors[f"{TOWERS}/{name}/{WEIGHTS}"]
+        check_model(stored, len(tensors), checkpoint.stored(f"{TOWERS}/{name}/model"))
+        origin, mixed = str(stored), len({each.partition(" ")[0] for each in tensors.values()}) > 1
     referred = given is None and stored is None
     if referred:
-        check_reference(checkpoint.root, spec, on_hub=record.get("revision", "") is not None)
-    revision = record.get("revision") if given is None and origin == spec.source else None
+        check_reference(checkpoint.root, spec, on_hub=record["revision"] is not None)
+    revision = record["revision"] if given is None and origin == spec.source else None
     file = None if stored is None else stored / WEIGHTS
 
     steps: list[Callable[[nn.Module], nn.Module]] = []
     if file is not None and origin == str(stored):
-        steps.append(functools.partial(restore_dtypes, file))
+        steps += [functools.partial(restore_dtypes, file)] * mixed
     elif file is not None and given is None:
         steps.append(functools.partial(convert_dtypes, file))
     if spec.train == "lora" or "adapters" in record:
@@ -74,7 +78,8 @@ def load_one(
 
     try:
         _fill_empty(name, origin, file)
-        tower = as_tower(name, origin, prepare if steps else None, revision=revision)
+        proof = None if verify or given is not None or "adapters" in record else read_proof(record)
+        tower = as_tower(name, origin, prepare if steps else None, revision=revision, proof=proof)
     except (TowerError, CheckpointError) as error:
         advice = f"; {ways_out(name)}" if referred and spec.source is not None else ""
         raise CheckpointError(f"{checkpoint.root}: {error}{advice}") from error
@@ -90,12 +95,15 @@ def load_one(
         raise CheckpointError(
             f"tower {name!r} is on the meta device, and the checkpoint has no values for it"
         )
+    digest, expected = (
+        (fingerprint, record["values"]) if verify else (sampled_fingerprint, record["fingerprint"])
+    )
     if file is not None and not isinstance(tower, TransformersTower):
         check_stored(state, file)
-        if not same_fingerprint(as_stored(state, file), record["fingerprint"]):
+        if digest(as_stored(state, file)) != expected:
             raise CheckpointError(f"{file} holds other values than those that were saved for tower {name!r}")
         return Loaded(tower, functools.partial(copy_into, state, file))
-    if not same_fingerprint(state, record["fingerprint"]):
+    if digest(state) != expected:
         _refuse(name, origin, own=origin == str(stored), allowed=changed)
     return Loaded(tower)
 
@@ -109,7 +117,7 @@ def _fill_empty(name: str, origin: str | nn.Module | None, file: Path | None) ->
 
 
 def _check_size(name: str, record: dict[str, object], tower: Tower) -> None:
-    sizes = {key: getattr(tower, key) for key in ("depth", "width") if record.get(key) is not None}
+    sizes = {key: getattr(tower, key) for key in ("depth", "width")}
     wrong = [f"{key} {size}, not {record[key]}" for key, size in sizes.items() if size != record[key]]
     if wrong:
         raise CheckpointError(
@@ -123,7 +131,7 @@ def _refuse(name: str, origin: object, *, own: bool, allowed: bool | Collection[
     if not own and (allowed is True or (not isinstance(allowed, bool) and name in allowed)):
         warnings.warn(
             f"{what} is not the one that this checkpoint was made with; the links were trained with another",
-            stacklevel=9,
+            stacklevel=6,
         )
         return
     raise CheckpointError(

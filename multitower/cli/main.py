@@ -1,14 +1,19 @@
-"""The command line: ``multitower modalities`` and ``multitower new-modality``."""
+"""The command line: ``multitower modalities``, ``multitower new-modality`` and ``multitower verify``."""
 
 from __future__ import annotations
 
 import argparse
 import shlex
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..base.version import __version__
+from ..checkpoint.manifest import open_checkpoint
+from ..errors import CheckpointError
 from ..plugins.entry_points import MODALITIES, TOWERS, Plugin, installed
+from ..storage.find import find_checkpoint
+from ..storage.integrity import check_files
 from .new_modality import new_modality
 
 
@@ -40,6 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     new = commands.add_parser("new-modality", help="write a small package with a modality, to start from")
     new.add_argument("name", help="what kind of data it is, in lower case, as in: smell")
     new.add_argument("--folder", type=Path, help="where to write it (default: multitower-NAME)")
+    check = commands.add_parser(
+        "verify", help="read every byte of a checkpoint, and compare it with its checksum"
+    )
+    check.add_argument("folder", help="the checkpoint, or its id on the Hub")
     options = parser.parse_args(arguments)
     if options.command is None:
         parser.print_help()
@@ -49,11 +58,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print()
         print(_table("tower loader", "for sources", installed(TOWERS), _source))
         return 0
+    if options.command == "verify":
+        return _verify(options.folder)
     try:
         folder = new_modality(options.name, options.folder)
     except (ValueError, OSError) as error:
         new.error(str(error))
     print(f"wrote {folder}; next: cd {shlex.quote(str(folder))} && pip install -e '.[dev]' && pytest")
+    return 0
+
+
+def _verify(folder: str) -> int:
+    try:
+        checkpoint = open_checkpoint(find_checkpoint(folder))
+        checkpoint.check(checkpoint.records, links=True, verify=True)
+        check_files(checkpoint.root, checkpoint.files, ("modalities/",), verify=True)
+    except CheckpointError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(f"{checkpoint.root} is as it was saved, every byte of {len(checkpoint.files)} files")
+    records = checkpoint.records.items()
+    if others := [name for name, record in records if not record.get("embedded", True)]:
+        print(f"not in it, and compared by from_pretrained(folder, verify=True): {', '.join(others)}")
     return 0
 
 

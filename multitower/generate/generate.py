@@ -16,11 +16,9 @@ from torch.nn.utils.rnn import pad_sequence
 from ..batch.collate import Example, Segment, check_examples, make_streams, place_in_time
 from ..run.fusion import Fusion
 from ..run.room import bounded, check_room
-from ..tower import Tower
-from ..tower.offload import execution_device
+from ..tower.decode_transformers import FOR_SPEED
 from ..tower.probe import evaluated
-from .grouping import alike_when_padded, check_batches, groups, length_limit, most_new
-from .options import as_ids, begin_token, check_named, check_options, filled, given, options_of
+from .options import STOPS, Options, Settings, check_batches, check_named, check_shared, groups, settle
 from .tap_cache import TapCache, TapReader
 from .together import check_stepwise, decode_together
 
@@ -30,15 +28,15 @@ Entry = str | tuple[str, ...]
 Policy = Callable[[Example], Entry | None]
 """Called with an example as it stands; says what to decode next, or None when it is complete."""
 
+Prompt = tuple[Tensor, Tensor]
+"""The tokens of one row's earlier segments of a tower, then the begin token, and their times."""
+
 Decoded = list[list[Segment | tuple[Segment, ...]]]
 
 
 @torch.no_grad()
 def generate(
-    model: Fusion,
-    examples: Sequence[Example],
-    output: Sequence[Entry] | Policy,
-    options: Mapping[str, Any],
+    model: Fusion, examples: Sequence[Example], output: Sequence[Entry] | Policy, options: Options
 ) -> Decoded:
     """Decode a segment for each entry of ``output``; see ``FusedModel.generate``.
 
@@ -48,52 +46,149 @@ def generate(
     """
     check_given(examples, {name: model.tower(name).vocab_size for name in model.towers})
     check_named(options, model.graph.towers)
-    rows = [list(example) for example in examples]
-    with evaluated(model):
-        if callable(output):
-            return _follow(model, rows, output, options)
-        _check_output(model, output, options, len(rows))
-        cache = TapCache.fill(model, make_streams(rows), _names(output))
-        decoded: Decoded = []
-        for number, entry in enumerate(output, 1):
-            _check_room(model, dict(enumerate(rows)), entry)
-            new = _decode(model, cache, rows, entry, options)
-            decoded = [[*row, each] for row, each in zip(decoded or [[] for _ in new], new, strict=True)]
-            if number < len(output):
-                rows = [[*row, each] for row, each in zip(rows, new, strict=True)]
-                cache = _after(model, cache, rows, [entry])
-        return decoded
-
-
-def _follow(
-    model: Fusion, examples: Sequence[Example], policy: Policy, options: Mapping[str, Any]
-) -> Decoded:
-    """Decode what a policy asks for, rows that want the same together, until it wants no more."""
+    plan = {} if callable(output) else _plan(model, output, options, len(examples))
+    targets = list(model.towers) if callable(output) else _names(output)
     rows: Decoded = [list(example) for example in examples]
-    cache = TapCache.fill(model, make_streams(rows), list(model.towers))
-    going = list(range(len(rows)))
-    while going:
-        wanted: dict[Entry, list[int]] = {}
-        for row in going:
-            entry = policy(rows[row])
-            if entry is not None:
-                wanted.setdefault(entry, []).append(row)
-        decoded: dict[int, Segment | tuple[Segment, ...]] = {}
-        stopped = len(rows) > sum(map(len, wanted.values()))
-        check_batches(len(wanted) + stopped, options)
-        for entry, chosen in wanted.items():
-            _check_output(model, [entry], options, len(chosen))
-            _check_room(model, {row: rows[row] for row in chosen}, entry)
-            new = _decode(model, cache.of_rows(chosen), [rows[row] for row in chosen], entry, options)
-            if len(new) > len(chosen):
-                raise ValueError("num_return_sequences > 1 needs output=[...] with a single tower")
-            decoded |= zip(chosen, new, strict=True)
-        for row, each in decoded.items():
-            rows[row].append(each)
-        going = sorted(decoded)
-        if going:
-            cache = _after(model, cache, rows, list(wanted))
+    going, asked = list(range(len(rows))), list[list[Entry]]()
+    with evaluated(model):
+        cache = TapCache.fill(model, make_streams(rows), targets)
+        while wanted := _ask(output, len(asked), rows, going):
+            going = sorted(row for chosen in wanted.values() for row in chosen)
+            check_batches(len(wanted) + (len(going) < len(rows)), options)
+            if asked:
+                cache = _after(model, cache, rows, asked[-1])
+            asked.append(list(wanted))
+            for entry, chosen in wanted.items():
+                if entry not in plan:
+                    plan |= _plan(model, [entry], options, len(examples), several=True)
+                new = _decode(model, cache, {row: rows[row] for row in chosen}, entry, plan[entry])
+                if len(new) > len(chosen):
+                    return [[each] for each in new]
+                for row, each in zip(chosen, new, strict=True):
+                    rows[row].append(each)
     return [row[len(example) :] for row, example in zip(rows, examples, strict=True)]
+
+
+def _ask(
+    output: Sequence[Entry] | Policy, step: int, rows: Sequence[Example], going: Sequence[int]
+) -> dict[Entry, list[int]]:
+    """Return what is to be decoded next, each with the rows that want it."""
+    if not callable(output):
+        return {entry: list(going) for entry in output[step : step + 1]}
+    wanted: dict[Entry, list[int]] = {}
+    for row in going:
+        entry = output(rows[row])
+        if entry is not None:
+            wanted.setdefault(entry, []).append(row)
+    return wanted
+
+
+def _plan(
+    model: Fusion, output: Sequence[Entry], options: Options, examples: int, *, several: bool = False
+) -> dict[Entry, dict[str, Settings]]:
+    """Return the checked settings of each entry's towers; more entries are to come if ``several``."""
+    if (
+        isinstance(output, str)
+        or not output
+        or not all(each and isinstance(each, str | tuple) for each in output)
+    ):
+        raise ValueError(f"output must be a list of towers to decode, as in output=['text'], not {output!r}")
+    names = list(dict.fromkeys(_names(output)))
+    for name in names:
+        _check_name(name, model.graph.towers)
+    check_shared(options, names)
+    plan = {}
+    for entry in output:
+        together = not isinstance(entry, str)
+        if together and len(set(entry)) < len(entry):
+            raise ValueError(f"a tower stands twice in {entry}: at one time it can take only one token")
+        own = {**dict.fromkeys(FOR_SPEED), **options} if together else options
+        settings = {name: settle(name, model.tower(name), own) for name in _names([entry])}
+        for name, each in settings.items():
+            _check_call(each, model.tower(name).vocab_size, several or len(output) > 1 or together, examples)
+        if together:
+            check_stepwise(options, settings)
+        plan[entry] = settings
+    return plan
+
+
+def _check_call(settings: Settings, vocabulary: int, several: bool, examples: int) -> None:
+    """Check that a tower can be decoded with its settings, alone or one of several, from so many examples."""
+    if not 0 <= settings.begin < vocabulary:
+        raise ValueError(
+            f"the begin token {settings.begin} is outside the vocabulary of {vocabulary} of tower "
+            f"{settings.name!r}"
+        )
+    if settings.get("streamer") is not None and examples > 1:
+        raise ValueError("a streamer follows one row; call generate for one example at a time")
+    if (settings.config.num_return_sequences or 1) > 1:
+        if several:
+            raise ValueError(
+                "num_return_sequences > 1 needs a single output tower, as in output=['text']; decode the "
+                "next from these"
+            )
+        if any(settings.get(key) for key in STOPS):
+            raise ValueError(
+                f"num_return_sequences > 1 with {' or '.join(STOPS)}: nothing says where each of them "
+                "stopped; call generate once for each"
+            )
+
+
+def _decode(
+    model: Fusion,
+    cache: TapCache,
+    rows: Mapping[int, Example],
+    entry: Entry,
+    settings: Mapping[str, Settings],
+) -> Sequence[Segment | tuple[Segment, ...]]:
+    """Decode rows, by their numbers in the cache, together where that does not change what each becomes."""
+    numbers, prompts = list(rows), {name: list[Prompt]() for name in settings}
+    for number, row in rows.items():
+        for name, each in settings.items():
+            tokens, times = _prompt(row, name, each.begin)
+            check_room(name, model.tower(name), times, f"example {number}, with a begin token,")
+            prompts[name].append((tokens, times))
+    lengths = [(each, [len(tokens) for tokens, _ in prompts[name]]) for name, each in settings.items()]
+    decoded: dict[int, Any] = {}
+    for group in groups(lengths):
+        part = cache.of_rows([numbers[row] for row in group])
+        padded = {
+            name: (
+                pad_left([prompts[name][row][0] for row in group], each.begin).to(each.tower.device),
+                pad_left([prompts[name][row][1] for row in group], -1).to(each.tower.device),
+            )
+            for name, each in settings.items()
+        }
+        if isinstance(entry, str):
+            tokens, times = padded[entry]
+            reader = TapReader(model, entry, part, times)
+            decoder = bounded(model.tower(entry).decoder(reader), entry, model.tower(entry))
+            sequences = decode_rows(decoder, tokens, times >= 0, settings[entry])
+            new: Any = [Segment(entry, sequence) for sequence in sequences]
+        else:
+            new = decode_together(model, part, padded, settings)
+        copies = len(new) // len(group)
+        decoded |= {row: new[number * copies :][:copies] for number, row in enumerate(group)}
+    return [each for row in range(len(numbers)) for each in decoded[row]]
+
+
+def decode_rows(decoder: Any, tokens: Tensor, mask: Tensor, settings: Settings) -> list[Tensor]:
+    """Let transformers decode after prompts of unlike length.
+
+    Args:
+        decoder: A causal LM with ``generate``.
+        tokens: The prompts, int64, shape (batch, length), padded on the left, each with the begin token
+            of the new segment at its end.
+        mask: Where they are not padding, bool, shape (batch, length).
+        settings: With what to decode.
+
+    Returns:
+        Each new segment on the CPU, from its begin token to its end token if it was reached.
+    """
+    length = tokens.shape[1]
+    options = {**settings.options, **settings.limits(length)}
+    sequences = decoder.generate(tokens, attention_mask=mask.long(), **options)
+    return [_until_end(sequence[length - 1 :].cpu(), settings.ends) for sequence in sequences]
 
 
 def _after(model: Fusion, cache: TapCache, rows: Sequence[Example], entries: Sequence[Entry]) -> TapCache:
@@ -103,120 +198,6 @@ def _after(model: Fusion, cache: TapCache, rows: Sequence[Example], entries: Seq
         return TapCache.fill(model, streams, cache.targets)
     cache.refresh(entries[0], streams[entries[0]])
     return cache
-
-
-def _decode(
-    model: Fusion, cache: TapCache, rows: Sequence[Example], entry: Entry, options: Mapping[str, Any]
-) -> Sequence[Segment | tuple[Segment, ...]]:
-    if isinstance(entry, str):
-        return _decode_segments(model, cache, rows, entry, options)
-    return _decode_side_by_side(model, cache, rows, entry, options)
-
-
-def _decode_side_by_side(
-    model: Fusion,
-    cache: TapCache,
-    rows: Sequence[Example],
-    names: tuple[str, ...],
-    options: Mapping[str, Any],
-) -> list[tuple[Segment, ...]]:
-    """Decode several towers at the same time, rows together where no padding gets in the way."""
-    towers = {name: model.tower(name) for name in names}
-    check_stepwise(options, towers)
-    own = {name: options_of(name, options) for name in names}
-    begins = {name: _begin(towers[name], own[name]) for name in names}
-    prompts = [{name: _prompt(row, name, begins[name]) for name in names} for row in rows]
-    lengths = [tuple(len(tokens) for tokens, _ in prompt.values()) for prompt in prompts]
-    longest = dict(zip(names, map(max, zip(*lengths, strict=True)), strict=True))
-    apart = not all(alike_when_padded(towers[name], own[name], longest[name]) for name in names)
-    decoded: dict[int, tuple[Segment, ...]] = {}
-    batches = sorted(set(lengths)) if apart else [None]
-    check_batches(len(batches), options)
-    for key in batches:
-        chosen = [row for row, length in enumerate(lengths) if key in (None, length)]
-        padded = {
-            name: (
-                pad_left([prompts[row][name][0] for row in chosen], begins[name]),
-                pad_left([prompts[row][name][1] for row in chosen], -1),
-            )
-            for name in names
-        }
-        limit = min(most_new(name, towers[name], own[name], padded[name][0].shape[1]) for name in names)
-        segments = decode_together(model, cache.of_rows(chosen), padded, own, limit)
-        decoded |= zip(chosen, segments, strict=True)
-    return [decoded[row] for row in range(len(rows))]
-
-
-def _decode_segments(
-    model: Fusion, cache: TapCache, rows: Sequence[Example], name: str, options: Mapping[str, Any]
-) -> list[Segment]:
-    """Decode rows, together where that does not change what each becomes."""
-    tower, options = model.tower(name), options_of(name, options)
-    begin = _begin(tower, options)
-    prompts = [_prompt(row, name, begin) for row in rows]
-    decoded: dict[int, list[Segment]] = {}
-    for group in groups(tower, [len(tokens) for tokens, _ in prompts], options):
-        times = pad_left([prompts[row][1] for row in group], -1).to(tower.device)
-        reader = TapReader(model, name, cache.of_rows(group), times)
-        sequences = decode_rows(
-            bounded(tower.decoder(reader), name, tower),
-            [prompts[row][0] for row in group],
-            begin=begin,
-            end=tower.end,
-            options=options,
-            most=tower.max_length,
-        )
-        copies = len(sequences) // len(group)
-        for number, row in enumerate(group):
-            own = sequences[number * copies : (number + 1) * copies]
-            decoded[row] = [Segment(name, sequence) for sequence in own]
-    return [segment for row in range(len(rows)) for segment in decoded[row]]
-
-
-def decode_rows(
-    decoder: Any,
-    prompts: Sequence[Tensor],
-    *,
-    begin: int,
-    end: Sequence[int],
-    options: Mapping[str, Any],
-    most: int | None = None,
-) -> list[Tensor]:
-    """Let transformers decode after prompts of unlike length.
-
-    Args:
-        decoder: A causal LM with ``generate``.
-        prompts: int64, each of shape (length,), the last token being the begin token of the new segment.
-        begin: That token.
-        end: The tokens that may end the segment.
-        options: Options of ``generate``; they win over what is set here.
-        most: How many tokens a row may have; None where there is no limit.
-
-    Returns:
-        Each new segment on the CPU, from its begin token to its end token if it was reached.
-    """
-    tokens = pad_left(prompts, begin)
-    mask = pad_left([torch.ones_like(prompt) for prompt in prompts], 0)
-    length = tokens.shape[1]
-    limit = length_limit(decoder, options, length, most)
-    if limit is not None:
-        options = {
-            key: value for key, value in options.items() if key not in ("max_new_tokens", "max_length")
-        }
-    settings = filled(
-        options,
-        {
-            "bos_token_id": begin,
-            "eos_token_id": list(end) or None,
-            "pad_token_id": end[0] if end else begin,
-            "return_dict_in_generate": False,
-            **({} if limit is None else {"max_new_tokens": limit}),
-        },
-    )
-    device = execution_device(decoder)
-    sequences = decoder.generate(tokens.to(device), attention_mask=mask.to(device), **settings)
-    ends = as_ids(given(settings, "eos_token_id"))
-    return [_until_end(sequence[length - 1 :].cpu(), ends) for sequence in sequences]
 
 
 def check_given(examples: Sequence[Example], vocabularies: Mapping[str, int]) -> None:
@@ -245,27 +226,6 @@ def check_given(examples: Sequence[Example], vocabularies: Mapping[str, int]) ->
                 )
 
 
-def _check_output(model: Fusion, output: Sequence[Entry], options: Mapping[str, Any], examples: int) -> None:
-    if isinstance(output, str) or not output or () in output:
-        raise ValueError(f"output must be a list of towers to decode, as in output=['text'], not {output!r}")
-    names = _names(output)
-    for name in names:
-        _check_name(name, model.graph.towers)
-    for entry in output:
-        if not isinstance(entry, str) and len(set(entry)) < len(entry):
-            raise ValueError(f"a tower stands twice in {entry}: at one time it can take only one token")
-    check_options(options, {name: model.tower(name) for name in names}, examples)
-
-
-def _check_room(model: Fusion, rows: Mapping[int, Example], entry: Entry) -> None:
-    """Check that what is to be decoded next can begin, the begin token being one more."""
-    for name in _names([entry]):
-        for number, row in rows.items():
-            check_room(
-                name, model.tower(name), _prompt(row, name, 0)[1], f"example {number}, with a begin token,"
-            )
-
-
 def _names(output: Sequence[Entry]) -> list[str]:
     return [name for entry in output for name in ((entry,) if isinstance(entry, str) else entry)]
 
@@ -275,14 +235,7 @@ def _check_name(name: str, towers: Collection[str]) -> None:
         raise ValueError(f"there is no tower {name!r}; the towers are {', '.join(towers)}")
 
 
-def _begin(tower: Tower, options: Mapping[str, Any]) -> int:
-    begin = begin_token(tower, options)
-    assert begin is not None
-    return begin
-
-
-def _prompt(row: Example, name: str, begin: int) -> tuple[Tensor, Tensor]:
-    """Return the tokens of one row's earlier segments of the tower, then the begin token, and their times."""
+def _prompt(row: Example, name: str, begin: int) -> Prompt:
     timed = place_in_time([*row, Segment(name, [begin])])
     own = [(torch.as_tensor(segment.tokens), time) for segment, time in timed if segment.tower == name]
     times = [torch.arange(time, time + len(tokens)) for tokens, time in own]

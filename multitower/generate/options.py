@@ -1,4 +1,4 @@
-"""The options of transformers' ``generate``: who sets them, and which of them a fused model refuses.
+"""The options of transformers' ``generate``: resolved once for each tower, refused where they mean nothing.
 
 An option may also be a mapping: from the names of towers to what each of them takes.
 """
@@ -6,31 +6,18 @@ An option may also be a mapping: from the names of towers to what each of them t
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
-from ..tower import Tower
+from ..base.extras import require
 
 Options = Mapping[str, Any]
 
-
-class Decodable(Protocol):
-    """What options are asked against: a tower, or whatever decodes as one."""
-
-    @property
-    def native(self) -> Any:
-        """What may have a ``generation_config``."""
-
-    @property
-    def max_length(self) -> int | None:
-        """How many tokens a row may have."""
-
-    @property
-    def pads_left(self) -> bool:
-        """Whether rows with padding on the left decode as they do alone."""
-
+MAX_NEW_TOKENS = 1024
+"""How long a segment may grow when neither the caller nor the tower says so."""
 
 RESERVED = (
     "input_ids",
@@ -47,14 +34,18 @@ NO_SCORES = (
     "generate gives segments of tokens; score them with "
     "model(**multitower.collate([[*example, segment]])).logits"
 )
-ANOTHER_PROMPT = "it runs the tower on a prompt of its own, outside of the fusion; leave it out"
-UNSUPPORTED = {
+RETURNED = {
     "return_dict_in_generate": NO_SCORES,
     "output_scores": NO_SCORES,
     "output_logits": NO_SCORES,
     "output_hidden_states": "generate gives segments of tokens; model.run gives the states of a batch",
     "output_attentions": "generate gives segments of tokens; model(..., output_attentions=True) gives the "
     "attention of the links",
+}
+"""What ``generate`` could return beside tokens, and how to have it instead. A tower may set it in vain."""
+
+ANOTHER_PROMPT = "it runs the tower on a prompt of its own, outside of the fusion; leave it out"
+UNSUPPORTED = {
     "guidance_scale": ANOTHER_PROMPT,
     "negative_prompt_ids": ANOTHER_PROMPT,
     "assistant_early_exit": "it takes layers from the tower while it decodes, and where that fails leaves "
@@ -62,7 +53,7 @@ UNSUPPORTED = {
     "token_healing": "it rewrites the last token of the prompt, here the one that begins the segment; heal "
     "the tokens before they become a multitower.Segment",
 }
-"""Options that cannot work, and what to do instead."""
+"""Options that cannot work, whoever sets them, and what to do instead."""
 
 OF_ONE_VOCABULARY = (
     "assistant_model",
@@ -87,85 +78,222 @@ MAPPINGS = ("cache_config", "watermarking_config")
 STOPS = ("stopping_criteria", "stop_strings")
 """Options that end a row without an end token: in a batch nothing says where it ended."""
 
+OF_THE_BATCH = ("logits_processor", "prefix_allowed_tokens_fn")
+"""Functions that may tell the rows of a batch by their place in it."""
 
-def check_options(options: Options, towers: Mapping[str, Tower], examples: int) -> None:
-    """Check the options of a call.
+OF_THE_WHOLE_ROW = (
+    "bad_words_ids",
+    "encoder_no_repeat_ngram_size",
+    "min_length",
+    "no_repeat_ngram_size",
+    "sequence_bias",
+    "watermarking_config",
+)
+"""Options that take padding on the left of a row for a part of it, as a forced first token does."""
+
+
+class Decodable(Protocol):
+    """What is decoded: a tower, or whatever decodes as one."""
+
+    @property
+    def native(self) -> Any:
+        """What may have a ``generation_config``."""
+
+    @property
+    def begin(self) -> int | None:
+        """The token that opens a segment."""
+
+    @property
+    def end(self) -> tuple[int, ...]:
+        """The tokens that may end it."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it takes its tokens."""
+
+    @property
+    def max_length(self) -> int | None:
+        """How many tokens a row may have."""
+
+    @property
+    def pads_left(self) -> bool:
+        """Whether rows with padding on the left decode as they do alone."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """With what one tower is decoded; see ``settle``.
+
+    Attributes:
+        name: The tower.
+        tower: The tower.
+        options: What ``generate`` is called with.
+        config: The ``GenerationConfig`` that comes of these and of what the tower sets for itself.
+    """
+
+    name: str
+    tower: Decodable
+    options: Options
+    config: Any
+
+    def get(self, key: str) -> Any:
+        """Return an option as ``generate`` takes it, be it a part of the config or not."""
+        return getattr(self.config, key, self.options.get(key))
+
+    @property
+    def begin(self) -> int:
+        """The token that opens a segment.
+
+        Raises:
+            ValueError: Neither the caller nor the tower has one.
+        """
+        if self.config.bos_token_id is None:
+            raise ValueError(
+                f"tower {self.name!r} has no begin token to start a segment with; set "
+                f"model.unimodal({self.name!r}).generation_config.bos_token_id, or pass bos_token_id=..."
+            )
+        return int(self.config.bos_token_id)
+
+    @property
+    def ends(self) -> list[int]:
+        """The tokens that may end it, which are given as integers of any kind or as a tensor."""
+        ends = self.config.eos_token_id
+        return [] if ends is None else [int(each) for each in torch.as_tensor(ends).reshape(-1)]
+
+    def limits(self, prompt: int) -> dict[str, Any]:
+        """Return the options that say how many tokens a segment may get after a prompt of this length.
+
+        Raises:
+            ValueError: The row is as long as it may be.
+        """
+        most, whole, last = self.config.max_new_tokens, self.config.max_length, self.tower.max_length
+        if most is None and whole is not None:
+            most = whole - prompt
+            if most < 1:
+                raise ValueError(
+                    f"tower {self.name!r} is to have rows of {whole} tokens (max_length), {prompt} are there "
+                    "already; pass max_new_tokens"
+                )
+        if most is None:
+            most = MAX_NEW_TOKENS if last is None else max(1, min(MAX_NEW_TOKENS, last - prompt))
+        return {"max_new_tokens": most, "max_length": None}
+
+    def keys(self, lengths: Sequence[int]) -> Sequence[int]:
+        """Return for each row, by the length of its prompt, a key: rows of one key are decoded together."""
+        if any(self.get(key) for key in STOPS):
+            return range(len(lengths))
+        alike = len(set(lengths)) == 1 or self._alike_when_padded(max(lengths))
+        return [0] * len(lengths) if alike else lengths
+
+    def _alike_when_padded(self, longest: int) -> bool:
+        limited, last = self.config.max_new_tokens is not None, self.tower.max_length
+        counted = [self.get(key) for key in OF_THE_WHOLE_ROW]
+        if any(counted) or self.config.forced_bos_token_id is not None:
+            return False
+        if self.config.max_length and not limited:
+            return False
+        return (limited or last is None or longest + MAX_NEW_TOKENS <= last) and self.tower.pads_left
+
+
+def settle(name: str, tower: Decodable, options: Options) -> Settings:
+    """Resolve the options of one tower: the caller's first, then the tower's own, then transformers'.
+
+    >>> from multitower.testing import tiny_tower
+    >>> settings = settle("text", tiny_tower(), {"do_sample": True, "max_new_tokens": {"text": 40}})
+    >>> settings.options["do_sample"], settings.config.max_new_tokens, settings.begin
+    (True, 40, 0)
 
     Args:
-        options: The options.
-        towers: The towers to decode, by name.
-        examples: How many examples there are.
+        name: The tower.
+        tower: The tower.
+        options: What the caller said, for this tower or for several.
 
     Raises:
-        ValueError: An option cannot work, or cannot work with these towers or examples.
+        ValueError: An option cannot work, or its value is refused by transformers.
+    """
+    own = getattr(tower.native, "generation_config", None)
+    config = require("transformers", "transformers").GenerationConfig() if own is None else copy.deepcopy(own)
+    for key in RETURNED:
+        setattr(config, key, None)
+    asked = options_of(name, options)
+    for key in RESERVED:
+        if key in asked:
+            raise ValueError(f"{key} comes from the examples; put tokens into multitower.Segment instead")
+    if asked.get("bos_token_id", 0) is None:
+        del asked["bos_token_id"]
+    ends = list(tower.end)
+    asked = {
+        "bos_token_id": tower.begin,
+        "eos_token_id": ends or None,
+        "pad_token_id": ends[0] if ends else tower.begin,
+        "return_dict_in_generate": False,
+        **asked,
+    }
+    config.update(**asked)
+    settings = Settings(name, tower, asked, config)
+    for key, reason in (RETURNED | UNSUPPORTED).items():
+        value = settings.get(key)
+        if value is not None and value is not False and (key, value) != ("guidance_scale", 1):
+            raise ValueError(
+                f"{key} is not supported: {reason} (tower {name!r} has {key}={value!r}, from this call or "
+                "from the generation_config of its model)"
+            )
+    if config.cache_implementation == "paged":
+        raise ValueError(
+            "cache_implementation='paged' is not supported: it puts all rows into one, and the links "
+            "could not tell them apart; take 'dynamic' or 'static'"
+        )
+    return settings
+
+
+def groups(lengths: Sequence[tuple[Settings, Sequence[int]]]) -> list[list[int]]:
+    """Return which rows can be decoded together so that each becomes what it would alone.
+
+    >>> from multitower.testing import tiny_tower
+    >>> plain, counting = (settle("text", tiny_tower(), {"no_repeat_ngram_size": size}) for size in (0, 2))
+    >>> groups([(plain, [5, 2, 5])]), groups([(counting, [5, 2, 5])])
+    ([[0, 1, 2]], [[1], [0, 2]])
+
+    Args:
+        lengths: For each tower that is decoded its settings, and how long the prompt of each row is.
+
+    Raises:
+        ValueError: A function among the options has to see all rows together.
+    """
+    keys = list(zip(*(settings.keys(each) for settings, each in lengths), strict=True))
+    together = [[row for row, key in enumerate(keys) if key == each] for each in sorted(set(keys))]
+    for settings, _ in lengths:
+        check_batches(len(together), settings.options)
+    return together
+
+
+def check_batches(count: int, options: Options) -> None:
+    """Check that no function among the options has to see together what is decoded in several batches.
+
+    Raises:
+        ValueError: One has.
+    """
+    for key in OF_THE_BATCH:
+        if count > 1 and options.get(key):
+            raise ValueError(
+                f"{key} would see these examples in {count} batches, since together they are not "
+                "decoded as each is alone; call generate once for each"
+            )
+
+
+def check_shared(options: Options, names: Collection[str]) -> None:
+    """Check that several towers are not to share what means the tokens of one.
+
+    Raises:
+        ValueError: They are.
     """
     for key in OF_ONE_VOCABULARY:
         value = given(options, key)
-        if len(towers) > 1 and value is not None and not is_by_tower(key, value):
+        if len(names) > 1 and value is not None and not is_by_tower(key, value):
             raise ValueError(
-                f"{key} means tokens of one tower; decode {' and '.join(towers)} by a call for each, or give "
-                f"each its own: {key}={{{next(iter(towers))!r}: ...}}"
+                f"{key} means tokens of one tower; decode {' and '.join(names)} by a call for each, or give "
+                f"each its own: {key}={{{next(iter(names))!r}: ...}}"
             )
-    for name, tower in towers.items():
-        own = options_of(name, options)
-        check_supported(own)
-        check_own(own, tower, f"model.unimodal({name!r})")
-        if setting(tower, own, "cache_implementation") == "paged":
-            raise ValueError(
-                "cache_implementation='paged' is not supported: it puts all rows into one, and the links "
-                "could not tell them apart; take 'dynamic' or 'static'"
-            )
-        if own.get("streamer") is not None and examples > 1:
-            raise ValueError("a streamer follows one row; call generate for one example at a time")
-        _check_begin(name, tower, begin_token(tower, own))
-        if (setting(tower, own, "num_return_sequences") or 1) > 1:
-            if len(towers) > 1:
-                raise ValueError(
-                    "num_return_sequences > 1 needs a single output tower; decode the next from these"
-                )
-            if any(setting(tower, own, key) for key in STOPS):
-                raise ValueError(
-                    f"num_return_sequences > 1 with {' or '.join(STOPS)}: nothing says where each of them "
-                    "stopped; call generate once for each"
-                )
-
-
-def check_supported(options: Options) -> None:
-    """Check that options neither repeat what examples say nor ask for what cannot be given.
-
-    Raises:
-        ValueError: One does.
-    """
-    for key in RESERVED:
-        if key in options:
-            raise ValueError(f"{key} comes from the examples; put tokens into multitower.Segment instead")
-    for key, reason in UNSUPPORTED.items():
-        if _is_on(key, given(options, key)):
-            raise ValueError(f"{key} is not supported: {reason}")
-
-
-def check_own(options: Options, tower: Decodable, where: str) -> None:
-    """Check that a tower has set nothing for itself that cannot work.
-
-    Args:
-        options: The caller's options, which win.
-        tower: The tower.
-        where: What to call its model.
-
-    Raises:
-        ValueError: It does.
-    """
-    for key in ("assistant_early_exit", "guidance_scale", "token_healing"):
-        value = setting(tower, options, key)
-        if _is_on(key, value):
-            raise ValueError(
-                f"{where}.generation_config has {key}={value!r}, which is not supported: {UNSUPPORTED[key]}; "
-                "or set it to None there"
-            )
-
-
-def _is_on(key: str, value: Any) -> bool:
-    return value is not None and value is not False and not (key == "guidance_scale" and value == 1)
 
 
 def check_named(options: Options, towers: Collection[str]) -> None:
@@ -195,34 +323,20 @@ def is_by_tower(key: str, value: Any) -> bool:
 
 
 def options_of(name: str, options: Options) -> dict[str, Any]:
-    """Return the options for one tower.
+    """Return the options for one tower, those in a ``generation_config`` among them.
 
     >>> options_of("text", {"do_sample": True, "max_new_tokens": {"text": 40}, "top_k": {"speech": 9}})
     {'do_sample': True, 'max_new_tokens': 40}
-
-    The tower's own stand in a copy of a ``generation_config``, for transformers does not want them beside it.
     """
-    shared = {key: value for key, value in options.items() if not is_by_tower(key, value)}
-    own = {key: value[name] for key, value in options.items() if is_by_tower(key, value) and name in value}
-    config = (shared | own).get("generation_config")
-    if config is None or not own:
-        return shared | own
-    config = copy.deepcopy(config)
-    for key in [key for key in own if hasattr(config, key)]:
-        setattr(config, key, own.pop(key))
-    return shared | own | {"generation_config": config}
-
-
-def _check_begin(name: str, tower: Tower, begin: int | None) -> None:
-    if begin is None:
-        raise ValueError(
-            f"tower {name!r} has no begin token to start a segment with; set "
-            f"model.unimodal({name!r}).generation_config.bos_token_id, or pass bos_token_id=..."
-        )
-    if not 0 <= begin < tower.vocab_size:
-        raise ValueError(
-            f"the begin token {begin} is outside the vocabulary of {tower.vocab_size} of tower {name!r}"
-        )
+    own: dict[str, Any] = {}
+    for key, value in options.items():
+        if not is_by_tower(key, value):
+            own[key] = value
+        elif name in value:
+            own[key] = value[name]
+    config = own.pop("generation_config", None)
+    known = () if config is None else vars(type(config)())
+    return {key: value for key in known if (value := getattr(config, key)) is not None} | own
 
 
 def given(options: Options, key: str) -> Any:
@@ -232,40 +346,3 @@ def given(options: Options, key: str) -> Any:
     (4, None)
     """
     return options[key] if key in options else getattr(options.get("generation_config"), key, None)
-
-
-def setting(tower: Decodable, options: Options, key: str) -> Any:
-    """Return an option as ``generate`` will take it: the caller's, or else the tower's own."""
-    value = given(options, key)
-    own = getattr(tower.native, "generation_config", None)
-    return getattr(own, key, None) if value is None and key not in options else value
-
-
-def begin_token(tower: Tower, options: Options) -> int | None:
-    """Return the token that opens a segment: the caller's, or else the tower's."""
-    begin = given(options, "bos_token_id")
-    return tower.begin if begin is None else int(begin)
-
-
-def as_ids(value: Any) -> tuple[int, ...]:
-    """Return the ids that an option names, by integers of any kind or a tensor.
-
-    >>> as_ids(None), as_ids(3), as_ids([3, 4]), as_ids(torch.tensor(3))
-    ((), (3,), (3, 4), (3,))
-    """
-    return () if value is None else tuple(map(int, torch.as_tensor(value).reshape(-1).tolist()))
-
-
-def filled(options: Options, defaults: Options) -> dict[str, Any]:
-    """Add what the caller left open; transformers does not want options beside a ``generation_config``.
-
-    >>> filled({"num_beams": 4}, {"num_beams": 1, "pad_token_id": 0})
-    {'num_beams': 4, 'pad_token_id': 0}
-    """
-    if options.get("generation_config") is None:
-        return {**defaults, **options}
-    config = copy.deepcopy(options["generation_config"])
-    for key, value in defaults.items():
-        if key not in options and getattr(config, key, None) is None:
-            setattr(config, key, value)
-    return {**options, "generation_config": config}

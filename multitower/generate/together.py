@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,172 +12,109 @@ from ..batch.collate import Segment
 from ..compile.schedule import Tap
 from ..run.fusion import Fusion
 from ..run.room import bounded
-from ..tower import Tower
-from ..tower.decode_transformers import FOR_SPEED
-from .options import as_ids, is_by_tower, setting
+from .options import OF_THE_BATCH, Options, Settings, is_by_tower
 from .tap_cache import TapCache, TapReader
 
-STEPWISE = (
-    "bad_words_ids",
-    "begin_suppress_tokens",
-    "bos_token_id",
-    "do_sample",
-    "eos_token_id",
-    "epsilon_cutoff",
-    "eta_cutoff",
-    "forced_bos_token_id",
-    "forced_eos_token_id",
-    "logits_processor",
-    "max_new_tokens",
-    "min_length",
-    "min_new_tokens",
-    "min_p",
-    "no_repeat_ngram_size",
-    "remove_invalid_values",
-    "renormalize_logits",
-    "repetition_penalty",
-    "sequence_bias",
-    "suppress_tokens",
-    "temperature",
-    "top_h",
-    "top_k",
-    "top_p",
-    "typical_p",
-    "use_cache",
-)
-"""Options of ``generate`` that mean the same token by token."""
-
-ONLY_ALONE = {
-    "constraints": None,
-    "dola_layers": None,
-    "encoder_no_repeat_ngram_size": 0,
-    "encoder_repetition_penalty": 1,
-    "exponential_decay_length_penalty": None,
-    "force_words_ids": None,
-    "max_time": None,
-    "num_beams": 1,
-    "num_return_sequences": 1,
-    "penalty_alpha": None,
-    "stop_strings": None,
-    "watermarking_config": None,
-}
-"""Settings of a tower itself that have no meaning token by token, with what turns them off."""
+BESIDE_THE_CONFIG = (*OF_THE_BATCH, "stopping_criteria")
+"""Arguments of ``generate`` that hold token by token, of those that no ``GenerationConfig`` has."""
 
 
-def check_stepwise(options: Mapping[str, Any], towers: Mapping[str, Tower]) -> None:
-    """Check that all options make sense for towers that are decoded together, and what they set themselves.
+def check_stepwise(options: Options, settings: Mapping[str, Settings]) -> None:
+    """Check that towers which are decoded together choose one token after the other, each with a single row.
 
     Raises:
-        ValueError: Some need a tower to be decoded by itself.
+        ValueError: One does not.
     """
-    others = sorted(set(options) - set(STEPWISE))
-    if others:
-        raise ValueError(
-            f"{', '.join(others)}: towers that are decoded at the same time advance token by token, for "
-            f"which only {', '.join(STEPWISE)} have a meaning; decode one tower at a time, or leave it out"
-        )
     if is_by_tower("max_new_tokens", options.get("max_new_tokens")):
         raise ValueError(
             "max_new_tokens: towers that are decoded at the same time share one limit; give a number"
         )
-    for name, tower in towers.items():
-        for key, neutral in ONLY_ALONE.items():
-            value = setting(tower, {}, key)
-            if value not in (None, False, neutral):
-                raise ValueError(
-                    f"tower {name!r} has {key}={value!r} in its generation_config, which has no meaning "
-                    "where towers are decoded at the same time, token by token; decode it by itself, or set "
-                    f"model.unimodal({name!r}).generation_config.{key} = {neutral}"
-                )
+    for name, each in settings.items():
+        others = sorted(set(each.options) - set(vars(each.config)) - set(BESIDE_THE_CONFIG))
+        others += [key for key in ("prefill_chunk_size", "stop_strings") if each.get(key)]
+        mode = each.config.get_generation_mode()
+        others += [] if mode in ("greedy_search", "sample") else [mode.value]
+        if others:
+            raise ValueError(
+                f"{', '.join(others)}: towers that are decoded at the same time advance token by token, "
+                f"greedily or by sampling; decode {name!r} by itself, or change it, in this call or in "
+                f"model.unimodal({name!r}).generation_config"
+            )
 
 
 class Lane:
-    """One of the towers: its rows so far, and transformers' generate for one more token of each.
+    """One of the towers: its rows so far, and what transformers' ``generate`` prepares to decode them.
 
     Args:
         model: The model.
-        name: The tower.
         cache: What its taps and those of the others read.
         tokens: The prompts, int64, shape (batch, length), padded on the left, the begin token last. Some
             processors of scores see no mask, so padding is by a token of the row: the begin token.
         times: When they stand, -1 at padding.
-        options: Options of ``generate`` for this tower, those in ``STEPWISE``.
+        settings: With what to decode it.
         limit: How many tokens each row may get.
     """
 
     def __init__(
-        self,
-        model: Fusion,
-        name: str,
-        cache: TapCache,
-        tokens: Tensor,
-        times: Tensor,
-        options: Mapping[str, Any],
-        limit: int,
+        self, model: Fusion, cache: TapCache, tokens: Tensor, times: Tensor, settings: Settings, limit: int
     ) -> None:
-        tower = model.tower(name)
-        self.name, self.tower, self.options, self.limit = name, tower, options, limit
-        self.ends = as_ids(options["eos_token_id"]) if "eos_token_id" in options else tower.end
-        self.tokens, self.prompt = tokens.to(tower.device), tokens.shape[1]
-        self.mask = (times >= 0).long().to(tower.device)
-        self.attended = self.mask
-        self.end_tokens = torch.tensor(self.ends, dtype=torch.long, device=tower.device)
-        self.ended = torch.zeros(len(tokens), dtype=torch.bool, device=tower.device)
-        self.reader = GrowingReader(model, name, cache, times.to(tower.device), self)
-        self.decoder = bounded(tower.decoder(self.reader), name, tower)
-        self.past: Any = None
+        self.name, tower = settings.name, model.tower(settings.name)
+        self.tokens, self.prompt, self.padding = tokens, tokens.shape[1], settings.begin
+        self.mask = times >= 0
+        self.ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
         self.all_ended = self.finished = False
+        reader = GrowingReader(model, self.name, cache, times, self)
+        self.decoder = bounded(tower.decoder(reader), self.name, tower)
+        limits = {"max_new_tokens": limit, "max_length": None}
+        self.decoder.generate(
+            tokens,
+            attention_mask=self.mask.long(),
+            **{**settings.options, **limits},
+            custom_generate=self._prepare,
+        )
+
+    def _prepare(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        **inputs: Any,
+    ) -> Tensor:
+        """Keep what ``generate`` hands to its decoding loop, in place of which ``step`` is called."""
+        self.change_scores, self.stops, self.inputs = logits_processor, stopping_criteria, inputs
+        self.samples = bool(generation_config.do_sample)
+        return input_ids
 
     def step(self) -> None:
-        """Decode one more token of each row; rows that have ended get padding.
+        """Decode one more token of each row, as transformers' own loop does; rows that ended get padding.
 
         The row itself may attend to that, for it comes last; no other reads it, as ``mask`` says. One step
         more is made after the last row has ended, so that others can read how it did.
         """
-        past = {} if self.past is None else {"past_key_values": self.past}
-        padding = self.ends[0] if self.ends else 0
-        decoded = self.decoder.generate(
+        first = self.tokens.shape[1] == self.prompt
+        new_alone = not first and self.inputs["use_cache"]
+        inputs = self.decoder.prepare_inputs_for_generation(
             self.tokens,
-            attention_mask=self.attended,
-            **{
-                **self.options,
-                **self._of_this_step(),
-                **dict.fromkeys(FOR_SPEED),
-                "eos_token_id": list(self.ends) or None,
-                "max_new_tokens": 1,
-                "pad_token_id": padding,
-                "return_dict_in_generate": True,
-            },
-            **past,
+            next_sequence_length=1 if new_alone else None,
+            is_first_iteration=first,
+            **self.inputs,
         )
-        self.past = _reusable(decoded, self.tokens.shape[1])
-        alive = ~self.ended
-        new = torch.where(alive, decoded.sequences[:, -1], padding)
-        self.tokens = torch.cat([self.tokens, new[:, None]], 1)
-        self.mask = torch.cat([self.mask, alive[:, None].long()], 1)
-        self.attended = torch.cat([self.attended, torch.ones_like(new[:, None])], 1)
-        self.ended = self.ended | torch.isin(new, self.end_tokens)
+        out = self.decoder(**inputs, return_dict=True)
+        # Families keep masks, positions and caches in their own ways, and say here how these grow.
+        self.inputs = self.decoder._update_model_kwargs_for_generation(out, self.inputs)
+        logits = out.logits[:, -1].to(copy=True, dtype=torch.float32, device=self.tokens.device)
+        scores = self.change_scores(self.tokens, logits)
+        best = scores.softmax(-1).multinomial(1)[:, 0] if self.samples else scores.argmax(-1)
+        self.tokens = torch.cat([self.tokens, best.where(~self.ended, self.padding)[:, None]], 1)
+        self.mask = torch.cat([self.mask, ~self.ended[:, None]], 1)
+        self.ended = self.ended | self.stops(self.tokens, None)
         self.finished, self.all_ended = self.all_ended, bool(self.ended.all())
-
-    def _of_this_step(self) -> dict[str, Any]:
-        """Return what holds for some steps alone, the first, the last or a number of them."""
-        told = partial(setting, self.tower, self.options)
-        length = self.tokens.shape[1]
-        new = length - self.prompt
-        # As transformers has it, a forced first token of a row is no place for what is suppressed.
-        first = int(self.prompt == 1 and told("forced_bos_token_id") is not None)
-        more = new < (told("min_new_tokens") or 0) or length < (told("min_length") or 0)
-        return {
-            "begin_suppress_tokens": told("begin_suppress_tokens") if new == first else None,
-            "forced_eos_token_id": told("forced_eos_token_id") if new == self.limit - 1 else None,
-            "min_length": 0,
-            "min_new_tokens": 1 if more else None,
-        }
 
     def segments(self) -> list[Segment]:
         """Return what was decoded for each row, from its begin token on."""
-        rows = self.tokens[:, self.prompt - 1 : self.prompt + self.limit].cpu()
-        real = self.mask[:, self.prompt - 1 : self.prompt + self.limit].bool().cpu()
+        rows, real = self.tokens[:, self.prompt - 1 :].cpu(), self.mask[:, self.prompt - 1 :].cpu()
         return [Segment(self.name, row[mask]) for row, mask in zip(rows, real, strict=True)]
 
 
@@ -200,7 +136,7 @@ class GrowingReader(TapReader):
         start = max(begin, length - x.shape[1])  # x is the states of the last tokens, of which these are new
         new = slice(start - length, None)
         for tap in self.readers.get(layer, []):
-            stream = {"times": self.times_of(positions[new]), "mask": self.lane.mask[:, new].bool()}
+            stream = {"times": self.times_of(positions[new]), "mask": self.lane.mask[:, new]}
             self.cache.grow(tap, x[:, new], stream, start - begin)
         return super().update(layer, x, positions)
 
@@ -209,8 +145,7 @@ def decode_together(
     model: Fusion,
     cache: TapCache,
     prompts: Mapping[str, tuple[Tensor, Tensor]],
-    options: Mapping[str, Mapping[str, Any]],
-    limit: int,
+    settings: Mapping[str, Settings],
 ) -> list[tuple[Segment, ...]]:
     """Decode several towers, all of which begin at the same time.
 
@@ -221,15 +156,16 @@ def decode_together(
         model: The model.
         cache: What was given before; it grows.
         prompts: For each tower its tokens so far and their times, as ``Lane`` takes them.
-        options: For each tower the options of ``generate``, those in ``STEPWISE``.
-        limit: How many tokens each may get.
+        settings: For each tower with what to decode it. The least of their limits holds for all.
 
     Returns:
         For each row a tuple of segments, in the order of ``prompts``.
     """
+    limit = min(
+        settings[name].limits(tokens.shape[1])["max_new_tokens"] for name, (tokens, _) in prompts.items()
+    )
     lanes = [
-        Lane(model, name, cache, tokens, times, options[name], limit)
-        for name, (tokens, times) in prompts.items()
+        Lane(model, cache, tokens, times, settings[name], limit) for name, (tokens, times) in prompts.items()
     ]
     for _ in range(limit):
         for lane in lanes:
@@ -238,12 +174,3 @@ def decode_together(
         if all(lane.all_ended for lane in lanes):
             break
     return list(zip(*(lane.segments() for lane in lanes), strict=True))
-
-
-def _reusable(decoded: Any, length: int) -> Any:
-    """Return the cache that a step left, if a next one can go on from it."""
-    past = getattr(decoded, "past_key_values", None)
-    try:
-        return past if past is not None and int(past.get_seq_length()) == length else None
-    except (AttributeError, ValueError, TypeError):
-        return None

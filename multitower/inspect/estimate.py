@@ -22,7 +22,7 @@ from ..link.attention import SDPA, visibility
 from ..run.embed import check_packs
 from ..run.fusion import Fusion
 from ..tower import TransformersTower
-from ..tower.offload import is_offloaded
+from ..tower.weights import is_offloaded
 from .cost import Cost, Estimate
 from .shapes import MOST_VALUES, NEEDS_VALUES, ShapesOnly, on_meta
 

@@ -5,23 +5,23 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from ..batch.collate import Segment
+from ..checkpoint.load import load_fusion
+from ..checkpoint.manifest import open_checkpoint
 from ..checkpoint.modalities import check_modalities, load_modalities
 from ..checkpoint.placement import DeviceMap
 from ..generate.generate import Policy
-from ..generate.options import begin_token, check_named, given, options_of
+from ..generate.options import check_named, options_of, settle
 from ..hub.push import push_to_hub
 from ..model import FusedModel
 from ..plugins.entry_points import as_modality
 from ..plugins.modality import Modality
 from ..storage.find import find_checkpoint
-from ..storage.integrity import steadily
 from .raw import Raw, by_tower, leaves, read_example, replaced
 from .streaming import stream_text
 
@@ -184,7 +184,7 @@ class Pipeline:
         """
         if not isinstance(output, str):
             raise TypeError(f"a stream is of one tower: give its name as output, not {output!r}")
-        if given(options, "streamer") is not None:
+        if options.get("streamer") is not None:
             raise ValueError("stream has a streamer of its own; give yours to a call, or to model.generate")
         modality = self._modality(output, "output")
         nothing = modality.decode(torch.tensor([modality.begin, modality.end]))
@@ -196,7 +196,8 @@ class Pipeline:
         check_named(options, list(self.model.towers))
         own = options_of(output, self._with_edges(options))
         generate = partial(self.model.generate, self._encode([example]), [output])
-        return stream_text(generate, modality, begin_token(self.model.tower(output), own), own)
+        begin = settle(output, self.model.tower(output), own).begin
+        return stream_text(generate, modality, begin, own)
 
     def save_pretrained(
         self,
@@ -220,6 +221,7 @@ class Pipeline:
         allow_changed_towers: bool | Collection[str] = False,
         dtype: torch.dtype | str | None = None,
         device_map: DeviceMap | None = None,
+        verify: bool = False,
         revision: str | None = None,
         token: str | bool | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
@@ -230,9 +232,10 @@ class Pipeline:
             folder: The checkpoint, or its id on the Hub, "owner/name"; a folder that exists wins.
             towers: Where to take towers from instead, as for ``FusedModel.from_pretrained``.
             modalities: Modalities by tower, in place of those of the checkpoint or in addition.
-            allow_changed_towers: See ``checkpoint.from_pretrained``.
+            allow_changed_towers: See ``checkpoint.load_fusion``.
             dtype: See there.
             device_map: See there.
+            verify: Whether to read and compare every byte; see there.
             revision: A branch, tag or commit on the Hub.
             token: What opens a private repository on the Hub.
             cache_dir: Where downloads are kept.
@@ -242,21 +245,19 @@ class Pipeline:
             CheckpointError: A file is missing or damaged; or see ``FusedModel.from_pretrained``.
             ValueError: See ``Pipeline``.
         """
-        instead, origins = modalities or {}, towers or {}
-
-        def load(root: Path) -> Pipeline:
-            stored = load_modalities(root, but=instead)
-            model = FusedModel.from_pretrained(
-                root,
-                towers=origins,
-                allow_changed_towers=allow_changed_towers,
-                dtype=dtype,
-                device_map=device_map,
-            )
-            return cls(model, {**stored, **instead})
-
         root = find_checkpoint(folder, revision=revision, token=token, cache_dir=cache_dir)
-        return steadily(root, load, again=not any(isinstance(tower, nn.Module) for tower in origins.values()))
+        checkpoint, instead = open_checkpoint(root), modalities or {}
+        stored = load_modalities(checkpoint, but=instead, verify=verify)
+        model = load_fusion(
+            FusedModel,
+            checkpoint,
+            towers=towers,
+            allow_changed_towers=allow_changed_towers,
+            dtype=dtype,
+            device_map=device_map,
+            verify=verify,
+        )
+        return cls(model, {**stored, **instead})
 
     def push_to_hub(
         self,
@@ -338,6 +339,6 @@ class Pipeline:
             if modality.end not in tower.end:
                 wanted["eos_token_id"] = modality.end
             for key, token in wanted.items():
-                if key not in own and given(own, key) is None:
+                if key not in own:
                     edges.setdefault(key, {})[name] = token
         return {**options, **{key: {**options.get(key, {}), **tokens} for key, tokens in edges.items()}}

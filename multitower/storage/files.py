@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -19,18 +18,6 @@ FUSION = "fusion.json"
 """What a checkpoint says of itself."""
 LARGEST_JSON = 1 << 24
 """How many bytes a JSON file of a checkpoint may have."""
-
-
-def load_strictly(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Copy tensors into those of a model; where anything does not fit, list all of it and change nothing.
-
-    Raises:
-        CheckpointError: Something does not fit.
-    """
-    check_fit(state, tensors, file)
-    with torch.no_grad():
-        for key, tensor in tensors.items():
-            state[key].copy_(tensor)
 
 
 def check_fit(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], file: Path) -> None:

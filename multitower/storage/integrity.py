@@ -1,145 +1,133 @@
-"""What ``fusion.json`` says of the files of a checkpoint and of itself, so that no change goes unnoticed."""
+"""The manifest of a checkpoint, ``fusion.json``: what it says of the files and of itself."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+from ..base.version import __version__
 from ..errors import CheckpointError
-from .atomic import current
 from .files import FUSION, check_inside, read_json
 
+FORMAT_VERSION = 1
 DIGEST, FILES = "digest", "files"
-SEALED = (2,)
-"""The versions of the format that have a seal as it is here; what reads one that is newer is to say so."""
+SMALL, BLOCK, BLOCKS = 1 << 22, 1 << 12, 64
+"""Up to how many bytes a file is always read whole, and how many blocks of others, of how many bytes each."""
+PART = re.compile(r"(links(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|towers|modalities)(/.*)?")
 
-Loaded = TypeVar("Loaded")
+Files = dict[str, dict[str, Any]]
+"""By path, ``{"bytes", "sha256", "sample"}``, the last of some blocks of the file."""
 
 
-def write_sealed(folder: Path, document: Mapping[str, Any], parts: Iterable[str]) -> None:
-    """Write ``fusion.json``, with the SHA-256 of each file of a checkpoint and of itself.
+def is_part(name: str) -> bool:
+    """Return whether a path in the folder of a checkpoint is the checkpoint's; all else is the user's.
+
+    >>> [is_part(name) for name in ("towers", "links-00001-of-00002.safetensors", "links.txt", "README.md")]
+    [True, True, False, False]
+    """
+    return PART.fullmatch(name) is not None
+
+
+def write_manifest(folder: Path, document: Mapping[str, Any]) -> None:
+    """Write ``fusion.json``, with size and checksums of each file of a checkpoint, and of itself.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     _ = Path(folder, "links.safetensors").write_text("links")
-    ...     write_sealed(Path(folder), {"format_version": 2}, ("links.safetensors",))
-    ...     [*read_sealed(Path(folder))["files"]]
+    ...     write_manifest(Path(folder), {"graph": {}})
+    ...     [*read_manifest(Path(folder))["files"]]
     ['links.safetensors']
 
     Args:
         folder: The checkpoint; all its other files are there.
         document: What else ``fusion.json`` says.
-        parts: The files and folders that are the checkpoint's; others, as a README, are not sealed.
     """
-    files = {name: _sha256(folder / name) for name in _files_of(folder, parts)}
-    sealed = {**document, FILES: files}
-    sealed[DIGEST] = _digest(sealed)
-    (folder / FUSION).write_text(json.dumps(sealed, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    files = {
+        name: {
+            "bytes": (folder / name).stat().st_size,
+            "sha256": _sha256(folder / name),
+            "sample": _sampled(folder / name),
+        }
+        for name in _parts(folder)
+    }
+    manifest = {"format_version": FORMAT_VERSION, "multitower": __version__, **document, FILES: files}
+    manifest[DIGEST] = _digest(manifest)
+    (folder / FUSION).write_text(json.dumps(manifest, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def read_sealed(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, Any]:
     """Read ``fusion.json``, whose digest has to be right; no file of the checkpoint may lie outside of it.
 
     Raises:
-        CheckpointError: It is missing, damaged or changed; or a link leads out of the checkpoint.
+        CheckpointError: It is missing, damaged, changed or of a newer format; or a link leads elsewhere.
     """
     check_inside(folder)
     document, file = read_json(folder / FUSION), folder / FUSION
-    if document.get("format_version") not in SEALED:
-        return document
+    version, release = document.get("format_version"), document.get("multitower")
+    if type(version) is not int or version < 1:
+        raise CheckpointError(f"{file} is damaged: {version!r} is no version of the format")
+    if version > FORMAT_VERSION:
+        wanted = f"'multitower>={release}'" if isinstance(release, str) else "multitower"
+        raise CheckpointError(
+            f"{file} has format version {version}, and this release reads up to {FORMAT_VERSION}; upgrade "
+            f"multitower: pip install -U {wanted}"
+        )
     if document.get(DIGEST) != _digest(document):
         raise CheckpointError(
             f"{file} is damaged: it is not as it was saved (its digest differs). To take a tower from "
             "elsewhere, give towers={...}; else copy the checkpoint anew"
         )
-    if not isinstance(document.get(FILES), dict):
+    files = document.get(FILES)
+    if not isinstance(files, dict) or not all(map(_is_entry, files.values())):
         raise CheckpointError(f"{file} is damaged: it does not say which files the checkpoint has")
     return document
 
 
-def check_files(folder: Path, document: Mapping[str, Any], parts: Iterable[str]) -> None:
-    """Check that files and folders of a checkpoint are as they were saved, and nothing has been added.
+def check_files(folder: Path, files: Files, parts: tuple[str, ...], *, verify: bool) -> None:
+    """Check that files of a checkpoint are there as they were saved, and no others.
 
     Args:
         folder: The checkpoint.
-        document: What ``read_sealed`` gave.
-        parts: The files and folders, relative to the checkpoint.
+        files: What the manifest says of them.
+        parts: How the paths begin of those that are meant.
+        verify: Whether to compare every byte, and not, of large files, the size and a sample.
 
     Raises:
         CheckpointError: A file is missing, changed or added; all are listed.
     """
-    if FILES not in document:
-        return  # of an older version
-    parts = list(parts)
-    listed = {
-        name: digest
-        for name, digest in document[FILES].items()
-        if any(name == part or name.startswith(f"{part}/") for part in parts)
-    }
-    found = set(_files_of(folder, parts))
-    problems = [f"missing: {name}" for name in listed if name not in found]
-    problems += [f"unexpected: {name}" for name in sorted(found - set(listed))]
-    problems += [
-        f"damaged: {name}"
-        for name, digest in listed.items()
-        if name in found and _sha256(folder / name) != digest
-    ]
+    found = [name for name in _parts(folder) if name.startswith(parts)]
+    problems = [f"missing: {name}" for name in files if name.startswith(parts) and name not in found]
+    for name in found:
+        if name not in files:
+            problems.append(f"unexpected: {name}")
+            continue
+        size = (folder / name).stat().st_size
+        if size != files[name]["bytes"]:
+            problems.append(f"damaged: {name} has {size} bytes, not {files[name]['bytes']}")
+        elif verify or size <= SMALL:
+            problems += [f"damaged: {name}"] * (_sha256(folder / name) != files[name]["sha256"])
+        else:
+            problems += [f"damaged: {name}"] * (_sampled(folder / name) != files[name]["sample"])
     if problems:
         raise CheckpointError(
             f"{folder} is not as it was saved; was it wholly copied?\n  " + "\n  ".join(problems)
         )
 
 
-def steadily(folder: Path, load: Callable[[Path], Loaded], *, again: bool = True) -> Loaded:
-    """Load a checkpoint that others may replace at the same time; return one of them, never a mixture.
-
-    Args:
-        folder: The checkpoint.
-        load: Loads it from the folder where it is found.
-        again: Whether it may be called again, when the checkpoint was replaced while it ran.
-
-    Raises:
-        CheckpointError: The checkpoint was replaced again and again.
-    """
-    for _ in range(10 if again else 1):
-        root = current(folder)
-        with _kept_open(root / FUSION) as before:
-            try:
-                loaded = load(root)
-            except (CheckpointError, OSError):
-                if _is_still(before, current(folder) / FUSION):
-                    raise
-                continue
-            if _is_still(before, current(folder) / FUSION):
-                return loaded
-    raise CheckpointError(f"{folder} was replaced by another checkpoint while it was read; load it again")
+def _parts(folder: Path) -> list[str]:
+    """List the files of a checkpoint, but for the manifest."""
+    tops = [top for top in folder.iterdir() if is_part(top.name)]
+    files = (path for top in tops for path in ([top] if top.is_file() else top.rglob("*")))
+    return sorted(path.relative_to(folder).as_posix() for path in files if not path.is_dir())
 
 
-@contextmanager
-def _kept_open(file: Path) -> Iterator[os.stat_result | None]:
-    """Return which file this is. While it is open, no other can be given its number."""
-    try:
-        stream = file.open("rb") if file.is_file() else None  # a pipe would wait
-    except OSError:
-        stream = None
-    if stream is None:
-        yield None
-        return
-    with stream:
-        yield os.fstat(stream.fileno())
-
-
-def _is_still(before: os.stat_result | None, file: Path) -> bool:
-    try:
-        now = file.stat() if file.is_file() else None
-    except OSError:
-        now = None
-    return now is before if now is None or before is None else os.path.samestat(before, now)
+def _is_entry(found: Any) -> bool:
+    kinds = {"bytes": int, "sha256": str, "sample": str}
+    return isinstance(found, dict) and all(type(found.get(key)) is kind for key, kind in kinds.items())
 
 
 def _digest(document: Mapping[str, Any]) -> str:
@@ -148,15 +136,16 @@ def _digest(document: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _files_of(folder: Path, parts: Iterable[str]) -> list[str]:
-    found = []
-    for part in parts:
-        place = folder / part
-        files = [place] if place.is_file() else (path for path in place.rglob("*") if not path.is_dir())
-        found += [path.relative_to(folder).as_posix() for path in files]
-    return sorted(found)
-
-
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _sampled(file: Path) -> str:
+    """Return the SHA-256 of blocks that lie evenly in a file, from its first to its last byte."""
+    digest, last = hashlib.sha256(), max(file.stat().st_size - BLOCK, 0)
+    with file.open("rb", buffering=0) as stream:
+        for place in range(BLOCKS):
+            stream.seek(last * place // (BLOCKS - 1))
+            digest.update(stream.read(BLOCK))
+    return digest.hexdigest()

@@ -17,8 +17,6 @@ from ..errors import CheckpointError
 from .files import read_json
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-MAPPED = 32 * 10**6
-"""How many bytes ``each_tensor`` leaves in memory at a time, where single tensors are no larger."""
 
 Inventory = dict[str, str]
 """By tensor its dtype, as safetensors writes it, and its shape: ``F32 [2, 3]``."""
@@ -78,26 +76,6 @@ def inventory(file: Path) -> Inventory:
     return dict(sorted(found.items()))
 
 
-def each_tensor(file: Path) -> Iterator[tuple[str, Tensor]]:
-    """Return tensors one after the other; what is read is not kept, so that memory for them is small.
-
-    Raises:
-        CheckpointError: A file is missing or damaged.
-    """
-    for shard in _shards(file):
-        with _opened(shard) as stored:
-            keys = list(stored.keys())
-        while keys:
-            with _opened(shard) as stored:
-                read = 0
-                while keys and read < MAPPED:
-                    key = keys.pop()
-                    tensor = stored.get_tensor(key)
-                    read += tensor.nbytes
-                    yield key, tensor
-            del stored, tensor
-
-
 def mapped_tensors(file: Path) -> dict[str, Tensor]:
     """Return all tensors as views of the files, which come into memory when they are used.
 
@@ -107,8 +85,7 @@ def mapped_tensors(file: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for shard in _shards(file):
         with _opened(shard) as stored:
-            keys = list(stored.keys())
-            tensors |= {key: stored.get_tensor(key) for key in keys}
+            tensors |= {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118  # no mapping
     return tensors
 
 

@@ -4,9 +4,10 @@ None of it needs a download. ``multitower.testing.strategies`` draws towers, gra
 for hypothesis, which it needs.
 """
 
-from .modality.check_modality import MODALITY_PROMISES, check_modality, modality_report
+from .modality.check_modality import check_modality, modality_report
+from .modality.promises import MODALITY_PROMISES
 from .model.batches import check_order, check_packing, check_padding, check_rows
-from .model.check_model import PROMISES, check_model, model_report
+from .model.check_model import MODEL_PROMISES, check_model, model_report
 from .model.decoding import check_decoding, check_prefill
 from .model.definition import check_definition
 from .model.forward import check_causality, check_identity, check_sight, check_unimodal
@@ -15,10 +16,12 @@ from .model.schedule import check_schedule
 from .model.training import check_frozen, check_gradients, check_losses
 from .tiny import TinyTower, open_links, tiny_model, tiny_tower
 from .tower.check_tower import check_tower, tower_report
+from .tower.promises import TOWER_PROMISES
 
 __all__ = [
     "MODALITY_PROMISES",
-    "PROMISES",
+    "MODEL_PROMISES",
+    "TOWER_PROMISES",
     "TinyTower",
     "check_causality",
     "check_decoding",

@@ -30,10 +30,10 @@ class TinyLayer(nn.Module):
 
 
 class TinyTower(Tower):
-    """A small causal decoder in plain PyTorch: ids 0 and 1 are its begin and end."""
+    """A small causal decoder in plain PyTorch: id 1 is its begin and 2 its end; 0 pads."""
 
-    begin = 0
-    end = (1,)
+    begin = 1
+    end = (2,)
     packs = True
 
     def __init__(self, depth: int, width: int, vocab_size: int) -> None:

@@ -16,6 +16,7 @@ from ..errors import PluginError, TowerError
 from ..plugins.entry_points import tower_loader
 from .base import Tower
 from .peft_tower import PeftTower, base_model, check_mergeable, check_whole, is_peft_model
+from .probe import Proof
 from .transformers import TransformersTower
 
 KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
@@ -31,6 +32,7 @@ def as_tower(
     *,
     revision: str | None = None,
     empty: bool = False,
+    proof: Proof | None = None,
 ) -> Tower:
     """Return the tower for a folder, a Hub id, what a plugin loads, a transformers causal LM or a ``Tower``.
 
@@ -44,10 +46,11 @@ def as_tower(
         prepare: Changes the model before it becomes a tower, by adapters for instance, and gives the result.
         revision: The commit of a Hub id; None for the newest.
         empty: Whether a folder or a Hub id is made on the meta device by its config, no weights read.
+        proof: See ``TransformersTower``.
 
     Raises:
-        TowerError: There is nothing to load, or it is not a decoder that can be run layer by layer.
-        PluginError: The source is ``loader://...``, and there is no such plugin, or it is broken.
+        TowerError: The source cannot be loaded, or is no decoder that can be run layer by layer.
+        PluginError: The source is ``loader://...``, and no plugin of that name works.
     """
     if source is None:
         raise TowerError(
@@ -71,7 +74,7 @@ def as_tower(
         inner = base_model(model)
         if isinstance(inner, Tower):
             return inner if inner is model else PeftTower(model)
-        return TransformersTower(model, layers=layers)
+        return TransformersTower(model, layers=layers, proof=proof)
     except ValueError as error:
         raise TowerError(f"tower {name!r}: {error}") from error
 
@@ -89,8 +92,8 @@ def from_source(
         cached: Whether only what has been downloaded before will do.
 
     Raises:
-        TowerError: It cannot be loaded.
-        PluginError: See ``as_tower``.
+        TowerError: The source cannot be loaded.
+        PluginError: The source is ``loader://...``, and no plugin of that name works.
     """
     if LOADER.match(source):
         return _from_plugin(name, source)
@@ -199,12 +202,12 @@ def _commit(source: str, revision: str | None) -> str | None:
 
 
 def merged(tower: Tower) -> Tower:
-    """Give a tower whose peft adapters are folded into its weights; the old one can be used no longer.
+    """Return a tower whose peft adapters are folded into its weights; the old one can be used no longer.
 
     Where it fails, the model may be merged half-way; see ``unchanged_on_error``.
 
     Raises:
-        ValueError: It has no adapters, or peft cannot merge them.
+        ValueError: The tower has no adapters, or peft cannot merge them.
     """
     native: Any = tower.native
     if not is_peft_model(native):

@@ -1,4 +1,4 @@
-"""Ask a transformers model whether it tells the examples in one row apart."""
+"""Whether a transformers model tells the examples in one row apart."""
 
 from __future__ import annotations
 

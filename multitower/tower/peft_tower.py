@@ -17,7 +17,7 @@ from ..errors import TowerError
 from ..storage.fingerprint import sampled_fingerprint
 from .base import Tower
 from .inject import Inject
-from .offload import is_offloaded, whole_state
+from .weights import is_offloaded, whole_state
 
 DEFAULT = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "target_modules": "all-linear"}
 """What ``train="lora"`` means; the rest is as peft sets it."""
@@ -89,7 +89,7 @@ def add_adapter(model: nn.Module, config: Any, name: str = "default", *, autocas
         autocast: Whether the adapter is kept in float32 where the model is in half precision.
 
     Raises:
-        ValueError: peft cannot do it.
+        ValueError: peft cannot put such an adapter on this model.
     """
     peft = require("peft", "lora")
     try:
@@ -195,7 +195,7 @@ def check_whole(model: nn.Module) -> None:
     """Check that no model with peft layers has lost the PeftModel around it.
 
     Raises:
-        ValueError: It has; then peft could not save its adapters.
+        ValueError: The model has peft layers and no PeftModel, so that peft could not save its adapters.
     """
     if not is_peft_model(model) and any(_kept(module) for module in model.modules()):
         raise ValueError(
@@ -208,7 +208,7 @@ def check_trained(name: str, model: nn.Module) -> None:
     """Check that a tower with ``train="lora"`` has something to train.
 
     Raises:
-        TowerError: There are no adapters, or all of them are frozen.
+        TowerError: The tower has no adapters, or all of them are frozen.
     """
     if not is_peft_model(model):
         raise TowerError(f"tower {name!r} has no adapters for train='lora'; FusionGraph.compile adds them")

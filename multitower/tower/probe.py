@@ -5,17 +5,16 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from ..errors import TowerError
-from .offload import execution_device
 from .shell import as_call, as_tuple
+from .weights import execution_device
 
 ROWS, LENGTH = 3, 7
 """Size of the batch of a probe: numbers that no model is likely to have as its own."""
@@ -28,29 +27,32 @@ class Layout(NamedTuple):
     """How a model lays out the state between its layers, against (batch, length, width).
 
     Some keep several residual streams, which are then one state of the sum of their widths.
+
+    Attributes:
+        batch: Which axis is that of rows.
+        length: Which axis is that of tokens.
+        sizes: Of all other axes.
     """
 
-    axes: str = "b l w"
-    sizes: tuple[tuple[str, int], ...] = ()
+    batch: int
+    length: int
+    sizes: tuple[int, ...]
 
     def to_tower(self, state: Tensor) -> Tensor:
         """Return a state as (batch, length, width)."""
-        return state if self.is_plain else rearrange(state, f"{self.axes} -> {self._plain}")
+        return state if self.is_plain else state.movedim((self.batch, self.length), (0, 1)).flatten(2)
 
     def to_model(self, state: Tensor) -> Tensor:
         """Return a state as the model lays it out."""
-        return (
-            state if self.is_plain else rearrange(state, f"{self._plain} -> {self.axes}", **dict(self.sizes))
-        )
+        if self.is_plain:
+            return state
+        unfolded = state.reshape(*state.shape[:2], *self.sizes)
+        return unfolded.movedim((0, 1), (self.batch, self.length))
 
     @property
     def is_plain(self) -> bool:
         """Whether the model's layout is the tower's."""
-        return self.axes == "b l w"
-
-    @property
-    def _plain(self) -> str:
-        return f"b l ({' '.join(axis for axis in self.axes.split() if axis not in 'bl')})"
+        return (self.batch, self.length, len(self.sizes)) == (0, 1, 1)
 
 
 class Layers(NamedTuple):
@@ -71,28 +73,22 @@ class Layers(NamedTuple):
     layout: Layout
 
 
-class Unread(Tensor):
-    """A mask that says its shape and nothing else: what runs with it does not depend on it.
+class Proof(NamedTuple):
+    """What a model has shown of itself when it became a tower.
 
-    >>> UNREAD.ndim, len(UNREAD.shape)
-    (4, 4)
-    >>> UNREAD + 1
-    Traceback (most recent call last):
-    ...
-    RuntimeError: a mask is read that should not be
+    Attributes:
+        path: Path of the list of its layers.
+        width: The width of the state between them.
+        beyond: How many more tokens the head scores than its config says.
+        masked: Whether norm and head give the same where they are handed a mask.
+        positions: For how many tokens its table of positions has room; None where it has none.
     """
 
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        """Answer for the shape."""
-        if func not in (Tensor.shape.__get__, Tensor.ndim.__get__, Tensor.dim, Tensor.size):  # type: ignore[attr-defined]  # descriptors of C have it
-            raise RuntimeError("a mask is read that should not be")
-        return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]  # torch declares none
-
-
-UNREAD = torch.ones(1, 1, 1, 1, dtype=torch.bool).as_subclass(Unread)  # made here, outside of any mode
+    path: str
+    width: int
+    beyond: int
+    masked: bool
+    positions: int | None
 
 
 class Seen(NamedTuple):
@@ -111,13 +107,13 @@ def probe(model: nn.Module, path: str | None = None) -> tuple[Layers, Tensor]:
         path: The list, where it is known.
 
     Raises:
-        TowerError: The model does not run on tokens alone; there is no such list or more than one; layers
-            do not run once and in order; or the model changes the state between them.
+        TowerError: The model does not run on tokens alone; there is no list of layers or more than one;
+            layers do not run once and in order; or the model changes the state between them.
     """
     name = type(model).__name__
     lists = {key: module for key, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     seen, logits = _run(model, lists)
-    running = {key: calls for key, calls in seen.items() if _axes(calls[0].hidden) and _keeps_state(calls)}
+    running = {key: calls for key, calls in seen.items() if _layout(calls[0].hidden) and _keeps_state(calls)}
     if path is not None:
         found = [path] if path in running else []
     else:
@@ -148,14 +144,23 @@ def probe(model: nn.Module, path: str | None = None) -> tuple[Layers, Tensor]:
     extras = tuple(
         None if isinstance(call.output, Tensor) else len(as_tuple(call.output)) - 1 for call in calls
     )
-    axes = _axes(calls[0].hidden)
-    sizes = tuple(
-        (axis, size)
-        for axis, size in zip(axes.split(), calls[0].hidden.shape, strict=True)
-        if axis not in "bl"
-    )
+    layout = _layout(calls[0].hidden)
+    assert layout is not None
     keyword = _keyword(lists[found[0]][order[0]])
-    return Layers(found[0], order, extras, keyword, Layout(axes, sizes)), logits
+    return Layers(found[0], order, extras, keyword, layout), logits
+
+
+def plain_layers(model: nn.Module, path: str, width: int) -> Layers:
+    """Return the layers of a model of which it is known that all in one list run, in order, on a plain state.
+
+    Raises:
+        ValueError: There is no such list.
+    """
+    stack = dict(model.named_modules()).get(path)
+    if not isinstance(stack, nn.ModuleList) or not len(stack):
+        raise ValueError(f"{type(model).__name__} has no layers in {path!r}")
+    order, extras = tuple(range(len(stack))), (None,) * len(stack)
+    return Layers(path, order, extras, _keyword(stack[0]), Layout(0, 1, (width,)))
 
 
 def probe_tokens(model: nn.Module) -> Tensor:
@@ -172,7 +177,7 @@ def check_causal(name: str, logits: Tensor) -> None:
     """Check that the last two rows of a probe, alike but for their last token, are scored alike before it.
 
     Raises:
-        TowerError: They are not: the model sees later tokens.
+        TowerError: The model sees later tokens.
     """
     one, other = logits[-2:, :-1].float()
     leak = (one - other).abs().max().item()
@@ -273,16 +278,13 @@ def logits_of(output: Any) -> Tensor:
     return logits
 
 
-def _axes(hidden: Any) -> str:
-    """Name the axes of a probe's state, "b", "l" and others; empty if it is none."""
-    if not isinstance(hidden, Tensor) or not hidden.is_floating_point() or hidden.dim() < 3:
-        return ""
-    shape = list(hidden.shape)
-    if ROWS not in shape or LENGTH not in shape:
-        return ""
-    names = dict(zip((shape.index(ROWS), shape.index(LENGTH)), "bl", strict=True))
-    others = iter("wvutsr")
-    return " ".join(names.get(axis) or next(others) for axis in range(len(shape)))
+def _layout(hidden: Any) -> Layout | None:
+    """Return how a probe's state is laid out; None if it is none."""
+    shape = list(hidden.shape) if isinstance(hidden, Tensor) and hidden.is_floating_point() else []
+    if len(shape) < 3 or ROWS not in shape or LENGTH not in shape:
+        return None
+    axes = shape.index(ROWS), shape.index(LENGTH)
+    return Layout(*axes, tuple(size for axis, size in enumerate(shape) if axis not in axes))
 
 
 def _keeps_state(calls: list[Seen]) -> bool:

@@ -36,13 +36,13 @@ class Shell(NamedTuple):
     copies: tuple[Copy, ...]
 
     def follow(self) -> None:
-        """Give the copies the mode, training or not, and the children that their originals have now.
+        """Set the copies to the mode, training or not, and the children that their originals have now.
 
         A head, for instance, is replaced when an adapter is put on it. The child that leads to the layers is
         a copy itself, or the list of stand-ins, and stays.
 
         Raises:
-            TowerError: That child of an original was replaced, or there are more layers or fewer.
+            TowerError: What leads to the layers was replaced, or there are more layers or fewer.
         """
         below = (*(copy.original for copy in self.copies[1:]), None)
         for (twin, original, child), expected in zip(self.copies, below, strict=True):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, NamedTuple
 
@@ -17,19 +16,19 @@ from ..errors import TowerError
 from .base import Tower
 from .decode_transformers import make_decoder, why_not_faithful
 from .inject import Inject
-from .offload import execution_device
 from .packing import tells_examples_apart
 from .peft_tower import base_model
 from .positions import count_positions
 from .probe import (
     LENGTH,
-    UNREAD,
     Layers,
+    Proof,
     check_causal,
     evaluated,
     forward_options,
     last_position,
     logits_of,
+    plain_layers,
     probe,
     probe_tokens,
     vocabulary,
@@ -47,6 +46,7 @@ from .shell import (
     play,
     stand_in,
 )
+from .weights import execution_device
 
 
 class TransformersTower(Tower):
@@ -73,28 +73,43 @@ class TransformersTower(Tower):
             and all, and ``native`` is the PeftModel.
         layers: Path of the ``ModuleList`` of layers, as in "model.layers", for a model that has several
             that take and give a state.
+        proof: The ``proof`` of a tower of the same model, which then need not run to show and prove it anew.
 
     Raises:
         TowerError: No list of layers is found, the layers do not run once each in their order, the
             layer-by-layer logits differ from the model's own, or the model is not causal.
     """
 
-    def __init__(self, model: nn.Module, *, layers: str | None = None) -> None:
+    def __init__(self, model: nn.Module, *, layers: str | None = None, proof: Proof | None = None) -> None:
         super().__init__()
         # Neither is registered as a submodule: their parameters are the model's and are counted once.
         self._native = _Unregistered(model)
         self.model = base_model(model)
         self._layers: Layers
         with _without_values(self.model):
-            self._layers, logits = probe(self.model, layers)
+            if proof is None:
+                self._layers, logits = probe(self.model, layers)
+            else:
+                self._layers = plain_layers(self.model, proof.path, proof.width)
             self.path = self._layers.path
             self.depth = len(self._layers.order)
             self._shell = _Unregistered(self._make_shell())
-            self._heads_unmasked = False
+            self._heads_masked = False
             self._packs: dict[Any, bool] = {}
-            self.width, scored = self._prove(logits)
-            self.hard_limit = count_positions(self)
-        self._scored_beyond = scored - vocabulary(self.model)
+            if proof is None:
+                self.width, scored = self._prove(logits)
+                self._scored_beyond = scored - vocabulary(self.model)
+                self.hard_limit = count_positions(self)
+            else:
+                _, self.width, self._scored_beyond, self._heads_masked, self.hard_limit = proof
+        self._heads_at = "logits_to_keep" in inspect.signature(type(self.model).forward).parameters
+
+    @property
+    def proof(self) -> Proof | None:
+        """What the model has shown of itself, where all layers run in order and pass on a plain state."""
+        if self._layers != plain_layers(self.model, self.path, self.width):
+            return None
+        return Proof(self.path, self.width, self._scored_beyond, self._heads_masked, self.hard_limit)
 
     def train(self, mode: bool = True) -> TransformersTower:
         """Set training mode."""
@@ -176,13 +191,13 @@ class TransformersTower(Tower):
 
     def head_at(self, hidden: Tensor, context: Context, places: Tensor) -> Tensor:
         """Return the logits of some tokens alone, where the model can; see ``Tower.head_at``."""
-        if "logits_to_keep" not in _parameters(type(self.model).forward):
+        if not self._heads_at:
             return super().head_at(hidden, context, places)
         return self._finish(hidden, context, {"logits_to_keep": places})
 
     def _finish(self, hidden: Tensor, context: Context, options: dict[str, Any]) -> Tensor:
         options = {**context.options, **options}
-        if self._heads_unmasked:
+        if self._heads_masked:
             options["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=hidden.device)
         final = self._layers.layout.to_model(hidden)
         script = Script((final, *context.carried.get(self.depth, ())))
@@ -252,8 +267,8 @@ class TransformersTower(Tower):
             width = hidden.shape[-1]
             for index in range(1, self.depth + 1):
                 hidden = self.layer(index, hidden, context)
-            self._heads_unmasked = self._can_head_unmasked(hidden, context)
             logits = self.head(hidden, context)
+            self._heads_masked = self._can_head_masked(hidden, context, logits)
             if self.native is not self.model:
                 native = logits_of(self.native(input_ids=context.tokens, use_cache=False))
         if native.device.type != "meta":
@@ -266,19 +281,18 @@ class TransformersTower(Tower):
             check_causal(name, native)
         return width, logits.shape[-1]
 
-    def _can_head_unmasked(self, hidden: Tensor, context: Context) -> bool:
-        """Whether norm and head run where the model is handed a mask, of which they read nothing.
+    def _can_head_masked(self, hidden: Tensor, context: Context, logits: Tensor) -> bool:
+        """Whether norm and head give the same where the model is handed a mask.
 
         To prepare masks for layers, transformers waits for the device: it looks whether rows are packed.
         A mask of four dimensions it hands on as it is.
         """
-        options = {**context.options, "attention_mask": UNREAD}
+        self._heads_masked = True
         try:
             with warnings.catch_warnings(action="error"):
-                self.head(hidden, context._replace(options=options))
+                return torch.equal(self.head(hidden, context), logits)
         except Exception:  # whatever a model says to such a mask
             return False
-        return True
 
 
 class _Unregistered(NamedTuple):
@@ -307,11 +321,6 @@ def _without_values(model: nn.Module) -> AbstractContextManager[Any]:
     """Let a model on the meta device run, whose forward may ask for values that are not there."""
     on_meta = execution_device(model).type == "meta"
     return FakeTensorMode(allow_non_fake_inputs=True) if on_meta else nullcontext()
-
-
-@functools.cache
-def _parameters(function: Callable[..., Any]) -> Collection[str]:
-    return inspect.signature(function).parameters.keys()
 
 
 def _resolve(value: Any, context: Context) -> Any:

@@ -1,90 +1,71 @@
-"""Which towers can be trained, and which let gradients through to what feeds them."""
+"""Weights that are quantised, or lie elsewhere until accelerate's hooks bring them to where a module runs."""
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import TowerError
-from .base import Tower
-from .offload import is_offloaded
-from .quantised import quantisation_of
+from ..storage.fingerprint import is_packed
 
 
-def check_trainable(name: str, tower: Tower) -> None:
-    """Check that the weights of a tower can be trained.
+def quantisation_of(model: nn.Module) -> str:
+    """Return what a model's quantised weights are; empty if it has none.
 
-    Raises:
-        TowerError: They are quantised, or offloaded.
+    >>> quantisation_of(nn.Linear(2, 2))
+    ''
+    >>> import torch
+    >>> quantisation_of(nn.Linear(2, 2).to(torch.float8_e4m3fn))
+    'float8_e4m3fn'
     """
-    kind = quantisation_of(tower.native)
-    if kind:
-        raise TowerError(
-            f"tower {name!r} is quantised ({kind}), so that its weights cannot be trained; load it without "
-            "quantisation, or keep it frozen with train='none'"
-        )
-    if is_offloaded(tower.native):
-        raise TowerError(
-            f"tower {name!r} is offloaded by accelerate, which throws gradients away; load it whole (without "
-            "device_map or cpu_offload), or keep it frozen with train='none'"
-        )
+    for parameter in model.parameters():
+        if is_packed(parameter):
+            return type(parameter).__name__
+        if not parameter.is_floating_point() or parameter.element_size() == 1:
+            return str(parameter.dtype).removeprefix("torch.")
+    quantizer = getattr(model, "hf_quantizer", None)
+    return "" if quantizer is None else type(quantizer).__name__
 
 
-def warn_of_lost_gradients(name: str, tower: Tower) -> None:
-    """Warn where what feeds a quantised tower would be trained with wrong gradients."""
-    kind = quantisation_of(tower.native)
-    barrier = _gradient_barrier(tower) if kind else ""
-    if barrier:
-        warnings.warn(
-            f"tower {name!r} is quantised ({kind}) so that {barrier!r} passes no gradient on: the links and "
-            "the adapter that feed it cannot be trained. Quantise weights only, not activations",
-            stacklevel=5,
-        )
+def can_be_stored(model: Any) -> bool:
+    """Return whether a checkpoint of a model can be written that gives the same weights back."""
+    if not quantisation_of(model):
+        return True
+    quantizer = getattr(model, "hf_quantizer", None)
+    return quantizer is not None and bool(quantizer.is_serializable())
 
 
-def _gradient_barrier(tower: Tower) -> str:
-    """Name a module of a tower that passes no gradient from what it gives to what it takes; empty if all do.
-
-    Kernels that quantise activations as well as weights have no backward pass. Residual connections go round
-    them, so that gradients still arrive, and are wrong.
-    """
-    barriers: list[str] = []
-
-    def note(name: str, args: tuple[Any, ...], output: Any) -> None:
-        if (
-            args
-            and isinstance(args[0], Tensor)
-            and isinstance(output, Tensor)
-            and args[0].requires_grad
-            and not output.requires_grad
-        ):
-            barriers.append(name)
-
-    handles = [
-        module.register_forward_hook(lambda _, args, output, name=name: note(name, args, output))
-        for name, module in tower.native.named_modules()
-        if _owns_weights(module)
-    ]
-    mode = tower.training
-    tower.eval()
-    try:
-        with torch.enable_grad():
-            hidden, context = tower.embed(torch.zeros(1, 2, dtype=torch.long, device=tower.device))
-            hidden = hidden.detach().requires_grad_(True)
-            for index in range(1, tower.depth + 1):
-                hidden = tower.layer(index, hidden, context)
-            tower.head(hidden, context)
-    finally:
-        tower.train(mode)
-        for handle in handles:
-            handle.remove()
-    return next(iter(barriers), "")
+def execution_device(model: nn.Module) -> torch.device:
+    """Return where a model takes its tokens, also when its weights are offloaded."""
+    device = next(model.parameters()).device
+    if device.type != "meta":
+        return device
+    executed = (getattr(hook, "execution_device", None) for _, _, hook in _hooks(model))
+    return next((torch.device(each) for each in executed if each is not None), device)
 
 
-def _owns_weights(module: nn.Module) -> bool:
-    """Whether a module has weights of its own; packed integers may be buffers."""
-    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-    return any(isinstance(each, nn.Parameter) or not each.is_floating_point() for each in own)
+def is_offloaded(model: nn.Module) -> bool:
+    """Return whether some weights of a model are brought in only while it runs."""
+    return any(getattr(hook, "offload", False) for _, _, hook in _hooks(model))
+
+
+def whole_state(model: nn.Module) -> dict[str, Any]:
+    """Return a model's state dict, what is offloaded included."""
+    state: dict[str, Any] = model.state_dict()
+    for path, module, hook in _hooks(model):
+        if getattr(hook, "offload", False):
+            for name in module.state_dict():
+                key = f"{path}.{name}" if path else name
+                if isinstance(state[key], Tensor) and state[key].is_meta and name in hook.weights_map:
+                    state[key] = hook.weights_map[name]
+    return state
+
+
+def _hooks(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
+    """Return accelerate's hooks with the modules on which they are."""
+    for path, module in model.named_modules():
+        hook = getattr(module, "_hf_hook", None)
+        for each in getattr(hook, "hooks", (hook,)):
+            yield path, module, each

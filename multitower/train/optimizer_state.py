@@ -55,7 +55,7 @@ def frozen_fingerprints(model: Fusion) -> dict[str, str]:
     for name in model.towers:
         state = model.tower(name).state_dict(keep_vars=True)
         frozen = {
-            key: _whole(tensor.detach())
+            key: getattr(tensor, "full_tensor", tensor.detach)().detach()  # a DTensor's of all processes
             for key, tensor in state.items()
             if id(tensor) not in trained and tensor.device.type != "meta"
         }
@@ -67,24 +67,20 @@ def frozen_fingerprints(model: Fusion) -> dict[str, str]:
 def optimizer_state(model: Fusion, optimizer: Optimizer) -> tuple[dict[str, Tensor], Settings]:
     """Return what an optimizer keeps: its tensors as "optimizer.<key>.<parameter>", and all else.
 
+    torch's ``get_optimizer_state_dict`` would make a step with an optimizer that has made none yet.
+
     Raises:
-        ValueError: It trains a parameter that is not the model's.
+        ValueError: The optimizer trains a parameter that is not the model's.
     """
-    names = _names(model, optimizer)
-    groups = [
-        {**group, "params": [names[parameter] for parameter in group["params"]]}
-        for group in optimizer.param_groups
-    ]
+    names, state = trained_names(model, optimizer), optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
-    others: dict[str, dict[str, Any]] = {}
-    for parameter, kept in optimizer.state.items():
-        others[names[parameter]] = {}
-        for key, value in kept.items():
-            if isinstance(value, Tensor):
-                tensors[f"optimizer.{key}.{names[parameter]}"] = value
-            else:
-                others[names[parameter]][key] = value
-    return tensors, {"class": type(optimizer).__name__, "groups": groups, "state": others}
+    others: dict[int, dict[str, Any]] = {}
+    for place, kept in state["state"].items():
+        found = {key: value for key, value in kept.items() if isinstance(value, Tensor)}
+        tensors |= {f"optimizer.{key}.{names[place]}": value for key, value in found.items()}
+        others[place] = {key: value for key, value in kept.items() if key not in found}
+    settings = {"names": names, "groups": state["param_groups"], "state": others}
+    return tensors, {"class": type(optimizer).__name__, **settings}
 
 
 def expected_tensors(model: Fusion, listed: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -92,50 +88,57 @@ def expected_tensors(model: Fusion, listed: Mapping[str, Any]) -> dict[str, Tens
 
     Args:
         model: The model.
-        listed: Shape and dtype of each tensor, as ``described`` gives them; others than the optimizer's are
-            left out, and so are those of parameters that the model has not.
+        listed: Shape and dtype of each tensor of a checkpoint, as ``described`` gives them.
     """
-    parameters = dict(model.named_parameters())
-    room = {}
+    parameters, room = dict(model.named_parameters()), {}
     for name, (shape, dtype) in listed.items():
-        kind, _, parameter = (*name.split(".", 2), "", "")[:3]
-        if kind == "optimizer" and parameter in parameters:
-            owner, to = parameters[parameter], getattr(torch, dtype)
+        kind, _, rest = name.partition(".")
+        if kind == "optimizer":
+            owner, to = parameters[rest.partition(".")[2]], getattr(torch, dtype)
             alike = list(owner.shape) == shape
             room[name] = torch.empty_like(owner, dtype=to) if alike else torch.empty(shape, dtype=to)
     return room
 
 
-def load_optimizer(
-    model: Fusion, optimizer: Optimizer, settings: Settings, tensors: Mapping[str, Tensor]
-) -> None:
-    """Load what ``optimizer_state`` gave."""
-    names = _names(model, optimizer)
-    state: dict[str, dict[str, Any]] = {name: dict(kept) for name, kept in settings["state"].items()}
+def load_optimizer(optimizer: Optimizer, settings: Settings, tensors: Mapping[str, Tensor]) -> None:
+    """Load what ``optimizer_state`` gave of an optimizer of the same parameters."""
+    state = {place: dict(kept) for place, kept in settings["state"].items()}
+    places = {name: place for place, name in enumerate(settings["names"])}
     for name, tensor in tensors.items():
-        kind, key, parameter = (*name.split(".", 2), "", "")[:3]
+        kind, _, rest = name.partition(".")
         if kind == "optimizer":
-            state[parameter][key] = tensor
-    order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
-    places = {name: place for place, name in enumerate(order)}
-    groups = [
-        {**saved, "params": [places[names[parameter]] for parameter in group["params"]]}
-        for saved, group in zip(settings["groups"], optimizer.param_groups, strict=True)
-    ]
-    optimizer.load_state_dict(
-        {"state": {places[name]: kept for name, kept in state.items()}, "param_groups": groups}
-    )
+            key, _, parameter = rest.partition(".")
+            state[places[parameter]][key] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": settings["groups"]})
 
 
 def unlike_settings(model: Fusion, optimizer: Optimizer, settings: Settings) -> list[str]:
     """Return where an optimizer is another one than that of which there are settings."""
-    names, problems = _names(model, optimizer), []
+    problems = []
     if settings["class"] != type(optimizer).__name__:
         problems.append(f"the optimizer is {type(optimizer).__name__}; {settings['class']} was saved")
-    mine = [{names[parameter] for parameter in group["params"]} for group in optimizer.param_groups]
-    if mine != [set(group["params"]) for group in settings["groups"]]:
+    groups = optimizer.state_dict()["param_groups"]
+    mine = trained_names(model, optimizer), [group["params"] for group in groups]
+    if mine != (settings["names"], [group["params"] for group in settings["groups"]]):
         problems.append("the optimizer's groups hold other parameters than those that were saved")
     return problems
+
+
+def trained_names(model: Fusion, optimizer: Optimizer) -> list[str]:
+    """Name the parameters that an optimizer trains, in its order.
+
+    Raises:
+        ValueError: The optimizer trains a parameter that is not the model's.
+    """
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    trained: list[Tensor] = [each for group in optimizer.param_groups for each in group["params"]]
+    for parameter in trained:
+        if parameter not in names:
+            raise ValueError(
+                f"the optimizer trains a parameter of shape {tuple(parameter.shape)} that is not the "
+                "model's; was it made for another model?"
+            )
+    return [names[parameter] for parameter in trained]
 
 
 def described(tensor: Tensor) -> list[Any]:
@@ -174,21 +177,3 @@ def load_random_state(tensors: Mapping[str, Tensor]) -> None:
             torch.cuda.set_rng_state(tensors[name])
         else:
             torch.set_rng_state(tensors[name])
-
-
-def _names(model: Fusion, optimizer: Optimizer) -> dict[Tensor, str]:
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter not in names:
-                raise ValueError(
-                    f"the optimizer trains a parameter of shape {tuple(parameter.shape)} that is not the "
-                    "model's; was it made for another model?"
-                )
-    return names
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """Return a tensor that is divided among processes whole."""
-    gather = getattr(tensor, "full_tensor", None)
-    return tensor if gather is None else gather()

@@ -90,7 +90,7 @@ def save_training(
         ValueError: The optimizer trains a parameter that is not the model's.
         ImportError: This torch cannot write distributed checkpoints as safetensors.
     """
-    writer, target = _storage("HuggingFaceStorageWriter"), Path(folder).absolute()
+    target = Path(folder).absolute()
     _on_first(lambda: _check_free(target))
     tensors, settings = optimizer_state(model, optimizer)
     tensors |= {f"model.{name}": tensor.detach() for name, tensor in trained_state(model).items()}
@@ -113,7 +113,7 @@ def save_training(
             _on_first(lambda: (fresh / TRAINING).write_text(text, encoding="utf-8"))
             checkpoint.save(
                 tensors | random_state(),
-                storage_writer=writer(str(fresh), save_distributed=True),
+                storage_writer=checkpoint.HuggingFaceStorageWriter(str(fresh), save_distributed=True),
                 no_dist=not is_distributed(),
             )
     except (OSError, SafetensorError) as error:
@@ -142,42 +142,23 @@ def load_training(
         CheckpointError: A file is missing or damaged; model, optimizer or scheduler are other ones than
             those that were saved, of which all is listed; or a tower that is not trained is another one.
     """
-    reader, root = _storage("HuggingFaceStorageReader"), current(Path(folder))
+    root = current(Path(folder))
     document = _read(root)
-    listed, trained = document["tensors"], trained_state(model)
-    wanted = {f"model.{name}": tensor for name, tensor in trained.items()}
-    problems = []
-    settings = document["optimizer"]
-    if optimizer is None:
-        listed = {name: found for name, found in listed.items() if name.startswith("model.")}
-    else:
-        wanted |= expected_tensors(model, listed)
-        problems += unlike_settings(model, optimizer, settings)
-        if (scheduler is None) != (document["scheduler"] is None):
-            problems.append("a scheduler was saved" if scheduler is None else "no scheduler was saved")
-        kind, saved = type(scheduler).__name__, document.get("scheduler_class")
-        if scheduler is not None and saved is not None and kind != saved:
+    problems = _unlike(document, model)
+    if optimizer is not None:
+        problems += unlike_settings(model, optimizer, document["optimizer"])
+        kind, saved = (None if scheduler is None else type(scheduler).__name__), document["scheduler_class"]
+        if kind != saved:
             problems.append(f"the scheduler is {kind}; {saved} was saved")
-    problems += [f"missing: {name}" for name in wanted if name not in listed]
-    problems += [f"unexpected: {name}" for name in listed if name not in wanted]
-    problems += [
-        f"{name} is {listed[name]}, but the model has {described(tensor)}"
-        for name, tensor in wanted.items()
-        if name in listed and listed[name] != described(tensor)
-    ]
-    frozen = frozen_fingerprints(model)
-    problems += [
-        f"tower {name!r}: what is not trained of it is not what it was"
-        for name in {**frozen, **document["frozen"]}
-        if frozen.get(name) != document["frozen"].get(name)
-    ]
     if problems:
         raise CheckpointError(f"{root} does not fit:\n  " + "\n  ".join(problems))
+    trained = trained_state(model)
+    wanted = {f"model.{name}": tensor for name, tensor in trained.items()}
     if optimizer is not None:
-        wanted |= random_state()
+        wanted |= expected_tensors(model, document["tensors"]) | random_state()
     try:
         with _distributed_checkpoint() as checkpoint:
-            source = reader(str(root))
+            source = checkpoint.HuggingFaceStorageReader(str(root))
             there = source.read_metadata().state_dict_metadata
             loaded = {
                 name: torch.empty_like(tensor)
@@ -191,10 +172,10 @@ def load_training(
         for name, tensor in trained.items():
             tensor.copy_(loaded[f"model.{name}"])
     if optimizer is not None:
-        load_optimizer(model, optimizer, settings, loaded)
+        load_optimizer(optimizer, document["optimizer"], loaded)
         load_random_state(loaded)
-    if optimizer is not None and scheduler is not None:
-        scheduler.load_state_dict(document["scheduler"])
+        if scheduler is not None:
+            scheduler.load_state_dict(document["scheduler"])
     step: int = document["step"]
     return step
 
@@ -213,12 +194,29 @@ def rebuild(cls: type[F], folder: str | os.PathLike[str], towers: Mapping[str, S
     return model.eval()
 
 
+def _unlike(document: dict[str, Any], model: Fusion) -> list[str]:
+    """Return where a model is another one than that of a training checkpoint."""
+    saved = {name: each for name, each in document["tensors"].items() if name.startswith("model.")}
+    mine = {f"model.{name}": described(tensor) for name, tensor in trained_state(model).items()}
+    problems = [
+        f"{name} is {saved.get(name, 'not there')}, but the model has {mine.get(name, 'none')}"
+        for name in {**mine, **saved}
+        if saved.get(name) != mine.get(name)
+    ]
+    frozen = frozen_fingerprints(model)
+    return problems + [
+        f"tower {name!r}: what is not trained of it is not what it was"
+        for name in {**frozen, **document["frozen"]}
+        if frozen.get(name) != document["frozen"].get(name)
+    ]
+
+
 def _read(root: Path) -> dict[str, Any]:
     document, file = read_json(root / TRAINING), root / TRAINING
     version = document.get("training_version")
-    if type(version) is not int or version > VERSION:
+    if version != VERSION:
         raise CheckpointError(
-            f"{file} has version {version!r}; this release reads up to {VERSION}: upgrade multitower"
+            f"{file} has version {version!r}; this release reads {VERSION}: upgrade multitower"
         )
     try:
         document["optimizer"] = from_json(document["optimizer"])
@@ -229,18 +227,6 @@ def _read(root: Path) -> dict[str, Any]:
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"{file} is damaged: {error!r}") from error
     return document
-
-
-def _storage(name: str) -> Any:
-    import torch.distributed.checkpoint as checkpoint
-
-    found = getattr(checkpoint, name, None)
-    if found is None:
-        raise ImportError(
-            f"torch {torch.__version__} cannot keep distributed checkpoints as safetensors; training "
-            "checkpoints need torch 2.9 or newer"
-        )
-    return found
 
 
 def _check_free(target: Path) -> None:
@@ -266,16 +252,14 @@ def _on_first(step: Callable[[], T]) -> T:
     if not is_distributed():
         return step()
     answer: list[Any] = [None, None]
-    failure: Exception | None = None
     if dist.get_rank() == 0:
         try:
             answer[0] = step()
         except Exception as error:
-            failure, answer[1] = error, (isinstance(error, CheckpointError), str(error) or repr(error))
+            answer[1] = error
     dist.broadcast_object_list(answer)
     if answer[1] is not None:
-        known, message = answer[1]
-        raise (CheckpointError if known else OSError)(message) from failure
+        raise answer[1]
     result: T = answer[0]
     return result
 
@@ -286,6 +270,8 @@ def _distributed_checkpoint() -> Iterator[Any]:
     import torch.distributed.checkpoint as checkpoint
     from torch.distributed.checkpoint.api import CheckpointException
 
+    if not hasattr(checkpoint, "HuggingFaceStorageWriter"):
+        raise ImportError(f"training checkpoints need torch 2.9 or newer; this is torch {torch.__version__}")
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")

@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from ..batch.collate import Batch, Stream
+from ..batch.collate import Batch
 from ..errors import CheckpointError
 from ..run.fusion import Fusion
 from ..run.request import has_labels, why_not_constant
@@ -39,18 +39,17 @@ class KeptStates:
     True
 
     A row is found by its tokens, so that the order of batches does not matter, nor how rows are put together.
-    A batch that was among those computed gets what its towers give, bit for bit; rows in other company get
-    what they gave in their first, which differs from what they would give now by rounding at most. In a
-    ``DataLoader`` it stands behind ``collate``, also in its workers: a pickle of it holds the path, and the
-    files are mapped anew.
+    It gets the states of the first batch that held it, which differ by rounding at most from those that it
+    would get in other company. In a ``DataLoader`` this stands behind ``collate``, also in its workers: a
+    pickle holds the path, and the files are mapped anew.
 
     Args:
         folder: What ``compute`` wrote.
         model: The model that is to be trained.
 
     Raises:
-        CheckpointError: The folder is none, or damaged; or a tower has changed since, may change in
-            training, or is read at a layer that was not kept.
+        CheckpointError: The folder holds no kept states, or is damaged; or a tower has changed since, may
+            change in training, or is read at a layer that was not kept.
     """
 
     def __init__(self, folder: str | os.PathLike[str], model: Fusion) -> None:
@@ -75,7 +74,7 @@ class KeptStates:
     ) -> KeptStates:
         """Run the frozen towers that read no other over batches, and keep what taps read of them.
 
-        Padding is not kept, nor states that are there already, bit for bit. Files are written to a folder
+        Padding is not kept, nor a row that is there already. Files are written to a folder
         beside it, which then takes its place: where this is broken off or killed, nothing is there, or what
         was there before. Give ``tqdm(batches)`` for a progress bar, and compute under the
         ``torch.autocast`` under which the model is trained, if any.
@@ -92,9 +91,7 @@ class KeptStates:
             CheckpointError: The folder holds other things, or the disk is full or may not be written to.
         """
         target = Path(folder).absolute()
-        if target.exists() and not target.is_dir():
-            raise CheckpointError(f"{target} is a file; give a folder to keep states in")
-        if target.is_dir() and any(target.iterdir()) and not (target / INDEX).exists():
+        if target.is_file() or (target.exists() and any(target.iterdir()) and not (target / INDEX).exists()):
             raise CheckpointError(f"{target} is not empty and holds no {INDEX}; give a folder of its own")
         reasons = {name: _why_not_kept(model, name) for name in model.towers}
         reads = {name: layers for name, layers in _read_layers(model).items() if not reasons[name]}
@@ -131,7 +128,7 @@ class KeptStates:
             ValueError: No states were kept of a row.
         """
         streams = {
-            name: {**stream, **self._states(name, stream)}
+            name: {**stream, **self._towers[name].states(stream, self._read.get(name, []))}
             if name in self._towers and not has_labels(stream)
             else stream
             for name, stream in batch["streams"].items()
@@ -148,16 +145,6 @@ class KeptStates:
     def __repr__(self) -> str:
         towers = (f"{name} layers {', '.join(map(str, each.layers))}" for name, each in self._towers.items())
         return f"<KeptStates in {self.folder}: {'; '.join(towers)}>"
-
-    def _states(self, name: str, stream: Stream) -> Stream:
-        try:
-            states = self._towers[name].states(stream, self._read.get(name, []))
-        except LookupError as error:
-            raise ValueError(
-                f"{self.folder} keeps no states of {error} of stream {name!r}; compute them from all batches "
-                "that are to be trained on"
-            ) from None
-        return {key: value.to(stream["tokens"].device) for key, value in states.items()}
 
     def _check(self, model: Fusion, name: str, tower: TowerRows) -> None:
         what = f"{self.folder} keeps states of tower {name!r}"
@@ -189,7 +176,7 @@ def _why_not_kept(model: Fusion, name: str) -> str:
 
 
 def _read_layers(model: Fusion) -> dict[str, list[int]]:
-    """Give, by tower, the layers that taps read."""
+    """Return, by tower, the layers that taps read."""
     read: dict[str, list[int]] = {}
     for name, layer in sorted(model.schedule.read_layers):
         read.setdefault(name, []).append(layer)

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from ...plugins.modality import Modality
+from ..report import call
 
 RoundTrip = Literal["data", "tokens"] | Callable[[Any, Any], float]
 """What survives decode(encode(raw)): the data, only their tokens, or all but a loss that is measured."""
 
 
-class Case(NamedTuple):
+class ModalityCase(NamedTuple):
     """A modality that is checked, pieces of raw data for it, and what its author declares."""
 
     modality: Modality
@@ -45,14 +46,6 @@ class Case(NamedTuple):
     def decode(self, tokens: Tensor, what: str) -> Any:
         """Return the raw data of tokens, or say of which it could not."""
         return call(f"decode of {what}", self.modality.decode, tokens.clone())
-
-
-def call(what: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function of a modality; whatever it raises becomes an AssertionError that says where."""
-    try:
-        return function(*arguments)
-    except Exception as error:
-        raise AssertionError(f"{what} fails with {type(error).__name__}: {error}") from error
 
 
 def same(first: Any, second: Any) -> bool:

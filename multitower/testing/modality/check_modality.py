@@ -2,28 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ...plugins.modality import Modality
-from . import on_disk as codec_files
-from . import promises as codec_checks
-from .case import Case, RoundTrip, kept_random_states
-
-MODALITY_PROMISES: dict[str, Callable[[Case], None]] = {
-    "attributes": codec_checks.check_attributes,
-    "tokens": codec_checks.check_tokens,
-    "round trip": codec_checks.check_round_trip,
-    "edges": codec_checks.check_edges,
-    "repetition": codec_checks.check_repetition,
-    "batches": codec_checks.check_batches,
-    "inputs": codec_checks.check_inputs,
-    "raw data": codec_checks.check_raw_data,
-    "any tokens": codec_checks.check_any_tokens,
-    "saved": codec_files.check_saved,
-    "damage": codec_files.check_damage,
-}
-"""The checks by name: each raises an AssertionError that explains what is wrong."""
+from ..report import demand, report_of
+from .case import ModalityCase, RoundTrip, kept_random_states
+from .promises import MODALITY_PROMISES
 
 
 def check_modality(
@@ -33,8 +18,9 @@ def check_modality(
     round_trip: RoundTrip = "data",
     bound: float | None = None,
     edges_inside: bool = False,
+    promises: Iterable[str] | None = None,
 ) -> None:
-    """Check everything that a modality promises, on these samples; return what is broken, and how.
+    """Check everything that a modality promises, on these samples; raise what is broken, and how.
 
     >>> import multitower as mt, torch
     >>> from multitower.plugins import check_tokens
@@ -76,18 +62,17 @@ def check_modality(
             of what came back: how much was lost, a number that is at most ``bound``.
         bound: The most that may be lost; given with a function, and only then.
         edges_inside: Whether ``begin`` and ``end`` may also stand between other tokens.
+        promises: The names of those to check, as in ``MODALITY_PROMISES``; all unless they are given.
 
     Raises:
         AssertionError: Some promise is broken; all of them are listed.
-        ValueError: There are no samples, or ``round_trip`` and ``bound`` do not go together.
+        ValueError: There are no samples or no promise of such a name, or ``round_trip`` and ``bound`` do not
+            go together.
     """
-    report = modality_report(modality, samples, round_trip=round_trip, bound=bound, edges_inside=edges_inside)
-    broken = {name: reason for name, reason in report.items() if reason}
-    if broken:
-        raise AssertionError(
-            f"{type(modality).__name__} breaks {len(broken)} of {len(MODALITY_PROMISES)} promises:"
-            + "".join(f"\n  {name}: {reason}" for name, reason in broken.items())
-        )
+    report = modality_report(
+        modality, samples, round_trip=round_trip, bound=bound, edges_inside=edges_inside, promises=promises
+    )
+    demand(report, type(modality).__name__)
 
 
 def modality_report(
@@ -97,6 +82,7 @@ def modality_report(
     round_trip: RoundTrip = "data",
     bound: float | None = None,
     edges_inside: bool = False,
+    promises: Iterable[str] | None = None,
 ) -> dict[str, str]:
     """Check each promise of a modality; return by its name what is wrong, empty where nothing is.
 
@@ -117,7 +103,8 @@ def modality_report(
     The arguments are those of ``check_modality``.
 
     Raises:
-        ValueError: There are no samples, or ``round_trip`` and ``bound`` do not go together.
+        ValueError: There are no samples or no promise of such a name, or ``round_trip`` and ``bound`` do not
+            go together.
     """
     if not samples:
         raise ValueError("there are no samples: give some pieces of raw data that the modality encodes")
@@ -127,14 +114,6 @@ def modality_report(
         )
     if callable(round_trip) != (bound is not None):
         raise ValueError("round_trip= and bound= go together: a function that measures a loss, and its limit")
-    report = {}
+    case = ModalityCase(modality, samples, round_trip, bound, edges_inside)
     with kept_random_states():
-        for name, check in MODALITY_PROMISES.items():
-            report[name] = ""
-            try:
-                check(Case(modality, samples, round_trip, bound, edges_inside))
-            except AssertionError as error:
-                report[name] = str(error)
-            except Exception as error:  # whatever a modality raises is its author's to read
-                report[name] = f"{type(error).__name__}: {error}"
-    return report
+        return report_of(MODALITY_PROMISES, promises, case)

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from ...errors import CheckpointError
 from ...plugins.modality import Modality
-from .case import Case, call, same
+from ..report import call
+from .case import ModalityCase, same
 
 PICKLES = {".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth"}
 
 
-def check_saved(case: Case) -> None:
+def check_files(case: ModalityCase) -> None:
     """Check that a modality that is saved and loaded is the same, and that its files are safe to load.
 
     It is loaded from another place than it was saved to, and from its own copy.
@@ -53,7 +54,7 @@ def check_saved(case: Case) -> None:
             call("save_pretrained of what was loaded", modality.save_pretrained, folder)
 
 
-def check_damage(case: Case) -> None:
+def check_damage(case: ModalityCase) -> None:
     """Check that from_pretrained raises a CheckpointError where files are missing, damaged or others'."""
     modality = case.modality
     with tempfile.TemporaryDirectory() as temporary:
@@ -61,7 +62,7 @@ def check_damage(case: Case) -> None:
         (work / "empty").mkdir()
         _Stranger(f"{modality.name}_too").save_pretrained(work / "another's")
         for name in ("nowhere", "empty", "another's"):
-            _check_refused(case, work / name, f"a folder that is {name}")
+            _check_not_loaded(case, work / name, f"a folder that is {name}")
         modality.save_pretrained(work / "saved")
         for file in _files(work / "saved"):
             part = file.relative_to(work / "saved")
@@ -72,7 +73,7 @@ def check_damage(case: Case) -> None:
             for what, damage in damages.items():
                 folder = shutil.copytree(work / "saved", work / "damaged")
                 damage(folder / part)
-                _check_refused(case, folder, what, unless_same=True)
+                _check_not_loaded(case, folder, what, unless_same=True)
                 shutil.rmtree(folder)
 
 
@@ -91,7 +92,7 @@ class _Stranger(Modality):
         return ""
 
 
-def _behaviour(case: Case, modality: Modality) -> dict[str, Any]:
+def _behaviour(case: ModalityCase, modality: Modality) -> dict[str, Any]:
     """Return all that one can see of a modality."""
     keys = ("name", "accepts", "vocab_size", "begin", "end", "pad", "default_tower")
     seen: dict[str, Any] = {key: getattr(modality, key) for key in keys}
@@ -107,7 +108,7 @@ def _behaviour(case: Case, modality: Modality) -> dict[str, Any]:
     return seen
 
 
-def _check_refused(case: Case, folder: Path, what: str, unless_same: bool = False) -> None:
+def _check_not_loaded(case: ModalityCase, folder: Path, what: str, unless_same: bool = False) -> None:
     kind = type(case.modality)
     try:
         with warnings.catch_warnings(action="ignore"):  # its errors are asked for here

@@ -1,4 +1,4 @@
-"""Checks of what a modality does with data and with tokens; each says how it is broken."""
+"""What a modality promises: each promise a check that says how it is broken."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import copy
 import math
 import random
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,12 @@ import torch
 from torch import Tensor
 
 from ...plugins.modality import Modality
-from .case import Case, call, random_states, same, short, strange_rows
+from ..report import call
+from .case import ModalityCase, random_states, same, short, strange_rows
+from .on_disk import check_damage, check_files
 
 
-def check_attributes(case: Case) -> None:
+def _check_attributes(case: ModalityCase) -> None:
     """Check what a modality says of itself."""
     modality = case.modality
     assert isinstance(modality, Modality), f"{type(modality).__name__} is no subclass of multitower.Modality"
@@ -42,7 +45,7 @@ def check_attributes(case: Case) -> None:
     assert tower is None or isinstance(tower, str), f"default_tower must be a str or None, not {tower!r}"
 
 
-def check_tokens(case: Case) -> None:
+def _check_tokens(case: ModalityCase) -> None:
     """Check that encode gives tokens as a tower reads them."""
     modality = case.modality
     for place, tokens in enumerate(case.rows()):
@@ -64,7 +67,7 @@ def check_tokens(case: Case) -> None:
             )
 
 
-def check_round_trip(case: Case) -> None:
+def _check_round_trip(case: ModalityCase) -> None:
     """Check that what is declared to survive decode(encode(raw)) does."""
     for place, raw in enumerate(case.samples):
         tokens = case.encode(place)
@@ -86,7 +89,7 @@ def check_round_trip(case: Case) -> None:
             assert within, f"sample {place} comes back with a loss of {loss:.4g}, more than {case.bound:.4g}"
 
 
-def check_edges(case: Case) -> None:
+def _check_edges(case: ModalityCase) -> None:
     """Check that decode gives the same with begin, end and padding at the edges, and without."""
     pads = torch.full((3,), case.modality.pad)
     for place, tokens in enumerate(case.rows()):
@@ -105,7 +108,7 @@ def check_edges(case: Case) -> None:
             )
 
 
-def check_repetition(case: Case) -> None:
+def _check_repetition(case: ModalityCase) -> None:
     """Check that nothing depends on chance or on the calls before, and that no global generator is used."""
     rows = case.rows()
     data = [case.decode(tokens, f"the tokens of sample {place}") for place, tokens in enumerate(rows)]
@@ -131,7 +134,7 @@ def check_repetition(case: Case) -> None:
         )
 
 
-def check_batches(case: Case) -> None:
+def _check_batches(case: ModalityCase) -> None:
     """Check that several at once are the same as one by one."""
     modality, rows = case.modality, case.rows()
     batch = call("encode_batch", modality.encode_batch, copy.deepcopy(list(case.samples)))
@@ -147,7 +150,7 @@ def check_batches(case: Case) -> None:
         _check_list(function.__name__, call(f"{function.__name__} of nothing", function, []), [])
 
 
-def check_inputs(case: Case) -> None:
+def _check_inputs(case: ModalityCase) -> None:
     """Check that nothing is changed in place, and that what is given away is not kept."""
     modality = case.modality
     for place in range(len(case.samples)):
@@ -173,7 +176,7 @@ def check_inputs(case: Case) -> None:
     assert same(rows, kept), "decode_batch changes the tokens in place; work on a copy of them"
 
 
-def check_raw_data(case: Case) -> None:
+def _check_raw_data(case: ModalityCase) -> None:
     """Check that encode refuses what it does not accept with a TypeError, and copes with what is empty."""
     modality = case.modality
     strangers: list[Any] = [None, 3, 2.5, "text", b"bytes", [1, 2], (1, 2), {"a": 1}, {1}, object()]
@@ -198,7 +201,7 @@ def check_raw_data(case: Case) -> None:
             ) from error
 
 
-def check_any_tokens(case: Case) -> None:
+def _check_any_tokens(case: ModalityCase) -> None:
     """Check that decode gives a result or raises a ValueError, whatever a tower writes."""
     size, begin, end = case.modality.vocab_size, case.modality.begin, case.modality.end
     rows, tokens = strange_rows(case.modality), case.encode(0)
@@ -217,6 +220,22 @@ def check_any_tokens(case: Case) -> None:
                 f"{type(error).__name__}: {error}; towers write any tokens: drop what means nothing, or "
                 "raise a ValueError"
             ) from error
+
+
+MODALITY_PROMISES: dict[str, Callable[[ModalityCase], None]] = {
+    "attributes": _check_attributes,
+    "tokens": _check_tokens,
+    "round trip": _check_round_trip,
+    "edges": _check_edges,
+    "repetition": _check_repetition,
+    "batches": _check_batches,
+    "inputs": _check_inputs,
+    "raw data": _check_raw_data,
+    "any tokens": _check_any_tokens,
+    "saved": check_files,
+    "damage": check_damage,
+}
+"""The checks by name: each raises an AssertionError that explains what is wrong."""
 
 
 def _is_int(value: Any) -> bool:

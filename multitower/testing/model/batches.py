@@ -12,7 +12,8 @@ from ...batch.collate import PADDING, Example, Stream
 from ...batch.pack import pack
 from ...declare.graph import FusionGraph
 from ...model import FusedModel
-from .compare import Streams, assert_close, opened, rounding, streams_of, tolerance
+from ..compare import assert_close, tolerance
+from .case import Streams, opened, rounding, streams_of
 
 
 @torch.no_grad()
@@ -21,7 +22,7 @@ def check_order(model: FusedModel, examples: Sequence[Example], *, seed: int = 0
 
     >>> import multitower as mt
     >>> from multitower.testing import tiny_model
-    >>> check_order(tiny_model(), [[mt.Segment("speech", [0, 5, 1]), mt.Segment("text", [0, 7])]])
+    >>> check_order(tiny_model(), [[mt.Segment("speech", [1, 5, 2]), mt.Segment("text", [1, 7])]])
 
     Args:
         model: The model.
@@ -53,7 +54,7 @@ def check_rows(model: FusedModel, examples: Sequence[Example]) -> None:
 
     >>> import multitower as mt
     >>> from multitower.testing import tiny_model
-    >>> check_rows(tiny_model(), [[mt.Segment("speech", [0, 5, 1])], [mt.Segment("text", [0, 7])]])
+    >>> check_rows(tiny_model(), [[mt.Segment("speech", [1, 5, 2])], [mt.Segment("text", [1, 7])]])
 
     Raises:
         AssertionError: Some row has other logits alone.
@@ -77,7 +78,7 @@ def check_padding(model: FusedModel, examples: Sequence[Example], *, seed: int =
 
     >>> import multitower as mt
     >>> from multitower.testing import tiny_model
-    >>> check_padding(tiny_model(), [[mt.Segment("speech", [0, 5, 1]), mt.Segment("text", [0, 7])]])
+    >>> check_padding(tiny_model(), [[mt.Segment("speech", [1, 5, 2]), mt.Segment("text", [1, 7])]])
 
     Args:
         model: The model.
@@ -106,7 +107,7 @@ def check_packing(model: FusedModel, examples: Sequence[Example]) -> None:
 
     >>> import multitower as mt
     >>> from multitower.testing import tiny_model
-    >>> check_packing(tiny_model(), [[mt.Segment("speech", [0, 5, 1])], [mt.Segment("text", [0, 7])]])
+    >>> check_packing(tiny_model(), [[mt.Segment("speech", [1, 5, 2])], [mt.Segment("text", [1, 7])]])
 
     Raises:
         AssertionError: They give other logits or another loss, or are taken though a tower cannot do it.

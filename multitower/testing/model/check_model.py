@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from ...batch.collate import Example
 from ...model import FusedModel
+from ..report import demand, report_of
 from .batches import check_order, check_packing, check_padding, check_rows
 from .decoding import check_decoding, check_prefill
 from .definition import check_definition
@@ -14,7 +15,7 @@ from .on_disk import check_saved
 from .schedule import check_model_schedule
 from .training import check_frozen, check_gradients, check_losses
 
-PROMISES: dict[str, Callable[[FusedModel, Sequence[Example]], None]] = {
+MODEL_PROMISES: dict[str, Callable[[FusedModel, Sequence[Example]], None]] = {
     "schedule": check_model_schedule,
     "identity": check_identity,
     "unimodal": check_unimodal,
@@ -35,44 +36,42 @@ PROMISES: dict[str, Callable[[FusedModel, Sequence[Example]], None]] = {
 """The checks by name: each raises an AssertionError that explains what is wrong."""
 
 
-def check_model(model: FusedModel, examples: Sequence[Example]) -> None:
-    """Check everything that a fused model promises, on these examples; return what is broken, and how.
+def check_model(
+    model: FusedModel, examples: Sequence[Example], *, promises: Iterable[str] | None = None
+) -> None:
+    """Check everything that a fused model promises, on these examples; raise what is broken, and how.
 
     >>> import multitower as mt
     >>> from multitower.testing import tiny_model
-    >>> speech, text = mt.Segment("speech", [0, 5, 6, 1]), mt.Segment("text", [0, 7, 1], target=True)
+    >>> speech, text = mt.Segment("speech", [1, 5, 6, 2]), mt.Segment("text", [1, 7, 2], target=True)
     >>> check_model(tiny_model(), [[speech, text], [text, speech, text], [(speech, text)], [text]])
 
     The model is left as it was: all is done on copies, whose gates are opened at random. Give examples that
     use its links: several segments, in several orders, rows of unlike length. ``testing.strategies`` draws
     models and examples for hypothesis.
 
+    Args:
+        model: The model.
+        examples: What it is run on.
+        promises: The names of those to check, as in ``MODEL_PROMISES``; all unless they are given.
+
     Raises:
         AssertionError: Some promise is broken; all of them are listed.
+        ValueError: There is no promise of such a name.
     """
-    broken = {name: reason for name, reason in model_report(model, examples).items() if reason}
-    if broken:
-        raise AssertionError(
-            f"the model breaks {len(broken)} of {len(PROMISES)} promises:"
-            + "".join(f"\n  {name}: {reason}" for name, reason in broken.items())
-        )
+    demand(model_report(model, examples, promises=promises), "the model")
 
 
-def model_report(model: FusedModel, examples: Sequence[Example]) -> dict[str, str]:
+def model_report(
+    model: FusedModel, examples: Sequence[Example], *, promises: Iterable[str] | None = None
+) -> dict[str, str]:
     """Check each promise of a fused model; return by its name what is wrong, empty where nothing is.
 
     >>> import multitower as mt
     >>> from multitower.testing import tiny_model
-    >>> model_report(tiny_model(), [[mt.Segment("speech", [0, 5]), mt.Segment("text", [0, 7])]])["causality"]
+    >>> model_report(tiny_model(), [[mt.Segment("speech", [1, 5]), mt.Segment("text", [1, 7])]])["causality"]
     ''
+
+    The arguments are those of ``check_model``.
     """
-    report = {}
-    for name, check in PROMISES.items():
-        report[name] = ""
-        try:
-            check(model, examples)
-        except AssertionError as error:
-            report[name] = str(error)
-        except Exception as error:  # whatever a tower raises is its author's to read
-            report[name] = f"{type(error).__name__}: {error}"
-    return report
+    return report_of(MODEL_PROMISES, promises, model, examples)

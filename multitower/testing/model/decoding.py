@@ -12,7 +12,8 @@ from torch import Tensor
 from ...batch.collate import Example, Segment, place_in_time
 from ...model import FusedModel
 from ...tower import TransformersTower
-from .compare import assert_close, opened, rounding, streams_of
+from ..compare import assert_close
+from .case import opened, rounding, streams_of
 
 STEPS = 4
 """How many tokens are decoded, at most."""
@@ -24,7 +25,7 @@ def check_decoding(model: FusedModel, examples: Sequence[Example]) -> None:
 
     >>> import multitower as mt
     >>> from multitower.testing import tiny_model
-    >>> check_decoding(tiny_model(), [[mt.Segment("speech", [0, 5, 1]), mt.Segment("text", [0, 7])]])
+    >>> check_decoding(tiny_model(), [[mt.Segment("speech", [1, 5, 2]), mt.Segment("text", [1, 7])]])
 
     Every tower with a begin token is decoded after all examples together, then compared row by row: each by
     itself, each after those before it, and all at the same time.
@@ -52,7 +53,7 @@ def check_prefill(model: FusedModel, examples: Sequence[Example]) -> None:
 
     >>> import multitower as mt
     >>> from multitower.testing import tiny_model
-    >>> check_prefill(tiny_model(), [[mt.Segment("speech", [0, 5, 1]), mt.Segment("text", [0, 7])]])
+    >>> check_prefill(tiny_model(), [[mt.Segment("speech", [1, 5, 2]), mt.Segment("text", [1, 7])]])
 
     Only towers that decode with a cache of keys and values can; there is nothing to check for others.
 

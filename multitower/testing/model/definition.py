@@ -12,7 +12,8 @@ from ...batch.collate import Example
 from ...declare.spec import LinkSpec
 from ...link.cross_attention import GatedCrossAttention
 from ...model import FusedModel
-from .compare import Streams, assert_close, opened, rounding, streams_of, visible
+from ..compare import assert_close
+from .case import Streams, opened, rounding, streams_of, visible
 
 
 @torch.no_grad()
@@ -21,7 +22,7 @@ def check_definition(model: FusedModel, examples: Sequence[Example]) -> None:
 
     >>> import multitower as mt
     >>> from multitower.testing import tiny_model
-    >>> check_definition(tiny_model(), [[mt.Segment("speech", [0, 5, 1]), mt.Segment("text", [0, 7])]])
+    >>> check_definition(tiny_model(), [[mt.Segment("speech", [1, 5, 2]), mt.Segment("text", [1, 7])]])
 
     Each tap reads what the source's layer gave before any tap updated it; the taps after one layer all
     read the target's state as it is, and add up; a token reads the strictly earlier ones of its window.

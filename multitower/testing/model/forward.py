@@ -10,17 +10,8 @@ from torch import Tensor, nn
 from ...batch.collate import Example
 from ...compile.schedule import Tap
 from ...model import FusedModel
-from .compare import (
-    alone,
-    assert_close,
-    assert_equal,
-    closed,
-    native_logits,
-    opened,
-    rounding,
-    streams_of,
-    visible,
-)
+from ..compare import assert_close, assert_equal
+from .case import alone, closed, native_logits, opened, rounding, streams_of, visible
 
 
 @torch.no_grad()
@@ -29,7 +20,7 @@ def check_identity(model: FusedModel, examples: Sequence[Example]) -> None:
 
     >>> import multitower as mt
     >>> from multitower.testing import tiny_model
-    >>> check_identity(tiny_model(), [[mt.Segment("speech", [0, 5, 1]), mt.Segment("text", [0, 7])]])
+    >>> check_identity(tiny_model(), [[mt.Segment("speech", [1, 5, 2]), mt.Segment("text", [1, 7])]])
 
     A "paper" adapter has no gate: a tower with one is compared with itself after that adapter.
 
@@ -51,7 +42,7 @@ def check_unimodal(model: FusedModel, examples: Sequence[Example]) -> None:
 
     >>> import multitower as mt
     >>> from multitower.testing import tiny_model
-    >>> check_unimodal(tiny_model(), [[mt.Segment("speech", [0, 5, 1]), mt.Segment("text", [0, 7])]])
+    >>> check_unimodal(tiny_model(), [[mt.Segment("speech", [1, 5, 2]), mt.Segment("text", [1, 7])]])
 
     Raises:
         AssertionError: The logits of some tower are others, or it is not the tower's own model.
@@ -72,7 +63,7 @@ def check_sight(model: FusedModel, examples: Sequence[Example]) -> None:
 
     >>> import multitower as mt
     >>> from multitower.testing import tiny_model
-    >>> check_sight(tiny_model(), [[mt.Segment("speech", [0, 5, 1])], [mt.Segment("text", [0, 7])]])
+    >>> check_sight(tiny_model(), [[mt.Segment("speech", [1, 5, 2])], [mt.Segment("text", [1, 7])]])
 
     A row that holds one modality alone then has the logits that it has without links, bit for bit.
 
@@ -127,7 +118,7 @@ def check_causality(model: FusedModel, examples: Sequence[Example]) -> None:
 
     >>> import multitower as mt
     >>> from multitower.testing import tiny_model
-    >>> check_causality(tiny_model(), [[mt.Segment("speech", [0, 5, 1]), mt.Segment("text", [0, 7])]])
+    >>> check_causality(tiny_model(), [[mt.Segment("speech", [1, 5, 2]), mt.Segment("text", [1, 7])]])
 
     Every token of every example is changed in turn, so every path through the graph is tried.
 

@@ -16,7 +16,8 @@ from ...declare.graph import FusionGraph
 from ...model import FusedModel
 from ...tower import Tower
 from ...tower.peft_tower import base_model, is_peft_model
-from .compare import assert_close, assert_equal, opened, rounding, streams_of
+from ..compare import assert_close, assert_equal
+from .case import opened, rounding, streams_of
 
 
 @torch.no_grad()
@@ -25,7 +26,7 @@ def check_saved(model: FusedModel, examples: Sequence[Example]) -> None:
 
     >>> import multitower as mt
     >>> from multitower.testing import tiny_model
-    >>> check_saved(tiny_model(), [[mt.Segment("speech", [0, 5, 1]), mt.Segment("text", [0, 7])]])
+    >>> check_saved(tiny_model(), [[mt.Segment("speech", [1, 5, 2]), mt.Segment("text", [1, 7])]])
 
     Towers in plain PyTorch are given again when it is loaded, with all weights set to zero before. Tensors
     must be the same bit for bit, logits up to rounding, for loaded tensors lie otherwise in memory. Each

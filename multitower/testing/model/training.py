@@ -12,7 +12,8 @@ from ...batch.collate import Example, Segment
 from ...model import FusedModel
 from ...run.output import token_loss
 from ...run.targets import may_have_labels
-from .compare import Streams, assert_close, opened, rounding, streams_of, tolerance, visible
+from ..compare import assert_close, tolerance
+from .case import Streams, opened, rounding, streams_of, visible
 from .definition import defined_logits
 
 
@@ -21,7 +22,7 @@ def check_gradients(model: FusedModel, examples: Sequence[Example]) -> None:
 
     >>> import multitower as mt
     >>> from multitower.testing import tiny_model
-    >>> check_gradients(tiny_model(), [[mt.Segment("speech", [0, 5, 1]), mt.Segment("text", [0, 7])]])
+    >>> check_gradients(tiny_model(), [[mt.Segment("speech", [1, 5, 2]), mt.Segment("text", [1, 7])]])
 
     Of a trained tower these are the parameters that receive one when it runs alone; of links and input
     adapters all, where the examples use them. All segments are taken as targets; where none has two tokens
@@ -56,7 +57,7 @@ def check_frozen(model: FusedModel, examples: Sequence[Example]) -> None:
 
     >>> import multitower as mt
     >>> from multitower.testing import tiny_model
-    >>> check_frozen(tiny_model(), [[mt.Segment("speech", [0, 5, 1]), mt.Segment("text", [0, 7])]])
+    >>> check_frozen(tiny_model(), [[mt.Segment("speech", [1, 5, 2]), mt.Segment("text", [1, 7])]])
 
     What is trained and feeds a tower are its input adapter and the links that it reads through.
 
@@ -103,7 +104,7 @@ def check_losses(model: FusedModel, examples: Sequence[Example]) -> None:
 
     >>> import multitower as mt
     >>> from multitower.testing import tiny_model
-    >>> speech, text = mt.Segment("speech", [0, 5, 1]), mt.Segment("text", [0, 7], target=True)
+    >>> speech, text = mt.Segment("speech", [1, 5, 2]), mt.Segment("text", [1, 7], target=True)
     >>> check_losses(tiny_model(), [[speech, text]])
 
     Raises:

@@ -1,4 +1,4 @@
-"""A tower that is checked, and how what it gives is compared."""
+"""A tower that is checked, and how to run it."""
 
 from __future__ import annotations
 
@@ -10,15 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ...tower import Tower, TransformersTower
-
-TOLERANCE = 1e-4
-"""How far two ways to the same float32 logits may differ, against the largest of them."""
+from ..compare import assert_close, tolerance
 
 Logits = Callable[[nn.Module, Tensor], Tensor]
 """From a model and tokens of shape (batch, length) to logits of shape (batch, length, vocab_size)."""
 
 
-class Case(NamedTuple):
+class TowerCase(NamedTuple):
     """A tower that is checked, and how to get the logits of its model."""
 
     tower: Tower
@@ -41,7 +39,7 @@ class Case(NamedTuple):
         logits: Tensor = output[0] if isinstance(output, tuple) else getattr(output, "logits", output)
         return logits
 
-    def copy(self) -> Case:
+    def copy(self) -> TowerCase:
         """Copy the tower and the model."""
         return self._replace(tower=copy.deepcopy(self.tower))
 
@@ -62,26 +60,7 @@ class Case(NamedTuple):
         return self.tower.head(hidden, context)
 
 
-def call(what: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function of the tower; return which it was if it fails."""
-    try:
-        return function(*arguments)
-    except Exception as error:
-        raise AssertionError(f"{what} fails with {type(error).__name__}: {error}") from error
-
-
-def assert_equal(found: Tensor, expected: Tensor) -> None:
-    """Compare with the model's own logits, bit for bit."""
-    assert found.shape == expected.shape, (
-        f"the model's own logits have shape {tuple(expected.shape)}, the tower's {tuple(found.shape)}; say "
-        "how to get them with check_tower(tower, logits=lambda native, tokens: ...)"
-    )
-    worst = (found - expected).abs().max().item()
-    assert torch.equal(found, expected), f"the logits are not the model's own (they differ by {worst:.2g})"
-
-
-def assert_close(found: Tensor, expected: Tensor, what: str) -> None:
-    """Compare two ways to the same, up to rounding."""
-    tolerance = max(TOLERANCE, torch.finfo(expected.dtype).eps ** 0.5 / 4)
-    worst = (found - expected).abs().max().item()
-    assert worst <= tolerance * expected.abs().max().item(), f"{what} (by {worst:.2g})"
+def assert_alike(found: Tensor, expected: Tensor, what: str) -> None:
+    """Compare two ways to the same, up to rounding in float32 or coarser, since many models use it inside."""
+    within = max(tolerance(torch.float32), tolerance(expected.dtype))
+    assert_close(found, expected, what, within, least=0.0)

@@ -1,15 +1,17 @@
-"""Every guarantee that a tower gives, checked on a few random tokens."""
+"""Everything that a tower promises, checked on a few random tokens."""
 
 from __future__ import annotations
 
-from ...errors import TowerError
+from collections.abc import Iterable
+
 from ...tower import Tower
-from .case import Case, Logits
-from .promises import GUARANTEES
+from ..report import demand, report_of
+from .case import Logits, TowerCase
+from .promises import TOWER_PROMISES
 
 
-def check_tower(tower: Tower, logits: Logits | None = None) -> None:
-    """Check every guarantee of a tower; return which it breaks, and how.
+def check_tower(tower: Tower, logits: Logits | None = None, *, promises: Iterable[str] | None = None) -> None:
+    """Check everything that a tower promises; raise what is broken, and how.
 
     >>> from multitower.testing import tiny_tower
     >>> check_tower(tiny_tower())
@@ -21,41 +23,29 @@ def check_tower(tower: Tower, logits: Logits | None = None) -> None:
         tower: The tower.
         logits: How to get the logits of ``tower.native``, for one that does not give them (alone or first in
             a tuple) as ``native(tokens)``: for example ``lambda native, tokens: native(tokens).scores``.
+        promises: The names of those to check, as in ``TOWER_PROMISES``; all unless they are given.
 
     Raises:
-        TowerError: Some guarantee is broken; all of them are listed.
+        AssertionError: Some promise is broken; all of them are listed.
+        ValueError: There is no promise of such a name.
     """
-    broken = {name: reason for name, reason in tower_report(tower, logits).items() if reason}
-    if broken:
-        raise TowerError(
-            f"{type(tower).__name__} breaks {len(broken)} of {len(GUARANTEES)} guarantees:"
-            + "".join(f"\n  {name}: {reason}" for name, reason in broken.items())
-        )
+    demand(tower_report(tower, logits, promises=promises), type(tower).__name__)
 
 
-def tower_report(tower: Tower, logits: Logits | None = None) -> dict[str, str]:
-    """Check each guarantee of a tower; return by its name what is wrong, empty where nothing is.
+def tower_report(
+    tower: Tower, logits: Logits | None = None, *, promises: Iterable[str] | None = None
+) -> dict[str, str]:
+    """Check each promise of a tower; return by its name what is wrong, empty where nothing is.
 
     >>> from multitower.testing import tiny_tower
     >>> tower_report(tiny_tower())["causality"]
     ''
 
-    Args:
-        tower: The tower.
-        logits: As in ``check_tower``.
+    The arguments are those of ``check_tower``.
     """
     mode = tower.training
     tower.eval()
-    report = {}
     try:
-        for name, check in GUARANTEES.items():
-            report[name] = ""
-            try:
-                check(Case(tower, logits))
-            except AssertionError as error:
-                report[name] = str(error)
-            except Exception as error:  # whatever a tower raises is its author's to read
-                report[name] = f"{type(error).__name__}: {error}"
+        return report_of(TOWER_PROMISES, promises, TowerCase(tower, logits))
     finally:
         tower.train(mode)
-    return report

@@ -1,4 +1,4 @@
-"""What a tower guarantees when it decodes."""
+"""What a tower promises when it decodes."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ from torch import Tensor
 from ...base.extras import require
 from ...tower import Tower
 from ...tower.inject import Inject
-from .case import Case, assert_close, call
+from ..report import call
+from .case import TowerCase, assert_alike
 
 
-def check_decoding(case: Case) -> None:
+def check_steps(case: TowerCase) -> None:
     """Decode from prompts of one length."""
     _decode(case, length=6, paddings=(0, 0))
     _decode(case, length=1, paddings=(0,))
 
 
-def check_left_padding(case: Case) -> None:
+def check_left_padding(case: TowerCase) -> None:
     """Decode from prompts of unlike length, where the tower can."""
     if case.tower.pads_left:
         _decode(case, length=6, paddings=(0, 3, 5))
 
 
 @torch.no_grad()
-def check_cache(case: Case) -> None:
+def check_cache(case: TowerCase) -> None:
     """Run tokens in pieces, each after those in the cache, whose rows are reordered on the way."""
     tower = case.tower
     if not tower.caches:
@@ -43,7 +44,7 @@ def check_cache(case: Case) -> None:
             f"after {end} tokens the cache holds {held}: each layer must hand the keys and values of all "
             "that it is given to cache.update(keys, values, index - 1), once"
         )
-        assert_close(
+        assert_alike(
             found,
             whole[:, start:end],
             f"{end - start} tokens after {start} in a cache{' of reordered rows' if start >= 4 else ''} get "
@@ -53,7 +54,7 @@ def check_cache(case: Case) -> None:
 
 
 @torch.no_grad()
-def _decode(case: Case, length: int, paddings: tuple[int, ...], steps: int = 4) -> None:
+def _decode(case: TowerCase, length: int, paddings: tuple[int, ...], steps: int = 4) -> None:
     """Decode with a change after each layer; compare with the same change where all is computed at once."""
     tower, prompts = case.tower, case.tokens(len(paddings), length)
     mask = torch.ones_like(prompts)
@@ -92,7 +93,7 @@ def _decode(case: Case, length: int, paddings: tuple[int, ...], steps: int = 4) 
         tokens = decoded.sequences[row : row + 1, padding:-1]
         logits = _run(tower, tokens, inject, first=padding)
         stepwise = torch.stack([step[row] for step in decoded.logits])
-        assert_close(
+        assert_alike(
             stepwise,
             logits[0, -steps:].float(),
             f"decoding {length - padding} tokens after {padding} of padding differs from a forward",

@@ -1,4 +1,4 @@
-"""What a tower guarantees: each guarantee a check that says how it is broken."""
+"""What a tower promises: each promise a check that says how it is broken."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from torch import Tensor
 
 from ...batch.pack import positions
 from ...tower import Tower
-from .case import Case, assert_close, assert_equal, call
-from .decoding import check_cache, check_decoding, check_left_padding
+from ..compare import assert_equal
+from ..report import call
+from .case import TowerCase, assert_alike
+from .decoding import check_cache, check_left_padding, check_steps
 
 
-def _check_attributes(case: Case) -> None:
+def _check_attributes(case: TowerCase) -> None:
     tower = case.tower
     for key in ("depth", "width", "vocab_size"):
         value = getattr(tower, key, None)
@@ -34,7 +36,7 @@ def _check_attributes(case: Case) -> None:
 
 
 @torch.no_grad()
-def _check_shapes(case: Case) -> None:
+def _check_shapes(case: TowerCase) -> None:
     tower, tokens = case.tower, case.tokens(2, 5)
     before = tokens.clone()
     hidden, context = call("embed", tower.embed, tokens)
@@ -61,11 +63,11 @@ def _check_shapes(case: Case) -> None:
     places = torch.tensor([1, 3], device=logits.device)
     some = call("head_at", tower.head_at, hidden, context, places)
     assert some.shape == (2, 2, tower.vocab_size), f"head_at gives {tuple(some.shape)} for two places"
-    assert_close(some, logits[:, places], "head_at gives other logits than head")
+    assert_alike(some, logits[:, places], "head_at gives other logits than head")
 
 
 @torch.no_grad()
-def _check_repetition(case: Case) -> None:
+def _check_repetition(case: TowerCase) -> None:
     tower, tokens, others = case.tower, case.tokens(2, 5), case.tokens(3, 7)
     first, other = case.run(tokens), case.run(others)
     assert torch.equal(first, case.run(tokens)), (
@@ -89,20 +91,20 @@ def _check_repetition(case: Case) -> None:
 
 
 @torch.no_grad()
-def _check_identity(case: Case) -> None:
+def _check_identity(case: TowerCase) -> None:
     tokens = case.tokens(3, 9)
     if case.has_native or case.own is not None:
-        assert_equal(case.run(tokens), case.native(tokens))
+        _check_native(case.run(tokens), case.native(tokens))
 
 
 @torch.no_grad()
-def _check_causality(case: Case) -> None:
+def _check_causality(case: TowerCase) -> None:
     tokens = case.tokens(1, 9)
     logits = case.run(tokens)
     for place in range(1, 9):
         changed = tokens.clone()
         changed[:, place:] = (tokens[:, place:] + 1) % case.tower.vocab_size
-        assert_close(
+        assert_alike(
             case.run(changed)[:, :place],
             logits[:, :place],
             f"the logits before token {place} change with the tokens from there on",
@@ -110,20 +112,20 @@ def _check_causality(case: Case) -> None:
 
 
 @torch.no_grad()
-def _check_rows(case: Case) -> None:
+def _check_rows(case: TowerCase) -> None:
     tokens = case.tokens(3, 9)
     logits = case.run(tokens)
     for row, length in enumerate((9, 6, 3)):
         alone = case.run(tokens[row : row + 1, :length])[0]
-        assert_close(logits[row, :length], alone, "a row alone, without what follows, is scored otherwise")
+        assert_alike(logits[row, :length], alone, "a row alone, without what follows, is scored otherwise")
 
 
-def _check_padding(case: Case) -> None:
+def _check_padding(case: TowerCase) -> None:
     tokens = case.tokens(2, 8)
     tokens[:, 5:] = 0
     tokens[1] = 0
     with torch.no_grad():
-        assert_close(
+        assert_alike(
             case.run(tokens)[:1, :5], case.run(tokens[:1, :5]), "zeros on the right change the logits before"
         )
     padded = case.copy()
@@ -139,7 +141,7 @@ def _check_padding(case: Case) -> None:
 
 
 @torch.no_grad()
-def _check_packing(case: Case) -> None:
+def _check_packing(case: TowerCase) -> None:
     """Run rows of several examples, where the tower can."""
     if not case.tower.packs:
         return
@@ -150,7 +152,7 @@ def _check_packing(case: Case) -> None:
     run = functools.partial(case.run, torch.cat(examples)[None], positions=places)
     together = call("embed(tokens, positions=positions), a layer or the head", run)
     alone = torch.cat([case.run(each[None]) for each in examples], 1)
-    assert_close(
+    assert_alike(
         together,
         alone,
         "an example in a row with others gets other logits than alone; do positions begin anew, and do "
@@ -158,7 +160,7 @@ def _check_packing(case: Case) -> None:
     )
 
 
-def _check_gradients(case: Case) -> None:
+def _check_gradients(case: TowerCase) -> None:
     trained = case.copy()
     tower, tokens = trained.tower.requires_grad_(True), case.tokens(2, 6)
     found = _gradients(tower, trained.run(tokens))
@@ -168,7 +170,7 @@ def _check_gradients(case: Case) -> None:
     if case.has_native:
         for name, expected in _gradients(tower, trained.native(tokens)).items():
             assert name in found, f"no gradient reaches {name}, which the model's own forward does train"
-            assert_close(found[name], expected, f"the gradient of {name} is not the model's own")
+            assert_alike(found[name], expected, f"the gradient of {name} is not the model's own")
     else:
         names = [name for name, _ in tower.named_parameters() if name not in found]
         assert not names, f"no gradient reaches {', '.join(names)}: is each layer run, with gradients?"
@@ -183,7 +185,7 @@ def _check_gradients(case: Case) -> None:
 
 
 @torch.no_grad()
-def _check_bfloat16(case: Case) -> None:
+def _check_bfloat16(case: TowerCase) -> None:
     half = case.copy()
     half.tower.to(torch.bfloat16)
     tokens = case.tokens(2, 6)
@@ -194,10 +196,10 @@ def _check_bfloat16(case: Case) -> None:
     logits = half.run(tokens)
     assert logits.isfinite().all(), "some logits are not finite"
     if expected is not None:
-        assert_equal(logits, expected)
+        _check_native(logits, expected)
 
 
-GUARANTEES: dict[str, Callable[[Case], None]] = {
+TOWER_PROMISES: dict[str, Callable[[TowerCase], None]] = {
     "attributes": _check_attributes,
     "shapes": _check_shapes,
     "repetition": _check_repetition,
@@ -208,11 +210,20 @@ GUARANTEES: dict[str, Callable[[Case], None]] = {
     "packing": _check_packing,
     "gradients": _check_gradients,
     "bfloat16": _check_bfloat16,
-    "decoding": check_decoding,
+    "decoding": check_steps,
     "left padding": check_left_padding,
     "cache": check_cache,
 }
 """The checks by name: each raises an AssertionError that explains what is wrong."""
+
+
+def _check_native(found: Tensor, expected: Tensor) -> None:
+    """Compare with the model's own logits, bit for bit."""
+    assert found.shape == expected.shape, (
+        f"the model's own logits have shape {tuple(expected.shape)}, the tower's {tuple(found.shape)}; say "
+        "how to get them with check_tower(tower, logits=lambda native, tokens: ...)"
+    )
+    assert_equal(found, expected, "the logits are not the model's own")
 
 
 def _gradients(tower: Tower, logits: Tensor) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What checks have in common: models to check on, and what counts as the same."""
+"""What checks of models have in common: open and closed copies, their streams, what may be seen."""
 
 from __future__ import annotations
 
@@ -14,18 +14,10 @@ from ...declare.spec import LinkSpec
 from ...model import FusedModel
 from ...tower import Tower, TransformersTower
 from ...tower.peft_tower import base_model
+from ..compare import tolerance
 from ..tiny import open_links
 
 Streams = Mapping[str, Stream]
-
-
-def tolerance(dtype: torch.dtype) -> float:
-    """Return how far two ways to the same numbers may differ, against the largest of them.
-
-    >>> tolerance(torch.float32), tolerance(torch.bfloat16) > 0.02
-    (0.0001, True)
-    """
-    return 1e-4 if dtype == torch.float32 else torch.finfo(dtype).eps ** 0.5 / 4
 
 
 def rounding(model: FusedModel) -> float:
@@ -39,19 +31,6 @@ def rounding(model: FusedModel) -> float:
     if any(isinstance(model.tower(name), TransformersTower) for name in model.towers):
         dtypes.add(torch.float32)  # many of them take norms and rotary tables in it, whatever their weights
     return max(map(tolerance, dtypes))
-
-
-def assert_equal(found: Tensor, expected: Tensor, what: str) -> None:
-    """Raise an AssertionError, saying how far off, where two tensors are not the same bit for bit."""
-    if not torch.equal(found, expected):
-        raise AssertionError(f"{what} (by {_worst(found, expected)[0]:.2g})")
-
-
-def assert_close(found: Tensor, expected: Tensor, what: str, within: float) -> None:
-    """Raise an AssertionError, saying how far off, where two tensors differ by more than rounding."""
-    worst, largest = _worst(found, expected)
-    if not worst <= within * max(1.0, largest):
-        raise AssertionError(f"{what} (by {worst:.2g})")
 
 
 def native_logits(module: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -113,12 +92,3 @@ def visible(streams: Streams, link: LinkSpec) -> list[list[list[int]]]:
         ]
         for row, times, mask in zip(keys, target["times"].tolist(), target["mask"].tolist(), strict=True)
     ]
-
-
-def _worst(found: Tensor, expected: Tensor) -> tuple[float, float]:
-    if found.shape != expected.shape:
-        raise AssertionError(f"shape {tuple(found.shape)} where {tuple(expected.shape)} is expected")
-    if not expected.numel():
-        return 0.0, 0.0
-    difference = (found.double() - expected.double()).abs().max()
-    return difference.item(), expected.double().abs().max().item()

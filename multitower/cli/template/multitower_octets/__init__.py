@@ -1,0 +1,5 @@
+"""The modality octets for multitower."""
+
+from .modality import OctetsModality
+
+__all__ = ["OctetsModality"]
