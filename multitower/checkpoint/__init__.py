@@ -1,6 +1,6 @@
 """A fused model on disk.
 
-    folder/  fusion.json             format version, graph, fingerprint of each tower and its peft adapters,
+    folder/  fusion.json             format version, graph, fingerprint of each tower, checksum of each file,
                                      modalities, which tensors are in each file
              links.safetensors       links and input adapters
              towers/<name>/          the model of a tower that was trained whole or has no other origin

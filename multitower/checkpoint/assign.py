@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..storage.files import check_fit
 from ..storage.fingerprint import is_packed
 from ..storage.tensors import mapped_tensors
+from ..tower import Tower
 
 
 def ties(state: Mapping[str, Tensor]) -> dict[str, str]:
@@ -30,33 +30,37 @@ def ties(state: Mapping[str, Tensor]) -> dict[str, str]:
     return found
 
 
-def check_stored(state: Mapping[str, Tensor], file: Path) -> None:
-    """Check that a file fits a model, where tied tensors may be stored under any of their names, or all.
+def fill(file: Path, convert: bool, model: nn.Module) -> nn.Module:
+    """Put stored tensors in place of those of a ``Tower``, on the same device; return the model.
+
+    Tied tensors may be stored under any of their names, or all. What is no ``Tower`` stays as it is.
+
+    Args:
+        file: What is stored.
+        convert: Whether the model may have other dtypes.
+        model: The model.
 
     Raises:
-        CheckpointError: It does not; all that does not fit is listed.
+        CheckpointError: The file does not fit, of which all is listed; or what is not stored has no values.
     """
-    tensors, tied = mapped_tensors(file), ties(state)
+    if not isinstance(model, Tower):
+        return model
+    state, tensors = model.state_dict(), mapped_tensors(file)
+    tied, devices = ties(state), {key: each.device for key, each in state.items()}
     firsts = {tied.get(name, name) for name in tensors}
     needed = {
-        name: tensor
+        name: tensor.to(tensors[name].dtype) if convert and name in tensors else tensor
         for name, tensor in state.items()
         if name in tensors or tied.get(name, name) not in firsts
     }
     check_fit(needed, tensors, file)
-
-
-def as_stored(state: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
-    """Return the tensors of a file under all names that they have in a model."""
-    names = _names(state)
-    return {name: tensor for key, tensor in mapped_tensors(file).items() for name in names[key]}
-
-
-def copy_into(state: Mapping[str, Tensor], file: Path) -> None:
-    """Copy the tensors of a file, which fit, into those of a model."""
-    with torch.no_grad():
-        for key, tensor in mapped_tensors(file).items():
-            state[key].copy_(tensor)
+    assign(model, file, lambda key, each: each if devices[key].type == "meta" else each.to(devices[key]))
+    everything = [*model.named_parameters(), *model.named_buffers()]
+    if empty := [key for key, tensor in everything if tensor.is_meta]:
+        raise CheckpointError(
+            f"it is on the meta device, and {', '.join(empty)} are not stored; make it on a real device"
+        )
+    return model
 
 
 def assign(
@@ -86,30 +90,6 @@ def restore_dtypes(file: Path, module: nn.Module) -> nn.Module:
         if name in stored and stored[name].dtype != tensor.dtype and not is_packed(tensor):
             tensor.data = stored[name]
     return module
-
-
-def convert_dtypes(file: Path, module: nn.Module) -> nn.Module:
-    """Convert tensors that are still to be filled to the dtypes of the file; return the module."""
-    stored = mapped_tensors(file)
-    for name, tensor in module.state_dict(keep_vars=True).items():
-        if name in stored:
-            tensor.data = tensor.data.to(stored[name].dtype)
-    return module
-
-
-def check_real(name: str, module: nn.Module) -> None:
-    """Check that no tensor of a tower lacks values.
-
-    Raises:
-        CheckpointError: One does, which no checkpoint holds.
-    """
-    tensors = [*module.named_parameters(), *module.named_buffers()]
-    empty = [key for key, tensor in tensors if tensor.is_meta]
-    if empty:
-        raise CheckpointError(
-            f"tower {name!r} is on the meta device, and no values for {', '.join(empty)} are stored; make it "
-            "on a real device"
-        )
 
 
 def _names(state: Mapping[str, Tensor]) -> dict[str, list[str]]:

@@ -11,11 +11,8 @@ import torch
 from torch import Tensor
 
 from ..base.extras import require
-from ..declare.spec import LinkSpec
-from ..errors import CheckpointError, GraphError
-from ..link.cross_attention import GatedCrossAttention
+from ..errors import CheckpointError
 from ..storage.files import read_json
-from ..tower import Tower
 from ..tower.load import kernels_in
 from .layout import ADAPTER_CONFIG
 
@@ -49,7 +46,7 @@ def check_model(folder: Path, tensors: int, stored: int) -> None:
     if kernels := kernels_in(config):
         raise CheckpointError(f"{file} asks for the kernels {kernels!r}, which may be code of others")
     for key, value in _settings(config):
-        if COUNTS.search(key) and _is_count(value) and value > max(tensors, MODULES):
+        if COUNTS.search(key) and type(value) is int and value > max(tensors, MODULES):
             raise CheckpointError(f"{file} says {key}={value}, but there are only {tensors} tensors")
     _check_values(folder, stored)
 
@@ -70,7 +67,7 @@ def check_adapter(file: Path, config: Mapping[str, Any], weights: Mapping[str, T
         value
         for key in SETTINGS_OF_RANK
         for _, value in _settings({key: config.get(key)})
-        if _is_count(value)
+        if type(value) is int
     ]
     if ranks and max(ranks) > most:
         raise CheckpointError(f"{file} asks for rank {max(ranks)}, but its tensors are no larger than {most}")
@@ -85,36 +82,6 @@ def check_adapter(file: Path, config: Mapping[str, Any], weights: Mapping[str, T
             raise CheckpointError(
                 f"{file} holds the pattern {pattern[:80]!r}, with which matching may take for ever; give the "
                 "modules by name"
-            )
-
-
-def check_links(links: Mapping[str, LinkSpec], towers: Mapping[str, Tower], stored: int) -> None:
-    """Check that the links of a graph have no more values than their file has bytes.
-
-    Raises:
-        CheckpointError: They have, or a link does not fit the towers.
-    """
-    values = 0
-    for link in links.values():
-        source, target = towers[link.source], towers[link.target]
-        try:
-            taps = link.resolve(source.depth, target.depth)
-            with torch.device("meta"):
-                tap = GatedCrossAttention(
-                    source.width,
-                    target.width,
-                    heads=link.heads,
-                    gate=link.gate,
-                    projection=link.projection,
-                    feed_forward=link.feed_forward,
-                )
-        except (GraphError, ValueError) as error:
-            raise CheckpointError(f"link {link.name!r}: {error}") from error
-        values += len(taps) * sum(parameter.numel() for parameter in tap.parameters())
-        if values > stored:
-            raise CheckpointError(
-                f"link {link.name!r} and those before it have {values} values or more, but what is stored of "
-                f"them has {stored} bytes"
             )
 
 
@@ -152,7 +119,3 @@ def _settings(data: Any, key: str = "") -> Iterator[tuple[str, Any]]:
             yield from _settings(value, key)
     else:
         yield key, data
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -15,13 +15,13 @@ from ..run.fusion import Fusion
 from ..storage.files import FUSION, check_fit
 from ..storage.find import find_checkpoint
 from ..storage.tensors import mapped_tensors
+from ..tower import Tower
 from ..tower.rollback import unchanged_on_error
 from .assign import assign
 from .layout import LINKS, fusion_state, tower_of
-from .limits import check_links
 from .manifest import Checkpoint, Given, for_all_that_share, open_checkpoint, sources, with_sources
 from .placement import DeviceMap, as_devices, as_dtype, check_movable, move
-from .towers import Loaded, load_one
+from .towers import load_one
 
 F = TypeVar("F", bound=Fusion)
 
@@ -55,9 +55,9 @@ def load_fusion(
         cls: The class of the model.
         checkpoint: The checkpoint.
         towers: Where to take towers from instead: a path, a Hub id or a module. Needed for towers that
-            are not from transformers; where the checkpoint holds their weights, these are loaded, also into
-            a module on the meta device. Where it holds peft adapters, give the model without them; they are
-            put on it in place.
+            are not from transformers; where the checkpoint holds their weights, these take the place of the
+            module's tensors, also on the meta device. Where it holds peft adapters, give the model without
+            them; they are put on it in place.
         allow_changed_towers: Whether to take towers from elsewhere whose fingerprint is not that of the
             tower that was saved: True, or the names of those that may differ. A warning names each.
         dtype: What to convert weights to, given modules included, as torch.float16 or "float16"; by default
@@ -83,11 +83,10 @@ def load_fusion(
         loaded = _load_towers(checkpoint, graph, given, allow_changed_towers, verify)
         model = _fuse(cls, checkpoint, graph, loaded)
         for name, each in loaded.items():
-            check_movable(name, each.tower, wanted, devices.get(name))
+            check_movable(name, each, wanted, devices.get(name))
     for name, each in loaded.items():
         if "shared_with" not in checkpoint.records[name]:
-            each.fill()
-            move(each.tower.native, wanted, devices.get(name))
+            move(each.native, wanted, devices.get(name))
 
     def placed(key: str, tensor: Tensor) -> Tensor:
         device = model.tower(tower_of(graph, key)).device
@@ -143,10 +142,9 @@ def load_tower(
     spec = with_sources(checkpoint.graph, given).towers[first]
     with unchanged_on_error([tower] if isinstance(tower, nn.Module) else []):
         loaded = load_one(checkpoint, spec, given.get(first), verify=verify)
-        check_movable(name, loaded.tower, wanted, devices.get(first))
-    loaded.fill()
-    move(loaded.tower.native, wanted, devices.get(first))
-    return loaded.tower.native.eval()
+        check_movable(name, loaded, wanted, devices.get(first))
+    move(loaded.native, wanted, devices.get(first))
+    return loaded.native.eval()
 
 
 def _check_names(allowed: bool | Collection[str], names: list[str]) -> None:
@@ -163,8 +161,8 @@ def _load_towers(
     given: Mapping[str, str | nn.Module],
     changed: bool | Collection[str],
     verify: bool,
-) -> dict[str, Loaded]:
-    loaded: dict[str, Loaded] = {}
+) -> dict[str, Tower]:
+    loaded: dict[str, Tower] = {}
     errors: list[CheckpointError] = []
     if not isinstance(changed, bool):
         changed = {checkpoint.records[name].get("shared_with", name) for name in changed}
@@ -183,12 +181,16 @@ def _load_towers(
     return {name: loaded[checkpoint.records[name].get("shared_with", name)] for name in graph.towers}
 
 
-def _fuse(cls: type[F], checkpoint: Checkpoint, graph: FusionGraph, loaded: Mapping[str, Loaded]) -> F:
+def _fuse(cls: type[F], checkpoint: Checkpoint, graph: FusionGraph, loaded: Mapping[str, Tower]) -> F:
     """Return the model, its links still empty, if all that is stored of them fits it."""
-    check_links(graph.links, {name: each.tower for name, each in loaded.items()}, checkpoint.stored("links"))
+    depths = {name: tower.depth for name, tower in loaded.items()}
     try:
-        model = cls(graph, {name: each.tower for name, each in loaded.items()}, empty=True)
-    except (GraphError, TowerError) as error:
+        links = graph.links.values()
+        taps = sum(len(link.resolve(depths[link.source], depths[link.target])) for link in links)
+        if taps > len(checkpoint.tensors[LINKS]):
+            raise GraphError(f"{taps} taps, but {LINKS} has only {len(checkpoint.tensors[LINKS])} tensors")
+        model = cls(graph, loaded, empty=True)
+    except (GraphError, TowerError, ValueError) as error:
         raise CheckpointError(f"{checkpoint.root / FUSION} does not fit its towers: {error}") from error
     file, state = checkpoint.root / LINKS, fusion_state(model)
     tensors = mapped_tensors(file)

@@ -15,7 +15,7 @@ from torch import nn
 from ..declare.graph import FusionGraph
 from ..errors import CheckpointError
 from ..storage.atomic import current
-from ..storage.files import FUSION
+from ..storage.files import FUSION, differences
 from ..storage.find import as_declared
 from ..storage.integrity import FILES, Files, check_files, read_manifest
 from ..storage.tensors import Inventory, inventory
@@ -71,7 +71,8 @@ class Checkpoint:
             except CheckpointError as error:
                 problems.append(str(error))
                 continue
-            problems += [f"{part}: {each}" for each in _differences(self.tensors[part], found)]
+            wrong = differences(self.tensors[part], found, "but was saved as")
+            problems += [f"{part}: {each}" for each in wrong]
         if problems:
             raise CheckpointError(f"{self.root} is not as it was saved:\n  " + "\n  ".join(problems))
         parts = ("links",) * links + tuple(f"{TOWERS}/{name}/" for name in towers)
@@ -199,13 +200,3 @@ def _are_inventories(tensors: Any, parts: list[str]) -> bool:
         isinstance(each, dict) and all(isinstance(tensor, str) for tensor in each.values())
         for each in tensors.values()
     )
-
-
-def _differences(expected: Inventory, found: Inventory) -> list[str]:
-    problems = [f"missing: {key}" for key in expected if key not in found]
-    problems += [f"unexpected: {key}" for key in found if key not in expected]
-    return problems + [
-        f"{key} is {tensor}, but was {expected[key]} when it was saved"
-        for key, tensor in found.items()
-        if key in expected and expected[key] != tensor
-    ]

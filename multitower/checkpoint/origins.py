@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
-from ..declare.spec import TowerSpec
-from ..errors import CheckpointError, PluginError, TowerError
+from ..errors import PluginError, TowerError
 from ..run.fusion import Fusion
 from ..storage.find import hub_id, is_path
 from ..tower import Tower
@@ -44,21 +40,6 @@ def is_to_be_stored(model: Fusion, name: str, embed_towers: bool) -> bool:
     found = base_state(whole(origin) if isinstance(origin, Tower) else origin)
     state = base_state(native)
     return found.keys() != state.keys() or not all(_same(found[key], state[key]) for key in state)
-
-
-def check_reference(root: Path, spec: TowerSpec, *, on_hub: bool) -> None:
-    """Check that a folder that a checkpoint refers to is here, for it is never asked of the Hub.
-
-    Raises:
-        CheckpointError: It is not.
-    """
-    source = spec.source
-    if source is None or "://" in source or os.path.isdir(source) or (on_hub and hub_id(source)):
-        return
-    raise CheckpointError(
-        f"{root}: tower {spec.name!r} is referred to by the folder {source!r}, which is not here; "
-        + ways_out(spec.name)
-    )
 
 
 def ways_out(name: str) -> str:

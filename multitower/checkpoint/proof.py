@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.metadata import version
 from types import NoneType
 from typing import Any
 
+import torch
+
+from ..base.extras import require
 from ..tower import Tower, TransformersTower
 from ..tower.probe import Proof
 
-PACKAGES = ("torch", "transformers")
 KINDS = {"path": (str,), "width": (int,), "beyond": (int,), "masked": (bool,), "positions": (int, NoneType)}
 
 
@@ -36,4 +37,5 @@ def read_proof(record: Mapping[str, Any]) -> Proof | None:
 
 
 def _versions() -> dict[str, str]:
-    return {name: version(name) for name in PACKAGES}
+    transformers = require("transformers", "transformers")
+    return {"torch": str(torch.__version__), "transformers": transformers.__version__}

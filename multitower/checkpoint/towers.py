@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Collection
-from pathlib import Path
-from typing import NamedTuple
 
 from torch import nn
 
@@ -16,19 +14,12 @@ from ..storage.fingerprint import fingerprint, sampled_fingerprint
 from ..tower import Tower, TransformersTower, as_tower
 from ..tower.peft_tower import base_state
 from .adapters import load_adapters
-from .assign import as_stored, assign, check_real, check_stored, convert_dtypes, copy_into, restore_dtypes
+from .assign import fill, restore_dtypes
 from .layout import ADAPTER, TOWERS, WEIGHTS, whole
 from .limits import check_model
 from .manifest import Checkpoint
-from .origins import check_reference, ways_out
+from .origins import ways_out
 from .proof import read_proof
-
-
-class Loaded(NamedTuple):
-    """A tower, and what is still to be done to give it its values; that cannot fail."""
-
-    tower: Tower
-    fill: Callable[[], None] = lambda: None
 
 
 def load_one(
@@ -38,7 +29,7 @@ def load_one(
     changed: bool | Collection[str] = False,
     *,
     verify: bool = False,
-) -> Loaded:
+) -> Tower:
     """Load a tower, from what is given, else from the checkpoint, else from where it came from.
 
     Args:
@@ -60,16 +51,14 @@ def load_one(
         check_model(stored, len(tensors), checkpoint.stored(f"{TOWERS}/{name}/model"))
         origin, mixed = str(stored), len({each.partition(" ")[0] for each in tensors.values()}) > 1
     referred = given is None and stored is None
-    if referred:
-        check_reference(checkpoint.root, spec, on_hub=record["revision"] is not None)
     revision = record["revision"] if given is None and origin == spec.source else None
     file = None if stored is None else stored / WEIGHTS
 
     steps: list[Callable[[nn.Module], nn.Module]] = []
     if file is not None and origin == str(stored):
         steps += [functools.partial(restore_dtypes, file)] * mixed
-    elif file is not None and given is None:
-        steps.append(functools.partial(convert_dtypes, file))
+    elif file is not None:
+        steps.append(functools.partial(fill, file, given is None))
     if spec.train == "lora" or "adapters" in record:
         steps.append(functools.partial(load_adapters, place / ADAPTER, record))
 
@@ -77,7 +66,6 @@ def load_one(
         return functools.reduce(lambda made, step: step(made), steps, model)
 
     try:
-        _fill_empty(name, origin, file)
         proof = None if verify or given is not None or "adapters" in record else read_proof(record)
         tower = as_tower(name, origin, prepare if steps else None, revision=revision, proof=proof)
     except (TowerError, CheckpointError) as error:
@@ -98,22 +86,10 @@ def load_one(
     digest, expected = (
         (fingerprint, record["values"]) if verify else (sampled_fingerprint, record["fingerprint"])
     )
-    if file is not None and not isinstance(tower, TransformersTower):
-        check_stored(state, file)
-        if digest(as_stored(state, file)) != expected:
-            raise CheckpointError(f"{file} holds other values than those that were saved for tower {name!r}")
-        return Loaded(tower, functools.partial(copy_into, state, file))
     if digest(state) != expected:
-        _refuse(name, origin, own=origin == str(stored), allowed=changed)
-    return Loaded(tower)
-
-
-def _fill_empty(name: str, origin: str | nn.Module | None, file: Path | None) -> None:
-    """Put stored values into a ``Tower`` that was made on the meta device."""
-    if isinstance(origin, Tower) and any(each.is_meta for each in origin.parameters()) and file is not None:
-        check_stored(origin.state_dict(), file)
-        assign(origin, file)
-        check_real(name, origin)
+        own = file is not None and (origin == str(stored) or not isinstance(tower, TransformersTower))
+        _refuse(name, origin, own=own, allowed=changed)
+    return tower
 
 
 def _check_size(name: str, record: dict[str, object], tower: Tower) -> None:

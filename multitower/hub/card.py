@@ -141,8 +141,8 @@ def _towers(model: Fusion, embed_towers: bool, licenses: Mapping[str, str]) -> s
                 _training(model, name),
             )
         )
-    heads = ("tower", "from", "revision", "licence", "class", "layers", "width", "vocabulary", "parameters")
-    return _table((*heads, "training"), rows)
+    heads = "tower from revision licence class layers width vocabulary parameters training"
+    return _table(heads.split(), rows)
 
 
 def _source(model: Fusion, name: str, embed_towers: bool) -> str:
@@ -193,19 +193,8 @@ def _links(model: Fusion) -> str:
                 f"{_count(taps):,}",
             )
         )
-    named = (
-        "link",
-        "source",
-        "target",
-        "taps",
-        "layers",
-        "gate",
-        "projection",
-        "heads",
-        "position",
-        "window",
-    )
-    return _table((*named, "feed-forward", "parameters"), rows)
+    heads = "link source target taps layers gate projection heads position window feed-forward parameters"
+    return _table(heads.split(), rows)
 
 
 def _modalities(modalities: Mapping[str, Modality]) -> str:

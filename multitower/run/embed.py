@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..batch.collate import EXAMPLES
@@ -43,6 +42,8 @@ def check_packs(name: str, tower: Tower, stream: Mapping[str, Tensor]) -> None:
         )
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # of torch
 def _packs(tower: Tower) -> bool:
     return tower.packs
+
+
+_packs._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch's assume_constant_result; it imports dynamo

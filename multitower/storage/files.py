@@ -26,16 +26,24 @@ def check_fit(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], file: 
     Raises:
         CheckpointError: It does not; all that does not fit is listed.
     """
-    problems = [f"missing: {key}" for key in state if key not in tensors]
-    problems += [f"unexpected: {key}" for key in tensors if key not in state]
-    problems += [
-        f"{key} is {tuple(tensor.shape)} {tensor.dtype}, but the model has "
-        f"{tuple(state[key].shape)} {state[key].dtype}"
-        for key, tensor in tensors.items()
-        if key in state and (tensor.shape, tensor.dtype) != (state[key].shape, state[key].dtype)
-    ]
-    if problems:
+    expected, found = (
+        {key: f"{tuple(tensor.shape)} {tensor.dtype}" for key, tensor in each.items()}
+        for each in (state, tensors)
+    )
+    if problems := differences(expected, found, "but the model has"):
         raise CheckpointError(f"{file} does not fit the model:\n  " + "\n  ".join(problems))
+
+
+def differences(expected: Mapping[str, str], found: Mapping[str, str], but: str) -> list[str]:
+    """List what is missing, what should not be there, and what is other than expected.
+
+    >>> differences({"a": "[2]", "b": "[3]"}, {"b": "[4]", "c": "[5]"}, "not")
+    ['missing: a', 'unexpected: c', 'b is [4], not [3]']
+    """
+    problems = [f"missing: {key}" for key in expected if key not in found]
+    problems += [f"unexpected: {key}" for key in found if key not in expected]
+    changed = (key for key in found if key in expected and expected[key] != found[key])
+    return problems + [f"{key} is {found[key]}, {but} {expected[key]}" for key in changed]
 
 
 def read_json(file: Path) -> dict[str, Any]:

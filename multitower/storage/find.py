@@ -37,7 +37,7 @@ def is_path(source: str | None) -> bool:
 
 
 def as_declared(source: str | os.PathLike[str]) -> str:
-    """Give a tower's source as graphs name it: a folder that is here in a form that no id on the Hub has.
+    """Return a tower's source as graphs name it: a folder that is here in a form that no id on the Hub has.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory(dir=".") as folder:

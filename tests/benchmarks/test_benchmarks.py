@@ -1,0 +1,118 @@
+"""Each benchmark runs, with settings so small that its times mean nothing, and what it counts is right."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from paths import ROOT
+
+pytest.importorskip("matplotlib", reason="the benchmarks draw what they measure")
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": os.pathsep.join(str(ROOT / folder) for folder in (".", "modalities", "benchmarks")),
+}
+TWO_POLICIES = ["--policies", "all trained", "frozen, first tap at the top"]
+RUNS = {
+    "growth": "--towers 2 3 4 --taps 1 2 6 --sources 20 30 50 --rows 1 2 4 --length 8 --new 4",
+    "decode": "--sources 20 --rows 2 --new 4",
+    "train_step": "--towers 2 --rows 1 --length 8",
+    "saved_bytes": "--length 32",
+    "packed": "--rows 3 --lengths 8 --shortest 0.5 1",
+}
+ONE_AFTER_THE_OTHER = """
+import json, runpy, sys
+for script, *options in json.load(sys.stdin):
+    sys.argv = [script, *options]
+    runpy.run_path(script, run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run them in one process, for most of the time goes into imports; give where their results are."""
+    folder = tmp_path_factory.mktemp("benchmarks")
+    commands = [
+        [
+            str(ROOT / "benchmarks" / f"{name}.py"),
+            "--repeats",
+            "2",
+            "--out",
+            str(folder / name),
+            *line.split(),
+        ]
+        for name, line in RUNS.items()
+    ]
+    run([sys.executable, "-c", ONE_AFTER_THE_OTHER], json.dumps(commands))
+    return folder
+
+
+def run(command: list[str], given: str = "") -> None:
+    done = subprocess.run(command, input=given, capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+
+
+def results(folder: Path) -> list[dict[str, Any]]:
+    document = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    assert document["versions"]["torch"]
+    assert list(folder.glob("*.png"))
+    return document["results"]
+
+
+def test_growth(ran: Path) -> None:
+    found = results(ran / "growth")
+    assert [(each["axis"], each["kind"]) for each in found] == [
+        (axis, kind) for axis in ("towers", "taps", "source", "rows") for kind in ("step", "token")
+    ]
+    for each in found:
+        for held in each["bytes"]:
+            assert each["fits"][held]["worst"] < 0.01, f"{held} is no line of {each['axis']}"
+        assert all(one["median"] > 0 for series in each["ms"].values() for one in series)
+
+
+def test_decode(ran: Path) -> None:
+    (found,) = results(ran / "decode")
+    assert set(found["ms"]) == {"fused", "native", "links", "alternating"}
+    assert found["cache_bytes"] == 2 * 20 * (3 * 2 * 128 * 4 + 8 + 1)  # keys and values of 3 taps, time, mask
+
+
+def test_train_step(ran: Path) -> None:
+    assert [(each["kind"], each["train"]) for each in results(ran / "train_step")] == [
+        (kind, f"train={train}") for train in ("none", "all") for kind in ("step", "forward")
+    ]
+
+
+def test_saved_bytes(ran: Path) -> None:
+    found = results(ran / "saved_bytes")
+    assert [each["ratio"] for each in found if "ratio" in each] == pytest.approx([1, 1, 1], abs=0.02)
+    counted = [each["bytes"] for each in found]
+    assert counted == sorted(counted, reverse=True)
+
+
+def test_packed(ran: Path) -> None:
+    assert [each["real"] for each in results(ran / "packed")] == [0.75, 1]
+
+
+@pytest.mark.slow
+def test_compile_decoding(tmp_path: Path) -> None:
+    script = str(ROOT / "benchmarks" / "compile_decoding.py")
+    few = "--backend eager --rows 2 --calls 6 --longest 40 --source 20 --new 4 --repeats 1"
+    run([sys.executable, script, "--out", str(tmp_path), *few.split()])
+    (found,) = results(tmp_path)
+    assert (found["graph_breaks"], found["recompilations"]) == (0, 0)
+
+
+@pytest.mark.slow
+def test_peak_memory(tmp_path: Path) -> None:
+    script = str(ROOT / "benchmarks" / "peak_memory.py")
+    run([sys.executable, script, "--repeats", "1", "--out", str(tmp_path), *TWO_POLICIES])
+    found = results(tmp_path)
+    assert found[1]["of_first"] < 0.5
+    for each in found:
+        assert each["saved"] < each["peak"]["fused"]["median"] < 2 * each["saved"]

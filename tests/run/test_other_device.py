@@ -1,0 +1,26 @@
+"""Fused models run on a device that is not the CPU, mix no devices and hardly wait for one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from torch.utils import backend_registration
+
+from paths import ROOT
+
+CHECKS = ROOT / "tests" / "helpers" / "checks_on_other_device.py"
+
+# The device is registered for good, and torch cannot take it down again when the interpreter ends.
+RUN = "import os, pytest, sys; os._exit(pytest.main(sys.argv[1:]))"
+
+
+@pytest.mark.skipif(
+    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
+    reason="this torch cannot simulate a device",
+)
+def test_checks_on_another_device() -> None:
+    command = [sys.executable, "-c", RUN, "-q", "-p", "no:cacheprovider", str(CHECKS)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
