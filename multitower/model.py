@@ -10,18 +10,22 @@ import torch
 from torch import nn
 
 from .batch.collate import Batch, Example, Streams
-from .checkpoint import save
+from .checkpoint.layout import MAX_SHARD_SIZE
 from .checkpoint.load import load_fusion
 from .checkpoint.manifest import open_checkpoint
 from .checkpoint.placement import DeviceMap
+from .checkpoint.save import save_pretrained
 from .declare.graph import FusionGraph
 from .generate.generate import Decoded, Entry, Policy, generate
 from .hub import push
 from .inspect.contributions import contributions
 from .inspect.cost import Estimate
 from .inspect.estimate import estimate
+from .plugins.modality import Modality
 from .run import surgery
 from .run.fusion import Fusion
+from .run.gathered import gathered, is_divided
+from .run.parallel import on_first
 from .storage.find import find_checkpoint
 from .train.resume import rebuild
 
@@ -77,6 +81,8 @@ class FusedModel(Fusion):
         >>> [[segment.tower for segment in row] for row in model.generate([given], answer, max_new_tokens=4)]
         [['text']]
 
+        Where FSDP2 has divided the model, all processes decode together, each what it is given.
+
         Decoding is done in eval mode, and the mode is given back; several threads may decode at once from a
         model that is in eval mode already.
 
@@ -98,7 +104,8 @@ class FusedModel(Fusion):
                 holds a target, or an option cannot be passed on.
             ImportError: transformers is not installed.
         """
-        return generate(self, examples, output, options)
+        with gathered(self):
+            return generate(self, examples, output, options)
 
     def estimate(self, batch: Batch, *, logits: bool = True) -> Estimate:
         """Estimate parameters, FLOPs and memory, part by part; see ``inspect.estimate``.
@@ -187,7 +194,27 @@ class FusedModel(Fusion):
         """
         return surgery.merge_and_unload(self, name)
 
-    save_pretrained = save.save_pretrained
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        embed_towers: bool = False,
+        modalities: Mapping[str, Modality] | None = None,
+        max_shard_size: int | str = MAX_SHARD_SIZE,
+    ) -> None:
+        """Write a checkpoint; see ``checkpoint.save``.
+
+        Where FSDP2 has divided the model, all processes call this together: the model is whole on each of
+        them meanwhile, and the first one writes. Otherwise one of them alone does.
+        """
+        how: dict[str, Any] = {"embed_towers": embed_towers, "modalities": modalities}
+        how["max_shard_size"] = max_shard_size
+        if not is_divided(self):
+            save_pretrained(self, folder, **how)
+            return
+        with gathered(self):
+            on_first(lambda: save_pretrained(self, folder, **how))
+
     push_to_hub = push.push_to_hub
 
     @classmethod

@@ -49,10 +49,10 @@ def load_adapters(folder: Path, record: Mapping[str, Any], model: nn.Module) -> 
             config.init_lora_weights = True  # others may change the model; the values come from the file
         in_single = any(tensor.dtype == torch.float32 for tensor in tensors.values())
         adapted = add_adapter(adapted, config, adapter, autocast=in_single)
-        check_fit(_adapter_state(adapted, adapter), tensors, file)
+        check_fit(adapter_state(adapted, adapter), tensors, file)
         peft.set_peft_model_state_dict(adapted, tensors, adapter)
         rebuilt = getattr(config, "save_only_topk_weights", False)  # of VBLoRA: equal up to rounding
-        if not rebuilt and fingerprint(_adapter_state(adapted, adapter)) != fingerprint(tensors):
+        if not rebuilt and fingerprint(adapter_state(adapted, adapter)) != fingerprint(tensors):
             raise CheckpointError(f"{file} holds values that peft does not take as they are")
     try:
         adapted.set_adapter(active[0])
@@ -63,7 +63,8 @@ def load_adapters(folder: Path, record: Mapping[str, Any], model: nn.Module) -> 
     return adapted
 
 
-def _adapter_state(model: nn.Module, adapter: str) -> dict[str, Tensor]:
+def adapter_state(model: nn.Module, adapter: str) -> dict[str, Tensor]:
+    """Return the tensors of one adapter, as peft stores them."""
     peft = require("peft", "lora")
     state: dict[str, Tensor] = peft.get_peft_model_state_dict(
         model, adapter_name=adapter, save_embedding_layers=False

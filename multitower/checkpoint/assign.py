@@ -17,6 +17,7 @@ from ..tower import Tower
 def ties(state: Mapping[str, Tensor]) -> dict[str, str]:
     """Return which tensors are the same as an earlier one, and as which; only the first is stored.
 
+    >>> import torch
     >>> one, other = torch.zeros(2), torch.zeros(2)
     >>> ties({"embedding": one, "norm": other, "head": one})
     {'head': 'embedding'}
@@ -45,15 +46,9 @@ def fill(file: Path, convert: bool, model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, Tower):
         return model
-    state, tensors = model.state_dict(), mapped_tensors(file)
-    tied, devices = ties(state), {key: each.device for key, each in state.items()}
-    firsts = {tied.get(name, name) for name in tensors}
-    needed = {
-        name: tensor.to(tensors[name].dtype) if convert and name in tensors else tensor
-        for name, tensor in state.items()
-        if name in tensors or tied.get(name, name) not in firsts
-    }
-    check_fit(needed, tensors, file)
+    state = model.state_dict()
+    devices = {key: each.device for key, each in state.items()}
+    check_stored(state, file, convert=convert)
     assign(model, file, lambda key, each: each if devices[key].type == "meta" else each.to(devices[key]))
     everything = [*model.named_parameters(), *model.named_buffers()]
     if empty := [key for key, tensor in everything if tensor.is_meta]:
@@ -61,6 +56,27 @@ def fill(file: Path, convert: bool, model: nn.Module) -> nn.Module:
             f"it is on the meta device, and {', '.join(empty)} are not stored; make it on a real device"
         )
     return model
+
+
+def check_stored(state: Mapping[str, Tensor], file: Path, *, convert: bool = False) -> None:
+    """Check that a file fits a model, where tied tensors may be stored under any of their names, or all.
+
+    Args:
+        state: The tensors of the model.
+        file: What is stored.
+        convert: Whether the model may have other dtypes.
+
+    Raises:
+        CheckpointError: It does not; all that does not fit is listed.
+    """
+    tensors, tied = mapped_tensors(file), ties(state)
+    firsts = {tied.get(name, name) for name in tensors}
+    needed = {
+        name: tensor.to(tensors[name].dtype) if convert and name in tensors else tensor
+        for name, tensor in state.items()
+        if name in tensors or tied.get(name, name) not in firsts
+    }
+    check_fit(needed, tensors, file)
 
 
 def assign(

@@ -81,11 +81,13 @@ def _make_tap(tap: Tap, spec: LinkSpec, towers: Mapping[str, Tower]) -> GatedCro
 
 
 def _placement(tower: Tower) -> dict[str, Any]:
-    """Where a tower's own new modules belong: its device and the dtype in which it computes.
+    """Where a tower's own new modules belong: its device, and the dtype in which it computes, or float32.
 
-    On the meta device they stay there, to be filled.
+    What is trained needs that: in bfloat16, steps of 1e-4 leave most weights where they are. On the meta
+    device they stay there, to be filled.
     """
     dtypes = (each.dtype for each in tower.parameters() if each.is_floating_point() and each.itemsize > 1)
     default = torch.get_default_device()
     device = default if default.type == "meta" else tower.device
-    return {"device": device, "dtype": next(dtypes, torch.get_default_dtype())}
+    dtype = torch.promote_types(next(dtypes, torch.get_default_dtype()), torch.float32)
+    return {"device": device, "dtype": dtype}

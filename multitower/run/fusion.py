@@ -22,6 +22,7 @@ from ..tower import Tower
 from .embed import embed
 from .familiar import Familiar
 from .output import FusedOutput, States, score
+from .parallel import trains_in_parallel, with_all
 from .parameters import named_gates, parameter_groups
 from .request import brings_states, brought_states, check_wanted, with_labels
 from .tables import Rotations, visibilities
@@ -92,6 +93,8 @@ class Fusion(Familiar):
         *,
         output_attentions: bool = False,
         logits: bool = True,
+        num_items_in_batch: Mapping[str, Tensor | int] | None = None,
+        run_all: bool | None = None,
     ) -> FusedOutput:
         """Run the batch that ``collate`` made; towers that it does not mention do not run.
 
@@ -102,17 +105,29 @@ class Fusion(Familiar):
             logits: Whether to give logits. Without, only what the losses depend on is run: no head, layer or
                 tap that no label needs, and heads only where a row has a label. Parameters of these get no
                 gradient, instead of one of zeros.
+            num_items_in_batch: By tower, how many labels are to be predicted in all batches whose losses are
+                added up, as over steps of accumulation and over processes: each loss is then the sum over
+                its labels here, divided by that. Without, it is the mean over its labels here.
+            run_all: Whether to run every tower and link whatever the batch holds, one token of padding for a
+                tower that it lacks, so that each parameter that is trained gets a gradient, and all processes
+                of a training do the same. None for whether several processes train.
 
         Raises:
             ValueError: A stream belongs to no tower, is malformed, or holds tokens beyond the vocabulary.
         """
         check_streams(streams, {name: self.tower(name).vocab_size for name in self.towers})
+        if run_all is None:
+            run_all = self.training and torch.is_grad_enabled() and trains_in_parallel()
+        if run_all:
+            streams = with_all(streams, self.towers)
         scored = streams if logits else with_labels(streams)
         scored = [name for name in scored if not brings_states(streams[name])]
         wanted = {name: self.tower(name).depth + 1 for name in scored}
-        states = self._run(streams, wanted, output_attentions)
+        states = self._run(streams, wanted, output_attentions, run_all)
         towers = {name: self.tower(name) for name in streams}
-        return score(towers, streams, states, scored, logits=logits, training=self.training)
+        return score(
+            towers, streams, states, scored, logits=logits, training=self.training, counts=num_items_in_batch
+        )
 
     def run(
         self,
@@ -250,12 +265,14 @@ class Fusion(Familiar):
             raise ValueError(f"links attend by {SDPA!r} or {FLEX!r}, not by {implementation!r}")
         self.attn_implementation = implementation
 
-    def _run(self, streams: Streams, wanted: Mapping[str, int], output_attentions: bool) -> States:
+    def _run(
+        self, streams: Streams, wanted: Mapping[str, int], output_attentions: bool, run_all: bool = False
+    ) -> States:
         towers = {name: self.tower(name) for name in streams}
         check_wanted(towers, streams, wanted)
         dtypes = {tap.link: self.tap(tap).query.weight.dtype for tap in self.schedule.taps}
         flex = self.attn_implementation == FLEX and not output_attentions
-        seen = visibilities(self._graph.links.values(), dtypes, streams, flex=flex)
+        seen = visibilities(self._graph.links.values(), dtypes, streams, flex=flex, blind=run_all)
         rotations = Rotations({name: stream["times"] for name, stream in streams.items()})
         states = States({}, {}, brought_states(self._graph, towers, streams), {})
         read_layers = self.schedule.read_layers

@@ -20,7 +20,8 @@ class FusedOutput(NamedTuple):
 
     Attributes:
         loss: The sum of ``losses``, a scalar, or None when no stream has labels.
-        losses: For each tower with labels the mean cross-entropy over its labels, a scalar (0 without any).
+        losses: For each tower with labels the mean cross-entropy over its labels, a scalar (0 without any);
+            or their sum over the number that was given for it.
         logits: For each tower of the batch, shape (batch, length of its stream, its vocabulary), but not
             for those whose states came with it; empty when not asked for.
         attentions: For each link and tap ("source layer-target layer"), when asked for, the weights of
@@ -50,16 +51,18 @@ class States(NamedTuple):
     attentions: dict[str, dict[str, Tensor]]
 
 
-def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+def token_loss(logits: Tensor, labels: Tensor, count: Tensor | int | None = None) -> Tensor:
     """Return the mean cross-entropy of labels by the logits one place before them; 0 without any label.
 
     >>> round(token_loss(torch.zeros(1, 3, 4), torch.tensor([[-100, 2, 1]])).item(), 4)     # log 4
     1.3863
     """
-    return _mean(logits, _next(labels).to(logits.device))
+    return _mean(logits, _next(labels).to(logits.device), count)
 
 
-def head_loss(tower: Tower, hidden: Tensor, context: Any, labels: Tensor) -> Tensor:
+def head_loss(
+    tower: Tower, hidden: Tensor, context: Any, labels: Tensor, count: Tensor | int | None = None
+) -> Tensor:
     """Return the same loss from the state after the last layer, without logits where no row has a label.
 
     Which these are is asked only on the CPU: elsewhere that would wait for the device.
@@ -67,9 +70,9 @@ def head_loss(tower: Tower, hidden: Tensor, context: Any, labels: Tensor) -> Ten
     following = _next(labels)
     places = (following != IGNORE).any(0).nonzero().flatten() if values_at_hand(labels) else None
     if places is None or not 0 < len(places) < labels.shape[1] - 1:
-        return token_loss(tower.head(hidden, context), labels)
+        return token_loss(tower.head(hidden, context), labels, count)
     logits = tower.head_at(hidden, context, places.to(hidden.device))
-    return _mean(logits, following[:, places].to(logits.device))
+    return _mean(logits, following[:, places].to(logits.device), count)
 
 
 def _next(labels: Tensor) -> Tensor:
@@ -77,10 +80,12 @@ def _next(labels: Tensor) -> Tensor:
     return F.pad(labels[:, 1:], (0, 1), value=IGNORE)
 
 
-def _mean(logits: Tensor, labels: Tensor) -> Tensor:
+def _mean(logits: Tensor, labels: Tensor, count: Tensor | int | None) -> Tensor:
     scores = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
     total = F.cross_entropy(scores, labels.flatten(), ignore_index=IGNORE, reduction="sum")
-    return total / (labels != IGNORE).sum().clamp(min=1)
+    if count is None:
+        count = (labels != IGNORE).sum()
+    return total / torch.as_tensor(count, device=total.device).clamp(min=1)
 
 
 def score(
@@ -91,6 +96,7 @@ def score(
     *,
     logits: bool,
     training: bool,
+    counts: Mapping[str, Tensor | int] | None = None,
 ) -> FusedOutput:
     """Run the heads of some towers on their last states, and take losses.
 
@@ -101,16 +107,18 @@ def score(
         names: Which towers are scored.
         logits: As in ``FusedModel.forward``.
         training: Whether to watch for batches from which nothing would be learnt.
+        counts: What each loss is divided by; the labels of this batch unless given.
     """
     final = {name: (towers[name], states.hidden[name], states.contexts[name]) for name in names}
     scores = {name: tower.head(*state) for name, (tower, *state) in final.items()} if logits else {}
     losses: dict[str, Tensor] = {}
     labelled = {name: stream["labels"] for name, stream in streams.items() if "labels" in stream}
     for name, labels in labelled.items():
+        count = None if counts is None else counts[name]
         if name in scores:
-            losses[name] = token_loss(scores[name], labels)
+            losses[name] = token_loss(scores[name], labels, count)
         elif name in final:
-            losses[name] = head_loss(*final[name], labels)
+            losses[name] = head_loss(*final[name], labels, count)
         else:
             losses[name] = torch.zeros((), device=labels.device)
     if training and torch.is_grad_enabled():

@@ -44,7 +44,12 @@ class Rotations:
 
 
 def visibilities(
-    links: Iterable[LinkSpec], dtypes: Mapping[str, torch.dtype], streams: Streams, *, flex: bool = False
+    links: Iterable[LinkSpec],
+    dtypes: Mapping[str, torch.dtype],
+    streams: Streams,
+    *,
+    flex: bool = False,
+    blind: bool = False,
 ) -> dict[str, Visibility]:
     """Return, for each link that has something to do in this batch, what its queries may see.
 
@@ -53,6 +58,7 @@ def visibilities(
         dtypes: By link that of its queries.
         streams: The batch.
         flex: Whether masks are for flex_attention, where the device has it.
+        blind: Whether links that see nothing are included.
     """
     alike: dict[tuple[object, ...], Visibility] = {}
     when = {name: moments(stream) for name, stream in streams.items()}
@@ -67,4 +73,4 @@ def visibilities(
             blocks = flex and has_flex(when[link.target].device)
             alike[key] = block_visibility(*between) if blocks else visibility(*between, dtypes[link.name])
         seen[link.name] = alike[key]
-    return {name: each for name, each in seen.items() if not each.is_blind()}
+    return {name: each for name, each in seen.items() if blind or not each.is_blind()}

@@ -1,6 +1,25 @@
-"""What training needs beside a loop: kept states, and checkpoints to resume from."""
+"""What training needs beside a loop: data, transformers' Trainer, kept states, checkpoints to resume from."""
 
+from typing import TYPE_CHECKING, Any
+
+from .columns import Collator, encode_columns
 from .resume import load_training, save_training
 from .state_cache import KeptStates
 
-__all__ = ["KeptStates", "load_training", "save_training"]
+if TYPE_CHECKING:
+    from .shard import shard
+    from .trainer import Trainer
+
+__all__ = ["Collator", "KeptStates", "Trainer", "encode_columns", "load_training", "save_training", "shard"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Trainer":  # of transformers, an extra
+        from .trainer import Trainer
+
+        return Trainer
+    if name == "shard":  # FSDP2 takes long to import
+        from .shard import shard
+
+        return shard
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

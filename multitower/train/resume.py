@@ -13,13 +13,12 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import nn
 from torch.optim import Optimizer
@@ -29,6 +28,7 @@ from ..compile.towers import load_towers
 from ..declare.graph import FusionGraph, redeclared
 from ..errors import CheckpointError
 from ..run.fusion import Fusion
+from ..run.parallel import on_first
 from ..storage.atomic import current, replacing
 from ..storage.files import read_json
 from ..storage.find import as_declared
@@ -91,7 +91,7 @@ def save_training(
         ImportError: This torch cannot write distributed checkpoints as safetensors.
     """
     target = Path(folder).absolute()
-    _on_first(lambda: _check_free(target))
+    on_first(lambda: _check_free(target))
     tensors, settings = optimizer_state(model, optimizer)
     tensors |= {f"model.{name}": tensor.detach() for name, tensor in trained_state(model).items()}
     try:
@@ -110,7 +110,7 @@ def save_training(
     try:
         with _replacing(target) as fresh, _distributed_checkpoint() as checkpoint:
             text = json.dumps(document, indent=1, allow_nan=False) + "\n"
-            _on_first(lambda: (fresh / TRAINING).write_text(text, encoding="utf-8"))
+            on_first(lambda: (fresh / TRAINING).write_text(text, encoding="utf-8"))
             checkpoint.save(
                 tensors | random_state(),
                 storage_writer=checkpoint.HuggingFaceStorageWriter(str(fresh), save_distributed=True),
@@ -243,25 +243,8 @@ def _replacing(target: Path) -> Iterator[Path]:
             target.parent.mkdir(parents=True, exist_ok=True)
             return stack.enter_context(replacing(target))
 
-        yield _on_first(begin)
-        _on_first(stack.pop_all().close)
-
-
-def _on_first(step: Callable[[], T]) -> T:
-    """Have the first process do something, and all of them get what comes of it, or fail with its error."""
-    if not is_distributed():
-        return step()
-    answer: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            answer[0] = step()
-        except Exception as error:
-            answer[1] = error
-    dist.broadcast_object_list(answer)
-    if answer[1] is not None:
-        raise answer[1]
-    result: T = answer[0]
-    return result
+        yield on_first(begin)
+        on_first(stack.pop_all().close)
 
 
 @contextmanager

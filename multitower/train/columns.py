@@ -1,0 +1,107 @@
+"""Examples from the columns of a data set, and batches of them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from ..batch.collate import Batch, Segment, collate
+from ..batch.pack import pack
+from ..plugins.modality import Modality
+
+SEGMENTS, LENGTH = "segments", "length"
+
+
+def encode_columns(
+    dataset: Any,
+    columns: Mapping[str, str],
+    modalities: Mapping[str, Modality],
+    *,
+    targets: Collection[str],
+    **options: Any,
+) -> Any:
+    """Encode columns of a data set into examples: one segment each, in the order of the columns.
+
+    >>> from multitower_text import TextModality
+    >>> text = TextModality()
+    >>> rows = [{"question": "2+2?", "answer": "4", "id": 7}]
+    >>> columns = {"question": "text", "answer": "text"}
+    >>> (row,) = encode_columns(rows, columns, {"text": text}, targets=["answer"])
+    >>> row["length"], [(segment["tower"], segment["target"]) for segment in row["segments"]]
+    (9, [('text', False), ('text', True)])
+
+    A data set of Hugging Face ``datasets`` is mapped, in worker processes (``num_proc=8``) and kept on disk,
+    or while it streams; ``datasets.interleave_datasets([asr, tts, text], probabilities, seed)`` mixes what
+    comes of several. Of anything else that gives rows, a list is made.
+
+    Args:
+        dataset: Rows, each a mapping from columns to raw data.
+        columns: By column the tower that gets it.
+        modalities: By tower what encodes it.
+        targets: The columns to learn.
+        options: What else ``datasets.Dataset.map`` takes.
+
+    Returns:
+        The same kind of data set (or a list) with the columns "segments" and "length", in tokens.
+
+    Raises:
+        ValueError: A column is to be learnt, or a tower to be encoded for, of which nothing is said.
+    """
+    unknown = [each for each in targets if each not in columns]
+    lacking = [tower for tower in columns.values() if tower not in modalities]
+    if unknown or lacking:
+        raise ValueError(
+            f"targets {unknown} are none of the columns {list(columns)}"
+            if unknown
+            else f"there is no modality for {', '.join(map(repr, lacking))}; there are {list(modalities)}"
+        )
+    encode = functools.partial(
+        _encoded, columns=dict(columns), modalities=dict(modalities), targets=list(targets)
+    )
+    if hasattr(dataset, "map"):
+        return dataset.map(encode, remove_columns=getattr(dataset, "column_names", None), **options)
+    return [encode(row) for row in dataset]
+
+
+def _encoded(
+    row: Mapping[str, Any],
+    columns: Mapping[str, str],
+    modalities: Mapping[str, Modality],
+    targets: Collection[str],
+) -> dict[str, Any]:
+    segments: list[dict[str, Any]] = []
+    for column, tower in columns.items():
+        if column not in row:
+            raise ValueError(f"a row has no column {column!r}; it has {', '.join(map(repr, row))}")
+        tokens = modalities[tower].encode(row[column]).tolist()
+        segments.append({"tower": tower, "tokens": tokens, "target": column in targets})
+    return {SEGMENTS: segments, LENGTH: sum(len(each["tokens"]) for each in segments)}
+
+
+class Collator:
+    """Makes a batch of examples, or of rows that ``encode_columns`` made; for any ``DataLoader``.
+
+    >>> import multitower as mt
+    >>> rows = [[mt.Segment("text", [3, 5, 4], target=True)], [mt.Segment("text", [3, 4], target=True)]]
+    >>> Collator()(rows)["streams"]["text"]["tokens"].shape
+    torch.Size([2, 3])
+
+    Args:
+        packed: Whether to put several examples into a row; see ``pack``.
+    """
+
+    def __init__(self, *, packed: bool = False) -> None:
+        self.packed = packed
+
+    def __call__(self, rows: Sequence[Any]) -> Batch:
+        """Collate examples or rows."""
+        batch = collate([as_example(row) for row in rows])
+        return pack(batch) if self.packed else batch
+
+
+def as_example(row: Any) -> list[Any]:
+    """Return the example that a row holds, or is."""
+    if isinstance(row, Mapping):
+        return [Segment(**segment) for segment in row[SEGMENTS]]
+    return list(row)

@@ -1,0 +1,119 @@
+"""Fused models divided over processes by torch's FSDP2, in units that the graph gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from ..run.fusion import Fusion
+from ..tower import Tower
+
+Frozen = Literal["root", "per_layer", "replicate"]
+POLICIES = ("root", "per_layer", "replicate")
+METHODS = {"tower": ("embed", "layer", "head", "head_at"), "tap": ("read", "weights"), "model": ("run",)}
+
+
+def shard(
+    model: Fusion,
+    mesh: DeviceMesh,
+    *,
+    frozen: Frozen = "per_layer",
+    mixed_precision: MixedPrecisionPolicy | None = None,
+    **options: Any,
+) -> Fusion:
+    """Divide a model over the processes of a mesh, in place, by ``torch.distributed.fsdp.fully_shard``.
+
+    >>> from torch.distributed.device_mesh import init_device_mesh
+    >>> from multitower.testing import tiny_model
+    >>> model = shard(tiny_model(), init_device_mesh("cuda", (8,)))     # doctest: +SKIP
+
+    Each layer of a tower, each tap and each input adapter is a unit, gathered when it runs; what else a tower
+    has (embeddings, norm, head, tied or not) is one more. Where dtypes differ within a unit, as where
+    adapters are in float32 and their model in bfloat16, parameters of each dtype are a unit of their own.
+
+    Args:
+        model: The model. What was taken of its parameters before, as by an optimizer, is to be taken anew.
+        mesh: The processes, of one dimension, or of two for hybrid sharding.
+        frozen: What becomes of towers that are not trained: "per_layer" divides them as the others; "root"
+            keeps each whole in one unit, which is gathered once a step; "replicate" leaves them whole
+            on every process, and nothing of them is sent.
+        mixed_precision: In which dtypes units compute and gradients are reduced.
+        options: What else ``fully_shard`` takes, as ``reshard_after_forward`` or ``offload_policy``.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: ``frozen`` is none of these.
+    """
+    if frozen not in POLICIES:
+        raise ValueError(f"frozen={frozen!r} is none of {', '.join(map(repr, POLICIES))}")
+    if mixed_precision is not None:
+        options["mp_policy"] = mixed_precision
+    ignored: set[nn.Parameter] = set()
+    for name, tower in _towers(model):
+        if model.graph.towers[name].train == "none":
+            if frozen == "replicate":
+                ignored.update(tower.parameters())
+                continue
+            layers = list(_layers(tower)) if frozen == "per_layer" else []
+        else:
+            layers = list(_layers(tower))
+        for layer in layers:
+            _divide(layer, mesh, options)
+        _divide(tower, mesh, options)
+        for method in METHODS["tower"]:
+            register_fsdp_forward_method(tower, method)
+    for module in (*model.taps().values(), *model.adapters.values()):
+        _divide(module, mesh, options)
+        for method in METHODS["tap"]:
+            if hasattr(module, method):
+                register_fsdp_forward_method(module, method)
+    fully_shard(model, mesh=mesh, ignored_params=ignored, **options)
+    for method in METHODS["model"]:
+        register_fsdp_forward_method(model, method)
+    return model
+
+
+def _towers(model: Fusion) -> Iterator[tuple[str, Tower]]:
+    """Yield each tower once, under its first name."""
+    seen: set[int] = set()
+    for name in model.towers:
+        tower = model.tower(name)
+        if id(tower) not in seen:
+            seen.add(id(tower))
+            yield name, tower
+
+
+def _layers(tower: Tower) -> Iterator[nn.Module]:
+    """Yield the layers of a tower, where it names the list of them."""
+    path = getattr(tower, "path", None)
+    if path is not None:
+        yield from tower.get_submodule(f"model.{path}").children()
+
+
+def _divide(module: nn.Module, mesh: DeviceMesh, options: dict[str, Any]) -> None:
+    """Make a module a unit; parameters of another dtype than most of it become units of their own first."""
+    sizes: dict[torch.dtype, int] = {}
+    for parameter in module.parameters():
+        if not isinstance(parameter, DTensor):
+            sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()
+    most = max(sizes, key=sizes.__getitem__, default=None)
+    for dtype in sizes:
+        if dtype != most:
+            owners = [
+                each
+                for each in module.modules()
+                if any(
+                    own.dtype == dtype and not isinstance(own, DTensor)
+                    for own in each.parameters(recurse=False)
+                )
+            ]
+            fully_shard(owners, mesh=mesh, **options)
+    fully_shard(module, mesh=mesh, **options)

@@ -1,0 +1,249 @@
+"""transformers' Trainer for fused models."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice, takewhile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..base.extras import require
+from ..batch.collate import IGNORE, Example, Streams
+from ..checkpoint.refill import load_weights
+from ..checkpoint.save import save_pretrained
+from ..generate.generate import generate
+from ..plugins.modality import Modality
+from ..run.fusion import Fusion
+from .columns import Collator, as_example
+
+transformers: Any = require("transformers", "train")
+gather_object: Any = require("accelerate.utils", "train").gather_object
+
+ARGUMENTS = "training_args.bin"
+
+Counts = dict[str, Tensor]
+Decoded = Callable[[list[Example], list[Any], list[Example]], Mapping[str, float]]
+
+
+class Trainer(transformers.Trainer):  # type: ignore[misc]  # known only when it runs
+    """``transformers.Trainer`` for a ``FusedModel``, by its ordinary arguments.
+
+    >>> import tempfile, multitower as mt, transformers
+    >>> from multitower.testing import tiny_model
+    >>> pair = [mt.Segment("speech", [0, 5, 6, 1]), mt.Segment("text", [0, 7, 1], target=True)]
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     arguments = transformers.TrainingArguments(
+    ...         folder, max_steps=2, report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="no"
+    ...     )
+    ...     trainer = Trainer(tiny_model(), arguments, train_dataset=[pair] * 8)
+    ...     trainer.train().global_step                                     # doctest: +ELLIPSIS
+    {...}
+    2
+
+    A data set holds examples, lists of segments, or rows that ``encode_columns`` made. The loss of a tower is
+    normalised by the tokens that it is to predict in all batches of an optimizer step: of all steps of
+    accumulation and, with ``average_tokens_across_devices`` (the default), of all processes. It is logged by
+    tower ("loss_text", "eval_text_loss"); "eval_loss" is their sum, each the mean over all its tokens in the
+    data set. ``compute_metrics`` gets logits and labels by tower, with labels of -100 where a batch holds
+    nothing of one. Checkpoints are fused checkpoints.
+
+    Args:
+        model: The model.
+        args: The arguments.
+        rates: Learning rates by part, as ``parameter_groups`` takes them beside ``lr``:
+            ``{"towers": {"speech": 1e-4}}``. What is not named has that of ``args``.
+        modalities: What is saved with the model, by tower.
+        score: What makes metrics of decoded answers in an evaluation: called with what was given of each
+            example (the segments before its first target), what the model decoded then, and the examples.
+        decoding: Options of ``generate`` for that.
+        data_collator: Makes a batch of examples; ``Collator()`` unless given.
+        options: What else ``transformers.Trainer`` takes: ``train_dataset``, ``eval_dataset``, ``callbacks``,
+            ``compute_metrics``, ``optimizers``, ...
+
+    Raises:
+        TypeError: The model is no ``FusedModel``.
+        ValueError: ``args`` ask for NEFTune or label smoothing, which know models of one vocabulary alone.
+    """
+
+    loss_is_scaled_for_ga = True
+    optimizer: Any
+
+    def __init__(
+        self,
+        model: Fusion,
+        args: Any = None,
+        *,
+        rates: Mapping[str, Any] | None = None,
+        modalities: Mapping[str, Modality] | None = None,
+        score: Decoded | None = None,
+        decoding: Mapping[str, Any] | None = None,
+        data_collator: Callable[[Sequence[Any]], Any] | None = None,
+        **options: Any,
+    ) -> None:
+        if not isinstance(model, Fusion):
+            raise TypeError(f"this Trainer takes a FusedModel, not a {type(model).__name__}")
+        for name in ("neftune_noise_alpha", "label_smoothing_factor"):
+            if getattr(args, name, None):
+                raise ValueError(f"{name} is for models of one vocabulary; leave it out of the arguments")
+        if getattr(args, "remove_unused_columns", False):
+            args.remove_unused_columns = False  # rows hold segments, which no argument of forward is called
+        self.rates, self.modalities = dict(rates or {}), dict(modalities or {})
+        self.score, self.decoding = score, dict(decoding or {})
+        self._seen: dict[str, Counts] = {}
+        super().__init__(model, args, data_collator=data_collator or Collator(), **options)
+        self.model_accepts_loss_kwargs = True
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Any:
+        """Create the optimizer of the arguments, over ``parameter_groups``."""
+        if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            if not set(options) & {"params", "model", "optimizer_dict"}:
+                fused = self._fused()
+                groups = fused.parameter_groups(self.args.learning_rate, **self.rates)
+                decay = self.args.weight_decay
+                self.optimizer = kind([{"weight_decay": decay, **group} for group in groups], **options)
+                return self.optimizer
+        return super().create_optimizer(model)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Counts | None:
+        """Count the tokens to predict by tower, in all batches of a step."""
+        counts = dict.fromkeys(self._fused().towers, 0)
+        for batch in batch_samples:
+            for name, stream in batch["streams"].items():
+                if "labels" in stream:
+                    counts[name] += (stream["labels"][:, 1:] != IGNORE).sum()
+        table = torch.stack([torch.as_tensor(count, device=device) for count in counts.values()])
+        if self.args.average_tokens_across_devices and self.model.training:
+            table = self.accelerator.reduce(table)
+        return dict(zip(counts, table.unbind(), strict=True))
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Counts | None = None,
+    ) -> Any:
+        """Return the sum of the losses of all towers, each over the tokens of the whole step."""
+        out = model(**inputs, num_items_in_batch=num_items_in_batch)
+        if out.loss is None:
+            raise ValueError(
+                "no stream of this batch has labels; mark what is to be learnt: Segment(..., target=True)"
+            )
+        if num_items_in_batch is not None:
+            self._note(inputs["streams"], out.losses, num_items_in_batch)
+        loss = out.loss
+        if model.training and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # over which gradients are averaged
+        return (loss, out) if return_outputs else loss
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Any, Any, Any]:
+        """Return the loss of a batch, and its logits and labels by tower."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            counts = self._get_num_items_in_batch([inputs], self.args.device)
+            loss, out = self.compute_loss(model, inputs, return_outputs=True, num_items_in_batch=counts)
+        if prediction_loss_only or self.compute_metrics is None:
+            return loss.detach(), None, None
+        logits, labels = {}, {}
+        some = next(iter(inputs["streams"].values()))["tokens"]
+        for name in self._fused().towers:
+            stream, size = inputs["streams"].get(name, {}), self._fused().tower(name).vocab_size
+            absent = name not in out.logits
+            logits[name] = loss.new_zeros(len(some), 1, size) if absent else out.logits[name].detach()
+            labels[name] = stream.get(
+                "labels", torch.full_like(logits[name][..., 0], IGNORE, dtype=torch.int64)
+            )
+        return loss.detach(), logits, labels
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, **options: Any) -> Any:
+        """Evaluate as ``transformers.Trainer`` does, with losses by tower, and metrics of what is decoded."""
+        before, self._seen = self._seen, {}
+        out = super().evaluation_loop(dataloader, *args, **options)
+        prefix = options.get("metric_key_prefix", "eval")
+        losses = self._losses()
+        self._seen = before
+        if losses:
+            out.metrics.update({f"{prefix}_{name}_loss": loss for name, loss in losses.items()})
+            out.metrics[f"{prefix}_loss"] = sum(losses.values())
+        if self.score is not None:
+            found = self.score(*self._decoded(dataloader.dataset))
+            out.metrics.update({f"{prefix}_{name}": value for name, value in found.items()})
+        return out
+
+    def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
+        """Log the losses of towers beside their sum."""
+        if "loss" in logs:
+            logs |= {f"loss_{name}": round(loss, 4) for name, loss in self._losses().items()}
+            self._seen = {}
+        super().log(logs, *args, **options)
+
+    def _fused(self) -> Fusion:
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        assert isinstance(model, Fusion)
+        return model
+
+    def _note(self, streams: Streams, losses: Mapping[str, Tensor], counts: Counts) -> None:
+        for name, loss in losses.items():
+            seen = self._seen.setdefault(name, {"sum": torch.zeros(()), "tokens": torch.zeros(())})
+            here = (streams[name]["labels"][:, 1:] != IGNORE).sum()
+            seen["sum"] = seen["sum"].to(loss.device) + loss.detach() * counts[name]
+            seen["tokens"] = seen["tokens"].to(loss.device) + here
+
+    def _losses(self) -> dict[str, float]:
+        """Return the mean loss by tower of what was seen since the last time, in all processes."""
+        zero = torch.zeros((), device=self.args.device)
+        table = torch.stack(
+            [
+                self._seen.get(name, {}).get(key, zero).to(self.args.device, torch.float32)
+                for name in self._fused().towers
+                for key in ("sum", "tokens")
+            ]
+        )
+        rows = self.accelerator.reduce(table).view(-1, 2).tolist()
+        found = zip(self._fused().towers, rows, strict=True)
+        return {name: total / tokens for name, (total, tokens) in found if tokens}
+
+    def _decoded(self, dataset: Any) -> tuple[list[Any], list[Any], list[Any]]:
+        """Decode, for each example of a data set, the towers of its targets; each process takes its share."""
+        found: list[tuple[Any, Any, Any]] = []
+        place, processes = self.accelerator.process_index, self.accelerator.num_processes
+        share = islice(dataset, place, None, processes)
+        while rows := list(islice(share, self.args.per_device_eval_batch_size)):
+            alike: dict[tuple[str, ...], list[Any]] = {}
+            for example in map(as_example, rows):
+                alike.setdefault(tuple(each.tower for each in example if each.target), []).append(example)
+            for towers, examples in alike.items():
+                given = [list(takewhile(lambda each: not each.target, example)) for example in examples]
+                answers = generate(self._fused(), given, list(towers), self.decoding)
+                found += zip(given, answers, examples, strict=True)
+        found = gather_object(found)
+        prompts, decoded, originals = (list(each) for each in zip(*found, strict=True))
+        return prompts, decoded, originals
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Save a fused checkpoint into a folder that may hold what else belongs to the run."""
+        folder = Path(self.args.output_dir if output_dir is None else output_dir)
+        if not self.args.should_save:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            save_pretrained(self._fused(), Path(scratch, "fused"), modalities=self.modalities)
+            for path in Path(scratch, "fused").iterdir():
+                target = folder / path.name
+                if target.is_dir():
+                    target.rename(Path(scratch, f"old {path.name}"))
+                path.replace(target)
+        torch.save(self.args, folder / ARGUMENTS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_weights(self._fused(), resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        load_weights(self._fused(), self.state.best_model_checkpoint)

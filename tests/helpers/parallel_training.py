@@ -1,0 +1,150 @@
+"""One of several processes that train together: python parallel_training.py RANK PROCESSES FOLDER.
+
+Each writes the weights after some steps with every engine; a single process is given all batches of a step.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+import multitower as mt
+from models import causal_lm, segment
+from multitower.run.gathered import is_divided
+from multitower.train.shard import shard
+
+STEPS, LR = 3, 0.1
+PROMPTS = [[segment("speech", 5, 6, 7)]]
+UNLIKE = [
+    [[segment("speech", 5, 6), segment("text", 3, 4, 5, 6, target=True)]],
+    [[segment("music", 9, 3), segment("text", 9, target=True)], [segment("music", 3, target=True)]],
+    [[segment("music", 4), segment("speech", 12, target=True)]],
+    [[segment("speech", 6, target=True)]],
+]
+ROWS = {
+    "mixed": UNLIKE,
+    "unlike": UNLIKE,
+    "without music": [
+        [[segment("speech", 5, 6), segment("text", 3, 4, target=True)]],
+        [[segment("text", 9, 8, 7), segment("speech", 9, target=True)]],
+        [[segment("speech", 4), segment("text", 12, target=True)]],
+        [[segment("text", 6), segment("speech", 6, 6, 6, target=True)]],
+    ],
+}
+
+
+def make(name: str) -> mt.FusedModel:
+    torch.manual_seed(0)
+    graph = mt.FusionGraph()
+    tied = causal_lm("llama", seed=1, config={"tie_word_embeddings": True})
+    text = causal_lm("llama", seed=3)
+    graph.add_tower("speech", tied, train="all")
+    if name == "mixed":
+        graph.add_tower("music", tied, train="all")
+        graph.add_tower("text", text.bfloat16(), train="lora")
+    else:
+        graph.add_tower("music", causal_lm("llama", seed=2), train="all")
+        graph.add_tower("text", text)
+    for source, target in (("speech", "text"), ("text", "music"), ("music", "speech"), ("speech", "music")):
+        graph.add_link(source, target, interleave=1)
+    return graph.compile()
+
+
+def with_ddp(model: mt.FusedModel) -> nn.Module:
+    return DistributedDataParallel(model)
+
+
+def with_root(model: mt.FusedModel) -> nn.Module:
+    return fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+
+
+def with_layers(model: mt.FusedModel) -> nn.Module:
+    return shard(model, init_device_mesh("cpu", (dist.get_world_size(),)), frozen="per_layer")
+
+
+def with_whole_frozen(model: mt.FusedModel) -> nn.Module:
+    return shard(model, init_device_mesh("cpu", (dist.get_world_size(),)), frozen="root")
+
+
+def with_replicated_frozen(model: mt.FusedModel) -> nn.Module:
+    return shard(model, init_device_mesh("cpu", (dist.get_world_size(),)), frozen="replicate")
+
+
+ENGINES: dict[str, Callable[[mt.FusedModel], nn.Module]] = {
+    "ddp": with_ddp,
+    "fsdp": with_root,
+    "per_layer": with_layers,
+    "root": with_whole_frozen,
+    "replicate": with_replicated_frozen,
+}
+
+
+def counted(batches: list[dict]) -> dict[str, int]:
+    """Count the tokens to predict by tower."""
+    counts = {"speech": 0, "music": 0, "text": 0}
+    for batch in batches:
+        for name, stream in batch["streams"].items():
+            counts[name] += int((stream["labels"][:, 1:] != -100).sum()) if "labels" in stream else 0
+    return {name: max(1, count) for name, count in counts.items()}
+
+
+def train(model: mt.FusedModel, wrapped: nn.Module, rows: list, rank: int, processes: int) -> None:
+    optimizer = torch.optim.SGD([each for each in wrapped.parameters() if each.requires_grad], lr=LR)
+    batches = [mt.collate(each) for each in rows]
+    counts = counted(batches)
+    share = batches[rank::processes] if processes > 1 else batches
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        for number, batch in enumerate(share):
+            if isinstance(wrapped, DistributedDataParallel):
+                wrapped.require_backward_grad_sync = number == len(share) - 1
+            loss = wrapped(**batch, num_items_in_batch=counts).loss
+            (loss * processes).backward()
+        optimizer.step()
+
+
+def whole(model: nn.Module) -> dict[str, torch.Tensor]:
+    state = model.state_dict()
+    return {
+        name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone().contiguous()
+        for name, tensor in state.items()
+    }
+
+
+def main(rank: int, processes: int, folder: Path) -> None:
+    engines = ENGINES
+    if processes > 1:
+        where = f"file://{folder}/meet{processes}"
+        dist.init_process_group("gloo", init_method=where, rank=rank, world_size=processes)
+    else:
+        engines = {"alone": lambda model: model}
+    for engine, wrap in engines.items():
+        for name, rows in ROWS.items():
+            model = make(name)
+            wrapped = wrap(model)
+            train(model, wrapped, rows, rank, processes)
+            save_file(whole(model), folder / f"{name}, {engine}.{processes}.{rank}.safetensors")
+        (row,) = model.generate(PROMPTS, ["text"], max_new_tokens=2 + rank)
+        if rank == 0 or is_divided(model):
+            model.save_pretrained(folder / f"{engine}.{processes}")
+        save_file(
+            {"answer": torch.as_tensor(row[0].tokens)},
+            folder / f"answer, {engine}.{processes}.{rank}.safetensors",
+        )
+        train(model, wrapped, rows, rank, processes)  # goes on
+    if processes > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

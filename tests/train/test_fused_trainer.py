@@ -1,0 +1,230 @@
+"""The library's Trainer: transformers' own, with losses by tower and fused checkpoints."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import multitower as mt
+from models import causal_lm, pair, segment
+from multitower.testing import tiny_tower
+
+transformers = pytest.importorskip("transformers", reason="the Trainer is of transformers")
+pytest.importorskip("accelerate", reason="the Trainer needs accelerate")
+
+from multitower.train import Collator, Trainer, encode_columns  # noqa: E402  # an extra
+
+EXAMPLES = [
+    [segment("speech", 5), segment("text", 3, target=True)],
+    [segment("text", 9, target=True)],
+    [segment("text", 4), segment("speech", 12, target=True)],
+    [segment("speech", 3, target=True)],
+    [segment("speech", 6), segment("text", 2, target=True)],
+    [segment("text", 3), segment("speech", 4, target=True)],
+    [segment("speech", 9), segment("text", 7, target=True)],
+    [segment("text", 6, target=True)],
+]
+
+
+def arguments(folder: Path, **options: Any) -> Any:
+    settings: dict[str, Any] = {
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 3,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "report_to": [],
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "data_seed": 3,
+    }
+    return transformers.TrainingArguments(str(folder), **{**settings, **options})
+
+
+def trainer(folder: Path, model: mt.FusedModel, **options: Any) -> Trainer:
+    own = {
+        name: options.pop(name)
+        for name in ("rates", "score", "decoding", "compute_metrics")
+        if name in options
+    }
+    return Trainer(model, arguments(folder, **options), train_dataset=EXAMPLES, eval_dataset=EXAMPLES, **own)
+
+
+def make(**options: Any) -> mt.FusedModel:
+    torch.manual_seed(0)
+    return pair(causal_lm("llama"), causal_lm("qwen3", depth=4, vocab_size=14), train="all", **options)
+
+
+def assert_same(one: mt.FusedModel, other: mt.FusedModel, **tolerance: float) -> None:
+    state = other.state_dict()
+    for name, tensor in one.state_dict().items():
+        torch.testing.assert_close(tensor, state[name], **tolerance or {"rtol": 0, "atol": 0})
+
+
+def test_accumulated_batches_are_one_batch(tmp_path: Path) -> None:
+    whole, parts = make(), make()
+    settings = {"optim": "sgd", "learning_rate": 0.1}
+    trainer(tmp_path, whole, per_device_train_batch_size=8, **settings).train()
+    trainer(tmp_path, parts, per_device_train_batch_size=1, gradient_accumulation_steps=8, **settings).train()
+    assert_same(whole, parts, rtol=1e-4, atol=1e-5)
+
+
+def test_losses_are_logged_by_tower(tmp_path: Path) -> None:
+    model = make()
+    run = trainer(tmp_path, model)
+    before = run.evaluate()
+    batch = mt.collate(EXAMPLES)
+    with torch.no_grad():
+        losses = model.eval()(**batch).losses
+    assert before["eval_text_loss"] == pytest.approx(losses["text"].item(), rel=1e-4)
+    assert before["eval_speech_loss"] == pytest.approx(losses["speech"].item(), rel=1e-4)
+    assert before["eval_loss"] == pytest.approx(sum(losses.values()).item(), rel=1e-4)
+    run.train()
+    logged = [entry for entry in run.state.log_history if "loss" in entry]
+    assert any("loss_text" in entry for entry in logged)
+    assert any("loss_speech" in entry for entry in logged)
+    assert run.evaluate()["eval_loss"] < before["eval_loss"]
+
+
+def test_metrics_where_batches_hold_unlike_towers(tmp_path: Path) -> None:
+    def shares(prediction: Any) -> dict[str, float]:
+        found = {}
+        for name, labels in prediction.label_ids.items():
+            given = labels[:, 1:] != -100
+            hits = prediction.predictions[name][:, :-1].argmax(-1) == labels[:, 1:]
+            found[f"{name}_hits"], found[f"{name}_tokens"] = hits[given].mean(), given.sum()
+        return found
+
+    model = make()
+    found = trainer(tmp_path, model, compute_metrics=shares, per_device_eval_batch_size=1).evaluate()
+    batch = mt.collate(EXAMPLES)
+    for name, stream in batch["streams"].items():
+        assert found[f"eval_{name}_tokens"] == int((stream["labels"][:, 1:] != -100).sum())
+    assert np.isfinite([found["eval_text_hits"], found["eval_speech_hits"]]).all()
+
+
+def test_a_run_is_resumed_as_if_it_had_never_stopped(tmp_path: Path) -> None:
+    whole, first, second = make(), make(), make()
+    trainer(tmp_path / "whole", whole, max_steps=6).train()
+    trainer(tmp_path / "parts", first, max_steps=6, save_strategy="steps", save_steps=3).train()
+    trainer(tmp_path / "parts", second, max_steps=6).train(str(tmp_path / "parts" / "checkpoint-3"))
+    assert_same(whole, first)
+    assert_same(whole, second)
+
+
+def test_checkpoints_are_fused_checkpoints_and_the_best_is_loaded(tmp_path: Path) -> None:
+    model = make()
+    run = trainer(
+        tmp_path,
+        model,
+        max_steps=4,
+        learning_rate=0.5,
+        save_strategy="steps",
+        eval_strategy="steps",
+        save_steps=1,
+        eval_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_text_loss",
+        greater_is_better=False,
+    )
+    run.train()
+    losses = {
+        entry["step"]: entry["eval_text_loss"] for entry in run.state.log_history if "eval_text_loss" in entry
+    }
+    best = min(losses, key=losses.__getitem__)
+    assert_same(mt.FusedModel.from_pretrained(tmp_path / f"checkpoint-{best}"), model)
+    run.save_model()
+    run.save_model()
+    assert_same(mt.FusedModel.from_pretrained(tmp_path), model)
+    assert (tmp_path / f"checkpoint-{best}").is_dir()
+
+
+def test_adapters_tied_and_shared_towers_are_saved_and_resumed(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="adapters need the lora extra")
+
+    def three() -> mt.FusedModel:
+        torch.manual_seed(0)
+        graph, tied = mt.FusionGraph(), causal_lm("llama", config={"tie_word_embeddings": True})
+        graph.add_tower("speech", tied, train="all")
+        graph.add_tower("again", tied, train="all")
+        graph.add_tower("text", causal_lm("llama"), train=peft.LoraConfig(target_modules=["q_proj"]))
+        for source, target in (("speech", "text"), ("text", "speech"), ("text", "again")):
+            graph.add_link(source, target, interleave=1)
+        return graph.compile()
+
+    whole, second = three(), three()
+    trainer(tmp_path, whole, max_steps=4, save_strategy="steps", save_steps=2).train()
+    trainer(tmp_path, second, max_steps=4).train(str(tmp_path / "checkpoint-2"))
+    assert_same(whole, second)
+
+
+def test_plain_towers_are_resumed(tmp_path: Path) -> None:
+    def plain() -> mt.FusedModel:
+        torch.manual_seed(0)
+        return pair(tiny_tower(1), tiny_tower(2, vocab_size=14), train="all")
+
+    whole, second = plain(), plain()
+    trainer(tmp_path, whole, max_steps=4, save_strategy="steps", save_steps=2).train()
+    trainer(tmp_path, second, max_steps=4).train(str(tmp_path / "checkpoint-2"))
+    assert_same(whole, second)
+
+
+def test_a_checkpoint_of_another_graph_is_not_resumed(tmp_path: Path) -> None:
+    trainer(tmp_path, make(), max_steps=2, save_strategy="steps", save_steps=2).train()
+    other = make().drop("speech->text")
+    with pytest.raises(mt.errors.CheckpointError, match="is of another graph"):
+        trainer(tmp_path, other, max_steps=4).train(str(tmp_path / "checkpoint-2"))
+
+
+def test_parts_have_rates_of_their_own(tmp_path: Path) -> None:
+    run = trainer(tmp_path, make(), rates={"towers": {"speech": 1e-4}, "links": 2e-2})
+    optimizer = run.create_optimizer()
+    assert {group["lr"] for group in optimizer.param_groups} == {1e-2, 1e-4, 2e-2, 0.1}  # gates at ten times
+
+
+def test_answers_are_decoded_and_scored(tmp_path: Path) -> None:
+    seen: list[Any] = []
+
+    def score(given: list[Any], answers: list[Any], examples: list[Any]) -> dict[str, float]:
+        seen.extend(zip(given, answers, examples, strict=True))
+        return {"answers": float(len(answers))}
+
+    model = make()
+    found = trainer(tmp_path, model, score=score, decoding={"max_new_tokens": 3}).evaluate()
+    assert found["eval_answers"] == len(EXAMPLES) == len(seen)
+    for given, answer, example in seen:
+        assert [each.tower for each in (*given, *answer)] == [each.tower for each in example]
+
+
+@pytest.mark.parametrize("option", [{"neftune_noise_alpha": 5.0}, {"label_smoothing_factor": 0.1}])
+def test_what_knows_one_vocabulary_alone_is_refused(tmp_path: Path, option: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(option))} is for models of one vocabulary"):
+        trainer(tmp_path, make(), **option)
+
+
+def test_other_models_are_refused() -> None:
+    with pytest.raises(TypeError, match="takes a FusedModel, not a LlamaForCausalLM"):
+        Trainer(causal_lm("llama"))
+
+
+def test_columns_that_nothing_encodes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"no modality for 'speech'"):
+        encode_columns([], {"audio": "speech"}, {}, targets=[])
+    with pytest.raises(ValueError, match=r"targets \['answer'\] are none of the columns \['audio'\]"):
+        encode_columns([], {"audio": "speech"}, {"speech": None}, targets=["answer"])  # type: ignore[dict-item]
+
+
+def test_packed_batches_train_alike(tmp_path: Path) -> None:
+    padded, packed = make(), make()
+    batch = copy.deepcopy(EXAMPLES)
+    settings = arguments(tmp_path, optim="sgd", learning_rate=0.1)
+    Trainer(padded, settings, train_dataset=batch).train()
+    Trainer(packed, settings, train_dataset=batch, data_collator=Collator(packed=True)).train()
+    assert_same(padded, packed, rtol=1e-4, atol=1e-5)
