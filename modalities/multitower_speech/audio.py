@@ -161,7 +161,7 @@ def resampled(parts: Iterable[Samples], given: float, rate: int, name: str) -> I
 
 
 def pieces(waveforms: Iterable[Audio]) -> Iterator[tuple[Audio, AbstractContextManager[None]]]:
-    """Give each of several pieces of audio, and a context in which errors say which it is.
+    """Yield each of several pieces of audio, and a context in which errors say which it is.
 
     >>> for audio, named in pieces([np.zeros(3), np.zeros(0)]):
     ...     with named:

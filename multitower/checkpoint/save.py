@@ -101,7 +101,7 @@ def save_pretrained(
 
 
 def _described(model: Fusion, records: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """Say of each tower where its weights are."""
+    """Yield for each tower where its weights are."""
     for name, record in records.items():
         source, revision = model.graph.towers[name].source, record.get("revision")
         if "shared_with" in record:

@@ -145,7 +145,7 @@ class Schedule:
         )
 
     def explain(self) -> str:
-        """Say in words what the schedule does; links into one tower with like taps share a line."""
+        """Return in words what the schedule does; links into one tower with like taps share a line."""
         towers = ", ".join(f"{name} ({depth} layers)" for name, depth in self.depths)
         lines = [f"{len(self.depths)} towers: {towers}.", f"They run in {len(self.stages)} stages."]
         links: dict[str, list[Tap]] = {}

@@ -184,7 +184,7 @@ class TapReader:
         self.settled = not any(module.rotary or window is not None for module, _, (_, window, _) in every)
 
     def reads_now(self) -> dict[int, list[Read]]:
-        """Give, by the layer that they follow, the taps whose sources have tokens."""
+        """Return, by the layer that they follow, the taps whose sources have tokens."""
         links, reads = self.model._graph.links, dict[int, list[Read]]()
         for tap in self.model.schedule.taps:
             if tap.target == self.name and tap in self.cache.entries:

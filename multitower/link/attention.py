@@ -82,7 +82,7 @@ def _all_see_all(query_times: Tensor, key_times: Tensor, key_mask: Tensor, windo
 def block_visibility(
     query_times: Tensor, key_times: Tensor, key_mask: Tensor, window: int | None = None
 ) -> Visibility:
-    """Say the same to flex_attention, which leaves out blocks of which nothing is seen.
+    """Return the same for flex_attention, which leaves out blocks of which nothing is seen.
 
     >>> times = torch.arange(300)[None]
     >>> seen = block_visibility(times, times, torch.ones_like(times, dtype=torch.bool), window=50)

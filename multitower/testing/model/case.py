@@ -70,7 +70,7 @@ def alone(model: FusedModel, name: str, tokens: Tensor) -> Tensor:
 
 
 def visible(streams: Streams, link: LinkSpec) -> list[list[list[int]]]:
-    """Give, for each row and each place in the target's stream, the places in the source's that it may read.
+    """Return, for each row and place in the target's stream, the places in the source's that it may read.
 
     Written down from what is promised, not from how it is done: strictly earlier, real, within the window.
     """

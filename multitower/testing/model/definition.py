@@ -43,7 +43,7 @@ def check_definition(model: FusedModel, examples: Sequence[Example]) -> None:
 
 
 def defined_logits(model: FusedModel, streams: Streams) -> dict[str, Tensor]:
-    """Give each tower's logits by the definition; only those at real tokens count."""
+    """Return each tower's logits by the definition; only those at real tokens count."""
     towers = {name: model.tower(name) for name in streams}
     embedded = {name: towers[name].embed(streams[name]["tokens"]) for name in streams}
     links = [each for each in model.graph.links.values() if each.source in streams and each.target in streams]

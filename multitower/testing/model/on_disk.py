@@ -73,7 +73,7 @@ def _check_tensors(module: nn.Module, again: nn.Module, what: str) -> None:
 
 
 def _blanks(model: FusedModel) -> dict[str, nn.Module]:
-    """Give each tower in plain PyTorch without its peft adapters and with weights of zero."""
+    """Make each tower in plain PyTorch without its peft adapters and with weights of zero."""
     natives = {
         id(model.unimodal(name)): model.unimodal(name)
         for name in model.towers
@@ -88,7 +88,7 @@ def _is_plain(tower: Tower) -> bool:
 
 
 def _blank(native: nn.Module) -> nn.Module:
-    """Give a tower in plain PyTorch without its peft adapters and with weights of zero."""
+    """Make a tower in plain PyTorch without its peft adapters and with weights of zero."""
     module: Any = copy.deepcopy(native)
     module = module.unload() if is_peft_model(module) else module
     for parameter in module.parameters():

@@ -83,7 +83,7 @@ def check_model_schedule(model: FusedModel, examples: Sequence[Example]) -> None
 
 
 def _needs(depths: Mapping[str, int], links: Iterable[LinkSpec]) -> dict[Node, set[Node]]:
-    """Say for each layer, and for the taps after each layer, what must run before."""
+    """Return for each layer, and for the taps after each layer, what must run before."""
     read: dict[tuple[str, int], set[Node]] = {}
     for link in links:
         for source_layer, target_layer in link.resolve(depths[link.source], depths[link.target]):
