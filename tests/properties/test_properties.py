@@ -22,6 +22,8 @@ from multitower.testing.strategies import Case, cases, cyclic_structures, struct
 FAMILIES = ("llama", "gpt2", "bloom", "gemma3_text", "mistral")
 FEWER = settings(max_examples=settings().max_examples // 5)
 SEEDS = st.integers(0, 999)
+ELSEWHERE = {"schedule", "order", "padding", "prefill"}
+"""What is checked below: on structures alone, with seeds, of towers that decode with a cache."""
 
 
 @functools.cache
@@ -41,88 +43,22 @@ def transformers_towers(draw: st.DrawFn) -> mt.TransformersTower:
 
 
 Structure = tuple[dict[str, int], list[LinkSpec]]
-ANY_CASES = cases()
-TRANSFORMERS_CASES = cases(towers=transformers_towers(), most_towers=3)
 
 
-@given(ANY_CASES)
-def test_closed_gates_leave_every_tower_as_it_was(case: Case) -> None:
-    testing.check_identity(case.model, case.examples)
+@pytest.mark.parametrize("promise", [name for name in testing.MODEL_PROMISES if name not in ELSEWHERE])
+@given(case=cases())
+def test_every_model_keeps_its_promises(promise: str, case: Case) -> None:
+    testing.MODEL_PROMISES[promise](case.model, case.examples)
 
 
-@given(ANY_CASES)
-def test_unimodal_is_the_original_whatever_the_gates(case: Case) -> None:
-    testing.check_unimodal(case.model, case.examples)
-
-
-@given(ANY_CASES)
-def test_logits_are_those_of_the_definition(case: Case) -> None:
-    testing.check_definition(case.model, case.examples)
-
-
-@given(ANY_CASES)
-def test_what_sees_nothing_gets_exactly_zero(case: Case) -> None:
-    testing.check_sight(case.model, case.examples)
-
-
-@given(ANY_CASES)
-def test_no_logit_depends_on_what_it_must_not_see(case: Case) -> None:
-    testing.check_causality(case.model, case.examples)
-
-
-@given(ANY_CASES, SEEDS)
-def test_no_order_matters(case: Case, seed: int) -> None:
+@given(cases(), SEEDS)
+def test_no_order_and_no_padding_matters(case: Case, seed: int) -> None:
     testing.check_order(case.model, case.examples, seed=seed)
-
-
-@given(ANY_CASES, SEEDS)
-def test_padding_changes_nothing(case: Case, seed: int) -> None:
     testing.check_padding(case.model, case.examples, seed=seed)
 
 
-@given(ANY_CASES)
-def test_packing_changes_nothing(case: Case) -> None:
-    testing.check_packing(case.model, case.examples)
-
-
-@given(ANY_CASES)
-def test_a_batch_is_its_rows_one_by_one(case: Case) -> None:
-    testing.check_rows(case.model, case.examples)
-
-
-@given(ANY_CASES)
-def test_exactly_what_is_trained_receives_finite_gradients(case: Case) -> None:
-    testing.check_gradients(case.model, case.examples)
-
-
-@given(ANY_CASES)
-def test_without_logits_losses_and_gradients_are_the_same(case: Case) -> None:
-    testing.check_losses(case.model, case.examples)
-
-
-@given(ANY_CASES)
-def test_frozen_towers_stay_in_eval_mode_and_out_of_autograd(case: Case) -> None:
-    testing.check_frozen(case.model, case.examples)
-
-
-@given(ANY_CASES)
-def test_decoding_is_a_forward_step_by_step(case: Case) -> None:
-    testing.check_decoding(case.model, case.examples)
-
-
-@given(ANY_CASES)
-def test_loaded_is_saved(case: Case) -> None:
-    testing.check_saved(case.model, case.examples)
-
-
 @FEWER
-@given(TRANSFORMERS_CASES)
-def test_prompts_in_chunks_decode_as_at_once(case: Case) -> None:
-    testing.check_prefill(case.model, case.examples)
-
-
-@FEWER
-@given(TRANSFORMERS_CASES)
+@given(cases(towers=transformers_towers(), most_towers=3))
 def test_transformers_towers_keep_every_promise(case: Case) -> None:
     testing.check_model(case.model, case.examples)
 
