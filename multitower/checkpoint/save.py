@@ -33,7 +33,7 @@ from .layout import ADAPTER, LINKS, MAX_SHARD_SIZE, TOWERS, WEIGHTS, fusion_stat
 from .manifest import Records, parts_of
 from .modalities import check_modalities, keep_modalities, write_modalities
 from .origins import is_to_be_stored
-from .proof import write_proof
+from .probe_record import write_proof
 
 
 def save_pretrained(

@@ -19,7 +19,7 @@ from .layout import ADAPTER, TOWERS, WEIGHTS, whole
 from .limits import check_model
 from .manifest import Checkpoint
 from .origins import ways_out
-from .proof import read_proof
+from .probe_record import read_proof
 
 
 def load_one(

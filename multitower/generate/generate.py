@@ -15,12 +15,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..batch.collate import Example, Segment, check_examples, make_streams, place_in_time
 from ..run.fusion import Fusion
-from ..run.room import bounded, check_room
+from ..run.max_positions import bounded, check_room
 from ..tower.decode_transformers import FOR_SPEED
 from ..tower.probe import evaluated
 from .options import STOPS, Options, Settings, check_batches, check_named, check_shared, groups, settle
+from .simultaneous import check_stepwise, decode_together
 from .tap_cache import TapCache, TapReader
-from .together import check_stepwise, decode_together
 
 Entry = str | tuple[str, ...]
 """A tower to decode, or several to decode at the same time."""

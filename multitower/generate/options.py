@@ -201,7 +201,7 @@ def settle(name: str, tower: Decodable, options: Options) -> Settings:
     >>> from multitower.testing import tiny_tower
     >>> settings = settle("text", tiny_tower(), {"do_sample": True, "max_new_tokens": {"text": 40}})
     >>> settings.options["do_sample"], settings.config.max_new_tokens, settings.begin
-    (True, 40, 0)
+    (True, 40, 1)
 
     Args:
         name: The tower.

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..batch.collate import EXAMPLES
 from ..batch.pack import positions
 from ..tower import Tower
-from .room import check_stream
+from .max_positions import check_stream
 
 
 def embed(name: str, tower: Any, stream: Mapping[str, Tensor]) -> tuple[Tensor, Any]:

@@ -20,12 +20,12 @@ from ..link.attention import FLEX, SDPA, Visibility
 from ..link.cross_attention import GatedCrossAttention, add, is_open
 from ..tower import Tower
 from .embed import embed
-from .familiar import Familiar
 from .output import FusedOutput, States, score
 from .parallel import trains_in_parallel, with_all
 from .parameters import named_gates, parameter_groups
 from .request import brings_states, brought_states, check_wanted, with_labels
 from .tables import Rotations, visibilities
+from .transformers_api import Familiar
 
 
 class Fusion(Familiar):

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..batch.collate import Segment
 from ..compile.schedule import Tap
 from ..run.fusion import Fusion
-from ..run.room import bounded
+from ..run.max_positions import bounded
 from .options import OF_THE_BATCH, Options, Settings, is_by_tower
 from .tap_cache import TapCache, TapReader
 
