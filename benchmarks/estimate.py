@@ -133,16 +133,14 @@ def native(chosen: argparse.Namespace) -> dict[str, int]:
     return memory(model, batch, losses)
 
 
-def ready(chosen: argparse.Namespace) -> tuple[mt.FusedModel, mt.stream.Batch]:
+def ready(chosen: argparse.Namespace) -> tuple[mt.FusedModel, mt.batch.Batch]:
     """Return model and batch, once another model has loaded what torch loads late."""
     first = make_model("tiny", 2)
     first(**make_batch(("tower0", "tower1"), SIZES["tiny"]["vocab_size"], 2, 8)).loss.backward()
     return declared(chosen, empty=False).compile(), batch_of(chosen)
 
 
-def memory(
-    model: mt.FusedModel, batch: mt.stream.Batch, losses: Callable[[], list[Tensor]]
-) -> dict[str, int]:
+def memory(model: mt.FusedModel, batch: mt.batch.Batch, losses: Callable[[], list[Tensor]]) -> dict[str, int]:
     """Measure the memory of a step; count the bytes that it saves for the backward and those of gradients."""
     forget_peak()
     before = resident()
@@ -166,12 +164,12 @@ def declared(chosen: argparse.Namespace, *, empty: bool) -> mt.FusionGraph:
     return graph
 
 
-def batch_of(chosen: argparse.Namespace) -> mt.stream.Batch:
+def batch_of(chosen: argparse.Namespace) -> mt.batch.Batch:
     """Return the batch that is estimated and measured."""
     return make_batch(NAMES, SIZES[chosen.size]["vocab_size"], chosen.rows, chosen.length)
 
 
-def make_batch(names: tuple[str, str], vocabulary: int, rows: int, length: int) -> mt.stream.Batch:
+def make_batch(names: tuple[str, str], vocabulary: int, rows: int, length: int) -> mt.batch.Batch:
     """Return rows of a segment of each tower, the second of which, turn about, is the target."""
     tokens = torch.randint(3, vocabulary, (rows, 2, length))
     examples = []
@@ -181,7 +179,7 @@ def make_batch(names: tuple[str, str], vocabulary: int, rows: int, length: int) 
     return mt.collate(examples)
 
 
-def flops(model: mt.FusedModel, batch: mt.stream.Batch, *, backward: bool) -> int:
+def flops(model: mt.FusedModel, batch: mt.batch.Batch, *, backward: bool) -> int:
     """Count the FLOPs of a real run."""
     with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
         loss = model(**batch).loss
@@ -191,7 +189,7 @@ def flops(model: mt.FusedModel, batch: mt.stream.Batch, *, backward: bool) -> in
 
 
 @torch.no_grad()
-def cache_bytes(model: mt.FusedModel, batch: mt.stream.Batch) -> int:
+def cache_bytes(model: mt.FusedModel, batch: mt.batch.Batch) -> int:
     """Count the keys and values that decoding keeps of a batch."""
     taps = TapCache.fill(model, batch["streams"], list(model.towers)).entries
     held = [tuple(entry.source) for entry in taps.values()]

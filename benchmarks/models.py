@@ -90,7 +90,7 @@ def make_batch(
     targets: str = "all",
     *,
     turning: bool = True,
-) -> mt.stream.Batch:
+) -> mt.batch.Batch:
     """Return rows of one segment of each tower.
 
     Args:
@@ -142,7 +142,7 @@ class Parts:
         batch: What it is run on.
     """
 
-    def __init__(self, model: mt.FusedModel, batch: mt.stream.Batch) -> None:
+    def __init__(self, model: mt.FusedModel, batch: mt.batch.Batch) -> None:
         self.model, self.streams = model, batch["streams"]
         self.taps: dict[Tap, Given] = {}
         self.adapters: dict[str, Given] = {}

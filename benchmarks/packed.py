@@ -89,7 +89,7 @@ def select(model: mt.FusedModel, links: str, towers: str) -> None:
         native.set_attn_implementation(towers)
 
 
-def make_batch(model: mt.FusedModel, lengths: list[int]) -> mt.stream.Batch:
+def make_batch(model: mt.FusedModel, lengths: list[int]) -> mt.batch.Batch:
     """Return rows of a segment of each tower, of these lengths."""
     rows = [
         [mt.Segment(name, random_tokens(model, name, length), target=True) for name in model.towers]
@@ -98,12 +98,12 @@ def make_batch(model: mt.FusedModel, lengths: list[int]) -> mt.stream.Batch:
     return mt.collate(rows)
 
 
-def mask_of(batch: mt.stream.Batch) -> torch.Tensor:
+def mask_of(batch: mt.batch.Batch) -> torch.Tensor:
     """Return where the tokens of a tower are none of padding."""
     return next(iter(batch["streams"].values()))["mask"]
 
 
-def run(model: mt.FusedModel, batch: mt.stream.Batch, forward: bool) -> torch.Tensor:
+def run(model: mt.FusedModel, batch: mt.batch.Batch, forward: bool) -> torch.Tensor:
     """Run forward and, unless told otherwise, backward; return the loss."""
     with torch.set_grad_enabled(not forward):
         loss = model(**batch, logits=False).loss

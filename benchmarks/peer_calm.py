@@ -125,7 +125,7 @@ def fuse(source: TransformerWrapper, text: TransformerWrapper, **link: Any) -> m
     return graph.compile()
 
 
-def step(model: mt.FusedModel, batch: mt.stream.Batch) -> None:
+def step(model: mt.FusedModel, batch: mt.batch.Batch) -> None:
     """Run forward and backward."""
     loss = model(**batch, logits=False).loss
     assert loss is not None

@@ -113,7 +113,7 @@ def by_hooks(
 class Rows(NamedTuple):
     """What a step is given, as a batch of ours and as the hooks take it."""
 
-    batch: mt.stream.Batch
+    batch: mt.batch.Batch
     hooked: dict[str, Tensor]
 
 

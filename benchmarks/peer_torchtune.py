@@ -266,7 +266,7 @@ def loss_of(logits: Tensor, tokens: Tensor) -> Tensor:
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
 
 
-def step(model: mt.FusedModel, batch: mt.stream.Batch) -> None:
+def step(model: mt.FusedModel, batch: mt.batch.Batch) -> None:
     """Run forward and backward."""
     loss = model(**batch, logits=False).loss
     assert loss is not None

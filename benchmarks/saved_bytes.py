@@ -64,12 +64,12 @@ def make_policy(size: str, policy: str) -> tuple[mt.FusedModel, list[int]]:
     return graph.compile(), layers
 
 
-def saved(model: mt.FusedModel, batch: mt.stream.Batch) -> int:
+def saved(model: mt.FusedModel, batch: mt.batch.Batch) -> int:
     """Count the bytes of what a forward saves."""
     return saved_by(lambda: [model(**batch).loss], model, batch)
 
 
-def saved_by(losses: Callable[[], list[Tensor]], model: mt.FusedModel, batch: mt.stream.Batch) -> int:
+def saved_by(losses: Callable[[], list[Tensor]], model: mt.FusedModel, batch: mt.batch.Batch) -> int:
     """Count the bytes of what several losses of a model save; the backward is run as well."""
     given = [tensor for stream in batch["streams"].values() for tensor in stream.values()]
     own = [*model.parameters(), *model.buffers(), *given]

@@ -1,6 +1,6 @@
 """What others add: modalities, and loaders of towers, found by entry points."""
 
-from .entry_points import describe, installed, modality_class, tower_loader
+from .entry_points import Plugin, describe, installed, modality_class, tower_loader
 from .modality import Modality, check_tokens
 
-__all__ = ["Modality", "check_tokens", "describe", "installed", "modality_class", "tower_loader"]
+__all__ = ["Modality", "Plugin", "check_tokens", "describe", "installed", "modality_class", "tower_loader"]

@@ -255,7 +255,7 @@ def test_recomputed_activations_are_not_saved(reentrant):
     assert check(model, batch).total.saved_bytes < whole.saved_bytes
 
 
-def three(examples: list[mt.stream.Example]) -> list[mt.stream.Example]:
+def three(examples: list[mt.batch.Example]) -> list[mt.batch.Example]:
     return [[*row, segment("words", 3, 4, target=True)] for row in examples]
 
 

@@ -37,7 +37,7 @@ def test_the_result_has_the_form_of_the_output(pipe: mt.Pipeline) -> None:
 
 
 def test_a_function_chooses_and_gets_what_can_be_appended(pipe: mt.Pipeline) -> None:
-    def policy(row: mt.stream.Example) -> Any:
+    def policy(row: mt.batch.Example) -> Any:
         return {1: "text", 2: ("text", "speech")}.get(len(row))
 
     given = [("speech", [5, 6])]
@@ -106,7 +106,7 @@ def test_segments_have_the_form_of_raw_data(pipe: mt.Pipeline, output: Any) -> N
 
 
 def test_a_function_gets_segments_to_append(pipe: mt.Pipeline) -> None:
-    def policy(row: mt.stream.Example) -> Any:
+    def policy(row: mt.batch.Example) -> Any:
         return {1: "text", 2: ("text", "speech")}.get(len(row))
 
     given = [("speech", [5, 6])]

@@ -13,7 +13,7 @@ USE = """
 import torch
 import multitower as mt
 
-def use(model: mt.FusedModel, examples: list[mt.stream.Example]) -> torch.Tensor:
+def use(model: mt.FusedModel, examples: list[mt.batch.Example]) -> torch.Tensor:
     batch = mt.collate(examples)
     model.forward(**batch, output_attentions=True)
     model.forward(**mt.batch.to_device(batch, model.device))

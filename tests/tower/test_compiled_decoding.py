@@ -31,7 +31,7 @@ def tokens(count: int, seed: int) -> list[int]:
     return torch.randint(2, 14, (count,), generator=generator).tolist()
 
 
-def given(rows: int, seed: int, prompts: tuple[int, ...] = (3, 5, 2, 0)) -> list[mt.stream.Example]:
+def given(rows: int, seed: int, prompts: tuple[int, ...] = (3, 5, 2, 0)) -> list[mt.batch.Example]:
     """Rows of which each has a source of another length, and some a prompt."""
     lengths = [prompts[(seed + row) % len(prompts)] for row in range(rows)]
     return [
