@@ -192,7 +192,8 @@ def _hidden(model: Any, samples: Floats, layer: int, normalize: bool) -> torch.T
         samples = (samples - samples.mean()) / np.sqrt(samples.var() + 1e-7)
     margin = seen - hop
     padded = torch.from_numpy(np.pad(samples, (margin // 2, margin - margin // 2)))
-    with torch.no_grad():
+    # transformers 5.21 draws random numbers for layers to drop, also where none is
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
         batch = padded.to(model.device, model.dtype).unsqueeze(0)
         output = model(batch, output_hidden_states=True)
     hidden: torch.Tensor = output.hidden_states[layer][0]
