@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..run.fusion import Fusion
+from ..run.parallel import trains_in_parallel
 from ..storage.fingerprint import sampled_fingerprint
 from ..tower.peft_tower import adapter_names, is_peft_model
 
@@ -150,14 +151,9 @@ def described(tensor: Tensor) -> list[Any]:
     return [list(tensor.shape), str(tensor.dtype).removeprefix("torch.")]
 
 
-def is_distributed() -> bool:
-    """Return whether several processes train together."""
-    return dist.is_available() and dist.is_initialized()
-
-
 def random_state() -> dict[str, Tensor]:
     """Return the state of torch's random numbers in this process."""
-    rank = dist.get_rank() if is_distributed() else 0
+    rank = dist.get_rank() if trains_in_parallel() else 0
     state = {f"random.cpu.{rank}": torch.get_rng_state()}
     if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch's own
         state[f"random.cuda.{rank}"] = torch.cuda.get_rng_state()

@@ -28,7 +28,7 @@ from ..compile.towers import load_towers
 from ..declare.graph import FusionGraph, redeclared
 from ..errors import CheckpointError
 from ..run.fusion import Fusion
-from ..run.parallel import on_first
+from ..run.parallel import on_first, trains_in_parallel
 from ..storage.atomic import current, replacing
 from ..storage.files import read_json
 from ..storage.find import as_declared
@@ -37,7 +37,6 @@ from .optimizer_state import (
     described,
     expected_tensors,
     frozen_fingerprints,
-    is_distributed,
     load_optimizer,
     load_random_state,
     optimizer_state,
@@ -114,7 +113,7 @@ def save_training(
             checkpoint.save(
                 tensors | random_state(),
                 storage_writer=checkpoint.HuggingFaceStorageWriter(str(fresh), save_distributed=True),
-                no_dist=not is_distributed(),
+                no_dist=not trains_in_parallel(),
             )
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot save to {target}, which is as it was: {error}") from error
@@ -165,7 +164,7 @@ def load_training(
                 for name, tensor in wanted.items()
                 if name in there or not name.startswith("random.")
             }
-            checkpoint.load(loaded, storage_reader=source, no_dist=not is_distributed())
+            checkpoint.load(loaded, storage_reader=source, no_dist=not trains_in_parallel())
     except (OSError, SafetensorError, ValueError, RuntimeError, KeyError, AssertionError) as error:
         raise CheckpointError(f"{root} is damaged, or not wholly copied: {error}") from error
     with torch.no_grad():

@@ -109,17 +109,21 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]  # known only when it
                 return self.optimizer
         return super().create_optimizer(model)
 
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Counts | None:
-        """Count the tokens to predict by tower, in all batches of a step."""
-        counts = dict.fromkeys(self._fused().towers, 0)
-        for batch in batch_samples:
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Counts:
+        """Count the tokens to predict by tower, in all batches of a step and in all processes if asked."""
+        counts = self._counted(batch_samples, device)
+        if self.args.average_tokens_across_devices:
+            table = self.accelerator.reduce(torch.stack(list(counts.values())))
+            counts = dict(zip(counts, table.unbind(), strict=True))
+        return counts
+
+    def _counted(self, batches: list[Any], device: torch.device) -> Counts:
+        counts = {name: torch.zeros((), dtype=torch.int64, device=device) for name in self._fused().towers}
+        for batch in batches:
             for name, stream in batch["streams"].items():
                 if "labels" in stream:
-                    counts[name] += (stream["labels"][:, 1:] != IGNORE).sum()
-        table = torch.stack([torch.as_tensor(count, device=device) for count in counts.values()])
-        if self.args.average_tokens_across_devices and self.model.training:
-            table = self.accelerator.reduce(table)
-        return dict(zip(counts, table.unbind(), strict=True))
+                    counts[name] += (stream["labels"][:, 1:] != IGNORE).sum().to(device)
+        return counts
 
     def compute_loss(
         self,
@@ -147,7 +151,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]  # known only when it
         """Return the loss of a batch, and its logits and labels by tower."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            counts = self._get_num_items_in_batch([inputs], self.args.device)
+            counts = self._counted([inputs], self.args.device)
             loss, out = self.compute_loss(model, inputs, return_outputs=True, num_items_in_batch=counts)
         if prediction_loss_only or self.compute_metrics is None:
             return loss.detach(), None, None

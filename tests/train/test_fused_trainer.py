@@ -76,6 +76,18 @@ def test_accumulated_batches_are_one_batch(tmp_path: Path) -> None:
     assert_same(whole, parts, rtol=1e-4, atol=1e-5)
 
 
+def test_counts_do_not_depend_on_the_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an evaluation the model is in eval mode when the batches of the next step are counted."""
+    run, reduced = trainer(tmp_path, make()), []
+    monkeypatch.setattr(run.accelerator, "reduce", lambda table: reduced.append(table) or 2 * table)
+    batch = Collator()(EXAMPLES)
+    counts = [
+        run._get_num_items_in_batch([batch], torch.device("cpu")) for run.model.training in (True, False)
+    ]
+    assert counts[0] == counts[1]
+    assert len(reduced) == 2
+
+
 def test_losses_are_logged_by_tower(tmp_path: Path) -> None:
     model = make()
     run = trainer(tmp_path, model)
@@ -218,7 +230,7 @@ def test_columns_that_nothing_encodes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"no modality for 'speech'"):
         encode_columns([], {"audio": "speech"}, {}, targets=[])
     with pytest.raises(ValueError, match=r"targets \['answer'\] are none of the columns \['audio'\]"):
-        encode_columns([], {"audio": "speech"}, {"speech": None}, targets=["answer"])  # type: ignore[dict-item]
+        encode_columns([], {"audio": "speech"}, {"speech": None}, targets=["answer"])
 
 
 def test_packed_batches_train_alike(tmp_path: Path) -> None:
