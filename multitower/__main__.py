@@ -1,6 +1,6 @@
 """``python -m multitower`` is the command ``multitower``."""
 
-from .cli.main import main
+from .cli import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

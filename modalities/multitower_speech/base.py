@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 import multitower as mt
+from multitower.base.extras import require
 
 from .audio import SAMPLE_RATE, Audio, Floats, Samples, blocks, resampled
 from .layout import Layout
@@ -36,6 +37,7 @@ class DiscreteSpeech(mt.Modality):
     """
 
     accepts = (str, os.PathLike, bytes, np.ndarray, torch.Tensor, tuple)
+    media, suffix = "audio", ".wav"
 
     def __init__(self, layout: Layout, *, rate: float, sample_rate: int) -> None:
         self.layout, self.rate, self.sample_rate = layout, rate, sample_rate
@@ -140,3 +142,19 @@ class DiscreteSpeech(mt.Modality):
         """
         codes = self.layout.unweave(tokens)
         return self.sound(codes) if len(codes) else np.zeros(0, dtype=np.float32)
+
+    def write_file(self, raw: Floats, path: str | os.PathLike[str]) -> None:
+        """Write a waveform, as ``decode`` returns it, to a sound file; its ending says which kind.
+
+        Raises:
+            OSError: The file cannot be written.
+            ValueError: soundfile does not know the ending.
+            ImportError: The ``speech`` extra is not installed.
+        """
+        soundfile = require("soundfile", "speech")
+        try:
+            soundfile.write(os.fspath(path), raw, self.sample_rate)
+        except soundfile.LibsndfileError as error:
+            raise OSError(f"{os.fspath(path)} cannot be written: {error}") from error
+        except TypeError as error:
+            raise ValueError(f"{os.fspath(path)}: end it as a sound file, as in .wav or .flac") from error

@@ -74,7 +74,7 @@ class TextModality(Modality):
             its vocabulary.
     """
 
-    name = "text"
+    name = media = "text"
     accepts: tuple[type, ...] = (str,)
 
     def __init__(

@@ -46,6 +46,9 @@ class Modality(ABC):
         pad: Id of the token that fills rows up; ``decode`` drops it at the edges. ``end`` unless it is set.
         default_tower: What ``add_tower`` can be given for these tokens: a Hub id, say. None where there is
             no decoder to recommend.
+        media: What people see of its raw data: "text", "audio", "image", or "file" for all else. The command
+            line and the demo page ask for it.
+        suffix: How the names of files end that ``write_file`` makes.
     """
 
     name: str
@@ -54,6 +57,8 @@ class Modality(ABC):
     begin: int
     end: int
     default_tower: str | None = None
+    media: str = "file"
+    suffix: str = ".txt"
 
     @property
     def pad(self) -> int:
@@ -84,6 +89,40 @@ class Modality(ABC):
     def decode_batch(self, rows: Sequence[Tensor]) -> list[Any]:
         """Return the raw data of each of several rows of tokens; the same as one by one, maybe faster."""
         return [self.decode(tokens) for tokens in rows]
+
+    def read_file(self, path: str | os.PathLike[str]) -> Any:
+        """Return the raw data that a file holds, as ``encode`` takes them.
+
+        By default that is its text where ``media`` is "text"; else the path, where paths are accepted; else
+        its bytes.
+
+        Raises:
+            OSError: The file cannot be read.
+            TypeError: The modality accepts none of these: override this method.
+        """
+        if self.media == "text" and str in self.accepts:
+            return Path(path).read_text(encoding="utf-8")
+        if os.PathLike in self.accepts or str in self.accepts:
+            return os.fspath(path)
+        if bytes in self.accepts:
+            return Path(path).read_bytes()
+        raise TypeError(f"modality {self.name!r} does not say how it reads files: override read_file")
+
+    def write_file(self, raw: Any, path: str | os.PathLike[str]) -> None:
+        """Write raw data, as ``decode`` returns them, to a file: by default str as UTF-8, and bytes.
+
+        Raises:
+            OSError: The file cannot be written.
+            TypeError: They are something else: override this method.
+        """
+        if isinstance(raw, str):
+            Path(path).write_text(raw, encoding="utf-8")
+        elif isinstance(raw, bytes):
+            Path(path).write_bytes(raw)
+        else:
+            raise TypeError(
+                f"modality {self.name!r} does not say how it writes {type(raw).__name__}: override write_file"
+            )
 
     def config(self) -> dict[str, Any]:
         """Return what ``restore`` needs beside ``tensors``, as JSON can hold it."""

@@ -13,7 +13,7 @@ from pathlib import Path
 import matplotlib
 import pytest
 
-from multitower.cli import main as cli
+from multitower.cli import main
 from paths import ROOT
 from plugin import Offer
 
@@ -34,7 +34,7 @@ def shell(code: str, offer: Offer, capsys: pytest.CaptureFixture) -> None:
     for line in code.splitlines():
         command = shlex.split(line, comments=True)
         if command[0] == "multitower":
-            assert cli.main(command[1:]) == 0
+            assert main(command[1:]) == 0
             assert "colour" in capsys.readouterr().out
         elif command[0] == "pytest":
             path = os.pathsep.join([str(Path.cwd() / "multitower-colour"), *sys.path])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from typing import Any, Self
 
 import numpy as np
 import torch
 from einops import rearrange
+from PIL import Image as PillowImage
 from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
 from torch import Tensor
@@ -45,8 +47,9 @@ class ImageModality(Modality):
         ValueError: The patches have another shape or dtype, or do not fill the image.
     """
 
-    name = "image"
+    name = media = "image"
     accepts = (np.ndarray,)
+    suffix = ".png"
 
     def __init__(self, patches: Tensor, height: int, width: int) -> None:
         size, dtype = tuple(patches.shape), patches.dtype
@@ -115,6 +118,15 @@ class ImageModality(Modality):
         filled = torch.zeros(rows * columns, self.side, self.side)
         filled[: len(ids)] = self.patches[ids]
         return np.asarray(rearrange(filled, "(r c) h w -> (r h) (c w)", r=rows))
+
+    def read_file(self, path: str | os.PathLike[str]) -> Image:
+        """Return the image of a file in grey, resized for ``encode``: uint8, shape (height, width)."""
+        with PillowImage.open(path) as file:
+            return np.asarray(file.convert("L").resize((self.width, self.height)))
+
+    def write_file(self, raw: Image, path: str | os.PathLike[str]) -> None:
+        """Write an image, floats in 0..1 of shape (height, width), to a file."""
+        PillowImage.fromarray((raw * 255).round().astype(np.uint8)).save(path)
 
     def config(self) -> dict[str, Any]:
         """Return the size of the images."""

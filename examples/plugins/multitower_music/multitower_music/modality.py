@@ -60,6 +60,7 @@ class MusicModality(Modality):
 
     name = "music"
     accepts = (str,)
+    media, suffix = "text", ".abc"
 
     def __init__(self, signs: Iterable[str]) -> None:
         self.signs = tuple(signs)

@@ -1,0 +1,213 @@
+"""What ``multitower train`` is told: a YAML file over what Python offers."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import inspect
+import random
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..base.extras import require
+from ..declare.graph import FusionGraph
+from ..plugins.entry_points import modality_class
+from ..plugins.modality import CONFIG, Modality
+from ..storage.files import read_json
+
+METADATA = "metadata.csv"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where the pairs are, and what is to be learnt of them.
+
+    Attributes:
+        columns: By column the tower that gets it, in the order of an example.
+        tasks: The columns to learn in each task; each pair serves all tasks.
+        folder: A folder with ``metadata.csv``; columns of towers whose raw data are no text name files in it.
+        dataset: Or what ``datasets.load_dataset`` takes, by name.
+        held_out: How many pairs are kept for evaluation.
+    """
+
+    columns: Mapping[str, str]
+    tasks: Collection[Collection[str]]
+    folder: str | None = None
+    dataset: Mapping[str, Any] | None = None
+    held_out: int = 0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A fusion, its data, and how it is trained.
+
+    Attributes:
+        output: The folder to write: checkpoints of the run, and the trained model.
+        towers: By name what ``FusionGraph.add_tower`` takes, and "modality": a folder that
+            ``Modality.save_pretrained`` wrote, or the name of an installed one. Where a tower names none it
+            is that of the tokenizer which its source brings.
+        links: What ``FusionGraph.add_link`` takes.
+        data: See ``Data``.
+        trainer: What ``transformers.TrainingArguments`` takes.
+        rates: Learning rates by part; see ``train.Trainer``.
+        noise: See ``train.Trainer``.
+        seed: Of new links and of what is held out.
+    """
+
+    output: str
+    towers: Mapping[str, Mapping[str, Any]]
+    links: Collection[Mapping[str, Any]]
+    data: Data
+    trainer: Mapping[str, Any] = field(default_factory=dict)
+    rates: Mapping[str, Any] = field(default_factory=dict)
+    noise: Mapping[str, float] = field(default_factory=dict)
+    seed: int = 0
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read a recipe.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It is no YAML, lacks an entry, or has one that means nothing.
+    """
+    yaml: Any = require("yaml", "cli")
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML: {error}") from error
+    data = _made(Data, document.get("data") if isinstance(document, dict) else None, f"{path}, data")
+    recipe = _made(Recipe, {**document, "data": data}, str(path))
+    if (data.folder is None) == (data.dataset is None):
+        raise ValueError(f"{path}, data: give either folder or dataset")
+    for task in data.tasks:
+        unknown = [column for column in task if column not in data.columns]
+        if isinstance(task, str) or unknown:
+            raise ValueError(
+                f"{path}, data: the task {task!r} is no list of columns among {', '.join(data.columns)}"
+            )
+    unknown = [tower for tower in data.columns.values() if tower not in recipe.towers]
+    if unknown:
+        raise ValueError(f"{path}, data: columns are for {', '.join(map(repr, unknown))}, which is no tower")
+    return recipe
+
+
+def make_graph(recipe: Recipe) -> FusionGraph:
+    """Declare the graph of a recipe.
+
+    Raises:
+        ValueError: A tower or link has an option that means nothing; or see ``FusionGraph``.
+    """
+    graph = FusionGraph()
+    for name, tower in recipe.towers.items():
+        options = {key: value for key, value in tower.items() if key != "modality"}
+        _add(graph.add_tower, {"name": name, **options}, f"tower {name!r}")
+    for link in recipe.links:
+        _add(graph.add_link, _with_pairs(link), f"link {link.get('source')!r} to {link.get('target')!r}")
+    return graph
+
+
+def make_modalities(recipe: Recipe) -> dict[str, Modality]:
+    """Return the modality of each tower that the data have a column for.
+
+    Raises:
+        PluginError: A modality is not installed.
+        CheckpointError: A folder holds none.
+    """
+    return {
+        name: _modality(name, recipe.towers[name]) for name in dict.fromkeys(recipe.data.columns.values())
+    }
+
+
+def read_rows(recipe: Recipe, modalities: Mapping[str, Modality]) -> tuple[Any, Any]:
+    """Return the rows to train on, and those that are held out: lists, or data sets of ``datasets``.
+
+    Raises:
+        OSError: There is no ``metadata.csv``, or it names a file that is not there.
+        ValueError: It lacks a column, or there are too few rows.
+    """
+    data = recipe.data
+    if data.dataset is not None:
+        rows = require("datasets", "train").load_dataset(**data.dataset)
+        if not data.held_out:
+            return rows, []
+        parts = rows.train_test_split(test_size=data.held_out, seed=recipe.seed)
+        return parts["train"], parts["test"]
+    folder = Path(data.folder or "")
+    with (folder / METADATA).open(newline="", encoding="utf-8") as file:
+        table = csv.DictReader(file)
+        lacking = [column for column in data.columns if column not in (table.fieldnames or ())]
+        if lacking:
+            raise ValueError(
+                f"{folder / METADATA} has no column {', '.join(map(repr, lacking))}; its first line names "
+                f"{', '.join(table.fieldnames or ())}"
+            )
+        rows = [{column: row[column] for column in data.columns} for row in table]
+    files = [name for name, tower in data.columns.items() if modalities[tower].media != "text"]
+    for row in rows:
+        for column in files:
+            path = folder / row[column]
+            if not path.is_file():
+                raise FileNotFoundError(f"{folder / METADATA} names {path}, which is not there")
+            row[column] = modalities[data.columns[column]].read_file(path)
+    if len(rows) <= data.held_out:
+        raise ValueError(f"{folder / METADATA} has {len(rows)} rows, of which {data.held_out} are held out")
+    random.Random(recipe.seed).shuffle(rows)
+    return rows[data.held_out :], rows[: data.held_out]
+
+
+def _made(kind: type[T], given: Any, where: str) -> T:
+    """Make a dataclass of a mapping, whose entries it must have."""
+    known = {each.name: each for each in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    if not isinstance(given, dict):
+        raise ValueError(f"{where}: expected the entries {', '.join(known)}")
+    unknown = [str(name) for name in given if name not in known]
+    needed = [
+        name
+        for name, each in known.items()
+        if each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING
+    ]
+    lacking = [name for name in needed if given.get(name) is None]
+    if unknown or lacking:
+        problems = [f"there is no entry {name!r}" for name in unknown] + [
+            f"{name!r} is missing" for name in lacking
+        ]
+        raise ValueError(f"{where}: {'; '.join(problems)}; the entries are {', '.join(known)}")
+    return kind(**given)
+
+
+def _add(method: Callable[..., None], options: Mapping[str, Any], where: str) -> None:
+    known = inspect.signature(method).parameters
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise ValueError(f"{where}: there is no option {unknown[0]!r}; the options are {', '.join(known)}")
+    try:
+        method(**options)
+    except TypeError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _with_pairs(link: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a link with a pair where YAML has a list of two."""
+    options = dict(link)
+    if isinstance(options.get("interleave"), list):
+        options["interleave"] = tuple(options["interleave"])
+    return options
+
+
+def _modality(name: str, tower: Mapping[str, Any]) -> Modality:
+    given = tower.get("modality")
+    if given is None:
+        text: Any = modality_class("text")
+        made: Modality = text(tower.get("source"))
+        return made
+    folder = Path(given)
+    if (folder / CONFIG).is_file():
+        kind = read_json(folder / CONFIG).get("modality")
+        return modality_class(str(kind)).from_pretrained(folder)
+    if folder.exists():
+        raise ValueError(f"tower {name!r}: {folder} holds no modality; Modality.save_pretrained writes one")
+    return modality_class(given)()
