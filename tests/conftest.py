@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by torch: tiny models would only wait for threads
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings

@@ -20,7 +20,6 @@ ENVIRONMENT = {
 }
 TWO_POLICIES = ["--policies", "all trained", "frozen, first tap at the top"]
 RUNS = {
-    "growth": "--towers 2 3 4 --taps 1 2 6 --sources 20 30 50 --rows 1 2 4 --length 8 --new 4",
     "decode": "--sources 20 --rows 2 --new 4",
     "train_step": "--towers 2 --rows 1 --length 8",
     "saved_bytes": "--length 32",
@@ -65,8 +64,12 @@ def results(folder: Path) -> list[dict[str, Any]]:
     return document["results"]
 
 
-def test_growth(ran: Path) -> None:
-    found = results(ran / "growth")
+@pytest.mark.slow
+def test_growth(tmp_path: Path) -> None:
+    script = str(ROOT / "benchmarks" / "growth.py")
+    few = "--towers 2 3 4 --taps 1 2 6 --sources 20 30 50 --rows 1 2 4 --length 8 --new 4 --repeats 2"
+    run([sys.executable, script, "--out", str(tmp_path), *few.split()])
+    found = results(tmp_path)
     assert [(each["axis"], each["kind"]) for each in found] == [
         (axis, kind) for axis in ("towers", "taps", "source", "rows") for kind in ("step", "token")
     ]

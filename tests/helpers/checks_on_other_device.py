@@ -76,7 +76,7 @@ def test_a_look_at_values_is_a_wait(device: OtherDevice, look: Callable[[torch.T
     assert any(__file__ in line for line in device.waits[0].lines)
 
 
-@MODELS
+@pytest.mark.parametrize("make", [pytest.param(custom, marks=pytest.mark.slow), ready_made])
 @pytest.mark.parametrize("promise", sorted(MODEL_PROMISES.keys() - UNMOVED))
 def test_promises_hold(device: OtherDevice, make: Callable[[], mt.FusedModel], promise: str) -> None:
     MODEL_PROMISES[promise](make().to(DEVICE), EXAMPLES)

@@ -70,7 +70,7 @@ def check(model: mt.FusedModel, batch: Batch) -> mt.inspect.Estimate:
     return found
 
 
-@settings(max_examples=10, phases=(Phase.generate,))
+@settings(max_examples=5, phases=(Phase.generate,))
 @given(cases(most_towers=4))
 def test_an_estimate_is_what_is_measured(case):
     batch = mt.collate(case.examples)

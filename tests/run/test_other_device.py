@@ -20,7 +20,8 @@ RUN = "import os, pytest, sys; os._exit(pytest.main(sys.argv[1:]))"
     not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
     reason="this torch cannot simulate a device",
 )
-def test_checks_on_another_device() -> None:
-    command = [sys.executable, "-c", RUN, "-q", "-p", "no:cacheprovider", str(CHECKS)]
+@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_checks_on_another_device(which: str) -> None:
+    command = [sys.executable, "-c", RUN, "-q", "-p", "no:cacheprovider", "-m", which, str(CHECKS)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
