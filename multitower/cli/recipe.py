@@ -53,7 +53,8 @@ class Recipe:
         data: See ``Data``.
         trainer: What ``transformers.TrainingArguments`` takes.
         rates: Learning rates by part; see ``train.Trainer``.
-        noise: See ``train.Trainer``.
+        history_noise: See there.
+        source_noise: See there.
         seed: Of new links and of what is held out.
     """
 
@@ -63,7 +64,8 @@ class Recipe:
     data: Data
     trainer: Mapping[str, Any] = field(default_factory=dict)
     rates: Mapping[str, Any] = field(default_factory=dict)
-    noise: Mapping[str, float] = field(default_factory=dict)
+    history_noise: Mapping[str, float] = field(default_factory=dict)
+    source_noise: Mapping[str, float] = field(default_factory=dict)
     seed: int = 0
 
 

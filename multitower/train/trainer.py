@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..base.extras import require
 from ..batch.collate import IGNORE, Example, Streams
-from ..batch.corrupt import corrupt_history
+from ..batch.corrupt import corrupt_history, corrupt_sources
 from ..checkpoint.refill import load_weights
 from ..checkpoint.save import save_pretrained
 from ..generate.generate import generate
@@ -57,8 +57,10 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]  # known only when it
         args: The arguments.
         rates: Learning rates by part, as ``parameter_groups`` takes them beside ``lr``:
             ``{"towers": {"speech": 1e-4}}``. What is not named has that of ``args``.
-        noise: By tower the share of its tokens that are replaced by others in what it is given of its own
-            past, in training alone; see ``batch.corrupt_history``.
+        history_noise: By tower the share of tokens that are replaced by others in what it is given of its
+            own past, in training alone; see ``batch.corrupt_history``.
+        source_noise: By tower the share of tokens that are replaced in segments that are given, in training
+            alone; see ``batch.corrupt_sources``.
         modalities: What is saved with the model, by tower.
         score: What makes metrics of decoded answers in an evaluation: called with what was given of each
             example (the segments before its first target), what the model decoded then, and the examples.
@@ -70,7 +72,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]  # known only when it
     Raises:
         TypeError: The model is no ``FusedModel``.
         ValueError: ``args`` ask for NEFTune or label smoothing, which know models of one vocabulary alone; or
-            there is noise for a tower that the model has not.
+            there is to be noise for a tower that the model has not.
     """
 
     loss_is_scaled_for_ga = True
@@ -82,7 +84,8 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]  # known only when it
         args: Any = None,
         *,
         rates: Mapping[str, Any] | None = None,
-        noise: Mapping[str, float] | None = None,
+        history_noise: Mapping[str, float] | None = None,
+        source_noise: Mapping[str, float] | None = None,
         modalities: Mapping[str, Modality] | None = None,
         score: Decoded | None = None,
         decoding: Mapping[str, Any] | None = None,
@@ -96,12 +99,11 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]  # known only when it
                 raise ValueError(f"{name} is for models of one vocabulary; leave it out of the arguments")
         if getattr(args, "remove_unused_columns", False):
             args.remove_unused_columns = False  # rows hold segments, which no argument of forward is called
-        unknown = sorted(set(noise or {}) - set(model.towers))
-        if unknown:
-            raise ValueError(
-                f"noise is for {', '.join(map(repr, unknown))}, but the towers are {', '.join(model.towers)}"
-            )
-        self.rates, self.noise, self.modalities = dict(rates or {}), dict(noise or {}), dict(modalities or {})
+        self.rates, self.modalities = dict(rates or {}), dict(modalities or {})
+        self.history_noise, self.source_noise = dict(history_noise or {}), dict(source_noise or {})
+        for name in (*self.history_noise, *self.source_noise):
+            if name not in model.towers:
+                raise ValueError(f"noise for tower {name!r}: the towers are {', '.join(model.towers)}")
         self.score, self.decoding = score, dict(decoding or {})
         self._seen: dict[str, Counts] = {}
         super().__init__(model, args, data_collator=data_collator or Collator(), **options)
@@ -120,11 +122,10 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]  # known only when it
         return super().create_optimizer(model)
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **options: Any) -> Tensor:
-        """Train on a batch, with noise in the past of the towers that get some."""
-        noisy = {
-            name: rate for name, rate in self.noise.items() if "labels" in inputs["streams"].get(name, {})
-        }
-        batch = corrupt_history(inputs, noisy) if noisy else inputs
+        """Train on a batch, with noise in it if there is to be any."""
+        learnt = {name for name, stream in inputs["streams"].items() if "labels" in stream}
+        history = {name: rate for name, rate in self.history_noise.items() if name in learnt}
+        batch = corrupt_sources(corrupt_history(inputs, history), self.source_noise)
         loss: Tensor = super().training_step(model, batch, *args, **options)
         return loss
 

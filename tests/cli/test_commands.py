@@ -80,7 +80,7 @@ def recipe(parts: Path, folder: Path, **changes: Any) -> dict[str, Any]:
             "tasks": [["transcription"], ["file_name"]],
             "held_out": 1,
         },
-        "noise": {"speech": 0.15},
+        "history_noise": {"speech": 0.15},
         "trainer": {"max_steps": 2, "per_device_train_batch_size": 2, **QUIET},
         **changes,
     }
@@ -274,7 +274,7 @@ def test_training_goes_on(parts: Path, tmp_path: Path, capsys: pytest.CaptureFix
             "'smell', which is no tower",
         ),
         ({"trainer": {"max_stepps": 2}}, "max_stepps"),
-        ({"noise": {"smell": 0.1}}, "noise is for 'smell', but the towers are speech, text"),
+        ({"source_noise": {"smell": 0.1}}, "noise for tower 'smell': the towers are speech, text"),
     ],
 )
 def test_mistakes_in_a_recipe_are_named(

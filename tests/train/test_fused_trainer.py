@@ -51,7 +51,7 @@ def arguments(folder: Path, **options: Any) -> Any:
 def trainer(folder: Path, model: mt.FusedModel, **options: Any) -> Trainer:
     own = {
         name: options.pop(name)
-        for name in ("rates", "noise", "score", "decoding", "compute_metrics")
+        for name in ("rates", "history_noise", "source_noise", "score", "decoding", "compute_metrics")
         if name in options
     }
     return Trainer(model, arguments(folder, **options), train_dataset=EXAMPLES, eval_dataset=EXAMPLES, **own)
@@ -242,12 +242,14 @@ def test_packed_batches_train_alike(tmp_path: Path) -> None:
     assert_same(padded, packed, rtol=1e-4, atol=1e-5)
 
 
-def test_noise_is_for_training_alone(tmp_path: Path) -> None:
-    plain, noisy = (trainer(tmp_path, make(), noise=noise) for noise in (None, {"text": 1.0}))
+@pytest.mark.parametrize("kind", ["history_noise", "source_noise"])
+def test_noise_is_for_training_alone(kind: str, tmp_path: Path) -> None:
+    whole = {"per_device_train_batch_size": 8}
+    plain, noisy = (trainer(tmp_path, make(), **whole, **{kind: noise}) for noise in (None, {"text": 1.0}))
     assert plain.evaluate()["eval_loss"] == noisy.evaluate()["eval_loss"]
     for each in (plain, noisy):
         each.train()
     one, other = ([log["loss"] for log in each.state.log_history if "loss" in log] for each in (plain, noisy))
     assert one != other
-    with pytest.raises(ValueError, match="noise is for 'smell', but the towers are speech, text"):
-        trainer(tmp_path, make(), noise={"smell": 0.1})
+    with pytest.raises(ValueError, match="noise for tower 'smell': the towers are speech, text"):
+        trainer(tmp_path, make(), **{kind: {"smell": 0.1}})
