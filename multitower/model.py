@@ -20,6 +20,7 @@ from .generate.generate import Decoded, Entry, Policy, generate
 from .hub import push
 from .inspect.contributions import contributions
 from .inspect.cost import Estimate
+from .inspect.draw import as_svg, draw_graph
 from .inspect.estimate import estimate
 from .plugins.modality import Modality
 from .run import surgery
@@ -134,6 +135,13 @@ class FusedModel(Fusion):
             streams: As in ``forward``. Taps that see nothing in them are left out.
         """
         return contributions(self, streams)
+
+    def _repr_html_(self) -> str | None:
+        """Return a drawing for notebooks; None, which stands for the text, where matplotlib is missing."""
+        try:
+            return as_svg(draw_graph(self))
+        except ImportError:
+            return None
 
     def extend(self, graph: FusionGraph) -> Self:
         """Return the model of a graph that has all that this one has, trained or not, and more.

@@ -67,11 +67,17 @@ def inspect(
 def draw(
     graph: GraphArgument,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Where to draw it; the ending says how: .svg, .png, .pdf.")
+        Path,
+        typer.Option("--output", "-o", help="The file to draw: .svg, .png, .pdf, or .mmd (Mermaid)."),
     ] = Path("graph.svg"),
 ) -> None:
-    """Draw towers as columns of layers, and every tap as an arrow."""
-    draw_graph(_graph_or_model(graph)).savefig(output, bbox_inches="tight")
+    """Draw towers as columns of layers, and every tap as an arrow in the colour of how open it is."""
+    model = _graph_or_model(graph)
+    if output.suffix == ".mmd":
+        declared = model if isinstance(model, FusionGraph) else model.graph
+        output.write_text(declared.to_mermaid() + "\n", encoding="utf-8")
+    else:
+        draw_graph(model).savefig(output, bbox_inches="tight", dpi=150)
     print(f"wrote {output}")
 
 

@@ -241,6 +241,31 @@ class FusionGraph:
         except json.JSONDecodeError as error:
             raise GraphError(f"this is not JSON: {error}") from error
 
+    def to_mermaid(self) -> str:
+        """Return the graph as a Mermaid flowchart, which Markdown on GitHub and notebooks show.
+
+        >>> graph = FusionGraph()
+        >>> for name in ("speech", "text"):
+        ...     graph.add_tower(name, "path/to/decoder")
+        >>> graph.add_link("speech", "text", interleave=(1, 2))
+        >>> print(graph.to_mermaid())
+        flowchart LR
+            t0["speech (frozen)"]
+            t1["text (frozen)"]
+            t0 -->|"interleave (1, 2)"| t1
+        """
+        words = {"none": "frozen", "all": "trained", "lora": "adapters trained"}
+        ids = {name: f"t{place}" for place, name in enumerate(self._towers)}
+        lines = [f'    {ids[name]}["{name} ({words[each.train]})"]' for name, each in self._towers.items()]
+        lines += [
+            f'    {ids[each.source]} -->|"{_crossing(each)}"| {ids[each.target]}'
+            for each in self._links.values()
+        ]
+        return "\n".join(["flowchart LR", *lines])
+
+    def _repr_mimebundle_(self, **_: object) -> dict[str, str]:
+        return {"text/plain": repr(self), "text/vnd.mermaid": self.to_mermaid()}
+
     def compile(self) -> FusedModel:
         """Load the towers and build the fused model.
 
@@ -273,12 +298,15 @@ class FusionGraph:
             kind += f", adapter={tower.adapter}" if tower.adapter else ""
             lines.append(f"  tower {tower.name}: {tower.source or 'a module'}, train={tower.train}{kind}")
         for link in self._links.values():
-            taps = "taps " + ", ".join(map(str, link.taps)) if link.taps else f"interleave {link.interleave}"
-            taps += " and embeddings" if link.embeddings else ""
-            lines.append(
-                f"  link {link.name}: {taps}{''.join(f', {each}' for each in _unlike_default(link))}"
-            )
+            options = "".join(f", {each}" for each in _unlike_default(link))
+            lines.append(f"  link {link.name}: {_crossing(link)}{options}")
         return "\n".join(lines)
+
+
+def _crossing(link: LinkSpec) -> str:
+    """Say between which layers a link crosses."""
+    taps = "taps " + ", ".join(map(str, link.taps)) if link.taps else f"interleave {link.interleave}"
+    return f"{taps} and embeddings" if link.embeddings else taps
 
 
 def _unlike_default(link: LinkSpec) -> list[str]:

@@ -3,5 +3,18 @@
 from .cost import Cost, Estimate
 from .draw import draw_graph
 from .estimate import estimate
+from .openness import openness
+from .plots import draw_attention, draw_estimate, draw_history
+from .summary import summarize
 
-__all__ = ["Cost", "Estimate", "draw_graph", "estimate"]
+__all__ = [
+    "Cost",
+    "Estimate",
+    "draw_attention",
+    "draw_estimate",
+    "draw_graph",
+    "draw_history",
+    "estimate",
+    "openness",
+    "summarize",
+]
