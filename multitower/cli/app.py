@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from ..base.extras import require
 from ..base.version import __version__
 from ..errors import MultitowerError
-from . import checks, decode, plugins, show, training
+from . import checks, decode, demo, plugins, show, training
 
 typer: Any = require("typer", "cli")
 
@@ -47,6 +47,7 @@ for command in (
     decode.generate,
     decode.transcribe,
     decode.speak,
+    demo.demo,
     training.train,
     checks.check,
     checks.verify,
