@@ -2,6 +2,7 @@
 
 from .collate import Batch, Example, Segment, collate, to_device
 from .corrupt import corrupt_history, corrupt_sources
+from .count import count_targets
 from .pack import pack
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "collate",
     "corrupt_history",
     "corrupt_sources",
+    "count_targets",
     "pack",
     "to_device",
 ]

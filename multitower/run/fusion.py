@@ -103,8 +103,8 @@ class Fusion(Familiar):
                 tower whose states are there too (see ``KeptStates``) does not run, and gives no logits.
             output_attentions: Whether to give the attention weights of every tap as well.
             logits: Whether to give logits. Without, only what the losses depend on is run: no head, layer or
-                tap that no label needs, and heads only where a row has a label. Parameters of these get no
-                gradient, instead of one of zeros.
+                tap that no label needs (unless all are to run), and heads only where a row has a label.
+                Parameters of these get no gradient, instead of one of zeros.
             num_items_in_batch: By tower, how many labels are to be predicted in all batches whose losses are
                 added up, as over steps of accumulation and over processes: each loss is then the sum over
                 its labels here, divided by that. Without, it is the mean over its labels here.
@@ -120,7 +120,7 @@ class Fusion(Familiar):
             run_all = self.training and torch.is_grad_enabled() and trains_in_parallel()
         if run_all:
             streams = with_all(streams, self.towers)
-        scored = streams if logits else with_labels(streams)
+        scored = streams if logits or run_all else with_labels(streams)
         scored = [name for name in scored if not brings_states(streams[name])]
         wanted = {name: self.tower(name).depth + 1 for name in scored}
         states = self._run(streams, wanted, output_attentions, run_all)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..base.extras import require
 from ..batch.collate import IGNORE, Example, Streams
 from ..batch.corrupt import corrupt_history, corrupt_sources
+from ..batch.count import count_targets
 from ..checkpoint.refill import load_weights
 from ..checkpoint.save import save_pretrained
 from ..generate.generate import generate
@@ -138,12 +139,8 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]  # known only when it
         return counts
 
     def _counted(self, batches: list[Any], device: torch.device) -> Counts:
-        counts = {name: torch.zeros((), dtype=torch.int64, device=device) for name in self._fused().towers}
-        for batch in batches:
-            for name, stream in batch["streams"].items():
-                if "labels" in stream:
-                    counts[name] += (stream["labels"][:, 1:] != IGNORE).sum().to(device)
-        return counts
+        zero, found = torch.zeros((), dtype=torch.int64, device=device), count_targets(batches)
+        return {name: found.get(name, zero).to(device) for name in self._fused().towers}
 
     def compute_loss(
         self,
@@ -152,8 +149,11 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]  # known only when it
         return_outputs: bool = False,
         num_items_in_batch: Counts | None = None,
     ) -> Any:
-        """Return the sum of the losses of all towers, each over the tokens of the whole step."""
-        out = model(**inputs, num_items_in_batch=num_items_in_batch)
+        """Return the sum of the losses of all towers, each over the tokens of the whole step.
+
+        Logits come with the outputs alone; without, what no loss depends on is not computed.
+        """
+        out = model(**inputs, logits=return_outputs, num_items_in_batch=num_items_in_batch)
         if out.loss is None:
             raise ValueError(
                 "no stream of this batch has labels; mark what is to be learnt: Segment(..., target=True)"
@@ -172,9 +172,9 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]  # known only when it
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             counts = self._counted([inputs], self.args.device)
+            if prediction_loss_only or self.compute_metrics is None:
+                return self.compute_loss(model, inputs, num_items_in_batch=counts).detach(), None, None
             loss, out = self.compute_loss(model, inputs, return_outputs=True, num_items_in_batch=counts)
-        if prediction_loss_only or self.compute_metrics is None:
-            return loss.detach(), None, None
         logits, labels = {}, {}
         some = next(iter(inputs["streams"].values()))["tokens"]
         for name in self._fused().towers:

@@ -63,10 +63,11 @@ def test_two_processes_train_as_one(rows: str, engine: str, weights: Path) -> No
             )
 
 
-def test_all_is_run_where_it_is_asked_for() -> None:
+@pytest.mark.parametrize("logits", [True, False])
+def test_all_is_run_where_it_is_asked_for(logits: bool) -> None:
     model = pair(causal_lm("llama"), causal_lm("llama", depth=4, vocab_size=14, seed=4), train="all").train()
     batch = mt.collate([[segment("speech", 5, 6, target=True)]])
-    alone, full = model(**batch), model(**batch, run_all=True)
+    alone, full = model(**batch), model(**batch, run_all=True, logits=logits)
     torch.testing.assert_close(full.losses["speech"], alone.losses["speech"])
     assert full.losses["text"] == 0
     full.loss.backward()

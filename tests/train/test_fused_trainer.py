@@ -17,7 +17,7 @@ from multitower.testing import tiny_tower
 transformers = pytest.importorskip("transformers", reason="the Trainer is of transformers")
 pytest.importorskip("accelerate", reason="the Trainer needs accelerate")
 
-from multitower.train import Collator, Trainer, encode_columns  # noqa: E402  # an extra
+from multitower.train import Collator, Trainer  # noqa: E402  # an extra
 
 EXAMPLES = [
     [segment("speech", 5), segment("text", 3, target=True)],
@@ -103,6 +103,24 @@ def test_losses_are_logged_by_tower(tmp_path: Path) -> None:
     assert any("loss_text" in entry for entry in logged)
     assert any("loss_speech" in entry for entry in logged)
     assert run.evaluate()["eval_loss"] < before["eval_loss"]
+
+
+def test_logits_are_computed_for_metrics_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, asked = make(), []
+    forward = type(model).forward
+
+    def noted(self: mt.FusedModel, streams: Any, *, logits: bool = True, **options: Any) -> Any:
+        asked.append(logits)
+        return forward(self, streams, logits=logits, **options)
+
+    monkeypatch.setattr(type(model), "forward", noted)
+    run = trainer(tmp_path, model, max_steps=1)
+    run.train()
+    run.evaluate()
+    assert asked
+    assert not any(asked)
+    trainer(tmp_path, model, compute_metrics=lambda prediction: {}).evaluate()
+    assert asked[-1]
 
 
 def test_metrics_where_batches_hold_unlike_towers(tmp_path: Path) -> None:
@@ -224,13 +242,6 @@ def test_what_knows_one_vocabulary_alone_is_refused(tmp_path: Path, option: dict
 def test_other_models_are_refused() -> None:
     with pytest.raises(TypeError, match="takes a FusedModel, not a LlamaForCausalLM"):
         Trainer(causal_lm("llama"))
-
-
-def test_columns_that_nothing_encodes_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"no modality for 'speech'"):
-        encode_columns([], {"audio": "speech"}, {}, targets=[])
-    with pytest.raises(ValueError, match=r"targets \['answer'\] are none of the columns \['audio'\]"):
-        encode_columns([], {"audio": "speech"}, {"speech": None}, targets=["answer"])
 
 
 def test_packed_batches_train_alike(tmp_path: Path) -> None:
