@@ -40,10 +40,9 @@ from training import (
     endless,
     estimated_steps,
     in_turn,
+    noisy,
     perplexity,
     pretrain_decoders,
-    target_losses,
-    to_device,
     train,
     watching,
 )
@@ -247,27 +246,21 @@ def examples(pairs: Sequence[Pair]) -> list[list[Example]]:
     return [directed(spoken, "speech", "text"), directed(written, "text", "speech")]
 
 
-def training_batches(
-    corpus: Corpus, options: argparse.Namespace, size: Size, *, noise: float
-) -> Iterator[dict]:
-    """Yield a batch of each task in turn; so much of the speech that speech is continued from is noise."""
-    generator = torch.Generator().manual_seed(options.seed)
-    tasks = examples(corpus.pairs)
-    for batch in in_turn(*(endless(task, size.batch, options.seed, options.device) for task in tasks)):
-        yield mt.batch.corrupt_history(batch, {"speech": noise}, generator=generator)
+def training_batches(corpus: Corpus, options: argparse.Namespace, size: Size) -> Iterator[list[Example]]:
+    """Yield a batch of each task in turn."""
+    return in_turn(*(endless(task, size.batch, options.seed) for task in examples(corpus.pairs)))
 
 
 def fit(model: mt.FusedModel, corpus: Corpus, options: argparse.Namespace, size: Size) -> Run:
-    """Train on the pairs, and watch what the links contribute on held-out ones."""
-    watched = [to_device(mt.collate(task), options.device) for task in examples(corpus.held_out[:WATCHED])]
+    """Train on the pairs; so much of the speech that speech is continued from is noise."""
     return train(
         model,
-        target_losses(model),
-        training_batches(corpus, options, size, noise=size.noise),
+        training_batches(corpus, options, size),
         model.parameter_groups(lr=size.lr),
         size.zipping,
         title="zipping",
-        watch=watching(model, watched),
+        collate=noisy({"speech": size.noise}, options.seed),
+        watch=watching(model, examples(corpus.held_out[:WATCHED])),
     )
 
 
@@ -275,10 +268,8 @@ def steps_within(
     seconds: float, model: mt.FusedModel, corpus: Corpus, options: argparse.Namespace, size: Size
 ) -> int:
     """Estimate how many steps of `fit` take so long."""
-    batches = training_batches(corpus, options, size, noise=size.noise)
-    return estimated_steps(
-        seconds, model, target_losses, batches, lambda twin: twin.parameter_groups(lr=size.lr)
-    )
+    batches = training_batches(corpus, options, size)
+    return estimated_steps(seconds, model, batches, lambda twin: twin.parameter_groups(lr=size.lr))
 
 
 def train_rival(folder: str, corpus: Corpus, options: argparse.Namespace, size: Size, out: Path) -> System:
@@ -288,8 +279,7 @@ def train_rival(folder: str, corpus: Corpus, options: argparse.Namespace, size: 
     model = mt.baseline.VocabularyExpansion(native, modalities, train="all").to(options.device)
     train(
         model,
-        target_losses(model),
-        training_batches(corpus, options, size, noise=0.0),
+        training_batches(corpus, options, size),
         [{"params": list(model.parameters()), "lr": size.rival_lr}],
         size.zipping,
         title="vocabulary expansion",

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import transformers
 from threadpoolctl import threadpool_limits
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 import multitower as mt
@@ -46,10 +46,9 @@ from training import (
     endless,
     estimated_steps,
     in_turn,
+    noisy,
     perplexity,
     pretrain_decoders,
-    target_losses,
-    to_device,
     train,
     watching,
 )
@@ -234,31 +233,23 @@ def fuse(folders: dict[str, str]) -> mt.FusedModel:
     return graph.compile()
 
 
-def direction_losses(model: nn.Module) -> Callable[[dict], dict[str, Tensor]]:
-    """Return what `train` asks for: the loss of each direction that a batch has targets for."""
-    by_tower = target_losses(model)
+def direction(example: Example) -> str:
+    """Name the loss of an example.
 
-    def losses(batch: dict) -> dict[str, Tensor]:
-        return {
-            f"{source}→{target}": loss
-            for target, loss in by_tower(batch).items()
-            for source in set(batch["streams"]) - {target}
-        }
-
-    return losses
+    >>> direction(directed([([0, 5, 1], [0, 7, 1])], "speech", "text")[0])
+    'speech→text'
+    """
+    source, target = example
+    return f"{source.tower}→{target.tower}"
 
 
-def training_batches(corpus: Corpus, size: Size, options: argparse.Namespace) -> Iterator[dict]:
+def training_batches(corpus: Corpus, size: Size, options: argparse.Namespace) -> Iterator[list[Example]]:
     """Yield the four directions that have pairs, in turn: each batch holds two of the three towers."""
     tasks: list[list[Example]] = []
     for (one, other), pairs in corpus.pairs.items():
         tasks.append(directed(pairs, one, other))
         tasks.append(directed([(second, first) for first, second in pairs], other, one))
-    generator = torch.Generator().manual_seed(options.seed)
-    for batch in in_turn(*(endless(task, size.batch, options.seed, options.device) for task in tasks)):
-        yield mt.batch.corrupt_history(
-            batch, {"speech": size.noise, "image": size.noise}, generator=generator
-        )
+    return in_turn(*(endless(task, size.batch, options.seed) for task in tasks))
 
 
 def fit(model: mt.FusedModel, corpus: Corpus, size: Size, options: argparse.Namespace) -> Run:
@@ -266,16 +257,22 @@ def fit(model: mt.FusedModel, corpus: Corpus, size: Size, options: argparse.Name
     watched = []
     for source, target in permutations(model.graph.towers, 2):
         pairs = [(phrase.tokens[source], phrase.tokens[target]) for phrase in corpus.held_out[:WATCHED]]
-        watched.append(to_device(mt.collate(directed(pairs, source, target)), options.device))
+        watched.append(directed(pairs, source, target))
     return train(
         model,
-        direction_losses(model),
         training_batches(corpus, size, options),
         model.parameter_groups(lr=size.lr),
         size.fusing,
         title="fusing",
+        collate=noise(size, options),
+        named=direction,
         watch=watching(model, watched),
     )
+
+
+def noise(size: Size, options: argparse.Namespace) -> Callable[[list[Example]], dict]:
+    """Return what collates training batches, with noise where speech and images are continued."""
+    return noisy({"speech": size.noise, "image": size.noise}, options.seed)
 
 
 def steps_within(
@@ -283,9 +280,7 @@ def steps_within(
 ) -> int:
     """Estimate how many steps of `fit` take so long."""
     batches = training_batches(corpus, size, options)
-    return estimated_steps(
-        seconds, model, direction_losses, batches, lambda twin: twin.parameter_groups(lr=size.lr)
-    )
+    return estimated_steps(seconds, model, batches, lambda twin: twin.parameter_groups(lr=size.lr))
 
 
 def changed(model: mt.FusedModel, before: Mapping[str, Tensor]) -> dict[str, str]:

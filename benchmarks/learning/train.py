@@ -30,7 +30,7 @@ from variants import VARIANTS, Variant
 
 import multitower as mt
 from judge import Judge
-from training import directed, endless, in_turn, target_losses, train
+from training import Example, directed, endless, in_turn, noisy, train
 
 RESULTS = Path(__file__).with_name("results.jsonl")
 TASKS = {"asr": ("speech", "text"), "tts": ("text", "speech")}
@@ -50,12 +50,12 @@ def run(
         if isinstance(model, mt.FusedModel)
         else [{"params": [each for each in model.parameters() if each.requires_grad], "lr": variant.lr}]
     )
-    batches = training_batches(data, variant, seed)
-    losses = target_losses(model)
+    trained = model
     if "alignment" in variant.trials:
-        losses = trials.aligned_losses(model, variant.trials["alignment"], steps)
+        trained = trials.Aligned(model, variant.trials["alignment"], steps)
+    batches, collate = training_batches(data, variant, seed), noisy({"speech": variant.noise}, seed)
     began = time.process_time()
-    done = train(model, losses, batches, groups, steps, title=str(steps))
+    done = train(trained, batches, groups, steps, title=str(steps), collate=collate)
     seconds = time.process_time() - began
     held_out = getattr(corpus, split)
     found = {
@@ -101,24 +101,22 @@ def make_model(corpus: Corpus, variant: Variant) -> mt.FusedModel | mt.baseline.
     return model
 
 
-def training_batches(pairs: Sequence[Pair], variant: Variant, seed: int) -> Iterator[dict]:
+def training_batches(pairs: Sequence[Pair], variant: Variant, seed: int) -> Iterator[list[Example]]:
     """Yield batches of recognition and of synthesis in turn."""
-    generator = torch.Generator().manual_seed(seed)
     supplies = [
         endless(
             directed([(getattr(pair, source), getattr(pair, target)) for pair in pairs], source, target),
             BATCH,
             seed,
-            "cpu",
         )
         for source, target in TASKS.values()
     ]
     batches = in_turn(*supplies)
-    if "drop" in variant.trials:
-        targets = [target for _, target in TASKS.values()]
-        batches = trials.with_dropped_links(batches, variant.trials["drop"], targets, seed)
-    for batch in batches:
-        yield mt.batch.corrupt_history(batch, {"speech": variant.noise}, generator=generator)
+    return (
+        trials.with_dropped_links(batches, variant.trials["drop"], seed)
+        if "drop" in variant.trials
+        else batches
+    )
 
 
 def averaged(history: Sequence[dict[str, float]], every: int = 40) -> dict[str, list[float]]:

@@ -18,13 +18,13 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from data import Corpus
-from torch import Tensor
+from torch import Tensor, nn
 
 import multitower as mt
 from multitower.batch import collate as stream
@@ -70,35 +70,33 @@ def start_warm(model: mt.FusedModel) -> None:
 
 
 def with_dropped_links(
-    batches: Iterator[dict], share: float, targets: Sequence[str], seed: int
-) -> Iterator[dict]:
+    batches: Iterator[list[list[mt.Segment]]], share: float, seed: int
+) -> Iterator[list[list[mt.Segment]]]:
     """Take from some batches all but what is to be predicted."""
     draw = random.Random(seed)
-    for number, batch in enumerate(batches):
-        if draw.random() < share:
-            target = targets[number % len(targets)]
-            batch = {"streams": {target: batch["streams"][target]}}
-        yield batch
+    for batch in batches:
+        alone = draw.random() < share
+        yield [[each for each in example if each.target] for example in batch] if alone else batch
 
 
-def aligned_losses(model: mt.FusedModel, weight: float, steps: int) -> Callable[[dict], dict[str, Tensor]]:
-    """Return what ``train`` asks for: the loss of the target, and that of attention off the diagonal."""
-    count = 0
+class Aligned(nn.Module):
+    """A fused model whose loss is that of the target, and that of attention off the diagonal."""
 
-    def losses(batch: dict) -> dict[str, Tensor]:
-        nonlocal count
-        fade = max(0.0, 1 - 2 * count / steps)
-        count += 1
-        out = model(**batch, output_attentions=fade > 0)
-        target = next(n for n, each in batch["streams"].items() if (each["labels"] >= 0).any())
-        found = {target: out.losses[target]}
-        if fade:
-            taps = [tap for link in out.attentions.values() for tap in link.values()]
-            off = torch.stack([_off_diagonal(tap, batch["streams"], target) for tap in taps]).mean()
-            found["alignment"] = fade * weight * off
-        return found
+    def __init__(self, model: mt.FusedModel, weight: float, steps: int) -> None:
+        super().__init__()
+        self.model, self.weight, self.steps, self.count = model, weight, steps, 0
 
-    return losses
+    def forward(self, streams: Mapping[str, Mapping[str, Tensor]]) -> tuple[Tensor]:
+        """Return the loss."""
+        fade = max(0.0, 1 - 2 * self.count / self.steps)
+        self.count += 1
+        out = self.model(streams, output_attentions=fade > 0)
+        if not fade:
+            return (out.loss,)
+        target = next(name for name, each in streams.items() if (each["labels"] >= 0).any())
+        taps = [tap for link in out.attentions.values() for tap in link.values()]
+        off = torch.stack([_off_diagonal(tap, streams, target) for tap in taps]).mean()
+        return (out.loss + fade * self.weight * off,)
 
 
 def guidance(model: mt.FusedModel, scale: float) -> dict[str, Any]:
@@ -126,7 +124,6 @@ def _normalise_queries_and_keys() -> None:
         GatedCrossAttention.read,
         GatedCrossAttention.forward,
     )
-    turned = GatedCrossAttention._turned
 
     @functools.wraps(init)
     def new_init(self: Any, *args: Any, **options: Any) -> None:
@@ -148,7 +145,6 @@ def _normalise_queries_and_keys() -> None:
         self._reading = False
         return forward(self, *args)
 
-    assert turned
     GatedCrossAttention.__init__ = new_init  # type: ignore[method-assign]
     GatedCrossAttention._turned = new_turned  # type: ignore[method-assign]
     GatedCrossAttention.read = new_read  # type: ignore[method-assign]

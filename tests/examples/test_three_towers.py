@@ -22,7 +22,7 @@ from models import causal_lm
 from multitower.testing import check_modality
 from phrases import DIGITS
 from three_report import ROUTES, Answer, Phrase, Readers, Route, as_markdown, draw_answers, follow
-from three_towers import PAIRED, Corpus, Size, changed, fit, largest_contributions, training_batches
+from three_towers import PAIRED, Corpus, Size, changed, fit, largest_contributions, noise, training_batches
 
 WORDS = ("four seven", "one", "zero two nine")
 
@@ -182,9 +182,10 @@ def test_the_largest_contribution_of_a_link_is_that_of_one_tap():
 def test_speech_and_images_are_noisy_where_they_are_continued(corpus):
     options = argparse.Namespace(seed=0, device="cpu")
     drawn = {}
-    for noise in (0.0, 1.0):
-        batches = training_batches(corpus, Size(batch=3, noise=noise), options)
-        drawn[noise] = [batch["streams"] for batch in islice(batches, 40)]
+    for share in (0.0, 1.0):
+        size = Size(batch=3, noise=share)
+        batches = islice(training_batches(corpus, size, options), 40)
+        drawn[share] = [batch["streams"] for batch in map(noise(size, options), batches)]
     differ = set()
     for clean, noisy in zip(drawn[0.0], drawn[1.0], strict=True):
         for name in clean:

@@ -9,99 +9,155 @@ import torch
 from torch import Tensor, nn
 
 import multitower as mt
-import training
 from models import causal_lm, pair, segment
+
+pytest.importorskip("accelerate", reason="the examples train by transformers' Trainer")
+
+import training  # needs accelerate
 from training import (
     TIMED,
     WARM_UP,
     Run,
+    directed,
     endless,
     estimated_steps,
     in_turn,
+    noisy,
     perplexity,
     pretrain,
-    target_losses,
-    to_device,
+    scale,
     train,
     watching,
 )
 
-OPTIONS = {"lr": 1e-2, "batch": 4, "seed": 0, "device": "cpu"}
+TASKS = {
+    "text": [[segment("speech", *range(3, n)), segment("text", 4, target=True)] for n in range(4, 14)],
+    "speech": [[segment("text", 4), segment("speech", *range(3, n), target=True)] for n in range(4, 14)],
+}
+
+
+def lengths(batch: list[training.Example]) -> list[int]:
+    return [sum(len(each.tokens) for each in example) for example in batch]
 
 
 def test_every_round_holds_every_example_once() -> None:
     examples = [[segment("text", *([3] * length))] for length in range(1, 12)]
-    rounds = endless(examples, 4, seed=0, device="cpu")
+    rounds = endless(examples, 4, seed=0)
+    expected = sorted(lengths(examples))
     for _ in range(2):
-        lengths = [
-            int(row.sum()) - 2 for batch in islice(rounds, 3) for row in batch["streams"]["text"]["mask"]
-        ]
-        assert sorted(lengths) == list(range(1, 12))
+        batches = list(islice(rounds, 3))
+        assert sorted(map(len, batches)) == [3, 4, 4]
+        assert sorted(length for batch in batches for length in lengths(batch)) == expected
+        assert all(max(lengths(batch)) - min(lengths(batch)) < 4 for batch in batches)
 
 
 def test_tasks_take_turns() -> None:
-    texts = endless([[segment("text", 3)]], 2, 0, "cpu")
-    speech = endless([[segment("speech", 3)]], 2, 0, "cpu")
-    assert [next(iter(batch["streams"])) for batch in islice(in_turn(texts, speech), 4)] == [
-        "text",
-        "speech",
-        "text",
-        "speech",
-    ]
+    supplies = [endless([[segment(name, 3)]], 2, 0) for name in ("text", "speech")]
+    turns = [batch[0][0].tower for batch in islice(in_turn(*supplies), 4)]
+    assert turns == ["text", "speech", "text", "speech"]
+
+
+def test_noise_is_drawn_anew_and_changes_no_label() -> None:
+    example = [segment("text", 4), mt.Segment("speech", [0, *range(2, 14), 1], target=True)]
+    clean, collate = mt.collate([example])["streams"], noisy({"speech": 0.5}, seed=0)
+    drawn = [collate([example])["streams"] for _ in range(2)]
+    again = noisy({"speech": 0.5}, seed=0)([example])["streams"]
+    assert torch.equal(again["speech"]["tokens"], drawn[0]["speech"]["tokens"])
+    assert not torch.equal(drawn[0]["speech"]["tokens"], drawn[1]["speech"]["tokens"])
+    for streams in drawn:
+        assert torch.equal(streams["speech"]["labels"], clean["speech"]["labels"])
+        assert torch.equal(streams["text"]["tokens"], clean["text"]["tokens"])
 
 
 def test_pretraining_learns_and_keeps_to_its_steps(capsys: pytest.CaptureFixture[str]) -> None:
     model = causal_lm("llama")
     rows = [torch.tensor([1, *range(3, 3 + length), 2]) for length in range(2, 10)]
-    before = perplexity(model, rows, "cpu")
-    run = pretrain(model, "text", rows, 30, **OPTIONS)
+    before, noise = perplexity(model, rows, "cpu"), torch.get_rng_state()
+    run = pretrain(model, "text", rows, 30, lr=1e-2, batch=4, seed=0)
     assert perplexity(model, rows, "cpu") < before / 2
     assert run.steps == len(run.history) == 30
+    assert [entry["step"] for entry in run.history] == list(range(1, 31))
+    assert run.seconds > 0
     assert not model.training
-    assert "pretraining text" in capsys.readouterr().err
+    assert model.config.use_cache
+    assert torch.equal(torch.get_rng_state(), noise)
+    shown = capsys.readouterr()
+    assert "pretraining text" in shown.err
+    assert f"text={run.history[-1]['text']:.3f}" in shown.err
+    assert not shown.out
 
 
-def error_of(module: nn.Module) -> Callable[[dict], dict[str, Tensor]]:
-    return lambda batch: {"error": (module(batch["x"]) - 1).square().mean()}
+def by_hand(model: nn.Module, batches: list[dict], groups: list[dict]) -> list[float]:
+    """Train by a loop that does what the recipe says, written out."""
+    optimizer, found = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.01), []
+    rates = [group["lr"] for group in optimizer.param_groups]
+    lean = {"logits": False} if isinstance(model, mt.FusedModel) else {}
+    for step, batch in enumerate(batches):
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * scale(step / len(batches))
+        loss = model.train()(**batch, **lean).loss
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_([each for group in groups for each in group["params"]], 1.0)
+        optimizer.step()
+        found.append(loss.item())
+    return found
 
 
-def groups_of(module: nn.Module) -> list[dict]:
-    return [{"params": list(module.parameters()), "lr": 0.1}]
+def fused() -> tuple[nn.Module, list[dict]]:
+    model = pair(train="all")
+    return model, model.parameter_groups(lr=1e-2)
 
 
-def fit_line(steps: int, **options) -> tuple[nn.Module, Run]:
-    torch.manual_seed(0)
-    module = nn.Linear(2, 1)
-    batches = repeat({"x": torch.ones(1, 2)})
-    return module, train(module, error_of(module), batches, groups_of(module), steps, title="line", **options)
+def rival() -> tuple[nn.Module, list[dict]]:
+    text = pytest.importorskip("multitower_text").TextModality()
+    native = causal_lm("llama", vocab_size=text.vocab_size)
+    model = mt.baseline.VocabularyExpansion(native, {"text": text, "speech": text})
+    return model, [{"params": list(model.parameters()), "lr": 1e-2}]
 
 
-@pytest.mark.parametrize("slowness", [0.01, 1e6])
-def test_how_long_a_step_takes_changes_nothing(monkeypatch: pytest.MonkeyPatch, slowness: float) -> None:
-    expected, run = fit_line(20)
-    ticks = count()
-    monkeypatch.setattr(training.time, "monotonic", lambda: next(ticks) * slowness)
-    module, slow = fit_line(20)
-    assert torch.equal(module.weight, expected.weight)
-    assert slow.history == run.history
-    assert slow.steps == 20
-    assert slow.seconds == pytest.approx(slowness)
+@pytest.mark.parametrize("make", [fused, rival])
+def test_losses_are_those_of_the_recipe(make: Callable[[], tuple[nn.Module, list[dict]]]) -> None:
+    model, groups = make()
+    twin, twin_groups = copy.deepcopy((model, groups))
+    batches = list(islice(in_turn(*(endless(task, 4, seed=1) for task in TASKS.values())), 8))
+    expected = by_hand(twin, list(map(noisy({"speech": 0.3}, 0), batches)), twin_groups)
+    run = train(model, iter(batches), groups, 8, title="", collate=noisy({"speech": 0.3}, 0))
+    assert [entry.keys() - {"step"} for entry in run.history] == [{"text"}, {"speech"}] * 4
+    found = [loss for entry in run.history for name, loss in entry.items() if name != "step"]
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected))
+    state = twin.state_dict()
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, state[name], rtol=1e-3, atol=3e-4)
 
 
 def test_the_rate_rises_then_falls_to_a_tenth() -> None:
-    module, rates = nn.Linear(2, 1), []
-    groups = groups_of(module)
-
-    def losses(batch: dict) -> dict[str, Tensor]:
-        rates.append(groups[0]["lr"])
-        return error_of(module)(batch)
-
-    train(module, losses, repeat({"x": torch.ones(1, 2)}), groups, 100, title="line", warmup=0.1)
+    rates = [scale(step / 100, warmup=0.1) for step in range(101)]
     assert rates[0] == 0
     assert rates[:11] == sorted(rates[:11])
     assert rates[10:] == sorted(rates[10:], reverse=True)
-    assert rates[10] == pytest.approx(0.1, rel=0.05)
-    assert rates[-1] == pytest.approx(0.01, rel=0.05)
+    assert rates[10] == pytest.approx(1, rel=0.05)
+    assert rates[-1] == pytest.approx(0.1)
+
+
+class Line(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.line, self.drop = nn.Linear(2, 1), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        return ((self.line(self.drop(x)) - 1).square().mean(),)
+
+
+def fit_line(module: nn.Module, steps: int, **options) -> Run:
+    groups = [{"params": list(module.parameters()), "lr": 0.1}]
+    return train(
+        module, ones(), groups, steps, title="line", collate=lambda _: {"x": torch.ones(1, 2)}, **options
+    )
+
+
+def ones() -> repeat:
+    return repeat([[segment("text", 3)]])
 
 
 @pytest.mark.parametrize(
@@ -109,32 +165,27 @@ def test_the_rate_rises_then_falls_to_a_tenth() -> None:
 )
 def test_what_is_watched_is_kept(steps: int, seen: list[int]) -> None:
     calls = count(1)
-    _, run = fit_line(steps, watch=lambda: {"calls": float(next(calls))})
+    run = fit_line(Line(), steps, watch=lambda: {"calls": float(next(calls))})
     assert run.contributions == [{"step": step, "calls": number} for number, step in enumerate(seen, start=1)]
 
 
 def test_what_is_not_watched_is_not_kept() -> None:
-    assert fit_line(3)[1].contributions == []
+    assert fit_line(Line(), 3).contributions == []
 
 
 def test_contributions_of_links_are_watched_and_those_of_adapters_are_not() -> None:
     model = pair(train="all")
     modes = []
-    examples = {
-        "speech->text": [segment("speech", 3), segment("text", 4, target=True)],
-        "text->speech": [segment("text", 4), segment("speech", 3, target=True)],
-    }
-    batches = [mt.collate([each]) for each in examples.values()]
-    watch = watching(model, batches)
+    watch = watching(model, TASKS.values())
 
     def noted() -> dict[str, float]:
         modes.append(model.training)
         return watch()
 
     groups = model.parameter_groups(lr=1e-2)
-    run = train(model, target_losses(model), in_turn(*map(repeat, batches)), groups, 4, title="", watch=noted)
+    run = train(model, in_turn(*map(repeat, TASKS.values())), groups, 4, title="", watch=noted)
     taps = {f"{tap.link} {tap.key}" for tap in model.schedule.taps}
-    assert {name.split()[0] for name in taps} == set(examples)
+    assert {name.split()[0] for name in taps} == {"speech->text", "text->speech"}
     assert [entry.keys() - {"step"} for entry in run.contributions] == [taps] * 4
     assert not any(modes)
     first, last = run.contributions[0], run.contributions[-1]
@@ -145,40 +196,39 @@ def test_contributions_of_links_are_watched_and_those_of_adapters_are_not() -> N
 def test_steps_are_estimated_from_a_copy(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    module = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5), nn.Linear(2, 1)).eval()
+    module = Line().eval()
     before, noise = copy.deepcopy(module.state_dict()), torch.get_rng_state()
-    clock, taken = [0.0], []
-    monkeypatch.setattr(training.time, "monotonic", lambda: clock[0])
+    taken = []
 
-    def make_losses(twin: nn.Module) -> Callable[[dict], dict[str, Tensor]]:
-        def losses(batch: dict) -> dict[str, Tensor]:
-            taken.append(batch)
-            clock[0] += 100 if len(taken) <= WARM_UP else 0.25
-            return error_of(twin)(batch)
+    def timed(twin: nn.Module, batches: object, groups: list[dict], steps: int, *, title: str) -> Run:
+        assert twin is not module
+        assert groups[0]["params"][0] is twin.line.weight
+        fit_line(twin, steps)
+        taken.append(steps)
+        return Run(steps, seconds=400.0 if len(taken) % 2 else 0.25 * steps)
 
-        return losses
+    monkeypatch.setattr(training, "train", timed)
 
-    batches = repeat({"x": torch.ones(1, 2)})
-    assert estimated_steps(10.1, module, make_losses, batches, groups_of) == 40
-    assert len(taken) == WARM_UP + TIMED
+    def groups_of(twin: nn.Module) -> list[dict]:
+        return [{"params": list(twin.parameters()), "lr": 0.1}]
+
+    assert estimated_steps(10.1, module, ones(), groups_of) == 40
+    assert taken == [WARM_UP, TIMED]
     assert "a step takes 0.250 s here, so 10 s are enough for 40 steps" in capsys.readouterr().out
     assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
     assert all(parameter.grad is None for parameter in module.parameters())
     assert not module.training
     assert torch.equal(torch.get_rng_state(), noise)
-    assert estimated_steps(-5.0, module, make_losses, batches, groups_of) == 1
+    assert estimated_steps(-5.0, module, ones(), groups_of) == 1
 
 
 def test_steps_of_a_fused_model_are_estimated() -> None:
     model = pair(train="all")
-    batch = mt.collate([[segment("speech", 3), segment("text", 4, target=True)]])
-    found = estimated_steps(
-        5.0, model, target_losses, repeat(batch), lambda twin: twin.parameter_groups(lr=1.0)
-    )
-    assert found > 1
+    batches = in_turn(*(endless(task, 2, seed=0) for task in TASKS.values()))
+    assert estimated_steps(60.0, model, batches, lambda twin: twin.parameter_groups(lr=1.0)) > 1
     assert not any(model.is_open(link) for link in model.links)
 
 
-def test_batches_move_as_a_whole() -> None:
-    batch = to_device(mt.collate([[segment("text", 3)]]), "meta")
-    assert {value.device.type for value in batch["streams"]["text"].values()} == {"meta"}
+def test_examples_have_a_direction() -> None:
+    ((given, asked),) = directed([(torch.tensor([1, 2]), torch.tensor([3, 4]))], "speech", "text")
+    assert (given.tower, given.target, asked.tower, asked.target) == ("speech", False, "text", True)
