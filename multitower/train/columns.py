@@ -60,7 +60,10 @@ def encode_columns(
         _encoded, columns=dict(columns), modalities=dict(modalities), targets=list(targets)
     )
     if hasattr(dataset, "map"):
-        return dataset.map(encode, remove_columns=getattr(dataset, "column_names", None), **options)
+        names = getattr(dataset, "column_names", None)
+        mapped = dataset.map(encode, remove_columns=names, **options)
+        # a stream may not know its columns before it runs
+        return mapped.select_columns([SEGMENTS, LENGTH]) if names is None else mapped
     return [encode(row) for row in dataset]
 
 
