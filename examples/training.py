@@ -184,10 +184,17 @@ def endless(examples: Sequence[Example], size: int, seed: int) -> Iterator[list[
                 yield [examples[place] for place in pool[start : start + size]]
 
 
-def noisy(rates: Mapping[str, float], seed: int) -> Callable[[list[Example]], dict]:
-    """Return a `collate` that replaces so much of what each tower is given of its own past."""
+def noisy(
+    history: Mapping[str, float], seed: int, sources: Mapping[str, float] | None = None
+) -> Callable[[list[Example]], dict]:
+    """Return a `collate` that replaces tokens of each tower: of its own past, and of what others read."""
     generator = torch.Generator().manual_seed(seed)
-    return lambda examples: mt.batch.corrupt_history(mt.collate(examples), rates, generator=generator)
+
+    def collate(examples: list[Example]) -> dict:
+        batch = mt.batch.corrupt_history(mt.collate(examples), history, generator=generator)
+        return mt.batch.corrupt_sources(batch, sources or {}, generator=generator)
+
+    return collate
 
 
 def directed(pairs: Iterable[tuple[Tensor, Tensor]], source: str, target: str) -> list[Example]:

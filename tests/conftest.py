@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, settings
 
 from fake_hub import downloaded, hub  # noqa: F401  # fixtures
 from plugin import offer  # noqa: F401  # a fixture
+from spoken_fusion import fused, parts  # noqa: F401  # fixtures
 from victims import _offline, base  # noqa: F401  # fixtures
 
 MODELS_TAKE_TIME = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}

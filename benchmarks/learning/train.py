@@ -53,7 +53,8 @@ def run(
     trained = model
     if "alignment" in variant.trials:
         trained = trials.Aligned(model, variant.trials["alignment"], steps)
-    batches, collate = training_batches(data, variant, seed), noisy({"speech": variant.noise}, seed)
+    batches = training_batches(data, variant, seed)
+    collate = noisy({"speech": variant.noise, "text": variant.text_noise}, seed, variant.sources)
     began = time.process_time()
     done = train(trained, batches, groups, steps, title=str(steps), collate=collate)
     seconds = time.process_time() - began

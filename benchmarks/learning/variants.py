@@ -18,6 +18,8 @@ class Variant:
         adapter: Of both towers.
         link: Options of both links, as ``add_link`` takes them.
         noise: Share of the speech tokens that are replaced in what the speech tower is given of its own past.
+        text_noise: The same of text.
+        sources: By tower the share of tokens that are replaced in what is given, not learnt.
         trials: What was tried outside of the library, by name; see ``trials``.
     """
 
@@ -28,6 +30,8 @@ class Variant:
     adapter: str | None = None
     link: dict[str, object] = field(default_factory=dict)
     noise: float = 0.15
+    text_noise: float = 0.0
+    sources: dict[str, float] = field(default_factory=dict)
     trials: dict[str, object] = field(default_factory=dict)
 
 
@@ -71,6 +75,20 @@ VARIANTS = {
     "no noise": replace(BASE, noise=0.0),
     "noise 30 %": replace(BASE, noise=0.3),
     "noise 30 %, lr 1.5e-3": replace(BASE, noise=0.3, lr=1.5e-3),
+    "noise 30 %, text too": replace(BASE, noise=0.3, text_noise=0.3),
+    "noise 30 %, sources 15 %": replace(BASE, noise=0.3, sources={"speech": 0.15, "text": 0.15}),
+    "noise 30 %, text too, sources 15 %": replace(
+        BASE, noise=0.3, text_noise=0.3, sources={"speech": 0.15, "text": 0.15}
+    ),
+    "noise 30 %, sources 30 %": replace(BASE, noise=0.3, sources={"speech": 0.3, "text": 0.3}),
+    "noise 30 %, speech read 30 %": replace(BASE, noise=0.3, sources={"speech": 0.3}),
+    "noise 30 %, speech read 50 %": replace(BASE, noise=0.3, sources={"speech": 0.5}),
+    "noise 50 %, speech read 40 %": replace(BASE, noise=0.5, sources={"speech": 0.4}),
+    "noise 50 %, speech read 40 %, towers at a third": replace(
+        BASE, noise=0.5, rates={"towers": 1e-3}, sources={"speech": 0.4}
+    ),
+    "noise 30 %, towers at a third": replace(BASE, noise=0.3, rates={"towers": 1e-3}),
+    "speech read 30 %": replace(BASE, sources={"speech": 0.3}),
     "noise 50 %": replace(BASE, noise=0.5),
     "residual adapters": replace(BASE, adapter="residual"),
     "gated adapters": replace(BASE, adapter="gated"),
@@ -93,5 +111,11 @@ VARIANTS = {
     **{f"expansion all, lr {lr:g}": expansion("all", lr) for lr in (5e-4, 1e-3, 1.5e-3, 3e-3, 6e-3)},
     **{f"expansion lora, lr {lr:g}": expansion("lora", lr) for lr in (3e-3, 1e-2, 3e-2)},
     **{f"expansion new, lr {lr:g}": expansion("new", lr) for lr in (3e-3, 1e-2, 3e-2)},
+    "expansion all, noise 30 %, speech read 30 %, lr 0.0015": replace(
+        expansion("all", 1.5e-3, 0.3), sources={"speech": 0.3}
+    ),
+    "expansion all, noise 50 %, speech read 40 %, lr 0.0015": replace(
+        expansion("all", 1.5e-3, 0.5), sources={"speech": 0.4}
+    ),
     **{f"expansion all, noise, lr {lr:g}": expansion("all", lr, 0.15) for lr in (1.5e-3, 3e-3)},
 }

@@ -70,7 +70,7 @@ def make_page(pipe: Pipeline) -> Any:
                     button = gradio.Button(f"Decode {target}", variant="primary")
                 with gradio.Column():
                     answer = _widget(gradio, pipe.modalities[target].media, target, given=False)
-                    looked = gradio.Plot(label=f"where {target} looked in {source}")
+                    looked = gradio.Plot(show_label=False)
             button.click(partial(answers, pipe, source, target), [given, limit], [answer, looked])
         with gradio.Tab("graph"):
             gradio.HTML(as_svg(draw_graph(pipe.model)))

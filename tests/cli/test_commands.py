@@ -2,64 +2,21 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 import multitower as mt
-from models import causal_lm
 from multitower.cli import main
-from multitower.testing import open_links
+from spoken_fusion import RATE
 
 soundfile = pytest.importorskip("soundfile", reason="speech is read and written")
 yaml = pytest.importorskip("yaml", reason="recipes are YAML")
 
-from multitower_speech import SpeechModality  # noqa: E402  # an extra
-from multitower_text import TextModality  # noqa: E402
-
-RATE = 16_000
 QUIET = {"use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Both decoders and the modality of speech, each in a folder, and a few clips with their transcripts."""
-    root = tmp_path_factory.mktemp("parts")
-    speech = SpeechModality(torch.randn(1, 16, 160, generator=torch.Generator().manual_seed(0)))
-    speech.save_pretrained(root / "units")
-    for name, size in (("speech", speech.vocab_size), ("text", 258)):
-        causal_lm("llama", vocab_size=size).save_pretrained(root / name)
-    TextModality().save_pretrained(root / "letters")
-    (root / "clips").mkdir()
-    with (root / "clips" / "metadata.csv").open("w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["file_name", "transcription"])
-        noise = np.random.default_rng(0)
-        for number, words in enumerate(["one", "two", "three two", "nine"]):
-            soundfile.write(root / "clips" / f"{number}.wav", noise.normal(0, 0.1, RATE // 4), RATE)
-            table.writerow([f"{number}.wav", words])
-    return root
-
-
-@pytest.fixture(scope="module")
-def fused(parts: Path) -> Path:
-    graph = mt.FusionGraph()
-    graph.add_tower("speech", parts / "speech", train="all")
-    graph.add_tower("text", parts / "text")
-    graph.add_link("speech", "text", interleave=1, gate="tanh", feed_forward=True)
-    graph.add_link("text", "speech", interleave=1, embeddings=True)
-    model = open_links(graph.compile(), seed=1)
-    modalities = {
-        "speech": SpeechModality.from_pretrained(parts / "units"),
-        "text": TextModality(),
-    }
-    mt.Pipeline(model, modalities).save_pretrained(parts / "fused")
-    return parts / "fused"
 
 
 def recipe(parts: Path, folder: Path, **changes: Any) -> dict[str, Any]:
