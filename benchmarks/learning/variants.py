@@ -87,6 +87,12 @@ VARIANTS = {
     "noise 50 %, speech read 40 %, towers at a third": replace(
         BASE, noise=0.5, rates={"towers": 1e-3}, sources={"speech": 0.4}
     ),
+    "noise 50 %, speech read 40 %, towers at a tenth": replace(
+        BASE, noise=0.5, rates={"towers": 3e-4}, sources={"speech": 0.4}
+    ),
+    "noise 70 %, speech read 40 %, towers at a third": replace(
+        BASE, noise=0.7, rates={"towers": 1e-3}, sources={"speech": 0.4}
+    ),
     "noise 30 %, towers at a third": replace(BASE, noise=0.3, rates={"towers": 1e-3}),
     "speech read 30 %": replace(BASE, sources={"speech": 0.3}),
     "noise 50 %": replace(BASE, noise=0.5),
@@ -114,6 +120,8 @@ VARIANTS = {
     "expansion all, noise 30 %, speech read 30 %, lr 0.0015": replace(
         expansion("all", 1.5e-3, 0.3), sources={"speech": 0.3}
     ),
+    "expansion all, noise 50 %, lr 0.0015": expansion("all", 1.5e-3, 0.5),
+    "expansion all, noise 70 %, lr 0.0015": expansion("all", 1.5e-3, 0.7),
     "expansion all, noise 50 %, speech read 40 %, lr 0.0015": replace(
         expansion("all", 1.5e-3, 0.5), sources={"speech": 0.4}
     ),
