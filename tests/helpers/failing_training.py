@@ -1,4 +1,4 @@
-"""One of two processes of which one cannot save: python failing_training.py RANK FOLDER."""
+"""One of two processes of which one cannot save: python failing_training.py RANK PROCESSES FOLDER."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def failing(fails: bool, owner: Any, step: str) -> Iterator[None]:
         yield
 
 
-def main(rank: int, folder: Path) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+def main(rank: int, processes: int, folder: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=processes)
     model = tiny_model()
     optimizer = torch.optim.AdamW(model.parameter_groups(lr=1e-2))
     for who, owner, step in STEPS:
@@ -64,4 +64,4 @@ def main(rank: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

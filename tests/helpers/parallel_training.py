@@ -1,12 +1,13 @@
 """One of several processes that train together: python parallel_training.py RANK PROCESSES FOLDER.
 
-Each writes the weights after some steps with every engine; a single process is given all batches of a step.
+Each writes the weights after some steps with every engine; a single process would be given all batches of a
+step.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -23,40 +24,40 @@ from models import causal_lm, segment
 from multitower.run.gathered import is_divided
 from multitower.train.shard import shard
 
-STEPS, LR = 3, 0.1
+LR = 0.1
 PROMPTS = [[segment("speech", 5, 6, 7)]]
-UNLIKE = [
-    [[segment("speech", 5, 6), segment("text", 3, 4, 5, 6, target=True)]],
-    [[segment("music", 9, 3), segment("text", 9, target=True)], [segment("music", 3, target=True)]],
-    [[segment("music", 4), segment("speech", 12, target=True)]],
-    [[segment("speech", 6, target=True)]],
-]
-ROWS = {
-    "mixed": UNLIKE,
-    "unlike": UNLIKE,
-    "without music": [
+STEPS = (
+    (  # each batch lacks another tower
+        [[segment("speech", 5, 6), segment("text", 3, 4, 5, 6, target=True)]],
+        [[segment("music", 9, 3), segment("text", 9, target=True)], [segment("music", 3, target=True)]],
+        [[segment("music", 4), segment("speech", 12, target=True)]],
+        [[segment("speech", 6, target=True)]],
+    ),
+    (  # all lack the same
         [[segment("speech", 5, 6), segment("text", 3, 4, target=True)]],
         [[segment("text", 9, 8, 7), segment("speech", 9, target=True)]],
         [[segment("speech", 4), segment("text", 12, target=True)]],
         [[segment("text", 6), segment("speech", 6, 6, 6, target=True)]],
-    ],
-}
+    ),
+)
+"""The batches of each step."""
 
 
-def make(name: str) -> mt.FusedModel:
+def make(towers: str) -> mt.FusedModel:
+    """Three towers. "frozen": one of them is. "shared": two are one, and a third has adapters in bfloat16."""
     torch.manual_seed(0)
     graph = mt.FusionGraph()
     tied = causal_lm("llama", seed=1, config={"tie_word_embeddings": True})
     text = causal_lm("llama", seed=3)
     graph.add_tower("speech", tied, train="all")
-    if name == "mixed":
+    if towers == "shared":
         graph.add_tower("music", tied, train="all")
         graph.add_tower("text", text.bfloat16(), train="lora")
     else:
-        graph.add_tower("music", causal_lm("llama", seed=2), train="all")
+        graph.add_tower("music", causal_lm("llama", depth=1, seed=2), train="all")
         graph.add_tower("text", text)
     for source, target in (("speech", "text"), ("text", "music"), ("music", "speech"), ("speech", "music")):
-        graph.add_link(source, target, interleave=1)
+        graph.add_link(source, target, taps=[(1, 1)])
     return graph.compile()
 
 
@@ -80,13 +81,28 @@ def with_replicated_frozen(model: mt.FusedModel) -> nn.Module:
     return shard(model, init_device_mesh("cpu", (dist.get_world_size(),)), frozen="replicate")
 
 
+def within_halves(model: mt.FusedModel) -> nn.Module:
+    sizes = (2, dist.get_world_size() // 2)
+    return shard(model, init_device_mesh("cpu", sizes, mesh_dim_names=("replicate", "shard")))
+
+
+Case = tuple[str, str]
 ENGINES: dict[str, Callable[[mt.FusedModel], nn.Module]] = {
     "ddp": with_ddp,
     "fsdp": with_root,
     "per_layer": with_layers,
     "root": with_whole_frozen,
     "replicate": with_replicated_frozen,
+    "hybrid": within_halves,
 }
+CASES: dict[int, list[Case]] = {
+    2: [
+        *(("frozen", engine) for engine in ("ddp", "fsdp", "per_layer", "root", "replicate")),
+        *(("shared", engine) for engine in ("ddp", "fsdp", "per_layer")),
+    ],
+    4: [("frozen", "ddp"), ("frozen", "replicate"), ("shared", "per_layer"), ("shared", "hybrid")],
+}
+"""Which towers are trained by which engines, by how many processes there are."""
 
 
 def counted(batches: list[dict]) -> dict[str, int]:
@@ -98,19 +114,23 @@ def counted(batches: list[dict]) -> dict[str, int]:
     return {name: max(1, count) for name, count in counts.items()}
 
 
-def train(model: mt.FusedModel, wrapped: nn.Module, rows: list, rank: int, processes: int) -> None:
-    optimizer = torch.optim.SGD([each for each in wrapped.parameters() if each.requires_grad], lr=LR)
-    batches = [mt.collate(each) for each in rows]
-    counts = counted(batches)
-    share = batches[rank::processes] if processes > 1 else batches
-    for _ in range(STEPS):
+def train(
+    wrapped: nn.Module, optimizer: torch.optim.Optimizer, steps: Sequence, rank: int = 0, processes: int = 1
+) -> None:
+    for rows in steps:
+        batches = [mt.collate(each) for each in rows]
+        share = batches[rank::processes]
         optimizer.zero_grad()
         for number, batch in enumerate(share):
             if isinstance(wrapped, DistributedDataParallel):
                 wrapped.require_backward_grad_sync = number == len(share) - 1
-            loss = wrapped(**batch, num_items_in_batch=counts).loss
+            loss = wrapped(**batch, num_items_in_batch=counted(batches)).loss
             (loss * processes).backward()
         optimizer.step()
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD([each for each in model.parameters() if each.requires_grad], lr=LR)
 
 
 def whole(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -121,29 +141,27 @@ def whole(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
+def answer(model: mt.FusedModel, tokens: int) -> torch.Tensor:
+    (row,) = model.generate(PROMPTS, ["text"], max_new_tokens=tokens)
+    return torch.as_tensor(row[0].tokens)
+
+
 def main(rank: int, processes: int, folder: Path) -> None:
-    engines = ENGINES
-    if processes > 1:
-        where = f"file://{folder}/meet{processes}"
-        dist.init_process_group("gloo", init_method=where, rank=rank, world_size=processes)
-    else:
-        engines = {"alone": lambda model: model}
-    for engine, wrap in engines.items():
-        for name, rows in ROWS.items():
-            model = make(name)
-            wrapped = wrap(model)
-            train(model, wrapped, rows, rank, processes)
-            save_file(whole(model), folder / f"{name}, {engine}.{processes}.{rank}.safetensors")
-        (row,) = model.generate(PROMPTS, ["text"], max_new_tokens=2 + rank)
+    where = f"file://{folder}/meet"
+    dist.init_process_group("gloo", init_method=where, rank=rank, world_size=processes)
+    for towers, engine in CASES[processes]:
+        model, place = make(towers), folder / f"{towers}, {engine}"
+        wrapped = ENGINES[engine](model)
+        optimizer = sgd(wrapped)
+        train(wrapped, optimizer, STEPS, rank, processes)
+        found = whole(model)
+        decoded = answer(model, 2 + rank)  # one process takes longer than another
         if rank == 0 or is_divided(model):
-            model.save_pretrained(folder / f"{engine}.{processes}")
-        save_file(
-            {"answer": torch.as_tensor(row[0].tokens)},
-            folder / f"answer, {engine}.{processes}.{rank}.safetensors",
-        )
-        train(model, wrapped, rows, rank, processes)  # goes on
-    if processes > 1:
-        dist.destroy_process_group()
+            model.save_pretrained(place)
+        train(wrapped, optimizer, STEPS[:1], rank, processes)  # goes on
+        later = {f"later.{name}": tensor for name, tensor in whole(model).items()}
+        save_file({**found, **later, "answer": decoded}, folder / f"{towers}, {engine}.{rank}.safetensors")
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

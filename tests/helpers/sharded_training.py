@@ -1,4 +1,4 @@
-"""One of two processes that train a model divided between them: python sharded_training.py RANK FOLDER."""
+"""One of several processes that divide a model: python sharded_training.py RANK PROCESSES FOLDER."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def start() -> tuple[mt.FusedModel, torch.optim.Optimizer]:
     graph.add_link("speech", "text", interleave=(2, 1))
     model = graph.compile()
     if dist.is_initialized():
-        fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+        fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
     return model, torch.optim.AdamW(model.parameter_groups(lr=1e-2))
 
 
@@ -43,8 +43,8 @@ def whole(model: mt.FusedModel) -> dict[str, torch.Tensor]:
     }
 
 
-def main(rank: int, folder: Path) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+def main(rank: int, processes: int, folder: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=processes)
     model, optimizer = start()
     train(model, optimizer)
     save_training(folder / "run", model, optimizer, step=1)
@@ -64,4 +64,4 @@ def main(rank: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

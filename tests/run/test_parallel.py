@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import functools
 from pathlib import Path
 
 import pytest
@@ -13,54 +11,59 @@ from safetensors.torch import load_file
 
 import multitower as mt
 from models import causal_lm, pair, segment
-from parallel_training import ENGINES, ROWS
-from paths import ROOT
+from processes import together
 
-SCRIPT = ROOT / "tests" / "helpers" / "parallel_training.py"
-LIMIT = 120
+pytest.importorskip("transformers", reason="towers are of transformers")
+parallel = pytest.importorskip("parallel_training", reason="towers have adapters", exc_type=ImportError)
 
 
-def run(processes: int, folder: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    commands = [
-        [
-            sys.executable,
-            "-W",
-            "error::UserWarning:multitower",
-            str(SCRIPT),
-            str(rank),
-            str(processes),
-            str(folder),
-        ]
-        for rank in range(processes)
-    ]
-    children = [subprocess.Popen(command, env=environment) for command in commands]
-    try:
-        assert [child.wait(LIMIT) for child in children] == [0] * processes
-    finally:
-        for child in children:
-            child.kill()
+@functools.cache
+def alone(towers: str) -> dict[str, torch.Tensor]:
+    """Return the weights after the same steps, and some later ones, in this process alone."""
+    model = parallel.make(towers)
+    optimizer = parallel.sgd(model)
+    parallel.train(model, optimizer, parallel.STEPS)
+    found = parallel.whole(model)
+    decoded = parallel.answer(model, 5)
+    parallel.train(model, optimizer, parallel.STEPS[:1])
+    later = {f"later.{name}": tensor for name, tensor in parallel.whole(model).items()}
+    return {**found, **later, "answer": decoded}
+
+
+def compare(processes: int, case: tuple[str, str], folder: Path) -> None:
+    towers, engine = case
+    expected = alone(towers)
+    saved = mt.FusedModel.from_pretrained(folder / f"{towers}, {engine}").state_dict()
+    for rank in range(processes):
+        found = load_file(folder / f"{towers}, {engine}.{rank}.safetensors")
+        assert found.keys() == expected.keys()
+        answer = found.pop("answer").tolist()
+        assert answer == expected["answer"].tolist()[: len(answer)]
+        for name, tensor in found.items():
+            torch.testing.assert_close(
+                tensor, expected[name], rtol=1e-4, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
+            )
+        for name, tensor in saved.items():
+            assert torch.equal(tensor, found[name]), name
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip("transformers", reason="towers are of transformers")
-    folder = tmp_path_factory.mktemp("runs")
-    run(1, folder)
-    run(2, folder)
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("two")
+    together(parallel.__file__, 2, folder)
     return folder
 
 
-@pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("engine", ENGINES)
-def test_two_processes_train_as_one(rows: str, engine: str, weights: Path) -> None:
-    alone = load_file(weights / f"{rows}, alone.1.0.safetensors")
-    for rank in range(2):
-        found = load_file(weights / f"{rows}, {engine}.2.{rank}.safetensors")
-        for name, expected in alone.items():
-            torch.testing.assert_close(
-                found[name], expected, rtol=1e-4, atol=1e-5, msg=lambda text, n=name: n + text
-            )
+@pytest.mark.parametrize("case", parallel.CASES[2], ids=", ".join)
+def test_two_processes_train_decode_and_save_as_one(case: tuple[str, str], two: Path) -> None:
+    compare(2, case, two)
+
+
+@pytest.mark.slow
+def test_four_processes_train_decode_and_save_as_one(tmp_path: Path) -> None:
+    together(parallel.__file__, 4, tmp_path, limit=900)
+    for case in parallel.CASES[4]:
+        compare(4, case, tmp_path)
 
 
 @pytest.mark.parametrize("logits", [True, False])
@@ -74,15 +77,3 @@ def test_all_is_run_where_it_is_asked_for(logits: bool) -> None:
     trained = {name: each.grad for name, each in model.named_parameters() if each.requires_grad}
     assert all(gradient is not None for gradient in trained.values())
     assert not any(gradient.any() for name, gradient in trained.items() if name.startswith("links.text"))
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-def test_divided_models_decode_and_are_saved_as_whole_ones(engine: str, weights: Path) -> None:
-    alone = mt.FusedModel.from_pretrained(weights / "alone.1")
-    found = mt.FusedModel.from_pretrained(weights / f"{engine}.2").state_dict()
-    for name, expected in alone.state_dict().items():
-        torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-5)
-    expected = load_file(weights / "answer, alone.1.0.safetensors")["answer"]
-    for rank in range(2):
-        answer = load_file(weights / f"answer, {engine}.2.{rank}.safetensors")["answer"]
-        assert answer.tolist()[: len(expected)] == expected.tolist()[: len(answer)]

@@ -1,9 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +17,7 @@ from models import EXAMPLES, causal_lm, segment
 from multitower.testing import tiny_tower
 from multitower.train.optimizer_state import trained_state
 from multitower.train.resume import load_training, save_training
+from processes import together
 
 Run = tuple[mt.FusedModel, torch.optim.Optimizer, Any]
 
@@ -259,22 +257,13 @@ def test_plain_towers_are_given_anew(tmp_path: Path) -> None:
     assert_same(model, mt.FusedModel.from_training(tmp_path / "run", towers=made))
 
 
-def both(script: Any, folder: Path) -> list[int]:
-    command, path = [sys.executable, str(Path(script.__file__))], os.pathsep.join(sys.path)
-    processes = [
-        subprocess.Popen([*command, str(rank), str(folder)], env={**os.environ, "PYTHONPATH": path})
-        for rank in range(2)
-    ]
-    return [process.wait(timeout=300) for process in processes]
-
-
 def test_where_one_process_cannot_save_all_fail_at_once(tmp_path: Path) -> None:
-    assert both(failing_training, tmp_path) == [0, 0]
+    together(failing_training.__file__, 2, tmp_path)
 
 
 @pytest.mark.slow
 def test_a_model_divided_among_processes_is_saved_in_parts(tmp_path: Path) -> None:
-    assert both(sharded_training, tmp_path) == [0, 0]
+    together(sharded_training.__file__, 2, tmp_path)
     parts = sorted((tmp_path / "run").glob("*.safetensors"))
     assert len(parts) == 2
     model, optimizer = sharded_training.start()

@@ -1,0 +1,35 @@
+"""Processes that train together, each the same script with a rank of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+
+def environment(**more: str) -> Mapping[str, str]:
+    """What a process needs to import what this one can, on one thread."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", **more}
+
+
+def together(script: str, processes: int, folder: Path, limit: float = 300) -> None:
+    """Run a script as ``script RANK PROCESSES FOLDER``; where one fails, or time is up, all are ended."""
+    command = [sys.executable, "-W", "error::UserWarning:multitower", script]
+    children = [
+        subprocess.Popen([*command, str(rank), str(processes), str(folder)], env=environment())
+        for rank in range(processes)
+    ]
+    end = time.monotonic() + limit
+    try:
+        while any(child.poll() is None for child in children):
+            assert time.monotonic() < end, f"{script} took more than {limit} s on {processes} processes"
+            assert not any(child.returncode for child in children), [each.returncode for each in children]
+            time.sleep(0.1)
+        assert [child.returncode for child in children] == [0] * processes
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
