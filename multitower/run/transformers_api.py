@@ -45,6 +45,21 @@ class Familiar(nn.Module):
         share = 100 * trained / all_of_them
         print(f"trainable params: {trained:,} || all params: {all_of_them:,} || trainable%: {share:.4f}")
 
+    def tie_weights(self) -> None:
+        """Tie again what towers tie, as accelerate does after it has loaded a divided model."""
+        natives: list[Any] = [each.native for each in self._each_tower()]
+        for native in natives:
+            if hasattr(native, "tie_weights"):
+                native.tie_weights()
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """Name the classes of layers of which accelerate makes units."""
+        classes = {type(module).__name__ for module in self.modules()}
+        natives = [each.native for each in self._each_tower()]
+        named = {name for each in natives for name in getattr(each, "_no_split_modules", None) or ()}
+        return sorted(named & classes)
+
     @property
     def is_activation_checkpointing(self) -> bool:
         """Whether some tower computes layers anew in the backward pass."""

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .divided import values_at
+
 SAMPLE = 64
 """How many values a sample takes at the begin, in the middle and at the end of a tensor."""
 
@@ -21,16 +23,17 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     >>> one == same, one == other
     (True, False)
     """
-    return _digest(tensors, lambda flat: [flat])
+    return _digest(tensors, lambda tensor: [tensor.reshape(-1)])
 
 
 def sampled_fingerprint(tensors: Mapping[str, Tensor]) -> str:
     """Return a quick digest of tensors: names, shapes, dtypes, and three runs of up to 64 values of each.
 
     It tells other weights from the same, at the cost of a few pages of each tensor; a single value that has
-    changed it may miss.
+    changed it may miss. Of a tensor that FSDP2 has divided over processes it is that of the whole; all of
+    them then call this together, and send each other the sample alone.
     """
-    return _digest(tensors, _sample)
+    return _digest(tensors, lambda tensor: [_sample(tensor)])
 
 
 def plain_parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -58,11 +61,16 @@ def _digest(tensors: Mapping[str, Tensor], pieces: Any) -> str:
     digest = hashlib.sha256()
     for name, tensor in (part for entry in sorted(tensors.items()) for part in plain_parts(*entry)):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
-        for piece in pieces(tensor.detach().reshape(-1)):
+        for piece in pieces(tensor.detach()):
             digest.update(piece.cpu().contiguous().view(torch.uint8).numpy())
     return f"sha256:{digest.hexdigest()}"
 
 
-def _sample(flat: Tensor) -> list[Tensor]:
-    middle = len(flat) // 2
-    return [torch.cat([flat[:SAMPLE], flat[middle : middle + SAMPLE], flat[-SAMPLE:]])]
+def _sample(tensor: Tensor) -> Tensor:
+    size = tensor.numel()
+    middle = size // 2
+    if hasattr(tensor, "full_tensor"):
+        runs = ((0, SAMPLE), (middle, middle + SAMPLE), (max(0, size - SAMPLE), size))
+        return values_at(tensor, torch.cat([torch.arange(begin, min(end, size)) for begin, end in runs]))
+    flat = tensor.reshape(-1)
+    return torch.cat([flat[:SAMPLE], flat[middle : middle + SAMPLE], flat[-SAMPLE:]])

@@ -56,7 +56,7 @@ def frozen_fingerprints(model: Fusion) -> dict[str, str]:
     for name in model.towers:
         state = model.tower(name).state_dict(keep_vars=True)
         frozen = {
-            key: getattr(tensor, "full_tensor", tensor.detach)().detach()  # a DTensor's of all processes
+            key: tensor.detach()
             for key, tensor in state.items()
             if id(tensor) not in trained and tensor.device.type != "meta"
         }

@@ -17,12 +17,15 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
 import multitower as mt
 from models import causal_lm, segment
 from multitower.run.gathered import is_divided
+from multitower.storage.fingerprint import sampled_fingerprint
 from multitower.train.shard import shard
+from processes import join
 
 LR = 0.1
 PROMPTS = [[segment("speech", 5, 6, 7)]]
@@ -86,6 +89,20 @@ def within_halves(model: mt.FusedModel) -> nn.Module:
     return shard(model, init_device_mesh("cpu", sizes, mesh_dim_names=("replicate", "shard")))
 
 
+def with_accelerate(model: mt.FusedModel) -> nn.Module:
+    """Have accelerate divide it as its launcher asks it to: each process takes the weights of the first."""
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from accelerate.utils import DistributedType
+
+    accelerator = Accelerator(cpu=True)
+    accelerator.state.distributed_type = DistributedType.FSDP  # which it does not offer on the CPU
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, cpu_ram_efficient_loading=True, auto_wrap_policy="transformer_based_wrap"
+    )
+    wrapped, _ = accelerator.prepare(model, sgd(model))
+    return wrapped
+
+
 Case = tuple[str, str]
 ENGINES: dict[str, Callable[[mt.FusedModel], nn.Module]] = {
     "ddp": with_ddp,
@@ -94,13 +111,17 @@ ENGINES: dict[str, Callable[[mt.FusedModel], nn.Module]] = {
     "root": with_whole_frozen,
     "replicate": with_replicated_frozen,
     "hybrid": within_halves,
+    "accelerate": with_accelerate,
 }
 CASES: dict[int, list[Case]] = {
     2: [
         *(("frozen", engine) for engine in ("ddp", "fsdp", "per_layer", "root", "replicate")),
         *(("shared", engine) for engine in ("ddp", "fsdp", "per_layer")),
     ],
-    4: [("frozen", "ddp"), ("frozen", "replicate"), ("shared", "per_layer"), ("shared", "hybrid")],
+    4: [
+        *(("frozen", engine) for engine in ("ddp", "replicate", "accelerate")),
+        *(("shared", engine) for engine in ("per_layer", "hybrid")),
+    ],
 }
 """Which towers are trained by which engines, by how many processes there are."""
 
@@ -147,14 +168,16 @@ def answer(model: mt.FusedModel, tokens: int) -> torch.Tensor:
 
 
 def main(rank: int, processes: int, folder: Path) -> None:
-    where = f"file://{folder}/meet"
-    dist.init_process_group("gloo", init_method=where, rank=rank, world_size=processes)
+    join(rank, processes, folder)
     for towers, engine in CASES[processes]:
         model, place = make(towers), folder / f"{towers}, {engine}"
         wrapped = ENGINES[engine](model)
         optimizer = sgd(wrapped)
         train(wrapped, optimizer, STEPS, rank, processes)
         found = whole(model)
+        with CommDebugMode() as sent:
+            assert sampled_fingerprint(model.state_dict()) == sampled_fingerprint(found)
+        assert not any("gather" in str(each) for each in sent.get_comm_counts())
         decoded = answer(model, 2 + rank)  # one process takes longer than another
         if rank == 0 or is_divided(model):
             model.save_pretrained(place)

@@ -9,10 +9,22 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch.distributed as dist
+
 
 def environment(**more: str) -> Mapping[str, str]:
     """What a process needs to import what this one can, on one thread."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", **more}
+
+
+def join(rank: int, processes: int, folder: Path) -> None:
+    """Join the others over gloo, in an environment as torchrun's, by which accelerate goes."""
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+    os.environ.update({name: str(number) for name, number in numbers.items()})
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet{processes}", rank=rank, world_size=processes
+    )
 
 
 def together(script: str, processes: int, folder: Path, limit: float = 300) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -15,6 +16,7 @@ from torch.distributed.tensor import DTensor
 import multitower as mt
 from models import EXAMPLES, causal_lm
 from multitower.train.resume import load_training, save_training
+from processes import join
 
 
 def start() -> tuple[mt.FusedModel, torch.optim.Optimizer]:
@@ -44,23 +46,51 @@ def whole(model: mt.FusedModel) -> dict[str, torch.Tensor]:
 
 
 def main(rank: int, processes: int, folder: Path) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=processes)
+    join(rank, processes, folder)
+    if (folder / "run").exists():
+        check(folder)
+    else:
+        train_and_save(rank, folder)
+    dist.destroy_process_group()
+
+
+def check(folder: Path) -> None:
+    """Load what other processes, or more or fewer of them, have saved."""
+    expected = load_file(folder / "saved.safetensors")
+    model, optimizer = start()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="the checkpoint has no random")
+        assert load_training(folder / "run", model, optimizer) == 1
+    same(whole(model), expected)
+    train(model, optimizer)
+    torch.testing.assert_close(whole(model), load_file(folder / "after.safetensors"))
+    fused = mt.FusedModel.from_pretrained(folder / "fused")
+    same(whole(fused), expected)
+
+
+def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+def train_and_save(rank: int, folder: Path) -> None:
     model, optimizer = start()
     train(model, optimizer)
     save_training(folder / "run", model, optimizer, step=1)
     save_training(folder / "run", model, optimizer, step=1)
+    model.save_pretrained(folder / "fused")
     saved = whole(model)
     train(model, optimizer)
     again, fresh = start()
     assert load_training(folder / "run", again, fresh) == 1
     train(again, fresh)
-    found, last = whole(again), whole(model)
-    for name, expected in last.items():
-        assert torch.equal(found[name], expected), name
+    last = whole(model)
+    same(whole(again), last)
     if rank == 0:
         save_file(saved, folder / "saved.safetensors")
         save_file(last, folder / "after.safetensors")
-    dist.destroy_process_group()
+    dist.barrier()
 
 
 if __name__ == "__main__":

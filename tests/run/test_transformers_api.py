@@ -219,3 +219,12 @@ except TypeError:
 """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert run.stdout == "[]\n"
+
+
+def test_what_accelerate_unties_is_tied_again() -> None:
+    tied = causal_lm("llama", config={"tie_word_embeddings": True})
+    model = pair(tied, causal_lm("gpt2", width=12, depth=4, vocab_size=14))
+    assert model._no_split_modules == ["GPT2Block", "LlamaDecoderLayer"]
+    tied.lm_head.weight = torch.nn.Parameter(tied.lm_head.weight.clone())
+    model.tie_weights()
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
