@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice, takewhile
@@ -20,6 +21,8 @@ from ..checkpoint.save import save_pretrained
 from ..generate.generate import generate
 from ..plugins.modality import Modality
 from ..run.fusion import Fusion
+from ..run.gathered import is_divided
+from ..run.parallel import all_or_none
 from .columns import Collator, as_example
 
 transformers: Any = require("transformers", "train")
@@ -73,7 +76,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]  # known only when it
     Raises:
         TypeError: The model is no ``FusedModel``.
         ValueError: ``args`` ask for NEFTune or label smoothing, which know models of one vocabulary alone; or
-            there is to be noise for a tower that the model has not.
+            FSDP divides the model, or there is to be noise for a tower that the model has not.
     """
 
     loss_is_scaled_for_ga = True
@@ -98,8 +101,17 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]  # known only when it
         for name in ("neftune_noise_alpha", "label_smoothing_factor"):
             if getattr(args, name, None):
                 raise ValueError(f"{name} is for models of one vocabulary; leave it out of the arguments")
+        asked = getattr(args, "fsdp", None) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+        if asked or is_divided(model):
+            raise ValueError(
+                "this Trainer trains models that are whole on each process; divide the model by "
+                "multitower.train.shard and train it in a loop of your own, with save_training and "
+                "load_training (docs/training.md, On several GPUs)"
+            )
         if getattr(args, "remove_unused_columns", False):
             args.remove_unused_columns = False  # rows hold segments, which no argument of forward is called
+        if getattr(args, "ddp_find_unused_parameters", False) is None:
+            args.ddp_find_unused_parameters = False  # a training step leaves none unused
         self.rates, self.modalities = dict(rates or {}), dict(modalities or {})
         self.history_noise, self.source_noise = dict(history_noise or {}), dict(source_noise or {})
         for name in (*self.history_noise, *self.source_noise):
@@ -215,6 +227,8 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]  # known only when it
 
     def _note(self, streams: Streams, losses: Mapping[str, Tensor], counts: Counts) -> None:
         for name, loss in losses.items():
+            if "labels" not in streams.get(name, {}):
+                continue  # run for the sake of other processes
             seen = self._seen.setdefault(name, {"sum": torch.zeros(()), "tokens": torch.zeros(())})
             here = (streams[name]["labels"][:, 1:] != IGNORE).sum()
             seen["sum"] = seen["sum"].to(loss.device) + loss.detach() * counts[name]
@@ -250,6 +264,15 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]  # known only when it
         found = gather_object(found)
         prompts, decoded, originals = (list(each) for each in zip(*found, strict=True))
         return prompts, decoded, originals
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save a fused checkpoint; where the first process cannot, all fail with its error."""
+        all_or_none(lambda: super(Trainer, self).save_model(output_dir, _internal_call=True))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        all_or_none(lambda: super(Trainer, self)._save_checkpoint(model, trial))
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Save a fused checkpoint into a folder that may hold what else belongs to the run."""

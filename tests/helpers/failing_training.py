@@ -6,6 +6,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -13,14 +14,22 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import multitower as mt
+from models import segment
 from multitower.storage import atomic
 from multitower.testing import tiny_model
+from multitower.train import Trainer
 from multitower.train.resume import load_training, save_training
+from multitower.train.shard import shard
+from processes import join
 
-STEPS = (
+EXAMPLES = [[segment("speech", 5), segment("text", 3, target=True)], [segment("text", 9, target=True)]]
+
+TRAINING = (
     (0, tempfile, "mkdtemp"),
     (0, Path, "write_text"),
     (1, HuggingFaceStorageWriter, "write_data"),
@@ -28,6 +37,20 @@ STEPS = (
     (0, Path, "rename"),
 )
 """Which process fails, and in what."""
+FUSED = ((0, tempfile, "mkdtemp"), (0, Path, "write_text"), (0, Path, "rename"))
+
+
+def trainer(folder: Path, model: mt.FusedModel) -> Trainer:
+    arguments = transformers.TrainingArguments(
+        str(folder),
+        max_steps=2,
+        save_steps=1,
+        per_device_train_batch_size=1,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    return Trainer(model, arguments, train_dataset=EXAMPLES * 2)
 
 
 @contextmanager
@@ -40,10 +63,10 @@ def failing(fails: bool, owner: Any, step: str) -> Iterator[None]:
 
 
 def main(rank: int, processes: int, folder: Path) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=processes)
+    join(rank, processes, folder)
     model = tiny_model()
     optimizer = torch.optim.AdamW(model.parameter_groups(lr=1e-2))
-    for who, owner, step in STEPS:
+    for who, owner, step in TRAINING:
         with (
             failing(rank == who, owner, step),
             pytest.raises(mt.errors.CheckpointError, match="No space left on device"),
@@ -52,6 +75,21 @@ def main(rank: int, processes: int, folder: Path) -> None:
         dist.barrier()
         assert not list(folder.glob("*run*")), step
         dist.barrier()
+    divided = shard(tiny_model(), init_device_mesh("cpu", (processes,)))
+    for who, owner, step in FUSED:
+        with (
+            failing(rank == who, owner, step),
+            pytest.raises(mt.errors.CheckpointError, match="No space left on device"),
+        ):
+            divided.save_pretrained(folder / "run")
+        dist.barrier()
+        assert not list(folder.glob("*run*")), step
+        dist.barrier()
+    for owner, step in ((tempfile, "mkdtemp"), (torch, "save")):
+        run = trainer(folder / "trained", tiny_model())
+        assert run.args.should_save == (rank == 0)
+        with failing(rank == 0, owner, step), pytest.raises(OSError, match="No space left on device"):
+            run.train()
     if rank == 0:
         (folder / "thesis").mkdir()
         (folder / "thesis/chapter").touch()
@@ -60,7 +98,22 @@ def main(rank: int, processes: int, folder: Path) -> None:
         save_training(folder / "thesis", model, optimizer)
     save_training(folder / "run", model, optimizer, step=3)
     assert load_training(folder / "run", tiny_model()) == 3
+    while_others_evaluate(rank, processes)
     dist.destroy_process_group()
+
+
+def while_others_evaluate(rank: int, processes: int) -> None:
+    """What one process does alone ends with an error when its group has waited long enough."""
+    group = dist.new_group(timeout=timedelta(seconds=5))
+    assert isinstance(group, dist.ProcessGroup)
+    model = shard(tiny_model(), DeviceMesh.from_group(group, "cpu"))
+    batch = mt.collate(EXAMPLES)
+    with torch.no_grad():
+        model.eval()(**batch)
+    if rank == 0:
+        with pytest.raises(RuntimeError, match=r"(?i)timed out|closed"):
+            model.train()(**batch).loss.backward()
+    dist.barrier()
 
 
 if __name__ == "__main__":

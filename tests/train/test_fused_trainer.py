@@ -239,6 +239,16 @@ def test_what_knows_one_vocabulary_alone_is_refused(tmp_path: Path, option: dict
         trainer(tmp_path, make(), **option)
 
 
+def test_divided_models_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("multitower.train.trainer.is_divided", lambda model: True)
+    with pytest.raises(ValueError, match=r"divide the model by multitower\.train\.shard"):
+        trainer(tmp_path, make())
+    monkeypatch.undo()
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # as its launcher does, also where it goes on by DDP
+    with pytest.raises(ValueError, match=r"whole on each process"):
+        trainer(tmp_path, make())
+
+
 def test_other_models_are_refused() -> None:
     with pytest.raises(TypeError, match="takes a FusedModel, not a LlamaForCausalLM"):
         Trainer(causal_lm("llama"))
