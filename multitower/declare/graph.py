@@ -13,6 +13,7 @@ from torch import nn
 
 from ..errors import GraphError
 from ..storage.find import as_declared
+from .mermaid import flowchart
 from .peft_config import is_peft_config, plain_config
 from .spec import LinkSpec, TowerSpec
 
@@ -248,20 +249,18 @@ class FusionGraph:
         >>> for name in ("speech", "text"):
         ...     graph.add_tower(name, "path/to/decoder")
         >>> graph.add_link("speech", "text", interleave=(1, 2))
-        >>> print(graph.to_mermaid())
+        >>> print(graph.to_mermaid())                                   # doctest: +ELLIPSIS
         flowchart LR
-            t0["speech (frozen)"]
-            t1["text (frozen)"]
-            t0 -->|"interleave (1, 2)"| t1
+            t0["speech<br/>frozen"]:::frozen
+            t1["text<br/>frozen"]:::frozen
+            t0 -- "speech-#gt;text<br/>interleave (1, 2)" --> t1
+        ...
         """
         words = {"none": "frozen", "all": "trained", "lora": "adapters trained"}
-        ids = {name: f"t{place}" for place, name in enumerate(self._towers)}
-        lines = [f'    {ids[name]}["{name} ({words[each.train]})"]' for name, each in self._towers.items()]
-        lines += [
-            f'    {ids[each.source]} -->|"{_crossing(each)}"| {ids[each.target]}'
-            for each in self._links.values()
-        ]
-        return "\n".join(["flowchart LR", *lines])
+        return flowchart(
+            {name: (each, [words[each.train]]) for name, each in self._towers.items()},
+            [(each, [_crossing(each)]) for each in self._links.values()],
+        )
 
     def _repr_mimebundle_(self, **_: object) -> dict[str, str]:
         return {"text/plain": repr(self), "text/vnd.mermaid": self.to_mermaid()}

@@ -12,6 +12,7 @@ from ..base.extras import require
 from ..checkpoint.origins import is_to_be_stored
 from ..compile.schedule import Tap
 from ..compile.towers import shared_with
+from ..declare.mermaid import flowchart
 from ..plugins.entry_points import describe
 from ..plugins.modality import Modality
 from ..run.fusion import Fusion
@@ -96,18 +97,13 @@ def is_generated(card: str) -> bool:
 
 def mermaid(model: Fusion) -> str:
     """Draw towers and links as a Mermaid flowchart."""
-    places = {name: f"t{number}" for number, name in enumerate(model.graph.towers)}
-    lines = ["flowchart LR"]
-    for name, tower in model.graph.towers.items():
-        depth, width = model.tower(name).depth, model.tower(name).width
-        label = _label(name, f"{depth} layers of width {width}", _training(model, name))
-        lines.append(f"    {places[name]}[{label}]:::{'frozen' if tower.train == 'none' else 'trained'}")
-    for name, link in model.graph.links.items():
-        label = _label(name, f"layers {_taps(model, name)}")
-        lines.append(f"    {places[link.source]} -- {label} --> {places[link.target]}")
-    lines.append("    classDef trained fill:#fde9c8,stroke:#c98a1b,color:#222")
-    lines.append("    classDef frozen fill:#e4eaf1,stroke:#7d8ea3,color:#222")
-    return "\n".join(lines)
+    towers = {
+        name: (spec, [f"{tower.depth} layers of width {tower.width}", _training(model, name)])
+        for name, spec in model.graph.towers.items()
+        for tower in [model.tower(name)]
+    }
+    links = [(link, [f"layers {_taps(model, name)}"]) for name, link in model.graph.links.items()]
+    return flowchart(towers, links)
 
 
 def _metadata(model: Fusion, license: str | None) -> str:  # noqa: A002  # what the Hub calls it
@@ -268,12 +264,6 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 def _text(words: str) -> str:
     """Keep what others wrote from being taken for Markdown or HTML."""
     return re.sub(r"([\\`*_<>\[\]|])", r"\\\1", " ".join(words.split()))
-
-
-def _label(*lines: str) -> str:
-    """Quote a label of Mermaid, in which signs stand as names between # and ;."""
-    signs = {"#": "#35;", '"': "#quot;", "<": "#lt;", ">": "#gt;", "&": "#amp;"}
-    return '"' + "<br/>".join("".join(signs.get(sign, sign) for sign in line) for line in lines) + '"'
 
 
 def _marked(body: str) -> str:

@@ -11,7 +11,8 @@ import pytest
 import multitower as mt
 from letters import Letters
 from models import causal_lm, pair
-from multitower.hub.card import _label, is_generated, mermaid, model_card
+from multitower.declare.mermaid import label
+from multitower.hub.card import is_generated, mermaid, model_card
 from multitower.testing import tiny_model, tiny_tower
 from multitower_text import TextModality
 
@@ -69,7 +70,7 @@ def test_words_that_mermaid_keeps_for_itself_are_only_labels() -> None:
     assert lines[3] == (
         '    t0 -- "subgraph-#gt;end<br/>layers 1 to 1, 2 to 2, 3 to 3, ..., 12 to 12" --> t1'
     )
-    assert _label('a"b', "<c>&#") == '"a#quot;b<br/>#lt;c#gt;#amp;#35;"'
+    assert label('a"b', "<c>&#") == '"a#quot;b<br/>#lt;c#gt;#amp;#35;"'
 
 
 def test_what_others_wrote_does_not_become_markup() -> None:
