@@ -33,6 +33,8 @@ def model_card(
     modalities: Mapping[str, Modality] | None = None,
     license: str | None = None,  # noqa: A002  # what the Hub calls it
     tower_licenses: Mapping[str, str] | None = None,
+    training: Mapping[str, object] | None = None,
+    scores: Mapping[str, float] | None = None,
 ) -> str:
     """Describe a fused model as the Hub expects it: metadata, a picture, its towers and links, how to load.
 
@@ -61,6 +63,8 @@ def model_card(
         modalities: The modalities that the checkpoint holds, by tower.
         license: The licence of the fused model; nothing is said of it unless it is given.
         tower_licenses: The licences of the towers, by tower, where they are known.
+        training: How it was trained: settings by name.
+        scores: What it scores on held-out data, by name.
 
     Returns:
         Markdown with YAML metadata. Its last line tells whether it was edited since; see ``is_generated``.
@@ -79,6 +83,12 @@ def model_card(
         parts += ["## Links", "At each tap the target reads the source, layer to layer.", _links(model)]
     if modalities:
         parts += ["## Modalities", _modalities(modalities)]
+    if training:
+        rows = [(_text(name), _text(str(value))) for name, value in training.items()]
+        parts += ["## Training", _table(["setting", "value"], rows)]
+    if scores:
+        rows = [(f"`{name}`", f"{value:.4g}") for name, value in scores.items()]
+        parts += ["## Scores", "On held-out data.", _table(["measure", "value"], rows)]
     parts += ["## Load it", _how_to_load(model, repo_id, embed_towers, modalities)]
     return _marked("\n\n".join(parts) + "\n")
 

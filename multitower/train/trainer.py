@@ -19,6 +19,7 @@ from ..batch.count import count_targets
 from ..checkpoint.refill import load_weights
 from ..checkpoint.save import save_pretrained
 from ..generate.generate import generate
+from ..hub.card import model_card
 from ..plugins.modality import Modality
 from ..run.fusion import Fusion
 from ..run.gathered import is_divided
@@ -289,8 +290,39 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]  # known only when it
                 path.replace(target)
         torch.save(self.args, folder / ARGUMENTS)
 
+    def create_model_card(self, model_name: str | None = None, license: str | None = None) -> None:  # noqa: A002
+        """Write a model card, ``README.md``, that says how the model was trained and what it scores."""
+        if not self.is_world_process_zero():
+            return
+        args, name = self.args, model_name or Path(self.args.output_dir).name
+        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        training = {
+            "steps": self.state.global_step,
+            "examples in a step": batch,
+            "optimizer": str(getattr(args.optim, "value", args.optim)),
+            "learning rate": args.learning_rate,
+            **{f"learning rate of {part}": rate for part, rate in self.rates.items()},
+            "schedule": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
+            **{f"noise in the past of {tower}": rate for tower, rate in self.history_noise.items()},
+            **{f"noise in what is read of {tower}": rate for tower, rate in self.source_noise.items()},
+            "seed": args.seed,
+        }
+        evaluations = [log for log in self.state.log_history if "eval_loss" in log]
+        measures = dict(evaluations[-1]) if evaluations else {}
+        scores = {
+            key: value for key, value in measures.items() if key.startswith("eval_") and not _is_time(key)
+        }
+        card = model_card(
+            self._fused(), name, modalities=self.modalities, license=license, training=training, scores=scores
+        )
+        Path(args.output_dir, "README.md").write_text(card, encoding="utf-8")
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_weights(self._fused(), resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         load_weights(self._fused(), self.state.best_model_checkpoint)
+
+
+def _is_time(measure: str) -> bool:
+    return measure.endswith(("_runtime", "_per_second", "_preparation_time"))

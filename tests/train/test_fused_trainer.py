@@ -274,3 +274,21 @@ def test_noise_is_for_training_alone(kind: str, tmp_path: Path) -> None:
     assert one != other
     with pytest.raises(ValueError, match="noise for tower 'smell': the towers are speech, text"):
         trainer(tmp_path, make(), **{kind: {"smell": 0.1}})
+
+
+def test_a_model_card_says_how_it_was_trained(tmp_path: Path) -> None:
+    pytest.importorskip("huggingface_hub", reason="cards are the Hub's")
+    each = trainer(tmp_path, make(), history_noise={"text": 0.25}, rates={"towers": {"speech": 1e-3}})
+    each.train()
+    loss = each.evaluate()["eval_loss"]
+    each.create_model_card(license="apache-2.0")
+    card = (tmp_path / "README.md").read_text()
+    for expected in (
+        "license: apache-2.0",
+        "| steps | 4 |",
+        "| examples in a step | 2 |",
+        "| noise in the past of text | 0.25 |",
+        f"| `eval_loss` | {loss:.4g} |",
+    ):
+        assert expected in card, card
+    assert "runtime" not in card
