@@ -59,7 +59,12 @@ def examples(names: list[str]) -> list[list[mt.Segment]]:
     return [forth, [*back, *forth[:1]]]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+LARGE = ("sixteen in a ring", "sixteen, complete")
+
+
+@pytest.mark.parametrize(
+    "shape", [pytest.param(each, marks=pytest.mark.slow) if each in LARGE else each for each in SHAPES]
+)
 def test_every_shape_lives_its_life(shape: str, tmp_path: Path) -> None:
     model = declare(shape).compile().eval()
     names = list(model.towers)

@@ -70,8 +70,13 @@ def nothing_is_compiled_before_and_something_after() -> Iterator[None]:
     [
         (1, {}, {}),
         (3, {}, {"position": "rotary"}),
-        (1, {}, {"window": 4}),
-        (2, {"do_sample": True, "num_return_sequences": 3}, {"position": "rotary"}),
+        pytest.param(1, {}, {"window": 4}, marks=pytest.mark.slow),
+        pytest.param(
+            2,
+            {"do_sample": True, "num_return_sequences": 3},
+            {"position": "rotary"},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_later_calls_compile_nothing_and_read_their_own_source(

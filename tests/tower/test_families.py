@@ -31,7 +31,7 @@ REPRESENTATIVE = {
 """Families of unlike structure, and what each stands for."""
 
 REPRESENTATIVE = {key: value for key, value in REPRESENTATIVE.items() if key in families()}
-QUICK = ("llama", "gemma3")
+QUICK = ("llama",)
 COMPILED = [
     name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
     for name in REPRESENTATIVE

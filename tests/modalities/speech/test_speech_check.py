@@ -29,7 +29,12 @@ SPEECH = {
 }
 
 
-@pytest.mark.parametrize("kind", SPEECH)
+QUICK = ("units", "encodec")
+
+
+@pytest.mark.parametrize(
+    "kind", [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in SPEECH]
+)
 def test_every_promise_is_kept(kind, tmp_path):
     clip, file = melody(3, 0.5), io.BytesIO()
     soundfile.write(file, clip, 16_000, format="WAV")
