@@ -77,7 +77,8 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]  # known only when it
     Raises:
         TypeError: The model is no ``FusedModel``.
         ValueError: ``args`` ask for NEFTune or label smoothing, which know models of one vocabulary alone; or
-            FSDP divides the model, or there is to be noise for a tower that the model has not.
+            FSDP divides the model, one process has several GPUs, or there is to be noise for a tower that the
+            model has not.
     """
 
     loss_is_scaled_for_ga = True
@@ -102,6 +103,12 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]  # known only when it
         for name in ("neftune_noise_alpha", "label_smoothing_factor"):
             if getattr(args, name, None):
                 raise ValueError(f"{name} is for models of one vocabulary; leave it out of the arguments")
+        if args is not None and args.n_gpu > 1:
+            raise ValueError(
+                f"one process sees {args.n_gpu} GPUs, over which transformers would copy the model at each "
+                f"step; launch one for each, torchrun --nproc-per-node {args.n_gpu} ..., or let it see one "
+                "(CUDA_VISIBLE_DEVICES=0)"
+            )
         asked = getattr(args, "fsdp", None) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
         if asked or is_divided(model):
             raise ValueError(

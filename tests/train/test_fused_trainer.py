@@ -292,3 +292,11 @@ def test_a_model_card_says_how_it_was_trained(tmp_path: Path) -> None:
     ):
         assert expected in card, card
     assert "runtime" not in card
+
+
+def test_one_process_does_not_drive_several_gpus(tmp_path: Path) -> None:
+    settings = arguments(tmp_path)
+    assert settings.n_gpu <= 1
+    settings._n_gpu = 2
+    with pytest.raises(ValueError, match="torchrun --nproc-per-node 2"):
+        Trainer(make(), settings, train_dataset=EXAMPLES)
