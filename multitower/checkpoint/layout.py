@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..declare.graph import FusionGraph
+from ..errors import CheckpointError
 from ..run.fusion import Fusion
 from ..tower import Tower, TransformersTower
 from ..tower.peft_tower import is_peft_model
@@ -22,6 +23,21 @@ def adapter_folder(name: str) -> str:
 def fusion_state(model: Fusion) -> dict[str, Tensor]:
     """Return what belongs to no tower: links and input adapters."""
     return {key: value for key, value in model.state_dict().items() if not key.startswith("towers.")}
+
+
+def check_names(model: Fusion) -> None:
+    """Refuse a model in which layers stand under other names, by which no checkpoint could be loaded.
+
+    Raises:
+        CheckpointError: A module was replaced by what ``torch.compile`` gave for it.
+    """
+    for name in model.state_dict():
+        if "._orig_mod." in name:
+            module = name.partition("._orig_mod.")[0]
+            raise CheckpointError(
+                f"{module} was replaced by torch.compile(module), which renames its tensors; compile it in "
+                "place, module.compile(), or the fused model as a whole"
+            )
 
 
 def whole(tower: Tower) -> nn.Module:

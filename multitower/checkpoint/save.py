@@ -29,7 +29,7 @@ from ..tower.peft_tower import base_model, base_state, is_peft_model
 from ..tower.weights import can_be_stored, is_offloaded, quantisation_of
 from .adapters import save_adapters
 from .assign import ties
-from .layout import ADAPTER, LINKS, MAX_SHARD_SIZE, TOWERS, WEIGHTS, fusion_state, whole
+from .layout import ADAPTER, LINKS, MAX_SHARD_SIZE, TOWERS, WEIGHTS, check_names, fusion_state, whole
 from .manifest import Records, parts_of
 from .modalities import check_modalities, keep_modalities, write_modalities
 from .origins import is_to_be_stored
@@ -75,11 +75,12 @@ def save_pretrained(
 
     Raises:
         CheckpointError: The folder holds other things than a checkpoint, or adapters are merged, or the disk
-            is full or may not be written to.
+            is full or may not be written to; or a layer was replaced by ``torch.compile(layer)``.
         ValueError: A modality is given for no tower, or has more ids than its tower; or the size is none.
         TypeError: What is given as modality is none.
     """
     modalities = modalities or {}
+    check_names(model)
     check_modalities(model, modalities)
     limit = size_in_bytes(max_shard_size)
     target = Path(folder).absolute()

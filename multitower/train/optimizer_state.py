@@ -91,7 +91,7 @@ def expected_tensors(model: Fusion, listed: Mapping[str, Any]) -> dict[str, Tens
         model: The model.
         listed: Shape and dtype of each tensor of a checkpoint, as ``described`` gives them.
     """
-    parameters, room = dict(model.named_parameters()), {}
+    parameters, room = {name: each for each, name in _names(model).items()}, {}
     for name, (shape, dtype) in listed.items():
         kind, _, rest = name.partition(".")
         if kind == "optimizer":
@@ -131,7 +131,7 @@ def trained_names(model: Fusion, optimizer: Optimizer) -> list[str]:
     Raises:
         ValueError: The optimizer trains a parameter that is not the model's.
     """
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    names = _names(model)
     trained: list[Tensor] = [each for group in optimizer.param_groups for each in group["params"]]
     for parameter in trained:
         if parameter not in names:
@@ -140,6 +140,12 @@ def trained_names(model: Fusion, optimizer: Optimizer) -> list[str]:
                 "model's; was it made for another model?"
             )
     return [names[parameter] for parameter in trained]
+
+
+def _names(model: Fusion) -> dict[Tensor, str]:
+    """Name parameters as ``state_dict`` does, which leaves out that a layer is checkpointed."""
+    named = model.named_parameters()
+    return {parameter: name.replace("_checkpoint_wrapped_module.", "") for name, parameter in named}
 
 
 def described(tensor: Tensor) -> list[Any]:

@@ -24,6 +24,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from ..checkpoint.layout import check_names
 from ..compile.towers import load_towers
 from ..declare.graph import FusionGraph, redeclared
 from ..errors import CheckpointError
@@ -85,11 +86,13 @@ def save_training(
 
     Raises:
         CheckpointError: The folder holds other things or cannot be written to; or the optimizer or scheduler
-            keeps something else than tensors and plain data.
+            keeps something else than tensors and plain data; or a layer was replaced by
+            ``torch.compile(layer)``.
         ValueError: The optimizer trains a parameter that is not the model's.
         ImportError: This torch cannot write distributed checkpoints as safetensors.
     """
     target = Path(folder).absolute()
+    check_names(model)
     on_first(lambda: _check_free(target))
     tensors, settings = optimizer_state(model, optimizer)
     tensors |= {f"model.{name}": tensor.detach() for name, tensor in trained_state(model).items()}

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -103,6 +104,23 @@ def with_accelerate(model: mt.FusedModel) -> nn.Module:
     return wrapped
 
 
+def checkpointed(model: mt.FusedModel) -> nn.Module:
+    model.gradient_checkpointing_enable()
+    return with_layers(model)
+
+
+def with_wrapped_layers(model: mt.FusedModel) -> nn.Module:
+    apply_activation_checkpointing(model, check_fn=lambda each: type(each).__name__ == "LlamaDecoderLayer")
+    return with_layers(model)
+
+
+def compiled(model: mt.FusedModel) -> nn.Module:
+    for module in model.modules():
+        if type(module).__name__ == "LlamaDecoderLayer":
+            module.compile(backend="aot_eager")
+    return with_layers(model)
+
+
 Case = tuple[str, str]
 ENGINES: dict[str, Callable[[mt.FusedModel], nn.Module]] = {
     "ddp": with_ddp,
@@ -112,6 +130,9 @@ ENGINES: dict[str, Callable[[mt.FusedModel], nn.Module]] = {
     "replicate": with_replicated_frozen,
     "hybrid": within_halves,
     "accelerate": with_accelerate,
+    "checkpointed": checkpointed,
+    "wrapped": with_wrapped_layers,
+    "compiled": compiled,
 }
 CASES: dict[int, list[Case]] = {
     2: [
@@ -120,6 +141,7 @@ CASES: dict[int, list[Case]] = {
     ],
     4: [
         *(("frozen", engine) for engine in ("ddp", "replicate", "accelerate")),
+        *(("frozen", engine) for engine in ("checkpointed", "wrapped", "compiled")),
         *(("shared", engine) for engine in ("per_layer", "hybrid")),
     ],
 }

@@ -61,7 +61,7 @@ def test_two_processes_train_decode_and_save_as_one(case: tuple[str, str], two: 
 
 @pytest.mark.slow
 def test_four_processes_train_decode_and_save_as_one(tmp_path: Path) -> None:
-    together(parallel.__file__, 4, tmp_path, limit=900)
+    together(parallel.__file__, 4, tmp_path, limit=1800)
     for case in parallel.CASES[4]:
         compare(4, case, tmp_path)
 

@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
 import failing_training
 import multitower as mt
@@ -99,6 +100,39 @@ def test_a_resumed_run_is_the_unbroken_one(
     steps(again, fresh, plan, 2)
     assert_same(model, again)
     assert [group["lr"] for group in fresh.param_groups] == [group["lr"] for group in optimizer.param_groups]
+
+
+def test_checkpointed_layers_have_the_names_that_they_have_without(tmp_path: Path) -> None:
+    model = build()
+    apply_activation_checkpointing(model, check_fn=lambda module: type(module).__name__ == "GPT2Block")
+    optimizer = adam(model)
+    steps(model, optimizer, None, 1)
+    save_training(tmp_path / "run", model, optimizer, step=1)
+    model.save_pretrained(tmp_path / "fused")
+    assert_same(model, mt.FusedModel.from_pretrained(tmp_path / "fused"))
+    again = build()
+    fresh = adam(again)
+    assert load_training(tmp_path / "run", again, fresh) == 1
+    for each in ((model, optimizer), (again, fresh)):
+        torch.manual_seed(1)
+        steps(*each, None, 1)
+    assert_same(model, again)
+
+
+def test_compiled_models_are_saved_and_renamed_layers_refused(tmp_path: Path) -> None:
+    model = build()
+    optimizer = adam(model)
+    layers = model.unimodal("speech").transformer.h
+    layers[1].compile(backend="eager")
+    torch.compile(model, backend="eager").save_pretrained(tmp_path / "fused")
+    save_training(tmp_path / "run", torch.compile(model, backend="eager"), optimizer)
+    assert_same(model, mt.FusedModel.from_pretrained(tmp_path / "fused"))
+    layers[0] = torch.compile(layers[0], backend="eager")
+    renamed = r"towers\.speech\..*h\.0 was replaced by torch\.compile\(module\)"
+    with pytest.raises(mt.errors.CheckpointError, match=renamed):
+        model.save_pretrained(tmp_path / "fused")
+    with pytest.raises(mt.errors.CheckpointError, match=renamed):
+        save_training(tmp_path / "run", model, optimizer)
 
 
 def test_saving_changes_nothing(tmp_path: Path) -> None:
