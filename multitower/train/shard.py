@@ -16,7 +16,7 @@ from ..tower import Tower
 
 Frozen = Literal["root", "per_layer", "replicate"]
 POLICIES = ("root", "per_layer", "replicate")
-METHODS = {"tower": ("embed", "layer", "head", "head_at"), "tap": ("read", "weights"), "model": ("run",)}
+METHODS = {"tower": ("embed", "head", "head_at"), "tap": ("read", "weights"), "model": ("run",)}
 
 
 def shard(
@@ -41,8 +41,8 @@ def shard(
         model: The model. What was taken of its parameters before, as by an optimizer, is to be taken anew.
         mesh: The processes, of one dimension, or of two for hybrid sharding.
         frozen: What becomes of towers that are not trained: "per_layer" divides them as the others; "root"
-            keeps each whole in one unit, which is gathered once a step; "replicate" leaves them whole
-            on every process, and nothing of them is sent.
+            makes all of them one unit with the model, which is gathered once a step and is whole until its
+            end; "replicate" leaves them whole on every process, and nothing of them is sent.
         mixed_precision: In which dtypes units compute and gradients are reduced.
         options: What else ``fully_shard`` takes, as ``reshard_after_forward`` or ``offload_policy``.
 
@@ -58,24 +58,22 @@ def shard(
         options["mp_policy"] = mixed_precision
     ignored: set[nn.Parameter] = set()
     for name, tower in _towers(model):
-        if model.graph.towers[name].train == "none":
+        if model.graph.towers[name].train == "none" and frozen != "per_layer":
             if frozen == "replicate":
                 ignored.update(tower.parameters())
-                continue
-            layers = list(_layers(tower)) if frozen == "per_layer" else []
-        else:
-            layers = list(_layers(tower))
+            continue
+        layers = list(_layers(tower))
         for layer in layers:
             _divide(layer, mesh, options)
         _divide(tower, mesh, options)
-        for method in METHODS["tower"]:
+        for method in (*METHODS["tower"], *(() if layers else ("layer",))):
             register_fsdp_forward_method(tower, method)
     for module in (*model.taps().values(), *model.adapters.values()):
         _divide(module, mesh, options)
         for method in METHODS["tap"]:
             if hasattr(module, method):
                 register_fsdp_forward_method(module, method)
-    fully_shard(model, mesh=mesh, ignored_params=ignored, **options)
+    _divide(model, mesh, {**options, "ignored_params": ignored})
     for method in METHODS["model"]:
         register_fsdp_forward_method(model, method)
     return model
@@ -101,8 +99,9 @@ def _layers(tower: Tower) -> Iterator[nn.Module]:
 def _divide(module: nn.Module, mesh: DeviceMesh, options: dict[str, Any]) -> None:
     """Make a module a unit; parameters of another dtype than most of it become units of their own first."""
     sizes: dict[torch.dtype, int] = {}
+    ignored = options.get("ignored_params", set())
     for parameter in module.parameters():
-        if not isinstance(parameter, DTensor):
+        if not isinstance(parameter, DTensor) and parameter not in ignored:
             sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()
     most = max(sizes, key=sizes.__getitem__, default=None)
     for dtype in sizes:
@@ -111,7 +110,7 @@ def _divide(module: nn.Module, mesh: DeviceMesh, options: dict[str, Any]) -> Non
                 each
                 for each in module.modules()
                 if any(
-                    own.dtype == dtype and not isinstance(own, DTensor)
+                    own.dtype == dtype and not isinstance(own, DTensor) and own not in ignored
                     for own in each.parameters(recurse=False)
                 )
             ]

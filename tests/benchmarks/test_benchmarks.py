@@ -119,3 +119,15 @@ def test_peak_memory(tmp_path: Path) -> None:
     assert found[1]["of_first"] < 0.5
     for each in found:
         assert each["saved"] < each["peak"]["fused"]["median"] < 2 * each["saved"]
+
+
+@pytest.mark.slow
+def test_processes_send_what_parameter_counts_say(tmp_path: Path) -> None:
+    script = str(ROOT / "benchmarks" / "parallel.py")
+    run([sys.executable, script, "--repeats", "1", "--rows", "1", "--length", "8", "--out", str(tmp_path)])
+    found = json.loads((tmp_path / "results.json").read_text())["results"]
+    sent = {each["engine"]: (each["sent"], each["plan"]) for each in found if each["kind"] == "bytes"}
+    assert sent.keys() == {"ddp", "per_layer", "root", "replicate"}
+    most, plan = sent.pop("per_layer")
+    assert 0.9 < most["gathered"] / plan["gathered"] <= 1
+    assert all(each == expected for each, expected in sent.values())
