@@ -121,6 +121,7 @@ VARIANTS = {
         expansion("all", 1.5e-3, 0.3), sources={"speech": 0.3}
     ),
     "expansion all, noise 50 %, lr 0.0015": expansion("all", 1.5e-3, 0.5),
+    "expansion all, noise 50 %, lr 0.003": expansion("all", 3e-3, 0.5),
     "expansion all, noise 70 %, lr 0.0015": expansion("all", 1.5e-3, 0.7),
     "expansion all, noise 50 %, speech read 40 %, lr 0.0015": replace(
         expansion("all", 1.5e-3, 0.5), sources={"speech": 0.4}
