@@ -8,7 +8,7 @@
 >>> graph.add_link("speech", "text", interleave=(1, 1))
 >>> graph.add_link("text", "speech", interleave=(1, 1))
 >>> model = graph.compile()
->>> batch = mt.collate([[mt.Segment("speech", [0, 5, 6, 1]), mt.Segment("text", [0, 3, 1], target=True)]])
+>>> batch = mt.collate([[mt.Segment("speech", [1, 5, 6, 2]), mt.Segment("text", [1, 3, 2], target=True)]])
 >>> sorted(model(**batch).losses)
 ['speech', 'text']
 """

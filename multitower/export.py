@@ -30,7 +30,7 @@ def export_tower(model: Fusion, name: str) -> ExportedProgram:
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     torch.export.save(program, folder + "/text.pt2")
     ...     run = torch.export.load(folder + "/text.pt2").module()      # needs nothing but torch
-    >>> batch = mt.collate([[mt.Segment("speech", [0, 5, 6, 1]), mt.Segment("text", [0, 7])]])
+    >>> batch = mt.collate([[mt.Segment("speech", [1, 5, 6, 2]), mt.Segment("text", [1, 7])]])
     >>> streams = {tower: {key: stream[key] for key in KEYS} for tower, stream in batch["streams"].items()}
     >>> torch.equal(run(streams), model(streams).logits["text"])
     True

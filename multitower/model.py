@@ -44,7 +44,7 @@ class FusedModel(Fusion):
     >>> graph.add_tower("text", tiny_tower(seed=1))
     >>> graph.add_link("speech", "text", interleave=1)
     >>> model = graph.compile()
-    >>> batch = mt.collate([[mt.Segment("speech", [0, 5, 1]), mt.Segment("text", [0, 7, 1], target=True)]])
+    >>> batch = mt.collate([[mt.Segment("speech", [1, 5, 2]), mt.Segment("text", [1, 7, 2], target=True)]])
     >>> out = model(**batch)
     >>> out.logits["text"].shape
     torch.Size([1, 3, 16])
@@ -64,7 +64,7 @@ class FusedModel(Fusion):
 
         >>> import multitower as mt
         >>> from multitower.testing import tiny_model
-        >>> model, given = tiny_model(), [mt.Segment("speech", [0, 5, 6, 1])]
+        >>> model, given = tiny_model(), [mt.Segment("speech", [1, 5, 6, 2])]
         >>> ((text, speech),) = model.generate([given], output=["text", "speech"], max_new_tokens=4)
         >>> text.tower, speech.tower
         ('text', 'speech')
@@ -113,7 +113,7 @@ class FusedModel(Fusion):
 
         >>> from multitower import Segment, collate
         >>> from multitower.testing import tiny_model
-        >>> tiny_model().estimate(collate([[Segment("text", [0, 7, 1])]])).towers["text"].forward_flops
+        >>> tiny_model().estimate(collate([[Segment("text", [1, 7, 2])]])).towers["text"].forward_flops
         6720
         """
         return estimate(self, batch, logits=logits)
@@ -123,7 +123,7 @@ class FusedModel(Fusion):
 
         >>> import multitower as mt
         >>> from multitower.testing import tiny_model
-        >>> batch = mt.collate([[mt.Segment("speech", [0, 5, 1]), mt.Segment("text", [0, 7])]])
+        >>> batch = mt.collate([[mt.Segment("speech", [1, 5, 2]), mt.Segment("text", [1, 7])]])
         >>> tiny_model().contributions(**batch)
         {'speech->text 1-1': 0.0, 'speech->text 3-2': 0.0}
 

@@ -102,7 +102,7 @@ def to_device(batch: Batch, device: torch.device | str, *, non_blocking: bool = 
 
     >>> import multitower as mt
     >>> from multitower.testing import tiny_model
-    >>> model, batch = tiny_model(), mt.collate([[mt.Segment("text", [0, 7, 1], target=True)]])
+    >>> model, batch = tiny_model(), mt.collate([[mt.Segment("text", [1, 7, 2], target=True)]])
     >>> model(**mt.batch.to_device(batch, model.device)).loss.device
     device(type='cpu')
 

@@ -40,7 +40,7 @@ def estimate(model: Fusion | FusionGraph, batch: Batch, *, logits: bool = True) 
 
     >>> import multitower as mt
     >>> from multitower.testing import tiny_model
-    >>> both = [mt.Segment("speech", [0, 5, 6, 1]), mt.Segment("text", [0, 7, 1], target=True)]
+    >>> both = [mt.Segment("speech", [1, 5, 6, 2]), mt.Segment("text", [1, 7, 2], target=True)]
     >>> found = estimate(tiny_model(), mt.collate([both]))
     >>> found.links["speech->text"].cache_bytes    # of 2 taps: keys and values, 4 tokens, 8 floats each
     512

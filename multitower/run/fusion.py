@@ -33,7 +33,7 @@ class Fusion(Familiar):
 
     >>> from multitower.testing import tiny_model
     >>> import multitower as mt
-    >>> batch = mt.collate([[mt.Segment("speech", [0, 5, 1]), mt.Segment("text", [0, 7, 1], target=True)]])
+    >>> batch = mt.collate([[mt.Segment("speech", [1, 5, 2]), mt.Segment("text", [1, 7, 2], target=True)]])
     >>> tiny_model()(**batch).logits["text"].shape
     torch.Size([1, 3, 16])
 

@@ -24,7 +24,7 @@ def with_all(streams: Streams, towers: Iterable[str]) -> dict[str, dict[str, Ten
     """Return a batch with a stream of each tower: one token of padding for a tower that it lacks.
 
     >>> import multitower as mt
-    >>> batch = mt.collate([[mt.Segment("text", [0, 5, 1], target=True)]])
+    >>> batch = mt.collate([[mt.Segment("text", [1, 5, 2], target=True)]])
     >>> found = with_all(batch["streams"], ["speech", "text"])
     >>> [found["speech"][key].tolist() for key in ("tokens", "mask", "labels")]
     [[[0]], [[False]], [[-100]]]

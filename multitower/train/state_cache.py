@@ -29,7 +29,7 @@ class KeptStates:
     >>> graph.add_tower("text", tiny_tower(seed=1), train="all")
     >>> graph.add_link("speech", "text", interleave=1)
     >>> model = graph.compile()
-    >>> batch = mt.collate([[mt.Segment("speech", [0, 5, 1]), mt.Segment("text", [0, 7, 1], target=True)]])
+    >>> batch = mt.collate([[mt.Segment("speech", [1, 5, 2]), mt.Segment("text", [1, 7, 2], target=True)]])
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     kept = mt.train.KeptStates.compute(model, [batch], folder)
     ...     ready = kept(batch)

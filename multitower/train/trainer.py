@@ -40,7 +40,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]  # known only when it
 
     >>> import tempfile, multitower as mt, transformers
     >>> from multitower.testing import tiny_model
-    >>> pair = [mt.Segment("speech", [0, 5, 6, 1]), mt.Segment("text", [0, 7, 1], target=True)]
+    >>> pair = [mt.Segment("speech", [1, 5, 6, 2]), mt.Segment("text", [1, 7, 2], target=True)]
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     arguments = transformers.TrainingArguments(
     ...         folder, max_steps=2, report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="no"
