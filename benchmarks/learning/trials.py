@@ -17,6 +17,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import random
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -27,10 +28,9 @@ from data import Corpus
 from torch import Tensor, nn
 
 import multitower as mt
-from multitower.batch import collate as stream
-from multitower.generate import generate
 from multitower.link import rotary
 from multitower.link.cross_attention import GatedCrossAttention, KeysValues
+from multitower.run import tables
 
 APART = 1000
 """When the second segment of an example begins, where positions are those of segments."""
@@ -152,7 +152,9 @@ def _normalise_queries_and_keys() -> None:
 
 
 def _count_from_segments(scales: Mapping[str, float]) -> None:
-    place, init = stream.place_in_time, rotary.Rotations.__init__
+    batches: Any = importlib.import_module("multitower.batch.collate")
+    place, init = batches.place_in_time, tables.Rotations.__init__
+    decoding: Any = importlib.import_module("multitower.generate.generate")
 
     def placed(example: Any, number: int = 0) -> list[tuple[mt.Segment, int]]:
         timed = place(example, number)
@@ -162,8 +164,8 @@ def _count_from_segments(scales: Mapping[str, float]) -> None:
     def scaled(self: Any, times: Mapping[str, Tensor]) -> None:
         init(self, {name: _scaled(each, scales.get(name, 1.0)) for name, each in times.items()})
 
-    stream.place_in_time = generate.place_in_time = placed
-    rotary.Rotations.__init__ = scaled  # type: ignore[method-assign]
+    batches.place_in_time = decoding.place_in_time = placed
+    tables.Rotations.__init__ = scaled  # type: ignore[method-assign]
 
 
 def _scaled(times: Tensor, scale: float) -> Tensor:
