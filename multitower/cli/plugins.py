@@ -44,10 +44,7 @@ def new_modality(
     ] = None,
 ) -> None:
     """Write a small package with a modality, to start from."""
-    try:
-        written = write_package(name, folder)
-    except (ValueError, OSError) as error:
-        raise typer.BadParameter(str(error)) from error
+    written = write_package(name, folder)
     print(f"wrote {written}; next: cd {shlex.quote(str(written))} && pip install -e '.[dev]' && pytest")
 
 
