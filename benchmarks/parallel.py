@@ -37,7 +37,7 @@ from torch.utils._pytree import tree_leaves
 import multitower as mt
 from measure import begin, interleaved, milliseconds, options, ratio, write
 from models import INTERLEAVE, SIZES, make_batch, make_tower
-from multitower.train.shard import POLICIES, shard
+from multitower.train.divide import POLICIES, shard
 
 KINDS = {"allgather": "gathered", "reduce_scatter": "reduced and scattered"}
 

@@ -7,7 +7,7 @@ from .resume import load_training, save_training
 from .state_cache import KeptStates
 
 if TYPE_CHECKING:
-    from .shard import shard
+    from .divide import shard
     from .trainer import Trainer
 
 __all__ = ["Collator", "KeptStates", "Trainer", "encode_columns", "load_training", "save_training", "shard"]
@@ -19,7 +19,7 @@ def __getattr__(name: str) -> Any:
 
         return Trainer
     if name == "shard":  # FSDP2 takes long to import
-        from .shard import shard
+        from .divide import shard
 
         return shard
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -23,8 +23,8 @@ from models import segment
 from multitower.storage import atomic
 from multitower.testing import tiny_model
 from multitower.train import Trainer
+from multitower.train.divide import shard
 from multitower.train.resume import load_training, save_training
-from multitower.train.shard import shard
 from processes import join
 
 EXAMPLES = [[segment("speech", 5), segment("text", 3, target=True)], [segment("text", 9, target=True)]]

@@ -22,8 +22,8 @@ from torch.distributed.device_mesh import init_device_mesh
 import multitower as mt
 from models import EXAMPLES, causal_lm, pair
 from multitower.train import Trainer
+from multitower.train.divide import shard
 from multitower.train.resume import load_training, save_training
-from multitower.train.shard import shard
 from parallel_training import whole
 
 SAVED, LOST, LAST = 2, 3, 4

@@ -25,7 +25,7 @@ import multitower as mt
 from models import causal_lm, segment
 from multitower.run.gathered import is_divided
 from multitower.storage.fingerprint import sampled_fingerprint
-from multitower.train.shard import shard
+from multitower.train.divide import shard
 from processes import join
 
 LR = 0.1

@@ -265,3 +265,11 @@ def test_columns_that_nothing_encodes_are_refused() -> None:
         encode_columns([], {"audio": "speech"}, {"speech": None}, targets=["answer"])
     with pytest.raises(ValueError, match="a row has no column 'said'; it has 'heard'"):
         encoded([{"heard": "a"}])
+
+
+def test_what_is_imported_late_stays_what_it_is() -> None:
+    import multitower.train
+
+    for _ in range(2):
+        assert multitower.train.shard.__name__ == "shard"
+        assert multitower.train.Trainer.__name__ == "Trainer"
