@@ -33,9 +33,9 @@ import multitower as mt
 from measure import begin, in_turn, milliseconds, now, options, plot_ratios, ratio, write
 from models import SIZES, make_reader, random_tokens
 from multitower.batch.collate import make_streams
-from multitower.generate.generate import decode_rows
 from multitower.generate.options import settle
 from multitower.generate.tap_cache import TapCache, TapReader
+from multitower.generate.turn import decode_rows
 from multitower.link.attention import visibility
 
 RATIOS = {"sum": "fused / native + links", "alternating": "fused / native and links in turn"}

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from .base.extras import require
 from .batch.collate import EXAMPLES, IGNORE, Example, Segment, check_streams, place_in_time
-from .generate.generate import check_given, decode_rows, pad_left
+from .generate.generate import check_given
 from .generate.options import OF_ONE_VOCABULARY, Settings, check_named, given, groups, options_of, settle
+from .generate.turn import decode_rows, pad_left
 from .plugins.modality import Modality
 from .run.output import FusedOutput, token_loss
 from .tower.decode_transformers import why_not_faithful

@@ -17,6 +17,7 @@ from .checkpoint.placement import DeviceMap
 from .checkpoint.save import save_pretrained
 from .declare.graph import FusionGraph
 from .generate.generate import Decoded, Entry, Policy, generate
+from .generate.session import Session
 from .hub import push
 from .inspect.contributions import contributions
 from .inspect.cost import Estimate
@@ -107,6 +108,27 @@ class FusedModel(Fusion):
         """
         with gathered(self):
             return generate(self, examples, output, options)
+
+    def session(self, rows: int = 1, *, outputs: Collection[str] | None = None) -> Session:
+        """Begin a conversation, of which every turn runs only what is new; see ``Session``.
+
+        >>> import multitower as mt
+        >>> from multitower.testing import tiny_model
+        >>> session = tiny_model().session()
+        >>> session.append(mt.Segment("speech", [1, 5, 6, 2]))
+        >>> ((answer,),) = session.generate(["text"], max_new_tokens=4)
+        >>> [entry.tower for entry in session.history[0]]
+        ['speech', 'text']
+
+        Args:
+            rows: How many examples go on side by side.
+            outputs: The towers that are to be decoded; all unless given. Of others, layers above the last
+                that is read never run.
+
+        Raises:
+            ValueError: There is no row, or no tower of a name.
+        """
+        return Session(self, rows, outputs)
 
     def estimate(self, batch: Batch, *, logits: bool = True) -> Estimate:
         """Estimate parameters, FLOPs and memory, part by part; see ``inspect.estimate``.

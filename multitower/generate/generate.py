@@ -7,29 +7,24 @@ Then a copy of that tower, whose layers are followed by the taps, is to transfor
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from ..batch.collate import Example, Segment, check_examples, make_streams, place_in_time
+from ..batch.collate import Example, Segment, check_examples, place_in_time
 from ..run.fusion import Fusion
-from ..run.max_positions import bounded, check_room
 from ..tower.decode_transformers import FOR_SPEED
 from ..tower.probe import evaluated
-from .options import STOPS, Options, Settings, check_batches, check_named, check_shared, groups, settle
-from .simultaneous import check_stepwise, decode_together
-from .tap_cache import TapCache, TapReader
+from .advance import Keeping
+from .options import STOPS, Options, Settings, check_batches, check_named, check_shared, settle
+from .rows import Row
+from .simultaneous import check_stepwise
+from .turn import decode
 
 Entry = str | tuple[str, ...]
 """A tower to decode, or several to decode at the same time."""
 
 Policy = Callable[[Example], Entry | None]
 """Called with an example as it stands; says what to decode next, or None when it is complete."""
-
-Prompt = tuple[Tensor, Tensor]
-"""The tokens of one row's earlier segments of a tower, then the begin token, and their times."""
 
 Decoded = list[list[Segment | tuple[Segment, ...]]]
 
@@ -45,39 +40,62 @@ def generate(
             a target, or an option cannot be passed on.
     """
     check_given(examples, {name: model.tower(name).vocab_size for name in model.towers})
-    check_named(options, model.graph.towers)
-    plan = {} if callable(output) else _plan(model, output, options, len(examples))
     targets = list(model.towers) if callable(output) else _names(output)
-    rows: Decoded = [list(example) for example in examples]
-    going, asked = list(range(len(rows))), list[list[Entry]]()
+    rows = [Row().then(example, number) for number, example in enumerate(examples)]
+    became = go_on(Keeping(model, targets, targets), rows, output, options, lasting=False)
+    copies = len(became) // len(rows)
+    return [list(row.history[len(examples[number // copies]) :]) for number, row in enumerate(became)]
+
+
+def go_on(
+    keeping: Keeping,
+    rows: Sequence[Row],
+    output: Sequence[Entry] | Policy,
+    options: Options,
+    *,
+    lasting: bool,
+) -> list[Row]:
+    """Decode a segment for each entry of ``output``; return the rows with these.
+
+    Args:
+        keeping: What is kept.
+        rows: The rows.
+        output: As ``FusedModel.generate`` takes it.
+        options: See there.
+        lasting: Whether the rows are gone on from afterwards.
+
+    Raises:
+        ValueError: See there.
+    """
+    model, rows = keeping.model, list(rows)
+    check_named(options, model.graph.towers)
+    plan = {} if callable(output) else _plan(model, output, options, len(rows))
+    going, step = list(range(len(rows))), 0
     with evaluated(model):
-        cache = TapCache.fill(model, make_streams(rows), targets)
-        while wanted := _ask(output, len(asked), rows, going):
-            going = sorted(row for chosen in wanted.values() for row in chosen)
+        while wanted := _ask(output, step, rows, going):
+            going, step = sorted(row for chosen in wanted.values() for row in chosen), step + 1
             check_batches(len(wanted) + (len(going) < len(rows)), options)
-            if asked:
-                cache = _after(model, cache, rows, asked[-1])
-            asked.append(list(wanted))
+            keep = lasting or callable(output) or step < len(output)
             for entry, chosen in wanted.items():
                 if entry not in plan:
-                    plan |= _plan(model, [entry], options, len(examples), several=True)
-                new = _decode(model, cache, {row: rows[row] for row in chosen}, entry, plan[entry])
-                if len(new) > len(chosen):
-                    return [[each] for each in new]
-                for row, each in zip(chosen, new, strict=True):
-                    rows[row].append(each)
-    return [row[len(example) :] for row, example in zip(rows, examples, strict=True)]
+                    plan |= _plan(model, [entry], options, len(rows), several=True)
+                became = decode(keeping, {row: rows[row] for row in chosen}, entry, plan[entry], keep=keep)
+                if len(became[0]) > 1:
+                    return [copy for copies in became for copy in copies]
+                for row, (new,) in zip(chosen, became, strict=True):
+                    rows[row] = new
+    return rows
 
 
 def _ask(
-    output: Sequence[Entry] | Policy, step: int, rows: Sequence[Example], going: Sequence[int]
+    output: Sequence[Entry] | Policy, step: int, rows: Sequence[Row], going: Sequence[int]
 ) -> dict[Entry, list[int]]:
     """Return what is to be decoded next, each with the rows that want it."""
     if not callable(output):
         return {entry: list(going) for entry in output[step : step + 1]}
     wanted: dict[Entry, list[int]] = {}
     for row in going:
-        entry = output(rows[row])
+        entry = output(list(rows[row].history))
         if entry is not None:
             wanted.setdefault(entry, []).append(row)
     return wanted
@@ -95,7 +113,7 @@ def _plan(
         raise ValueError(f"output must be a list of towers to decode, as in output=['text'], not {output!r}")
     names = list(dict.fromkeys(_names(output)))
     for name in names:
-        _check_name(name, model.graph.towers)
+        check_name(name, model.graph.towers)
     check_shared(options, names)
     plan = {}
     for entry in output:
@@ -134,72 +152,6 @@ def _check_call(settings: Settings, vocabulary: int, several: bool, examples: in
             )
 
 
-def _decode(
-    model: Fusion,
-    cache: TapCache,
-    rows: Mapping[int, Example],
-    entry: Entry,
-    settings: Mapping[str, Settings],
-) -> Sequence[Segment | tuple[Segment, ...]]:
-    """Decode rows, by their numbers in the cache, together where that does not change what each becomes."""
-    numbers, prompts = list(rows), {name: list[Prompt]() for name in settings}
-    for number, row in rows.items():
-        for name, each in settings.items():
-            tokens, times = _prompt(row, name, each.begin)
-            check_room(name, model.tower(name), times, f"example {number}, with a begin token,")
-            prompts[name].append((tokens, times))
-    lengths = [(each, [len(tokens) for tokens, _ in prompts[name]]) for name, each in settings.items()]
-    decoded: dict[int, Any] = {}
-    for group in groups(lengths):
-        part = cache.of_rows([numbers[row] for row in group])
-        padded = {
-            name: (
-                pad_left([prompts[name][row][0] for row in group], each.begin).to(each.tower.device),
-                pad_left([prompts[name][row][1] for row in group], -1).to(each.tower.device),
-            )
-            for name, each in settings.items()
-        }
-        if isinstance(entry, str):
-            tokens, times = padded[entry]
-            reader = TapReader(model, entry, part, times)
-            decoder = bounded(model.tower(entry).decoder(reader), entry, model.tower(entry))
-            sequences = decode_rows(decoder, tokens, times >= 0, settings[entry])
-            new: Any = [Segment(entry, sequence) for sequence in sequences]
-        else:
-            new = decode_together(model, part, padded, settings)
-        copies = len(new) // len(group)
-        decoded |= {row: new[number * copies :][:copies] for number, row in enumerate(group)}
-    return [each for row in range(len(numbers)) for each in decoded[row]]
-
-
-def decode_rows(decoder: Any, tokens: Tensor, mask: Tensor, settings: Settings) -> list[Tensor]:
-    """Let transformers decode after prompts of unlike length.
-
-    Args:
-        decoder: A causal LM with ``generate``.
-        tokens: The prompts, int64, shape (batch, length), padded on the left, each with the begin token
-            of the new segment at its end.
-        mask: Where they are not padding, bool, shape (batch, length).
-        settings: With what to decode.
-
-    Returns:
-        Each new segment on the CPU, from its begin token to its end token if it was reached.
-    """
-    length = tokens.shape[1]
-    options = {**settings.options, **settings.limits(length)}
-    sequences = decoder.generate(tokens, attention_mask=mask.long(), **options)
-    return [_until_end(sequence[length - 1 :].cpu(), settings.ends) for sequence in sequences]
-
-
-def _after(model: Fusion, cache: TapCache, rows: Sequence[Example], entries: Sequence[Entry]) -> TapCache:
-    """Bring a cache up to date: a tower decoded alone runs over its tokens, several at a time need all."""
-    streams = make_streams(rows)
-    if len(entries) > 1 or not isinstance(entries[0], str):
-        return TapCache.fill(model, streams, cache.targets)
-    cache.refresh(entries[0], streams[entries[0]])
-    return cache
-
-
 def check_given(examples: Sequence[Example], vocabularies: Mapping[str, int]) -> None:
     """Check examples that are to be decoded from, against the vocabulary sizes of all that may stand in them.
 
@@ -211,7 +163,7 @@ def check_given(examples: Sequence[Example], vocabularies: Mapping[str, int]) ->
     check_examples(examples)
     for number, example in enumerate(examples):
         for segment, _ in place_in_time(example, number):
-            _check_name(segment.tower, vocabularies)
+            check_name(segment.tower, vocabularies)
             if segment.target:
                 raise ValueError(
                     f"example {number} holds a target segment: give generate only what is known, without "
@@ -230,28 +182,11 @@ def _names(output: Sequence[Entry]) -> list[str]:
     return [name for entry in output for name in ((entry,) if isinstance(entry, str) else entry)]
 
 
-def _check_name(name: str, towers: Collection[str]) -> None:
+def check_name(name: str, towers: Collection[str]) -> None:
+    """Check that there is a tower of a name.
+
+    Raises:
+        ValueError: There is none.
+    """
     if name not in towers:
         raise ValueError(f"there is no tower {name!r}; the towers are {', '.join(towers)}")
-
-
-def _prompt(row: Example, name: str, begin: int) -> Prompt:
-    timed = place_in_time([*row, Segment(name, [begin])])
-    own = [(torch.as_tensor(segment.tokens), time) for segment, time in timed if segment.tower == name]
-    times = [torch.arange(time, time + len(tokens)) for tokens, time in own]
-    return torch.cat([tokens for tokens, _ in own]), torch.cat(times)
-
-
-def pad_left(rows: Sequence[Tensor], value: int) -> Tensor:
-    """Stack rows of shape (length,), padded on the left.
-
-    >>> pad_left([torch.tensor([1, 2]), torch.tensor([3])], 0).tolist()
-    [[1, 2], [0, 3]]
-    """
-    return pad_sequence(list(rows), batch_first=True, padding_value=value, padding_side="left")
-
-
-def _until_end(tokens: Tensor, end: Sequence[int]) -> Tensor:
-    """Cut a segment after its first end token; the begin token at its front may be the same id."""
-    is_end = torch.isin(tokens[1:], torch.tensor(end, dtype=tokens.dtype))
-    return tokens[: int(is_end.int().argmax()) + 2] if bool(is_end.any()) else tokens

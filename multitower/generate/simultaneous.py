@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -53,19 +53,31 @@ class Lane:
         times: When they stand, -1 at padding.
         settings: With what to decode it.
         limit: How many tokens each row may get.
+        past: A cache with the keys and values of the first of these tokens, to which the others are added.
+        notes: As ``TapReader`` takes them.
     """
 
     def __init__(
-        self, model: Fusion, cache: TapCache, tokens: Tensor, times: Tensor, settings: Settings, limit: int
+        self,
+        model: Fusion,
+        cache: TapCache,
+        tokens: Tensor,
+        times: Tensor,
+        settings: Settings,
+        limit: int,
+        past: Any = None,
+        notes: Collection[int] = (),
     ) -> None:
         self.name, tower = settings.name, model.tower(settings.name)
         self.tokens, self.prompt, self.padding = tokens, tokens.shape[1], settings.begin
         self.mask = times >= 0
         self.ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
         self.all_ended = self.finished = False
-        reader = GrowingReader(model, self.name, cache, times, self)
-        self.decoder = bounded(tower.decoder(reader), self.name, tower)
-        limits = {"max_new_tokens": limit, "max_length": None}
+        self.reader = GrowingReader(model, self.name, cache, times, self, notes)
+        self.decoder = bounded(tower.decoder(self.reader), self.name, tower)
+        limits: dict[str, Any] = {"max_new_tokens": limit, "max_length": None}
+        self.new = None if past is None else self.prompt - int(past.get_seq_length())
+        limits |= {} if past is None else {"past_key_values": past}
         self.decoder.generate(
             tokens,
             attention_mask=self.mask.long(),
@@ -97,7 +109,7 @@ class Lane:
         new_alone = not first and self.inputs["use_cache"]
         inputs = self.decoder.prepare_inputs_for_generation(
             self.tokens,
-            next_sequence_length=1 if new_alone else None,
+            next_sequence_length=1 if new_alone else self.new,
             is_first_iteration=first,
             **self.inputs,
         )
@@ -121,8 +133,10 @@ class Lane:
 class GrowingReader(TapReader):
     """A ``TapReader`` that also lets others read the tower, from its begin token on."""
 
-    def __init__(self, model: Fusion, name: str, cache: TapCache, times: Tensor, lane: Lane) -> None:
-        super().__init__(model, name, cache, times)
+    def __init__(
+        self, model: Fusion, name: str, cache: TapCache, times: Tensor, lane: Lane, notes: Collection[int]
+    ) -> None:
+        super().__init__(model, name, cache, times, notes)
         self.lane, self.settled = lane, False
         self.readers: dict[int, list[Tap]] = {}
         for tap in cache.readers(name):
@@ -146,7 +160,9 @@ def decode_together(
     cache: TapCache,
     prompts: Mapping[str, tuple[Tensor, Tensor]],
     settings: Mapping[str, Settings],
-) -> list[tuple[Segment, ...]]:
+    pasts: Mapping[str, Any],
+    notes: Mapping[str, Collection[int]],
+) -> list[Lane]:
     """Decode several towers, all of which begin at the same time.
 
     At each step every tower takes a token, having read of the others what they gave before: a token never
@@ -157,15 +173,18 @@ def decode_together(
         cache: What was given before; it grows.
         prompts: For each tower its tokens so far and their times, as ``Lane`` takes them.
         settings: For each tower with what to decode it. The least of their limits holds for all.
+        pasts: As ``Lane`` takes them, of towers that go on from some.
+        notes: As ``Lane`` takes them, of towers of which something is noted.
 
     Returns:
-        For each row a tuple of segments, in the order of ``prompts``.
+        A lane for each tower, in the order of ``prompts``.
     """
     limit = min(
         settings[name].limits(tokens.shape[1])["max_new_tokens"] for name, (tokens, _) in prompts.items()
     )
     lanes = [
-        Lane(model, cache, tokens, times, settings[name], limit) for name, (tokens, times) in prompts.items()
+        Lane(model, cache, *prompt, settings[name], limit, pasts.get(name), notes.get(name, ()))
+        for name, prompt in prompts.items()
     ]
     for _ in range(limit):
         for lane in lanes:
@@ -173,4 +192,4 @@ def decode_together(
                 lane.step()
         if all(lane.all_ended for lane in lanes):
             break
-    return list(zip(*(lane.segments() for lane in lanes), strict=True))
+    return lanes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import torch
@@ -13,7 +13,6 @@ from ..batch.collate import Stream, values_at_hand
 from ..compile.schedule import Tap
 from ..link.attention import Visibility, visibility
 from ..link.cross_attention import GatedCrossAttention, KeysValues, add
-from ..run.embed import embed
 from ..run.fusion import Fusion
 from ..run.tables import Rotations
 
@@ -41,14 +40,6 @@ class Entry(NamedTuple):
             torch.cat([self.times[:, :place], other.times], 1),
             torch.cat([self.mask[:, :place], other.mask], 1),
         )
-
-    def of_rows(self, rows: Sequence[int]) -> Entry:
-        """Return these rows; all of them in their order are not copied."""
-        if list(rows) == list(range(len(self.times))):
-            return self
-        chosen = torch.tensor(rows, device=self.times.device)
-        keys, values = (part[chosen] for part in self.source)
-        return Entry(KeysValues(keys, values), self.times[chosen], self.mask[chosen])
 
     def repeat(self, times: int) -> Entry:
         """Repeat each row for its beams or returned sequences; rows of one example need no reordering."""
@@ -93,34 +84,6 @@ class TapCache:
     def readers(self, name: str) -> list[Tap]:
         """Return the taps that read a tower for those that are to be decoded."""
         return [tap for tap in self.model.schedule.taps if tap.source == name and tap.target in self.targets]
-
-    def of_rows(self, rows: Sequence[int]) -> TapCache:
-        """Return a cache of these rows, apart from this one."""
-        entries = {tap: entry.of_rows(rows) for tap, entry in self.entries.items()}
-        return TapCache(self.model, self.targets, entries)
-
-    def refresh(self, name: str, stream: Stream) -> None:
-        """Run one tower over all its tokens, of which some are new, and note what it gives to others.
-
-        Nothing else need run: what the others gave for their tokens does not depend on later ones.
-        """
-        model, tower = self.model, self.model.tower(name)
-        readers = self.readers(name)
-        if not readers:
-            return
-        stream = _placed(model, name, stream)
-        reader = TapReader(model, name, self, stream["times"])
-        rotations = Rotations({name: stream["times"]})
-        positions = torch.arange(stream["tokens"].shape[1], device=tower.device)
-        embedded, context = embed(name, tower, stream)
-        x = model.adapt(name, embedded)
-        new: dict[Tap, Entry] = {}
-        for layer in range(max(tap.source_layer for tap in readers) + 1):
-            x = tower.layer(layer, x, context) if layer else x
-            here = [tap for tap in readers if tap.source_layer == layer]
-            new |= {tap: self._read(tap, x, stream, rotations) for tap in here}
-            x = reader.update(layer, x, positions)
-        self.entries |= new
 
     def grow(self, tap: Tap, states: Tensor, stream: Stream, place: int) -> None:
         """Add what the source gave for further tokens; ``place`` counts them from those that were given."""
@@ -171,10 +134,17 @@ class TapReader:
         name: The tower.
         cache: What its taps read, all of it earlier than the last token of the prompts.
         times: When the tokens of its prompts stand, int64, shape (batch, prompt length), padded on the left.
+        notes: Layers of which what they give is noted, for others to read.
+
+    Attributes:
+        noted: By layer what each call gave of it, in their order.
     """
 
-    def __init__(self, model: Fusion, name: str, cache: TapCache, times: Tensor) -> None:
+    def __init__(
+        self, model: Fusion, name: str, cache: TapCache, times: Tensor, notes: Collection[int] = ()
+    ) -> None:
         self.model, self.name, self.cache = model, name, cache
+        self.noted: dict[int, list[Tensor]] = {layer: [] for layer in notes}
         self.times = F.pad(times, (1, 0), value=-1)  # for torch.compile, to which a length of 1 is a constant
         self.reads = self.reads_now()
         self.repeated: dict[int, dict[int, list[Read]]] = {}
@@ -200,6 +170,8 @@ class TapReader:
 
     def update(self, layer: int, x: Tensor, positions: Tensor) -> Tensor:
         """Let the state that a layer gave read others."""
+        if layer in self.noted:
+            self.noted[layer].append(x)
         if layer == 0:
             self.step = self._step(len(x), positions) if self.reads else None
         if layer not in self.reads:

@@ -13,6 +13,7 @@ from .model.definition import check_definition
 from .model.forward import check_causality, check_identity, check_sight, check_unimodal
 from .model.on_disk import check_saved
 from .model.schedule import check_schedule
+from .model.session import check_session
 from .model.training import check_frozen, check_gradients, check_losses
 from .tiny import TinyTower, open_links, tiny_model, tiny_tower
 from .tower.check_tower import check_tower, tower_report
@@ -39,6 +40,7 @@ __all__ = [
     "check_rows",
     "check_saved",
     "check_schedule",
+    "check_session",
     "check_sight",
     "check_tower",
     "check_unimodal",

@@ -73,6 +73,11 @@ class Tower(nn.Module, ABC):
         """Whether rows with padding on the left decode as they do alone; see above."""
         return not self.caches
 
+    @property
+    def resumes(self) -> bool:
+        """Whether keys and values that a call left can be gone on from by the next, as ``resume`` does."""
+        return self.caches
+
     @abstractmethod
     def embed(self, tokens: Tensor) -> tuple[Tensor, Any]:
         """Return the state that enters layer 1, shape (batch, length, width), and what the layers need.
@@ -83,6 +88,23 @@ class Tower(nn.Module, ABC):
         Returns:
             The state, and a context (masks, rotary tables, ...) that is handed to ``layer`` and ``head``.
         """
+
+    def resume(self, tokens: Tensor, cache: Any, mask: Tensor | None = None) -> tuple[Tensor, Any]:
+        """Embed tokens that come after those in a cache, to which the layers add theirs; see ``embed``.
+
+        Args:
+            tokens: int64, shape (batch, length).
+            cache: A ``DynamicCache`` of transformers; it may be empty.
+            mask: Which of the tokens, those in the cache included, are no padding, bool, shape (batch, length
+                of both). None where none is, or what there is stands on the right and has positions.
+
+        Raises:
+            ValueError: There is a mask, and the tower does not pad on the left.
+        """
+        if mask is not None:
+            raise ValueError(f"{type(self).__name__} goes on from caches of rows of one length alone")
+        embedded: tuple[Tensor, Any] = self.embed(tokens, cache)  # type: ignore[call-arg]  # by those that set caches
+        return embedded
 
     @abstractmethod
     def layer(self, index: int, hidden: Tensor, context: Any) -> Tensor:

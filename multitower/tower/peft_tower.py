@@ -260,6 +260,15 @@ class PeftTower(Tower):
         embedded: tuple[Tensor, Any] = tower.embed(tokens, *cache, **positions)
         return embedded
 
+    @property
+    def resumes(self) -> bool:
+        """See ``Tower``."""
+        return self.tower.resumes
+
+    def resume(self, tokens: Tensor, cache: Any, mask: Tensor | None = None) -> tuple[Tensor, Any]:
+        """See ``Tower.resume``."""
+        return self.tower.resume(tokens, cache, mask)
+
     def layer(self, index: int, hidden: Tensor, context: Any) -> Tensor:
         """See ``Tower.layer``."""
         return self.tower.layer(index, hidden, context)

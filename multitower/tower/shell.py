@@ -81,6 +81,29 @@ class Carried(NamedTuple):
     place: int
 
 
+class Context(NamedTuple):
+    """What the layers and the head of a TransformersTower need.
+
+    Attributes:
+        tokens: The tokens.
+        options: The other arguments of the model's forward.
+        layers: The layers that run, in their order.
+        calls: With what the model would call each layer.
+        carried: What layers gave beside their states so far, by layer.
+    """
+
+    tokens: Tensor
+    options: dict[str, Any]
+    layers: tuple[nn.Module, ...]
+    calls: tuple[Call, ...]
+    carried: dict[int, tuple[Any, ...]]
+
+
+def resolve(value: Any, context: Context) -> Any:
+    """Return an argument of a layer, or what an earlier layer gave in its place."""
+    return context.carried[value.layer][value.place] if isinstance(value, Carried) else value
+
+
 class Script:
     """What stand-ins do in one forward: note their calls or, when there is a final state, hand it on."""
 

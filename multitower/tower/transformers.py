@@ -33,9 +33,9 @@ from .probe import (
     probe_tokens,
     vocabulary,
 )
+from .resume import why_not_resumed
 from .shell import (
-    Call,
-    Carried,
+    Context,
     LayersReached,
     Script,
     Shell,
@@ -44,6 +44,7 @@ from .shell import (
     as_tuple,
     make_shell,
     play,
+    resolve,
     stand_in,
 )
 from .weights import execution_device
@@ -151,6 +152,26 @@ class TransformersTower(Tower):
 
     def embed(self, tokens: Tensor, *, positions: Tensor | None = None) -> tuple[Tensor, Context]:
         """Run what the model does before layer 1; see ``Tower.embed``."""
+        options: dict[str, Any] = {**forward_options(self.model)}
+        if positions is not None:
+            options["position_ids"] = positions
+        return self._embed(tokens, options, options)
+
+    def resume(self, tokens: Tensor, cache: Any, mask: Tensor | None = None) -> tuple[Tensor, Context]:
+        """See ``Tower.resume``: the model's own forward makes masks, and knows its cache."""
+        options: dict[str, Any] = {**forward_options(self.model)}
+        inputs = {**options, "use_cache": True, "past_key_values": cache}
+        if mask is not None:
+            inputs["attention_mask"] = mask.long()
+            if "position_ids" in inspect.signature(type(self.model).forward).parameters:
+                places = (mask.long().cumsum(1) - 1).clamp(min=0)
+                inputs["position_ids"] = places[:, -tokens.shape[1] :]
+        return self._embed(tokens, inputs, options)
+
+    def _embed(
+        self, tokens: Tensor, inputs: dict[str, Any], options: dict[str, Any]
+    ) -> tuple[Tensor, Context]:
+        """Run the model up to its layers; its head is later run with the options."""
         script, shell = Script(), self._shell.it
         shell.follow()
         if any(twin.training and getattr(twin, "layerdrop", 0) for twin, *_ in shell.copies):
@@ -158,11 +179,8 @@ class TransformersTower(Tower):
                 f"{type(self.model).__name__} drops layers at random in training, but links need the state "
                 "after each; load it with layerdrop=0 (in BART decoder_layerdrop=0), or keep it frozen"
             )
-        options: dict[str, Any] = {**forward_options(self.model)}
-        if positions is not None:
-            options["position_ids"] = positions
         with suppress(LayersReached):
-            play(shell, script, {"input_ids": tokens, **options})
+            play(shell, script, {"input_ids": tokens, **inputs})
         calls = tuple(script.calls)
         if len(calls) != self.depth:
             raise TowerError(
@@ -178,8 +196,8 @@ class TransformersTower(Tower):
         call, layout = context.calls[index - 1], self._layers.layout
         args, kwargs = call.args, call.kwargs
         if context.carried:
-            args = tuple(_resolve(value, context) for value in args)
-            kwargs = {key: _resolve(value, context) for key, value in kwargs.items()}
+            args = tuple(resolve(value, context) for value in args)
+            kwargs = {key: resolve(value, context) for key, value in kwargs.items()}
         output = context.layers[index - 1](layout.to_model(hidden), *args, **kwargs)
         if self._layers.extras[index - 1]:
             context.carried[index] = as_tuple(output)[1:]
@@ -229,6 +247,14 @@ class TransformersTower(Tower):
     def pads_left(self) -> bool:  # asked only when rows of unlike length decode
         """Whether rows with padding on the left decode as they do alone; asked of the model once."""
         return not self.decodes_cached or not why_not_faithful(self.model, length=LENGTH, padding=LENGTH - 1)
+
+    @functools.cached_property
+    def resumes(self) -> bool:  # asked when something is to be kept
+        """Whether the model goes on from the keys and values of an earlier call; asked of the model once."""
+        if not self.decodes_cached:
+            return False
+        paddings = (0, LENGTH - 3) if self.pads_left else (0,)
+        return not any(why_not_resumed(self, padding=each) for each in paddings)
 
     @property
     def packs(self) -> bool:  # type: ignore[override]  # asked of the model, only when a batch is packed
@@ -299,32 +325,10 @@ class _Unregistered(NamedTuple):
     it: Any
 
 
-class Context(NamedTuple):
-    """What the layers and the head of a TransformersTower need.
-
-    Attributes:
-        tokens: The tokens.
-        options: The other arguments of the model's forward.
-        layers: The layers that run, in their order.
-        calls: With what the model would call each layer.
-        carried: What layers gave beside their states so far, by layer.
-    """
-
-    tokens: Tensor
-    options: dict[str, Any]
-    layers: tuple[nn.Module, ...]
-    calls: tuple[Call, ...]
-    carried: dict[int, tuple[Any, ...]]
-
-
 def _without_values(model: nn.Module) -> AbstractContextManager[Any]:
     """Let a model on the meta device run, whose forward may ask for values that are not there."""
     on_meta = execution_device(model).type == "meta"
     return FakeTensorMode(allow_non_fake_inputs=True) if on_meta else nullcontext()
-
-
-def _resolve(value: Any, context: Context) -> Any:
-    return context.carried[value.layer][value.place] if isinstance(value, Carried) else value
 
 
 def _token_ids(model: nn.Module, key: str) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ import multitower as mt
 from models import causal_lm, segment
 from multitower.compile.schedule import Schedule, Step, Tap
 from multitower.generate import tap_cache as cache
+from multitower.generate.advance import Keeping
 from multitower.link.attention import Visibility
 from multitower.link.cross_attention import GatedCrossAttention
 from multitower.run import fusion, tables
@@ -111,13 +112,8 @@ def forgets_a_tap(original: Callable, self: object, *args: object) -> None:
         self.reads[min(self.reads)].pop()
 
 
-def forgets_to_refresh_a_tap(original: Callable, self: cache.TapCache, name: str, stream: dict) -> None:
-    before = dict(self.entries)
-    original(self, name, stream)
-    forgotten = min(tap for tap in self.entries if tap.source == name)
-    self.entries = {
-        tap: before.get(tap, entry) if tap == forgotten else entry for tap, entry in self.entries.items()
-    }
+def forgets_to_note_a_tap(original: Callable, self: Keeping, name: str) -> list[Tap]:
+    return original(self, name)[1:]
 
 
 def grows_once(original: Callable, self: cache.TapCache, tap: Tap, states: Tensor, *args: object) -> None:
@@ -177,9 +173,9 @@ BREAKAGES = {
     "links in sequence": ((Fusion, "_tapped", one_after_the_other), {"order", "definition"}),
     "embeddings are read before the adapter": ((Fusion, "_tapped", reads_before_the_adapter), {"definition"}),
     "a tap forgotten in decoding": ((cache.TapReader, "__init__", forgets_a_tap), {"decoding"}),
-    "a tap not refreshed between outputs": (
-        (cache.TapCache, "refresh", forgets_to_refresh_a_tap),
-        {"decoding"},
+    "a tap not kept between outputs": (
+        (Keeping, "readers", forgets_to_note_a_tap),
+        {"decoding", "session"},
     ),
     "a tap that stops growing": ((cache.TapCache, "grow", grows_once), {"decoding"}),
     "frozen towers train": ((mt.FusedModel, "train", wakes_frozen_towers), {"frozen"}),

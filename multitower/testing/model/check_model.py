@@ -13,6 +13,7 @@ from .definition import check_definition
 from .forward import check_causality, check_identity, check_sight, check_unimodal
 from .on_disk import check_saved
 from .schedule import check_model_schedule
+from .session import check_session
 from .training import check_frozen, check_gradients, check_losses
 
 MODEL_PROMISES: dict[str, Callable[[FusedModel, Sequence[Example]], None]] = {
@@ -31,6 +32,7 @@ MODEL_PROMISES: dict[str, Callable[[FusedModel, Sequence[Example]], None]] = {
     "frozen": check_frozen,
     "decoding": check_decoding,
     "prefill": check_prefill,
+    "session": check_session,
     "saved": check_saved,
 }
 """The checks by name: each raises an AssertionError that explains what is wrong."""

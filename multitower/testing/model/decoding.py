@@ -35,7 +35,7 @@ def check_decoding(model: FusedModel, examples: Sequence[Example]) -> None:
         ImportError: transformers is not installed.
     """
     model = opened(model)
-    given = [_without_targets(example) for example in examples]
+    given = [without_targets(example) for example in examples]
     names = [name for name in model.towers if model.tower(name).begin is not None]
     for output in [*([name] for name in names), *([names] if len(names) > 1 else [])]:
         together = all(model.tower(name).pads_left for name in output)
@@ -61,7 +61,7 @@ def check_prefill(model: FusedModel, examples: Sequence[Example]) -> None:
         AssertionError: Some step has other logits, or a segment ends too early or too late.
     """
     model = opened(model)
-    given = [_without_targets(example) for example in examples]
+    given = [without_targets(example) for example in examples]
     for name in model.towers:
         tower = model.tower(name)
         if tower.begin is None or not isinstance(tower, TransformersTower) or not tower.decodes_cached:
@@ -83,7 +83,7 @@ def _check_steps(
     **options: object,
 ) -> None:
     """Decode; compare the logits of every step with those of one forward over what was decoded."""
-    scores = _Scores()
+    scores = Scores()
     decoded = model.generate(
         rows, output=output, do_sample=False, max_new_tokens=steps, logits_processor=[scores], **options
     )
@@ -96,10 +96,10 @@ def _check_steps(
             segment, stepwise = new[place], [each[number] for each in seen]
             assert isinstance(segment, Segment)
             where = f"tower {name!r}, row {number}{how_now}"
-            _check_row(model, [*row, *new[: place + 1]], segment, stepwise, steps, where)
+            check_row(model, [*row, *new[: place + 1]], segment, stepwise, steps, where)
 
 
-def _check_row(
+def check_row(
     model: FusedModel,
     row: Sequence[Any],
     segment: Segment,
@@ -124,7 +124,7 @@ def _check_row(
 
 def _check_together(model: FusedModel, rows: Sequence[Any], names: tuple[str, ...], steps: int) -> None:
     """As ``_check_steps``, of towers that are decoded at the same time."""
-    scores = {name: _Scores() for name in names}
+    scores = {name: Scores() for name in names}
     processors = {name: [each] for name, each in scores.items()}
     decoded = model.generate(
         rows, output=[names], do_sample=False, max_new_tokens=steps, logits_processor=processors
@@ -135,16 +135,17 @@ def _check_together(model: FusedModel, rows: Sequence[Any], names: tuple[str, ..
             others = ", ".join(name for name in names if name != segment.tower)
             where = f"tower {segment.tower!r}, row {number} at the time of {others}"
             stepwise = [each[number] for each in scores[segment.tower].seen]
-            _check_row(model, [*row, new], segment, stepwise, steps, where)
+            check_row(model, [*row, new], segment, stepwise, steps, where)
 
 
-class _Scores:
+class Scores:
     """A logits processor that changes nothing and keeps what it sees."""
 
     def __init__(self) -> None:
         self.seen: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Keep the scores of one step."""
         self.seen.append(scores.detach().float().cpu().clone())
         return scores
 
@@ -154,7 +155,9 @@ def _own_tokens(row: Example, name: str) -> int:
     return 1 + sum(len(segment.tokens) for segment, _ in place_in_time(row) if segment.tower == name)
 
 
-def _without_targets(example: Example) -> list[Any]:
+def without_targets(example: Example) -> list[Any]:
+    """Return an example as ``generate`` takes it."""
+
     def plain(segment: Segment) -> Segment:
         return dataclasses.replace(segment, target=False)
 

@@ -1,0 +1,250 @@
+"""Tokens that have not run yet are run, all towers together, after what is kept of those before them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from ..compile.schedule import Layer, Tap
+from ..link.attention import Visibility, visibility
+from ..link.cross_attention import KeysValues, add
+from ..run.embed import embed
+from ..run.fusion import Fusion
+from ..run.tables import Rotations
+from ..tower.resume import plain
+from .rows import Row, Said, cache_of, rows_of, stacked
+
+
+class Keeping(NamedTuple):
+    """What is to be kept.
+
+    Attributes:
+        model: The model.
+        open: The towers that may get more tokens; what only others read is not kept.
+        outputs: Those among them that may be decoded: of the others the layers above the last that is read
+            are never run.
+    """
+
+    model: Fusion
+    open: Collection[str]
+    outputs: Collection[str]
+
+    def readers(self, name: str) -> list[Tap]:
+        """Return the taps that read a tower for those that may get more tokens."""
+        return [tap for tap in self.model.schedule.taps if tap.source == name and tap.target in self.open]
+
+    def read_layers(self, name: str) -> set[int]:
+        """Return the layers of a tower that they read."""
+        return {tap.source_layer for tap in self.readers(name)}
+
+    def depth(self, name: str) -> int | None:
+        """Return the last layer that is run of a tower's tokens; None where nothing of them is wanted."""
+        if self.caches(name) and name in self.outputs:
+            return self.model.tower(name).depth
+        return max(self.read_layers(name), default=None)
+
+    def caches(self, name: str) -> bool:
+        """Whether the tower's own keys and values are kept."""
+        return name in self.open and self.model.tower(name).resumes
+
+
+def advance(keeping: Keeping, rows: Sequence[Row], names: Collection[str] | None = None) -> list[Row]:
+    """Run what is pending in some rows, each token once; return the rows with what it left.
+
+    A tower that cannot go on from keys and values runs from its first token, if anything of it is pending.
+
+    Args:
+        keeping: What is kept.
+        rows: The rows.
+        names: The towers in question; what they read runs too. All towers unless given.
+    """
+    names = _pending(keeping.model, rows, names)
+    if not names:
+        return list(rows)
+    apart = [name for name in names if len(rows) > 1 and keeping.caches(name) and _apart(keeping.model, name)]
+    alike: dict[tuple[tuple[int, int], ...], list[int]] = {}
+    for number, row in enumerate(rows):
+        key = tuple((row.of(name).cached, row.of(name).pending) for name in apart)
+        alike.setdefault(key, []).append(number)
+    done: dict[int, Row] = {}
+    for group in alike.values():
+        part = [rows[number] for number in group]
+        new = _Pass(
+            keeping, part, [name for name in names if any(row.of(name).pending for row in part)]
+        ).run()
+        done |= zip(group, new, strict=True)
+    return [done[number] for number in range(len(rows))]
+
+
+def _pending(model: Fusion, rows: Sequence[Row], names: Collection[str] | None) -> list[str]:
+    """Name those of some towers, and of all that they read, that have tokens which did not run."""
+    pending = [name for name in model.towers if any(row.of(name).pending for row in rows)]
+    if names is None:
+        return pending
+    sources: dict[str, set[str]] = {}
+    for tap in model.schedule.taps:
+        sources.setdefault(tap.target, set()).add(tap.source)
+    found: set[str] = set()
+    waiting = [name for name in names if name in pending]
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            waiting += [source for source in sources.get(name, ()) if source in pending]
+    return [name for name in pending if name in found]
+
+
+def _apart(model: Fusion, name: str) -> bool:
+    """Whether only rows of one length can be run together after what a tower keeps."""
+    return not model.tower(name).pads_left
+
+
+class _Pass:
+    """One run of what is pending in some rows."""
+
+    def __init__(self, keeping: Keeping, rows: Sequence[Row], names: Collection[str]) -> None:
+        self.keeping, self.model, self.rows, self.names = keeping, keeping.model, rows, names
+        self.starts = {name: [self._start(name, row.of(name)) for row in rows] for name in names}
+        self.streams = {name: self._stream(name) for name in names}
+        self.earlier = {name: self._earlier(name) for row in rows for name in row.said}
+        self.rotations = Rotations({name: stream["times"] for name, stream in self.streams.items()})
+        self.caches = {
+            name: cache_of([row.of(name) for row in rows]) for name in names if keeping.caches(name)
+        }
+        self.given: dict[Layer, Tensor] = {}
+        self.keys: dict[Tap, KeysValues] = {}
+
+    def run(self) -> list[Row]:
+        """Run the steps that are needed."""
+        model, taps = self.model, self.model.schedule.taps
+        depths = {name: self.keeping.depth(name) for name in self.names}
+        wanted = {name: depth for name, depth in depths.items() if depth is not None}
+        known = {(tap.source, tap.source_layer) for tap in taps if tap.source not in self.names}
+        seen, hidden, contexts = self._visibilities(), dict[str, Tensor](), dict[str, Any]()
+        for step in model.schedule.needed(wanted, seen, known):
+            name, layer = step.tower, step.layer
+            if step.taps:
+                updates = [self._read(tap, hidden[name], seen[tap.link]) for tap in step.taps]
+                hidden[name] = add(hidden[name], updates)
+                continue
+            if layer:
+                hidden[name] = model.tower(name).layer(layer, hidden[name], contexts[name])
+            else:
+                hidden[name], contexts[name] = self._embed(name)
+            if (name, layer) in model.schedule.read_layers:
+                self.given[name, layer] = hidden[name]
+        return self._rows(depths)
+
+    def _start(self, name: str, said: Said) -> int:
+        """Return the first token of a row that runs: after what is kept, or the very first."""
+        if self.keeping.caches(name):
+            return said.cached
+        return 0 if said.pending else len(said.tokens)
+
+    def _stream(self, name: str) -> dict[str, Tensor]:
+        parts = list(zip((row.of(name) for row in self.rows), self.starts[name], strict=True))
+        device = self.model.tower(name).device
+        tokens = pad_sequence([said.tokens[start:] for said, start in parts], batch_first=True)
+        times = [said.times[start:] for said, start in parts]
+        when = pad_sequence(times, batch_first=True, padding_value=-1)
+        return {"tokens": tokens.to(device), "times": when.to(device), "mask": (when >= 0).to(device)}
+
+    def _earlier(self, name: str) -> Tensor:
+        """Return when the tokens before those that run stand, padded on the left by -1."""
+        starts = self.starts.get(name, [row.of(name).done for row in self.rows])
+        times = [row.of(name).times[:start] for row, start in zip(self.rows, starts, strict=True)]
+        return pad_sequence(times, batch_first=True, padding_value=-1, padding_side="left")
+
+    def _visibilities(self) -> dict[str, Visibility]:
+        """Return what the queries of each link see, of those that see anything."""
+        model, seen, alike = self.model, dict[str, Visibility](), dict[tuple[Any, ...], Visibility]()
+        dtypes = {tap.link: model.tap(tap).query.weight.dtype for tap in model.schedule.taps}
+        for link in model.graph.links.values():
+            if link.target not in self.names or link.source not in self.earlier:
+                continue
+            key = (link.source, link.target, link.window, dtypes[link.name])
+            if key not in alike:
+                queries, times = self.streams[link.target]["times"], self.earlier[link.source]
+                if link.source in self.streams:
+                    times = torch.cat([times, self.streams[link.source]["times"].to(times)], 1)
+                alike[key] = visibility(queries, times, times >= 0, *key[2:])
+            seen[link.name] = alike[key]
+        return {name: each for name, each in seen.items() if not each.is_blind()}
+
+    def _embed(self, name: str) -> tuple[Tensor, Any]:
+        tower, stream = self.model.tower(name), self.streams[name]
+        if name in self.caches:
+            mask = torch.cat([self.earlier[name].to(tower.device) >= 0, stream["mask"]], 1)
+            x, context = tower.resume(
+                stream["tokens"], self.caches[name], mask if self._padded(name) else None
+            )
+        else:
+            x, context = embed(name, tower, stream)
+        return self.model.adapt(name, x), context
+
+    def _padded(self, name: str) -> bool:
+        """Whether a tower must be told of padding: it is on the left, or there may be no positions for it."""
+        unlike = [len(set(self.starts[name])) > 1]
+        if self.model.tower(name).hard_limit is not None:
+            unlike.append(len({int(mask.sum()) for mask in self.streams[name]["mask"]}) > 1)
+        return any(unlike)
+
+    def _read(self, tap: Tap, x: Tensor, seen: Visibility) -> Tensor:
+        module = self.model.tap(tap)
+        update: Tensor = module(x, self._keys(tap), seen, self.rotations.of(tap.target, module))
+        return update
+
+    def _keys(self, tap: Tap) -> KeysValues:
+        """Return the keys and values of a tap: those of earlier tokens, then those of the tokens that run."""
+        if tap not in self.keys:
+            parts = [] if self.earlier[tap.source].shape[1] == 0 else [kept_of(self.rows, tap, self.starts)]
+            if tap.source in self.names:
+                module, states = self.model.tap(tap), self.given[tap.source, tap.source_layer]
+                parts.append(module.read(states, self.rotations.of(tap.source, module)))
+            self.keys[tap] = KeysValues(*(torch.cat(part, 2) for part in zip(*parts, strict=True)))
+        return self.keys[tap]
+
+    def _rows(self, depths: Mapping[str, int | None]) -> list[Row]:
+        """Return the rows with what this run left, each without padding."""
+        said, read = [dict(row.said) for row in self.rows], [dict(row.read) for row in self.rows]
+        for name in self.names:
+            before = self.earlier[name].shape[1]
+            places = [
+                slice(before - start, before + len(row.of(name).tokens) - start)
+                for row, start in zip(self.rows, self.starts[name], strict=True)
+            ]
+            layers = plain(self.caches[name]) if name in self.caches and depths[name] else []
+            caches = rows_of(layers, places)
+            for number, row in enumerate(self.rows):
+                tokens = row.of(name).tokens
+                if len(tokens):
+                    said[number][name] = row.of(name)._replace(done=len(tokens), cache=caches[number])
+            for tap in self.keeping.readers(name):
+                kept = rows_of([self._keys(tap)], places)
+                for number, (each,) in enumerate(kept):
+                    read[number][tap] = each
+        return [replace(row, said=said[number], read=read[number]) for number, row in enumerate(self.rows)]
+
+
+def kept_of(rows: Sequence[Row], tap: Tap, starts: Mapping[str, Sequence[int]] | None = None) -> KeysValues:
+    """Return what a tap reads of the tokens that have run in some rows, padded on the left.
+
+    Args:
+        rows: The rows, of which one or more have such tokens.
+        tap: The tap.
+        starts: By source, how many of its tokens in each row; all unless given.
+    """
+    known = next(row.read[tap] for row in rows if tap in row.read)
+    none = KeysValues(*(part[:, :, :0] for part in known))
+    counts = (starts or {}).get(tap.source, [None] * len(rows))
+    parts = [
+        [part[:, :, :count] for part in row.read.get(tap, none)]
+        for row, count in zip(rows, counts, strict=True)
+    ]
+    keys, values = (stacked(part) for part in zip(*parts, strict=True))
+    return KeysValues(keys, values)

@@ -1,0 +1,157 @@
+"""What is kept of one row of a conversation: its tokens, and the keys and values that they left.
+
+Rows are values: whatever is done with one makes another, which shares the tensors that did not change. So a
+row can be kept, gone back to, or gone on from in several ways.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..base.extras import require
+from ..batch.collate import Example, Segment, place_in_time
+from ..compile.schedule import Tap
+from ..link.cross_attention import KeysValues
+
+Turn = Segment | tuple[Segment, ...]
+"""An entry of an example: a segment, or several that begin at the same time."""
+
+
+class Said(NamedTuple):
+    """The tokens of one tower in a row, and what is known of them.
+
+    Attributes:
+        tokens: int64, shape (length,), on the CPU.
+        times: When they stand, int64, shape (length,).
+        done: How many of them have run, so that others can read them.
+        cache: Of these, the keys and values of each layer of the tower, shape (1, heads, done, head width);
+            empty where the tower cannot go on from any.
+    """
+
+    tokens: Tensor
+    times: Tensor
+    done: int = 0
+    cache: tuple[KeysValues, ...] = ()
+
+    @property
+    def cached(self) -> int:
+        """How many tokens the tower need not run again when it goes on."""
+        return self.done if self.cache else 0
+
+    @property
+    def pending(self) -> int:
+        """How many tokens have not run."""
+        return len(self.tokens) - self.done
+
+
+NOTHING = Said(torch.empty(0, dtype=torch.long), torch.empty(0, dtype=torch.long))
+
+
+@dataclass(frozen=True)
+class Row:
+    """An example so far.
+
+    >>> row = Row().then([Segment("text", [1, 5]), Segment("speech", [1, 7, 2])])
+    >>> row.time, row.of("speech").times.tolist(), row.of("speech").pending
+    (5, [2, 3, 4], 3)
+    >>> row.until(1).time
+    2
+
+    Attributes:
+        history: Its entries.
+        time: When the next begins.
+        said: What each tower has in it, by name.
+        read: By tap, the keys and values that it reads of the tokens of its source that have run, shape (1,
+            heads, how many, head width), on the target's device.
+    """
+
+    history: tuple[Turn, ...] = ()
+    time: int = 0
+    said: Mapping[str, Said] = field(default_factory=dict)
+    read: Mapping[Tap, KeysValues] = field(default_factory=dict)
+
+    def of(self, name: str) -> Said:
+        """Return what a tower has in the row."""
+        return self.said.get(name, NOTHING)
+
+    def then(self, entries: Example, number: int = 0) -> Row:
+        """Return the row with further entries, which have not run; errors call it by its number."""
+        said, end = dict(self.said), self.time
+        for segment, time in place_in_time(entries, number):
+            tokens, before = torch.as_tensor(segment.tokens), said.get(segment.tower, NOTHING)
+            times = torch.arange(len(tokens)) + self.time + time
+            said[segment.tower] = before._replace(
+                tokens=torch.cat([before.tokens, tokens]), times=torch.cat([before.times, times])
+            )
+            end = max(end, int(times[-1]) + 1)
+        return replace(self, history=(*self.history, *entries), time=end, said=said)
+
+    def until(self, entries: int) -> Row:
+        """Return the row as it was when it had so many entries, with what is kept of these."""
+        before = Row().then(self.history[:entries])
+        said = {}
+        for name, short in before.said.items():
+            known = self.of(name)
+            done = min(known.done, len(short.tokens))
+            said[name] = short._replace(done=done, cache=tuple(_first(each, done) for each in known.cache))
+        read = {
+            tap: _first(each, said[tap.source].done) for tap, each in self.read.items() if tap.source in said
+        }
+        return replace(before, said=said, read=read)
+
+
+def padding(lengths: Sequence[int]) -> list[int]:
+    """Return how far each of several must be padded to be as long as the longest.
+
+    >>> padding([2, 5])
+    [3, 0]
+    """
+    return [max(lengths) - length for length in lengths]
+
+
+def stacked(parts: Sequence[Tensor]) -> Tensor:
+    """Put tensors of shape (1, heads, length, width) into one, padded on the left; a single one is itself.
+
+    >>> stacked([torch.ones(1, 1, 2, 1), torch.ones(1, 1, 1, 1)]).flatten().tolist()
+    [1.0, 1.0, 0.0, 1.0]
+    """
+    if len(parts) == 1:
+        return parts[0]
+    short = padding([part.shape[2] for part in parts])
+    return torch.cat([F.pad(part, (0, 0, fill, 0)) for part, fill in zip(parts, short, strict=True)])
+
+
+def cache_of(said: Sequence[Said]) -> Any:
+    """Return a ``DynamicCache`` of what a tower has kept in several rows, padded on the left."""
+    cache_type, layers = require("transformers", "transformers").DynamicCache, [each.cache for each in said]
+    full = next((each for each in layers if each), None)
+    if full is None:
+        return cache_type()
+    none = tuple(KeysValues(*(part[:, :, :0] for part in layer)) for layer in full)
+    return cache_type(
+        [
+            tuple(stacked(part) for part in zip(*same, strict=True))
+            for same in zip(*(each or none for each in layers), strict=True)
+        ]
+    )
+
+
+def rows_of(pairs: Sequence[tuple[Tensor, Tensor]], places: Sequence[slice]) -> list[tuple[KeysValues, ...]]:
+    """Take apart the layers of a cache of several rows: for each what stands at its place."""
+    return [
+        tuple(
+            KeysValues(*(part[row : row + 1, :, place] for part in pair))
+            for pair in pairs
+        )
+        for row, place in enumerate(places)
+    ]  # fmt: skip
+
+
+def _first(kept: KeysValues, count: int) -> KeysValues:
+    return KeysValues(*(part[:, :, :count] for part in kept))

@@ -1,0 +1,197 @@
+"""A conversation: examples that grow turn by turn, of which each token runs once."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..batch.collate import Example, Segment
+from ..run.fusion import Fusion
+from ..run.gathered import gathered
+from ..run.max_positions import check_room
+from ..tower.probe import evaluated
+from .advance import Keeping, advance
+from .generate import Decoded, Entry, Policy, check_given, check_name, go_on
+from .options import given
+from .rows import Row, Turn
+
+
+@dataclass(frozen=True, eq=False)
+class Mark:
+    """A point of a session, to go back to; see ``Session.mark``.
+
+    Attributes:
+        history: The examples as they were.
+    """
+
+    history: tuple[tuple[Turn, ...], ...]
+
+
+class Session:
+    """Examples that grow turn by turn; ``model.session()`` begins one.
+
+    >>> import multitower as mt
+    >>> from multitower.testing import tiny_model
+    >>> model = tiny_model()
+    >>> session = model.session()
+    >>> session.append(mt.Segment("speech", [1, 5, 6, 2]))
+    >>> ((first,),) = session.generate(["text"], max_new_tokens=4)
+    >>> session.append(mt.Segment("speech", [1, 9, 2]))
+    >>> ((second,),) = session.generate(["text"], max_new_tokens=4)
+    >>> len(session.history[0])
+    4
+
+    What it gives is what ``model.generate`` gives of the whole ``history``, up to rounding. Each tower's keys
+    and values are kept, and those that taps read of it, so that a turn runs its own tokens alone. A tower
+    that cannot go on from an earlier call (``Tower.resumes``) runs from its first token.
+
+    What is kept is of the weights as they are: begin a new session after training or changing the model.
+
+    Args:
+        model: The model.
+        rows: How many examples go on side by side.
+        outputs: The towers that are to be decoded; all unless given.
+
+    Raises:
+        ValueError: There is no row, or no tower of a name.
+    """
+
+    def __init__(self, model: Fusion, rows: int = 1, outputs: Collection[str] | None = None) -> None:
+        if rows < 1:
+            raise ValueError(f"a session needs one or more rows, not {rows}")
+        towers = list(model.towers)
+        for name in towers if outputs is None else outputs:
+            check_name(name, towers)
+        self.model = model
+        self._keeping = Keeping(model, towers, towers if outputs is None else list(outputs))
+        self._rows = [Row()] * rows
+
+    def __repr__(self) -> str:
+        counts = {name: [len(row.of(name).tokens) for row in self._rows] for name in self.model.towers}
+        return f"Session({', '.join(f'{name}: {each} tokens' for name, each in counts.items())})"
+
+    @property
+    def history(self) -> list[list[Turn]]:
+        """The examples so far, as ``model.generate`` and ``collate`` take them."""
+        return [list(row.history) for row in self._rows]
+
+    @torch.no_grad()
+    def append(self, entries: Turn | Example | Sequence[Example]) -> None:
+        """Add what is given, and run it.
+
+        >>> import multitower as mt
+        >>> from multitower.testing import tiny_model
+        >>> session = tiny_model().session(rows=2)
+        >>> session.append(mt.Segment("text", [1, 7, 2]))                           # to every row
+        >>> session.append([[mt.Segment("speech", [1, 5, 2])], []])                 # to the first alone
+        >>> [len(row) for row in session.history]
+        [2, 1]
+
+        A segment may come in pieces as it is recorded or typed, ``[1, 5]`` and then ``[6, 2]``: a tower's
+        tokens that follow each other are one run of tokens, however many segments they came in.
+
+        Args:
+            entries: A segment, or a tuple of segments that begin at the same time, or a list of these, for
+                every row; or a list with such a list for each row, which may be empty.
+
+        Raises:
+            ValueError: A segment is not as ``model.generate`` takes it, there are not as many lists as rows,
+                or a tower has no position for so many tokens. The session is then as it was.
+        """
+        each = self._by_row(entries)
+        check_given(each, {name: self.model.tower(name).vocab_size for name in self.model.towers})
+        rows = [row.then(new, number) for number, (row, new) in enumerate(zip(self._rows, each, strict=True))]
+        for number, row in enumerate(rows):
+            for name, said in row.said.items():
+                check_room(name, self.model.tower(name), said.times, f"row {number} of the session")
+        with gathered(self.model), evaluated(self.model):
+            self._rows = advance(self._keeping, rows)
+
+    def generate(self, output: Sequence[Entry] | Policy, **options: Any) -> Decoded:
+        """Decode a segment for each tower in ``output``, and add it to the session.
+
+        Args:
+            output: As ``FusedModel.generate`` takes it.
+            options: See there. Rows stay one each: for several answers, decode in several forks.
+
+        Returns:
+            For each row what was decoded, which is the end of its history.
+
+        Raises:
+            ValueError: See there; or a tower is not among ``outputs``, or several sequences are to be
+                returned. The session is then as it was.
+        """
+        wanted = [] if callable(output) else [*_names(output)]
+        for name in wanted:
+            if name in self.model.towers and name not in self._keeping.outputs:
+                raise ValueError(
+                    f"tower {name!r} is not among the outputs of this session, which are "
+                    f"{', '.join(self._keeping.outputs)}; name it in model.session(outputs=...)"
+                )
+        if (given(options, "num_return_sequences") or 1) != 1:
+            raise ValueError(
+                "num_return_sequences: a row of a session goes on in one way; decode in several forks"
+            )
+        before = self._rows
+        with gathered(self.model), torch.no_grad():
+            self._rows = go_on(self._keeping, before, output, options, lasting=True)
+        return [list(row.history[len(old.history) :]) for row, old in zip(self._rows, before, strict=True)]
+
+    def mark(self) -> Mark:
+        """Return this point of the session, to go back to by ``rollback``; it keeps no keys and values."""
+        return Mark(tuple(row.history for row in self._rows))
+
+    def rollback(self, mark: Mark) -> None:
+        """Go back to a point of this session, or of the one that it was forked from; nothing runs.
+
+        >>> import multitower as mt
+        >>> from multitower.testing import tiny_model
+        >>> session = tiny_model().session()
+        >>> session.append(mt.Segment("speech", [1, 5, 6, 2]))
+        >>> mark = session.mark()
+        >>> _ = session.generate(["text"], do_sample=True, max_new_tokens=4)
+        >>> session.rollback(mark)                                                  # to answer otherwise
+        >>> len(session.history[0])
+        1
+
+        Raises:
+            ValueError: The session has not been there since it was begun or last went back.
+        """
+        now = [row.history for row in self._rows]
+        same = len(now) == len(mark.history) and all(
+            len(then) <= len(row) and all(a is b for a, b in zip(then, row, strict=False))
+            for then, row in zip(mark.history, now, strict=True)
+        )
+        if not same:
+            raise ValueError(
+                "this mark is no point of the session's past: it is of another session, or of what was gone "
+                "back from"
+            )
+        self._rows = [row.until(len(then)) for row, then in zip(self._rows, mark.history, strict=True)]
+
+    def fork(self) -> Session:
+        """Return a session that goes on from here by itself; tensors are shared, and none is copied."""
+        return copy.copy(self)
+
+    def _by_row(self, entries: Any) -> list[Example]:
+        if isinstance(entries, Segment | tuple):
+            entries = [entries]
+        if not isinstance(entries, Sequence) or not any(isinstance(each, list) for each in entries):
+            return [entries] * len(self._rows)
+        if len(entries) != len(self._rows):
+            raise ValueError(
+                f"there are {len(entries)} lists of segments for the {len(self._rows)} rows of the session; "
+                "give a list for each, or segments alone, which every row gets"
+            )
+        return list(entries)
+
+
+def _names(output: Any) -> list[str]:
+    """Name the towers in a list of outputs; what is none is refused later."""
+    entries = output if isinstance(output, list | tuple) else []
+    every = [each for entry in entries for each in (entry if isinstance(entry, tuple) else (entry,))]
+    return [each for each in every if isinstance(each, str)]

@@ -1,0 +1,233 @@
+"""One decoding of some rows, by transformers' own generate, from what is kept of each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from ..batch.collate import Segment
+from ..link.cross_attention import KeysValues
+from ..run.max_positions import bounded, check_room
+from ..run.tables import Rotations
+from ..tower.resume import plain
+from .advance import Keeping, advance, kept_of
+from .options import Settings, groups
+from .rows import Row, cache_of, rows_of
+from .simultaneous import decode_together
+from .tap_cache import Entry, TapCache, TapReader
+
+Entries = str | tuple[str, ...]
+"""A tower to decode, or several to decode at the same time."""
+
+
+def decode(
+    keeping: Keeping,
+    rows: Mapping[int, Row],
+    entry: Entries,
+    settings: Mapping[str, Settings],
+    *,
+    keep: bool,
+) -> list[list[Row]]:
+    """Decode rows, together where that does not change what each becomes.
+
+    Args:
+        keeping: What is kept.
+        rows: The rows, by the numbers by which errors call them.
+        entry: What to decode.
+        settings: For each tower of it with what to decode it.
+        keep: Whether something may follow, for which what is decoded should not run again.
+
+    Returns:
+        What each row becomes: one row, or as many as sequences are returned.
+    """
+    lengths: dict[str, list[int]] = {name: [] for name in settings}
+    for number, row in rows.items():
+        for name in settings:
+            times = torch.cat([row.of(name).times, torch.tensor([row.time])])
+            check_room(name, keeping.model.tower(name), times, f"example {number}, with a begin token,")
+            lengths[name].append(len(times))
+    together = groups([(each, lengths[name]) for name, each in settings.items()])
+    first = {tap.source for tap in keeping.model.schedule.taps if tap.target in settings}
+    now = advance(keeping, list(rows.values()), first if isinstance(entry, str) else {*first, *settings})
+    became: dict[int, list[Row]] = {}
+    for group in together:
+        part = [now[place] for place in group]
+        if isinstance(entry, str):
+            new = _alone(keeping, part, settings[entry], keep=keep)
+        else:
+            new = _together(keeping, part, settings, keep=keep)
+        copies = len(new) // len(group)
+        became |= {place: new[at * copies :][:copies] for at, place in enumerate(group)}
+    return [became[place] for place in range(len(rows))]
+
+
+def _alone(keeping: Keeping, rows: Sequence[Row], settings: Settings, *, keep: bool) -> list[Row]:
+    """Decode one tower."""
+    model, name = keeping.model, settings.name
+    tower = model.tower(name)
+    if len({(row.of(name).cached, row.of(name).pending) for row in rows}) > 1 and _begun(rows, settings):
+        rows = advance(keeping, rows, {name})  # so that each goes on by its begin token
+    tokens, times = _prompts(rows, settings)
+    noting = keep and _can_note(keeping, settings)
+    past = cache_of([row.of(name) for row in rows]) if noting or _begun(rows, settings) else None
+    copies = max(settings.config.num_beams or 1, settings.config.num_return_sequences or 1)
+    if past is not None and copies > 1:
+        past.batch_repeat_interleave(copies)
+    before = 0 if past is None else int(past.get_seq_length())
+    reader = TapReader(
+        model, name, tap_cache(keeping, rows, [name]), times, keeping.read_layers(name) if noting else ()
+    )
+    decoder = bounded(tower.decoder(reader), name, tower)
+    sequences = decode_rows(decoder, tokens, times >= 0, settings, past)
+    returned = len(sequences) // len(rows)
+    new = [rows[at // returned].then([Segment(name, each)]) for at, each in enumerate(sequences)]
+    return _noted(keeping, new, name, reader, past, before) if noting else new
+
+
+def _together(
+    keeping: Keeping, rows: Sequence[Row], settings: Mapping[str, Settings], *, keep: bool
+) -> list[Row]:
+    """Decode several towers at the same time."""
+    noting = {name: keep and _can_note(keeping, each) for name, each in settings.items()}
+    pasts = {
+        name: cache_of([row.of(name) for row in rows])
+        for name, each in settings.items()
+        if noting[name] or _begun(rows, each)
+    }
+    before = {name: int(past.get_seq_length()) for name, past in pasts.items()}
+    lanes = decode_together(
+        keeping.model,
+        tap_cache(keeping, rows, list(settings)),
+        {name: _prompts(rows, each) for name, each in settings.items()},
+        settings,
+        pasts,
+        {name: keeping.read_layers(name) for name in settings if noting[name]},
+    )
+    segments = zip(*(lane.segments() for lane in lanes), strict=True)
+    new = [row.then([each]) for row, each in zip(rows, segments, strict=True)]
+    for lane in lanes:
+        if noting[lane.name]:
+            new = _noted(keeping, new, lane.name, lane.reader, pasts[lane.name], before[lane.name])
+    return new
+
+
+def tap_cache(keeping: Keeping, rows: Sequence[Row], targets: Sequence[str]) -> TapCache:
+    """Return what the taps into some towers read in some rows."""
+    entries = {}
+    for tap in keeping.model.schedule.taps:
+        if tap.target in targets and any(tap in row.read for row in rows):
+            said = [row.of(tap.source) for row in rows]
+            times = [each.times[: each.done] for each in said]
+            when = pad_sequence(times, batch_first=True, padding_value=-1, padding_side="left")
+            when = when.to(keeping.model.tower(tap.target).device)
+            keys, values = (part.contiguous() for part in kept_of(rows, tap))
+            entries[tap] = Entry(KeysValues(keys, values), when, when >= 0)
+    return TapCache(keeping.model, targets, entries)
+
+
+def decode_rows(
+    decoder: Any, tokens: Tensor, mask: Tensor, settings: Settings, past: Any = None
+) -> list[Tensor]:
+    """Let transformers decode after prompts of unlike length.
+
+    Args:
+        decoder: A causal LM with ``generate``.
+        tokens: The prompts, int64, shape (batch, length), padded on the left, each with the begin token
+            of the new segment at its end.
+        mask: Where they are not padding, bool, shape (batch, length).
+        settings: With what to decode.
+        past: A cache with the keys and values of the first of these tokens, to which the others are added.
+
+    Returns:
+        Each new segment on the CPU, from its begin token to its end token if it was reached.
+    """
+    length = tokens.shape[1]
+    options = {**settings.options, **settings.limits(length)}
+    if past is not None:
+        options["past_key_values"] = past
+    sequences = decoder.generate(tokens, attention_mask=mask.long(), **options)
+    return [_until_end(sequence[length - 1 :].cpu(), settings.ends) for sequence in sequences]
+
+
+def pad_left(rows: Sequence[Tensor], value: int) -> Tensor:
+    """Stack rows of shape (length,), padded on the left.
+
+    >>> pad_left([torch.tensor([1, 2]), torch.tensor([3])], 0).tolist()
+    [[1, 2], [0, 3]]
+    """
+    return pad_sequence(list(rows), batch_first=True, padding_value=value, padding_side="left")
+
+
+def _begun(rows: Sequence[Row], settings: Settings) -> bool:
+    """Whether something is kept of a tower's rows that ``generate`` can go on from, asked as it is."""
+    config = settings.config
+    takes = config.cache_implementation is None and config.use_cache is not False
+    return takes and any(row.of(settings.name).cached for row in rows)
+
+
+def _can_note(keeping: Keeping, settings: Settings) -> bool:
+    """Whether what ``generate`` leaves in its cache is the rows that it returns, token by token."""
+    config = settings.config
+    one_by_one = config.get_generation_mode() in ("greedy_search", "sample")
+    plainly = config.cache_implementation is None and config.use_cache is not False
+    single = (config.num_return_sequences or 1) == 1
+    return one_by_one and plainly and single and keeping.caches(settings.name)
+
+
+def _noted(
+    keeping: Keeping, rows: Sequence[Row], name: str, reader: TapReader, cache: Any, before: int
+) -> list[Row]:
+    """Return rows that were decoded with what that left: in the cache, and in what the reader noted.
+
+    Args:
+        keeping: What is kept.
+        rows: The rows, the new segment included.
+        name: The tower.
+        reader: What followed its layers.
+        cache: The cache, padded on the left as its prompts were.
+        before: How many tokens it held before.
+    """
+    length, prompt = int(cache.get_seq_length()), reader.times.shape[1] - 1
+    fills = [int((reader.times[row, 1:] < 0).sum()) for row in range(len(rows))]
+    done = [min(len(row.of(name).tokens), length - fill) for row, fill in zip(rows, fills, strict=True)]
+    assert length >= prompt, "the cache lacks tokens of the prompt"
+    whole = [slice(fill, fill + count) for fill, count in zip(fills, done, strict=True)]
+    caches = rows_of(plain(cache), whole)
+    said = [
+        {**row.said, name: row.of(name)._replace(done=count, cache=each)}
+        for row, count, each in zip(rows, done, caches, strict=True)
+    ]
+    read = [dict(row.read) for row in rows]
+    times = reader.times_of(torch.arange(before, length))
+    rotations = Rotations({name: times})
+    places = [slice(max(place.start - before, 0), place.stop - before) for place in whole]
+    for tap in keeping.readers(name):
+        module = keeping.model.tap(tap)
+        states = torch.cat(reader.noted[tap.source_layer], 1)
+        new = module.read(states, rotations.of(name, module))
+        for row, (each,) in enumerate(rows_of([new], places)):
+            old = read[row].get(tap)
+            parts = [each] if old is None else [old, each]
+            read[row][tap] = KeysValues(*(torch.cat(part, 2) for part in zip(*parts, strict=True)))
+    return [replace(row, said=said[number], read=read[number]) for number, row in enumerate(rows)]
+
+
+def _prompts(rows: Sequence[Row], settings: Settings) -> tuple[Tensor, Tensor]:
+    """Return a tower's tokens in each row and then its begin token, and their times, padded on the left."""
+    said, device = [row.of(settings.name) for row in rows], settings.tower.device
+    begin = torch.tensor([settings.begin])
+    tokens = pad_left([torch.cat([each.tokens, begin]) for each in said], settings.begin)
+    starts = [torch.tensor([row.time]) for row in rows]
+    times = pad_left([torch.cat([each.times, start]) for each, start in zip(said, starts, strict=True)], -1)
+    return tokens.to(device), times.to(device)
+
+
+def _until_end(tokens: Tensor, end: Sequence[int]) -> Tensor:
+    """Cut a segment after its first end token; the begin token at its front may be the same id."""
+    is_end = torch.isin(tokens[1:], torch.tensor(end, dtype=tokens.dtype))
+    return tokens[: int(is_end.int().argmax()) + 2] if bool(is_end.any()) else tokens

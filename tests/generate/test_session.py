@@ -1,0 +1,260 @@
+"""Conversations: every turn what running everything at once gives, and no token run twice."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+
+import multitower as mt
+from models import BEGIN, causal_lm, pair, segment
+from multitower.testing import check_session
+
+GIVEN = [
+    [segment("speech", 5, 6, 7, 8), (segment("text", 4, 5), segment("speech", 9, 3, 2)), segment("text", 4)],
+    [segment("text", 4, 5), segment("speech", 9, 3)],
+    [segment("text", 4)],
+]
+TURNS = [
+    [[segment("speech", 5, 6, 7, 8)], [segment("text", 4, 5), segment("speech", 9, 3)], []],
+    [[segment("speech", 9)], [], [segment("text", 4)]],
+    [[(segment("text", 4, 5), segment("speech", 9, 3, 2))], [segment("speech", 3)], [segment("speech", 6)]],
+]
+FAMILIES = ["plain", "llama", "gpt2", "bloom", "mistral", "gemma3_text"]
+SLIDING = {"sliding_window": 4}
+EXTRA = {
+    "mistral": SLIDING,
+    "gemma3_text": {**SLIDING, "layer_types": ["sliding_attention", "full_attention"]},
+}
+
+
+def fusion(kind: str, **options: Any) -> mt.FusedModel:
+    if kind == "plain":
+        return pair(gates=True, **options)
+    speech = causal_lm("llama", depth=4, vocab_size=14, seed=1)
+    return pair(causal_lm(kind, config=EXTRA.get(kind)), speech, gates=True, **options)
+
+
+def lists(decoded: Any) -> list:
+    return [
+        [[part.tokens.tolist() for part in (each if isinstance(each, tuple) else (each,))] for each in row]
+        for row in decoded
+    ]
+
+
+def counted(model: mt.FusedModel) -> Counter:
+    """Count the tokens that pass through each layer of each tower."""
+    ran: Counter = Counter()
+    for name in model.towers:
+        for place, layer in enumerate(model.unimodal(name).model.layers, 1):
+            key = (name, place)
+            layer.register_forward_pre_hook(
+                lambda module, args, kwargs, key=key: ran.update(
+                    {key: (args[0] if args else kwargs["hidden_states"]).shape[1]}
+                ),
+                with_kwargs=True,
+            )
+    return ran
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_logits_of_every_turn_are_those_of_a_forward(kind: str) -> None:
+    check_session(fusion(kind, position="rotary", window=None if kind == "llama" else 4), GIVEN)
+
+
+@pytest.mark.parametrize("output", [["text"], ["text", "speech"], [("text", "speech")], ["text", "text"]])
+@pytest.mark.parametrize("kind", ["plain", "llama", "mistral"])
+def test_tokens_of_every_turn_are_those_of_the_whole_history(kind: str, output: list) -> None:
+    model = fusion(kind, position="rotary")
+    session = model.session(rows=3)
+    for turn in TURNS:
+        session.append(turn)
+        expected = model.generate(session.history, output, max_new_tokens=5)
+        assert lists(session.generate(output, max_new_tokens=5)) == lists(expected)
+
+
+def test_a_turn_runs_its_own_tokens_alone() -> None:
+    model = fusion("llama")
+    model.session().generate(["text"], max_new_tokens=1)  # which asks towers how they decode
+    model.session().generate(["speech"], max_new_tokens=1)
+    ran, session, totals = counted(model), model.session(), []
+    for _ in range(4):
+        ran.clear()
+        session.append([segment("speech", 5, 6, 7), segment("text", 4)])
+        session.generate(["text", "speech"], max_new_tokens=4, eos_token_id=None)
+        totals.append(dict(ran))
+    layers = {("text", 1), ("text", 2), *(("speech", place) for place in range(1, 5))}
+    # What is given, the begin token and what is decoded, of which the last token runs when it is first read.
+    first = {key: 3 + 5 if key[0] == "text" else 5 + 4 for key in layers}
+    assert totals[0] == first
+    later = {key: 3 + 5 if key[0] == "text" else 5 + 5 for key in layers}
+    assert totals[1:] == [later] * 3
+
+
+def test_several_outputs_of_one_call_run_nothing_twice() -> None:
+    model = fusion("llama")
+    model.generate([[]], ["text", "speech", "text"], max_new_tokens=1)
+    ran = counted(model)
+    given = [segment("speech", 5, 6, 7), segment("text", 4)]
+    model.generate([given], ["text", "speech", "text"], max_new_tokens=4, eos_token_id=None)
+    assert {ran["text", place] for place in (1, 2)} == {3 + 5 + 4}
+    assert {ran["speech", place] for place in range(1, 5)} == {5 + 5}
+
+
+def test_layers_that_nothing_reads_do_not_run_for_a_tower_that_is_no_output() -> None:
+    graph = mt.FusionGraph()
+    graph.add_tower("speech", causal_lm("llama", depth=4, vocab_size=14))
+    graph.add_tower("text", causal_lm("llama"))
+    graph.add_link("speech", "text", taps=[(2, 1)])
+    model = graph.compile().eval()
+    session = model.session(outputs=["text"])
+    session.append(segment("speech", 5, 6))  # and asks the tower how it decodes
+    ran = counted(model)
+    for _ in range(2):
+        session.append(segment("speech", 5, 6))
+    assert ran == {("speech", 1): 8, ("speech", 2): 8}
+    with pytest.raises(ValueError, match="'speech' is not among the outputs of this session, which are text"):
+        session.generate(["speech"])
+
+
+def test_pieces_of_a_segment_are_the_segment() -> None:
+    model = fusion("llama", position="rotary")
+    whole, pieces = model.session(), model.session()
+    whole.append(mt.Segment("speech", [BEGIN, 5, 6, 7, 2]))
+    for piece in ([BEGIN, 5], [6], [7, 2]):
+        pieces.append(mt.Segment("speech", piece))
+    one, other = (each.generate(["text"], max_new_tokens=5) for each in (whole, pieces))
+    assert lists(one) == lists(other)
+
+
+def test_forks_go_on_apart_and_marks_lead_back() -> None:
+    model = fusion("llama")
+    session = model.session(rows=2)
+    session.append(segment("speech", 5, 6, 7))
+    mark = session.mark()
+    expected = lists(model.generate(session.history, ["text"], max_new_tokens=5))
+    fork = session.fork()
+    fork.append(segment("speech", 9, 9))
+    fork.generate(["text", "speech"], max_new_tokens=5)
+    assert [len(row) for row in session.history] == [1, 1]
+    session.append([[segment("text", 8)], []])
+    later = session.mark()
+    session.rollback(mark)
+    assert lists(session.generate(["text"], max_new_tokens=5)) == expected
+    fork.rollback(mark)
+    assert lists(fork.generate(["text"], max_new_tokens=5)) == expected
+    with pytest.raises(ValueError, match="no point of the session's past"):
+        session.rollback(later)
+
+
+def test_forks_share_what_is_kept() -> None:
+    session = fusion("llama").session()
+    session.append(segment("text", 5, 6, 7))
+    (one,), (other,) = session._rows, session.fork()._rows
+    assert one is other
+    assert one.of("text").cached == 5
+
+
+def test_going_back_runs_nothing_and_keeps_what_was_before() -> None:
+    model = fusion("llama")
+    session = model.session()
+    session.append(segment("text", 5, 6, 7))
+    mark = session.mark()
+    session.generate(["text"], max_new_tokens=5)
+    ran = counted(model)
+    session.rollback(mark)
+    assert not ran
+    session.append(segment("text", 8))
+    assert ran == {("text", 1): 3, ("text", 2): 3}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 3},
+        {"do_sample": True, "top_k": 5},
+        {"prompt_lookup_num_tokens": 2},
+        {"prefill_chunk_size": 2},
+        {"cache_implementation": "static", "disable_compile": True},
+        {"use_cache": False},
+        {"no_repeat_ngram_size": 2},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_options_mean_in_every_turn_what_they_mean_at_once(options: dict) -> None:
+    model = fusion("llama")
+    session = model.session()
+    how = {"max_new_tokens": 5, **options}
+    for _ in range(3):
+        session.append([segment("speech", 5, 6, 7), segment("text", 4)])
+        torch.manual_seed(3)
+        expected = lists(model.generate(session.history, ["text"], **how))
+        torch.manual_seed(3)
+        assert lists(session.generate(["text"], **how)) == expected
+
+
+def test_a_policy_chooses_row_by_row() -> None:
+    model = fusion("llama")
+    session = model.session(rows=3)
+
+    def answer(row: list) -> str | None:
+        last = row[-1].tower if row else "speech"
+        return None if len(row) % 3 == 0 and row else {"speech": "text", "text": "speech"}[last]
+
+    for _ in range(2):
+        session.append([[segment("speech", 5, 6)], [segment("text", 4)], [segment("speech", 7)]])
+        expected = lists(model.generate(session.history, answer, max_new_tokens=4))
+        assert lists(session.generate(answer, max_new_tokens=4)) == expected
+
+
+def test_a_tower_without_keys_and_values_runs_from_its_first_token() -> None:
+    model = pair(causal_lm("mamba"), causal_lm("llama", depth=4, vocab_size=14), gates=True)
+    assert not model.tower("text").resumes
+    check_session(model, GIVEN[:2])
+
+
+def test_the_model_keeps_its_mode_and_its_towers_nothing() -> None:
+    model = fusion("llama").train()
+    session = model.session()
+    session.append(segment("speech", 5))
+    assert model.training
+    assert repr(session) == "Session(speech: [3] tokens, text: [0] tokens)"
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ([[segment("text", 3)]], "1 lists of segments for the 2 rows"),
+        (segment("music", 3), "no tower 'music'"),
+        (segment("text", 3, target=True), "holds a target"),
+        (mt.Segment("text", [99]), "vocabulary of 20"),
+        (mt.Segment("text", []), "one or more ids"),
+        ("text", "must be a list of multitower.Segment"),
+    ],
+)
+def test_what_cannot_be_appended_leaves_the_session_as_it_was(entries: Any, message: str) -> None:
+    session = fusion("llama").session(rows=2)
+    session.append(segment("text", 3))
+    with pytest.raises(ValueError, match=message):
+        session.append(entries)
+    assert [len(row) for row in session.history] == [1, 1]
+
+
+def test_a_row_that_is_longer_than_a_table_of_positions_is_refused() -> None:
+    session = pair(causal_lm("gpt2", config={"n_positions": 12}), gates=True).session()
+    session.append(segment("text", 3, 4, 5, 6))
+    with pytest.raises(ValueError, match="row 0 of the session has 13 tokens of tower 'text'"):
+        session.append(segment("text", 3, 4, 5, 6, 7))
+    assert len(session.history[0]) == 1
+
+
+def test_bad_sessions_teach() -> None:
+    model = fusion("llama")
+    with pytest.raises(ValueError, match="one or more rows"):
+        model.session(rows=0)
+    with pytest.raises(ValueError, match="no tower 'music'"):
+        model.session(outputs=["music"])
+    with pytest.raises(ValueError, match="decode in several forks"):
+        model.session().generate(["text"], num_return_sequences=2, do_sample=True)
