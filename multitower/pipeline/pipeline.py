@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,9 @@ from ..model import FusedModel
 from ..plugins.entry_points import as_modality
 from ..plugins.modality import Modality
 from ..storage.find import find_checkpoint
-from .raw import Raw, by_tower, leaves, read_example, replaced
+from .codec import Codec
+from .raw import leaves
+from .session import RawSession
 from .streaming import stream_text
 
 if TYPE_CHECKING:
@@ -67,6 +69,10 @@ class Pipeline:
         self.model = model
         self.modalities: dict[str, Modality] = {name: as_modality(each) for name, each in modalities.items()}
         check_modalities(model, self.modalities)
+
+    @property
+    def _codec(self) -> Codec:
+        return Codec(self.model, self.modalities)
 
     @property
     def device(self) -> torch.device:
@@ -125,15 +131,15 @@ class Pipeline:
         wanted = output if callable(output) or isinstance(output, list) else [output]
         if not callable(wanted) and not return_segments:
             for name in leaves([wanted]):
-                self._modality(name, "output")
-        examples = self._encode(inputs if several else [inputs])
+                self._codec.modality(name, "output")
+        examples = self._codec.encode(inputs if several else [inputs])
         size = len(examples) if batch_size is None else batch_size
         if size < 1:
             raise ValueError(f"batch_size={size} must be 1 or more")
-        options = self._with_edges(options)
+        options = self._codec.with_edges(options)
         batches = [examples[start : start + size] for start in range(0, len(examples), size)]
         rows = [row for batch in batches for row in self.model.generate(batch, wanted, **options)]
-        decoded = rows if return_segments else self._decode(rows, pairs=callable(output))
+        decoded = rows if return_segments else self._codec.decode(rows, pairs=callable(output))
         results = decoded if wanted is output else [row[0] for row in decoded]
         copies = len(results) // len(examples)
         if copies > 1:
@@ -161,7 +167,20 @@ class Pipeline:
         wrong = [leaf for leaf in leaves([[segments]]) if not isinstance(leaf, Segment)]
         if wrong:
             raise TypeError(f"decode takes multitower.Segment, not {type(wrong[0]).__name__}")
-        return self._decode([[segments]], pairs=False)[0][0]
+        return self._codec.decode([[segments]], pairs=False)[0][0]
+
+    def session(self, rows: int = 1, *, outputs: Collection[str] | None = None) -> RawSession:
+        """Begin a conversation of raw data, of which every turn runs only what is new; see ``RawSession``.
+
+        >>> session = pipe.session()                                                # doctest: +SKIP
+        >>> session.append(("speech", "clip.wav"))                                  # doctest: +SKIP
+        >>> answer = session.generate("text")                                       # doctest: +SKIP
+
+        Args:
+            rows: See ``FusedModel.session``.
+            outputs: See there.
+        """
+        return RawSession(self._codec, self.model.session(rows, outputs=outputs))
 
     def stream(self, example: list[Any], output: str, **options: Any) -> Iterator[str]:
         """Return a text piece by piece while it is decoded; together they are what the call gives.
@@ -186,7 +205,7 @@ class Pipeline:
             raise TypeError(f"a stream is of one tower: give its name as output, not {output!r}")
         if options.get("streamer") is not None:
             raise ValueError("stream has a streamer of its own; give yours to a call, or to model.generate")
-        modality = self._modality(output, "output")
+        modality = self._codec.modality(output, "output")
         nothing = modality.decode(torch.tensor([modality.begin, modality.end]))
         if not isinstance(nothing, str):
             raise ValueError(
@@ -194,8 +213,8 @@ class Pipeline:
                 "pieces; call the pipeline instead"
             )
         check_named(options, list(self.model.towers))
-        own = options_of(output, self._with_edges(options))
-        generate = partial(self.model.generate, self._encode([example]), [output])
+        own = options_of(output, self._codec.with_edges(options))
+        generate = partial(self.model.generate, self._codec.encode([example]), [output])
         begin = settle(output, self.model.tower(output), own).begin
         return stream_text(generate, modality, begin, own)
 
@@ -286,59 +305,3 @@ class Pipeline:
             license=license,
             max_shard_size=max_shard_size,
         )
-
-    def _modality(self, name: str, where: str) -> Modality:
-        if not isinstance(name, str) or name not in self.model.towers:
-            raise ValueError(
-                f"{where}: there is no tower {name!r}; the towers are {', '.join(self.model.towers)}"
-            )
-        if name not in self.modalities:
-            raise ValueError(
-                f"{where}: tower {name!r} has no modality; there are ones for "
-                f"{', '.join(self.modalities) or 'none'}: Pipeline(model, {{{name!r}: ...}})"
-            )
-        return self.modalities[name]
-
-    def _encode(self, examples: Sequence[Any]) -> list[list[Any]]:
-        """Return examples of segments."""
-        rows = [read_example(example, number) for number, example in enumerate(examples)]
-        table: dict[Raw, Segment] = {}
-        for name, raws in by_tower(leaf for leaf in leaves(rows) if isinstance(leaf, Raw)).items():
-            for raw in raws:
-                accepts = self._modality(name, raw.where).accepts
-                if not isinstance(raw.data, accepts):
-                    kinds = " or ".join(kind.__name__ for kind in accepts)
-                    raise TypeError(
-                        f"{raw.where}: tower {name!r} takes {kinds}, not {type(raw.data).__name__}"
-                    )
-            try:
-                encoded = self.modalities[name].encode_batch([raw.data for raw in raws])
-            except Exception as error:
-                error.add_note(f"raised for tower {name!r} in {'; '.join(raw.where for raw in raws)}")
-                raise
-            segments = (Segment(name, tokens) for tokens in encoded)
-            table |= zip(raws, segments, strict=True)
-        return replaced(rows, lambda leaf: table.get(leaf, leaf))
-
-    def _decode(self, rows: Sequence[Any], *, pairs: bool) -> list[list[Any]]:
-        """Return raw data in place of segments, or the pairs of a tower and its raw data."""
-        table: dict[Segment, Any] = {}
-        for name, segments in by_tower(leaves(rows)).items():
-            raws = self._modality(name, "output").decode_batch([segment.tokens for segment in segments])
-            table |= zip(segments, raws, strict=True)
-        return replaced(rows, lambda leaf: (leaf.tower, table[leaf]) if pairs else table[leaf])
-
-    def _with_edges(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Have towers begin and end with their modalities' tokens, where theirs are others."""
-        edges: dict[str, dict[str, int]] = {}
-        for name, modality in self.modalities.items():
-            tower, own = self.model.tower(name), options_of(name, options)
-            wanted = {}
-            if modality.begin != tower.begin:
-                wanted["bos_token_id"] = modality.begin
-            if modality.end not in tower.end:
-                wanted["eos_token_id"] = modality.end
-            for key, token in wanted.items():
-                if key not in own:
-                    edges.setdefault(key, {})[name] = token
-        return {**options, **{key: {**options.get(key, {}), **tokens} for key, tokens in edges.items()}}
