@@ -23,6 +23,7 @@ RUNS = {
     "decode": "--sources 20 --rows 2 --new 4",
     "train_step": "--towers 2 --rows 1 --length 8",
     "saved_bytes": "--length 32",
+    "conversation": "--turns 2 --said 5 --new 4",
     "packed": "--rows 3 --lengths 8 --shortest 0.5 1",
 }
 ONE_AFTER_THE_OTHER = """
@@ -89,6 +90,12 @@ def test_train_step(ran: Path) -> None:
     assert [(each["kind"], each["train"]) for each in results(ran / "train_step")] == [
         (kind, f"train={train}") for train in ("none", "all") for kind in ("step", "forward")
     ]
+
+
+def test_conversation(ran: Path) -> None:
+    found = results(ran / "conversation")
+    assert [each["turn"] for each in found] == [1, 2]
+    assert (ran / "conversation" / "turns.png").stat().st_size > 0
 
 
 def test_saved_bytes(ran: Path) -> None:
