@@ -70,6 +70,7 @@ def go_on(
     model, rows = keeping.model, list(rows)
     check_named(options, model.graph.towers)
     plan = {} if callable(output) else _plan(model, output, options, len(rows))
+    _check_outputs(keeping, plan)
     going, step = list(range(len(rows))), 0
     with evaluated(model):
         while wanted := _ask(output, step, rows, going):
@@ -79,6 +80,7 @@ def go_on(
             for entry, chosen in wanted.items():
                 if entry not in plan:
                     plan |= _plan(model, [entry], options, len(rows), several=True)
+                    _check_outputs(keeping, [entry])
                 became = decode(keeping, {row: rows[row] for row in chosen}, entry, plan[entry], keep=keep)
                 if len(became[0]) > 1:
                     return [copy for copies in became for copy in copies]
@@ -128,6 +130,15 @@ def _plan(
             check_stepwise(options, settings)
         plan[entry] = settings
     return plan
+
+
+def _check_outputs(keeping: Keeping, entries: Collection[Entry]) -> None:
+    for name in _names(list(entries)):
+        if name not in keeping.outputs:
+            raise ValueError(
+                f"tower {name!r} is not among the outputs of this session, which are "
+                f"{', '.join(keeping.outputs)}; name it in model.session(outputs=...)"
+            )
 
 
 def _check_call(settings: Settings, vocabulary: int, several: bool, examples: int) -> None:

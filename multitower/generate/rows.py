@@ -145,12 +145,9 @@ def cache_of(said: Sequence[Said]) -> Any:
 def rows_of(pairs: Sequence[tuple[Tensor, Tensor]], places: Sequence[slice]) -> list[tuple[KeysValues, ...]]:
     """Take apart the layers of a cache of several rows: for each what stands at its place."""
     return [
-        tuple(
-            KeysValues(*(part[row : row + 1, :, place] for part in pair))
-            for pair in pairs
-        )
+        tuple(KeysValues(*(part[row : row + 1, :, place] for part in pair)) for pair in pairs)
         for row, place in enumerate(places)
-    ]  # fmt: skip
+    ]
 
 
 def _first(kept: KeysValues, count: int) -> KeysValues:

@@ -125,13 +125,6 @@ class Session:
             ValueError: See there; or a tower is not among ``outputs``, or several sequences are to be
                 returned. The session is then as it was.
         """
-        wanted = [] if callable(output) else [*_names(output)]
-        for name in wanted:
-            if name in self.model.towers and name not in self._keeping.outputs:
-                raise ValueError(
-                    f"tower {name!r} is not among the outputs of this session, which are "
-                    f"{', '.join(self._keeping.outputs)}; name it in model.session(outputs=...)"
-                )
         if (given(options, "num_return_sequences") or 1) != 1:
             raise ValueError(
                 "num_return_sequences: a row of a session goes on in one way; decode in several forks"
@@ -188,10 +181,3 @@ class Session:
                 "give a list for each, or segments alone, which every row gets"
             )
         return list(entries)
-
-
-def _names(output: Any) -> list[str]:
-    """Name the towers in a list of outputs; what is none is refused later."""
-    entries = output if isinstance(output, list | tuple) else []
-    every = [each for entry in entries for each in (entry if isinstance(entry, tuple) else (entry,))]
-    return [each for each in every if isinstance(each, str)]
