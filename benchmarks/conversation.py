@@ -12,7 +12,6 @@ take turns in one process, a conversation each, and every turn is timed over sev
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import multitower as mt
-from measure import begin, options, ratio, spread, write
+from measure import begin, now, options, ratio, spread, write
 from models import SIZES, make_reader, random_tokens
 from multitower.generate.rows import Row
 from multitower.generate.session import Session
@@ -126,11 +125,9 @@ def conversation(model: mt.FusedModel, chosen: Any) -> dict[str, list[float]]:
         for name in names[number % len(names) :] + names[: number % len(names)]:
             if isinstance(runs[name], Links):
                 runs[name].prepare(said)
-            started = time.perf_counter()
+            started = now(chosen.clock)
             runs[name].turn(said)
-            if model.tower("text").device.type == "cuda":
-                torch.cuda.synchronize()
-            took[name].append(time.perf_counter() - started)
+            took[name].append(now(chosen.clock) - started)
     return took
 
 

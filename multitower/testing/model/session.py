@@ -38,19 +38,17 @@ def check_session(model: FusedModel, examples: Sequence[Example]) -> None:
     names = [name for name in model.towers if model.tower(name).begin is not None]
     outputs: list[list[Any]] = [[name] for name in names]
     if len(names) > 1:
-        outputs = [[tuple(names)], *outputs, names]
+        outputs = [names, [tuple(names)], *outputs]
     together = all(model.tower(name).pads_left for name in names)
     for rows in [given] if together else [[row] for row in given]:
         session = model.session(len(rows))
         for turn in range(max(map(len, rows))):
             session.append([row[turn : turn + 1] for row in rows])
-            for number, output in enumerate(outputs[turn % 2 :: 2]):
-                where = f"turn {turn + 1}.{number + 1}"
-                _check_turn(model, session.fork(), output, f"{where} in a fork")
-                mark = session.mark()
-                _check_turn(model, session, output, where)
-                session.rollback(mark)
-                _check_turn(model, session, output, f"{where} after going back")
+            output, where, mark = outputs[turn % len(outputs)], f"turn {turn + 1}", session.mark()
+            _check_turn(model, session.fork(), output, f"{where} in a fork")
+            _check_turn(model, session, output, where)
+            session.rollback(mark)
+            _check_turn(model, session, output, f"{where} after going back")
 
 
 def _check_turn(model: FusedModel, session: Session, output: Sequence[Any], where: str) -> None:
