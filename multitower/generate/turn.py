@@ -25,6 +25,10 @@ Entries = str | tuple[str, ...]
 """A tower to decode, or several to decode at the same time."""
 
 
+FROM_A_CACHE = ("greedy_search", "sample", "beam_search", "beam_sample")
+"""The modes of transformers' ``generate`` that run of a prompt what a cache they are given lacks."""
+
+
 def decode(
     keeping: Keeping,
     rows: Mapping[int, Row],
@@ -164,19 +168,25 @@ def pad_left(rows: Sequence[Tensor], value: int) -> Tensor:
 
 
 def _begun(rows: Sequence[Row], settings: Settings) -> bool:
-    """Whether something is kept of a tower's rows that ``generate`` can go on from, asked as it is."""
-    config = settings.config
-    takes = config.cache_implementation is None and config.use_cache is not False
-    return takes and any(row.of(settings.name).cached for row in rows)
+    """Whether something is kept of a tower's rows that ``generate`` goes on from, asked as it is."""
+    return _takes_a_cache(settings) and any(row.of(settings.name).cached for row in rows)
 
 
 def _can_note(keeping: Keeping, settings: Settings) -> bool:
     """Whether what ``generate`` leaves in its cache is the rows that it returns, token by token."""
+    one_by_one = settings.config.get_generation_mode() in ("greedy_search", "sample")
+    single = (settings.config.num_return_sequences or 1) == 1
+    return one_by_one and single and _takes_a_cache(settings) and keeping.caches(settings.name)
+
+
+def _takes_a_cache(settings: Settings) -> bool:
+    """Whether ``generate`` goes on from a cache that it is given.
+
+    Where it drafts tokens, by an assistant or by looking them up, it runs all of a prompt after such a cache.
+    """
     config = settings.config
-    one_by_one = config.get_generation_mode() in ("greedy_search", "sample")
-    plainly = config.cache_implementation is None and config.use_cache is not False
-    single = (config.num_return_sequences or 1) == 1
-    return one_by_one and plainly and single and keeping.caches(settings.name)
+    plain_cache = config.cache_implementation is None and config.use_cache is not False
+    return plain_cache and config.get_generation_mode() in FROM_A_CACHE
 
 
 def _noted(

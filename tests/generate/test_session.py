@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import multitower as mt
+from decoding import text_model
 from models import BEGIN, causal_lm, pair, segment
 from multitower.testing import check_session
 
@@ -175,14 +176,11 @@ def test_going_back_runs_nothing_and_keeps_what_was_before() -> None:
     "options",
     [
         {"num_beams": 3},
+        {"num_beams": 2, "do_sample": True},
         {"do_sample": True, "top_k": 5},
-        {"prompt_lookup_num_tokens": 2},
-        {"prefill_chunk_size": 2},
-        {"cache_implementation": "static", "disable_compile": True},
-        {"use_cache": False},
         {"no_repeat_ngram_size": 2},
     ],
-    ids=lambda options: next(iter(options)),
+    ids=lambda options: "-".join(options),
 )
 def test_options_mean_in_every_turn_what_they_mean_at_once(options: dict) -> None:
     model = fusion("llama")
@@ -194,6 +192,27 @@ def test_options_mean_in_every_turn_what_they_mean_at_once(options: dict) -> Non
         expected = lists(model.generate(session.history, ["text"], **how))
         torch.manual_seed(3)
         assert lists(session.generate(["text"], **how)) == expected
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"prompt_lookup_num_tokens": 2},
+        {"prefill_chunk_size": 2},
+        {"cache_implementation": "static", "disable_compile": True},
+        {"use_cache": False},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_options_for_speed_change_nothing(options: dict) -> None:
+    model = pair(text_model("llama"), causal_lm("llama", depth=4, vocab_size=14, seed=1), gates=True)
+    session, plainly = model.session(), model.session()
+    for _ in range(3):
+        session.append([segment("speech", 5, 6, 7), segment("text", 4, 4, 4)])
+        plainly.append([segment("speech", 5, 6, 7), segment("text", 4, 4, 4)])
+        expected = lists(model.generate(plainly.history, ["text"], max_new_tokens=5))
+        assert lists(plainly.generate(["text"], max_new_tokens=5)) == expected
+        assert lists(session.generate(["text"], max_new_tokens=5, **options)) == expected
 
 
 def test_a_policy_chooses_row_by_row() -> None:
