@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from ..link.attention import Visibility, visibility
 from ..link.cross_attention import KeysValues, add
 from ..run.embed import embed
 from ..run.fusion import Fusion
+from ..run.max_positions import check_room
 from ..run.tables import Rotations
 from ..tower.resume import plain
 from .rows import Row, Said, cache_of, rows_of, stacked
@@ -62,10 +64,15 @@ def advance(keeping: Keeping, rows: Sequence[Row], names: Collection[str] | None
         keeping: What is kept.
         rows: The rows.
         names: The towers in question; what they read runs too. All towers unless given.
+
+    Raises:
+        ValueError: A tower has no position for so many tokens.
     """
     names = _pending(keeping.model, rows, names)
     if not names:
         return list(rows)
+    for name, (number, row) in itertools.product(names, enumerate(rows)):
+        check_room(name, keeping.model.tower(name), row.of(name).times, f"row {number} of the batch")
     apart = [name for name in names if len(rows) > 1 and keeping.caches(name) and _apart(keeping.model, name)]
     alike: dict[tuple[tuple[int, int], ...], list[int]] = {}
     for number, row in enumerate(rows):

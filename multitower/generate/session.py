@@ -12,7 +12,6 @@ import torch
 from ..batch.collate import Example, Segment
 from ..run.fusion import Fusion
 from ..run.gathered import gathered
-from ..run.max_positions import check_room
 from ..tower.probe import evaluated
 from .advance import Keeping, advance
 from .generate import Decoded, Entry, Policy, check_given, check_name, go_on
@@ -105,9 +104,6 @@ class Session:
         each = self._by_row(entries)
         check_given(each, {name: self.model.tower(name).vocab_size for name in self.model.towers})
         rows = [row.then(new, number) for number, (row, new) in enumerate(zip(self._rows, each, strict=True))]
-        for number, row in enumerate(rows):
-            for name, said in row.said.items():
-                check_room(name, self.model.tower(name), said.times, f"row {number} of the session")
         with gathered(self.model), evaluated(self.model):
             self._rows = advance(self._keeping, rows)
 

@@ -248,13 +248,15 @@ class TransformersTower(Tower):
         """Whether rows with padding on the left decode as they do alone; asked of the model once."""
         return not self.decodes_cached or not why_not_faithful(self.model, length=LENGTH, padding=LENGTH - 1)
 
-    @functools.cached_property
-    def resumes(self) -> bool:  # asked when something is to be kept
+    @property
+    def resumes(self) -> bool:
         """Whether the model goes on from the keys and values of an earlier call; asked of the model once."""
-        if not self.decodes_cached:
-            return False
+        return self.decodes_cached and not self._unresumed
+
+    @functools.cached_property
+    def _unresumed(self) -> str:  # asked when something is to be kept
         paddings = (0, LENGTH - 3) if self.pads_left else (0,)
-        return not any(why_not_resumed(self, padding=each) for each in paddings)
+        return next(filter(None, (why_not_resumed(self, padding=each) for each in paddings)), "")
 
     @property
     def packs(self) -> bool:  # type: ignore[override]  # asked of the model, only when a batch is packed

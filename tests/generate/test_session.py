@@ -265,7 +265,7 @@ def test_what_cannot_be_appended_leaves_the_session_as_it_was(entries: Any, mess
 def test_a_row_that_is_longer_than_a_table_of_positions_is_refused() -> None:
     session = pair(causal_lm("gpt2", config={"n_positions": 12}), gates=True).session()
     session.append(segment("text", 3, 4, 5, 6))
-    with pytest.raises(ValueError, match="row 0 of the session has 13 tokens of tower 'text'"):
+    with pytest.raises(ValueError, match="row 0 of the batch has 13 tokens of tower 'text'"):
         session.append(segment("text", 3, 4, 5, 6, 7))
     assert len(session.history[0]) == 1
 
