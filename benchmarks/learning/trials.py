@@ -154,7 +154,7 @@ def _normalise_queries_and_keys() -> None:
 def _count_from_segments(scales: Mapping[str, float]) -> None:
     batches: Any = importlib.import_module("multitower.batch.collate")
     place, init = batches.place_in_time, tables.Rotations.__init__
-    decoding: Any = importlib.import_module("multitower.generate.generate")
+    decoding: Any = importlib.import_module("multitower.generate.rows")
 
     def placed(example: Any, number: int = 0) -> list[tuple[mt.Segment, int]]:
         timed = place(example, number)

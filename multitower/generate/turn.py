@@ -174,7 +174,7 @@ def _begun(rows: Sequence[Row], settings: Settings) -> bool:
 
 def _can_note(keeping: Keeping, settings: Settings) -> bool:
     """Whether what ``generate`` leaves in its cache is the rows that it returns, token by token."""
-    one_by_one = settings.config.get_generation_mode() in ("greedy_search", "sample")
+    one_by_one = _mode(settings) in ("greedy_search", "sample")
     single = (settings.config.num_return_sequences or 1) == 1
     return one_by_one and single and _takes_a_cache(settings) and keeping.caches(settings.name)
 
@@ -186,7 +186,12 @@ def _takes_a_cache(settings: Settings) -> bool:
     """
     config = settings.config
     plain_cache = config.cache_implementation is None and config.use_cache is not False
-    return plain_cache and config.get_generation_mode() in FROM_A_CACHE
+    return plain_cache and _mode(settings) in FROM_A_CACHE
+
+
+def _mode(settings: Settings) -> str:
+    mode: str = settings.config.get_generation_mode(settings.options.get("assistant_model"))
+    return mode
 
 
 def _noted(

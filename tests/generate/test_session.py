@@ -198,14 +198,18 @@ def test_options_mean_in_every_turn_what_they_mean_at_once(options: dict) -> Non
     "options",
     [
         {"prompt_lookup_num_tokens": 2},
+        {"assistant_model": "itself"},
         {"prefill_chunk_size": 2},
         {"cache_implementation": "static", "disable_compile": True},
         {"use_cache": False},
     ],
     ids=lambda options: next(iter(options)),
 )
-def test_options_for_speed_change_nothing(options: dict) -> None:
-    model = pair(text_model("llama"), causal_lm("llama", depth=4, vocab_size=14, seed=1), gates=True)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_options_for_speed_change_nothing(family: str, options: dict) -> None:
+    model = pair(text_model(family), causal_lm("llama", depth=4, vocab_size=14, seed=1), gates=True)
+    if "assistant_model" in options:
+        options = {"assistant_model": text_model(family)}
     session, plainly = model.session(), model.session()
     for _ in range(3):
         session.append([segment("speech", 5, 6, 7), segment("text", 4, 4, 4)])
