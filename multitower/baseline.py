@@ -131,9 +131,10 @@ class VocabularyExpansion(nn.Module):
         prompts = [self._flatten(row, settings.begin) for row in rows]
         for group in groups([(settings, [len(prompt) for prompt in prompts])]):
             tokens = pad_left([prompts[row] for row in group], settings.begin)
-            mask = pad_left([torch.ones_like(prompts[row]) for row in group], 0)
+            mask = pad_left([torch.ones_like(prompts[row]) for row in group], 0).bool()
             device = settings.tower.device
-            sequences = decode_rows(self.model, tokens.to(device), mask.to(device), settings)
+            starts = [tokens.shape[1] - 1] * len(group)
+            sequences = decode_rows(self.model, tokens.to(device), mask.to(device), starts, settings)
             segments = (Segment(name, each - self.offsets[name]) for each in sequences)
             decoded |= zip(group, segments, strict=True)
         return [decoded[row] for row in range(len(rows))]

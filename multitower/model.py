@@ -59,6 +59,8 @@ class FusedModel(Fusion):
         self,
         examples: Sequence[Example],
         output: Sequence[Entry] | Policy,
+        *,
+        continue_segment: bool = False,
         **options: Any,
     ) -> Decoded:
         """Decode one segment for each tower in ``output``, each until its end token.
@@ -83,6 +85,11 @@ class FusedModel(Fusion):
         >>> [[segment.tower for segment in row] for row in model.generate([given], answer, max_new_tokens=4)]
         [['text']]
 
+        The beginning of a segment may be given, to be gone on with:
+
+        >>> begun = [*given, mt.Segment("text", [1, 7])]
+        >>> ((rest,),) = model.generate([begun], ["text"], continue_segment=True, max_new_tokens=4)
+
         Where FSDP2 has divided the model, all processes decode together, each what it is given.
 
         Decoding is done in eval mode, and the mode is given back; several threads may decode at once from a
@@ -92,6 +99,9 @@ class FusedModel(Fusion):
             examples: What is given, each a list of segments (none of them a target).
             output: The towers to decode, in this order; each reads all that came before. Or a function that
                 is called with an example so far and gives the next tower, a tuple of towers, or None.
+            continue_segment: Whether to go on with the last segment of a tower, where it has not ended, in
+                place of beginning one. What is decoded then stands after all that was given, and what
+                others said since the segment's last token is first read by what follows it.
             options: Options of transformers' ``generate``: ``max_new_tokens``, ``do_sample``, ... What is
                 not the same for all towers is given by tower: ``max_new_tokens={"text": 40, "speech": 400}``.
                 Where neither these nor a tower set a limit, a segment ends after 1,024 new tokens, or at the
@@ -99,7 +109,7 @@ class FusedModel(Fusion):
 
         Returns:
             For each example (each returned sequence of it) what can be appended to it: the decoded segments,
-            begin and end included.
+            begin and end included, or what was added to one.
 
         Raises:
             ValueError: Nothing is to be decoded, a tower is unknown or has no begin token, an example
@@ -107,7 +117,7 @@ class FusedModel(Fusion):
             ImportError: transformers is not installed.
         """
         with gathered(self):
-            return generate(self, examples, output, options)
+            return generate(self, examples, output, options, continues=continue_segment)
 
     def session(self, rows: int = 1, *, outputs: Collection[str] | None = None) -> Session:
         """Begin a conversation, of which every turn runs only what is new; see ``Session``.
@@ -233,6 +243,11 @@ class FusedModel(Fusion):
         max_shard_size: int | str = MAX_SHARD_SIZE,
     ) -> None:
         """Write a checkpoint; see ``checkpoint.save``.
+
+        The beginning of a segment may be given, to be gone on with:
+
+        >>> begun = [*given, mt.Segment("text", [1, 7])]
+        >>> ((rest,),) = model.generate([begun], ["text"], continue_segment=True, max_new_tokens=4)
 
         Where FSDP2 has divided the model, all processes call this together: the model is whole on each of
         them meanwhile, and the first one writes. Otherwise one of them alone does.

@@ -7,6 +7,7 @@ Then a copy of that tower, whose layers are followed by the taps, is to transfor
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -31,7 +32,12 @@ Decoded = list[list[Segment | tuple[Segment, ...]]]
 
 @torch.no_grad()
 def generate(
-    model: Fusion, examples: Sequence[Example], output: Sequence[Entry] | Policy, options: Options
+    model: Fusion,
+    examples: Sequence[Example],
+    output: Sequence[Entry] | Policy,
+    options: Options,
+    *,
+    continues: bool = False,
 ) -> Decoded:
     """Decode a segment for each entry of ``output``; see ``FusedModel.generate``.
 
@@ -42,7 +48,9 @@ def generate(
     check_given(examples, {name: model.tower(name).vocab_size for name in model.towers})
     targets = list(model.towers) if callable(output) else _names(output)
     rows = [Row().then(example, number) for number, example in enumerate(examples)]
-    became = go_on(Keeping(model, targets, targets), rows, output, options, lasting=False)
+    became = go_on(
+        Keeping(model, targets, targets), rows, output, options, lasting=False, continues=continues
+    )
     copies = len(became) // len(rows)
     return [list(row.history[len(examples[number // copies]) :]) for number, row in enumerate(became)]
 
@@ -54,6 +62,7 @@ def go_on(
     options: Options,
     *,
     lasting: bool,
+    continues: bool,
 ) -> list[Row]:
     """Decode a segment for each entry of ``output``; return the rows with these.
 
@@ -63,13 +72,14 @@ def go_on(
         output: As ``FusedModel.generate`` takes it.
         options: See there.
         lasting: Whether the rows are gone on from afterwards.
+        continues: Whether a segment that has not ended is gone on with, in place of beginning another.
 
     Raises:
         ValueError: See there.
     """
     model, rows = keeping.model, list(rows)
     check_named(options, model.graph.towers)
-    plan = {} if callable(output) else _plan(model, output, options, len(rows))
+    plan = {} if callable(output) else _plan(model, output, options, len(rows), continues)
     _check_outputs(keeping, plan)
     going, step = list(range(len(rows))), 0
     with evaluated(model):
@@ -79,7 +89,7 @@ def go_on(
             keep = lasting or callable(output) or step < len(output)
             for entry, chosen in wanted.items():
                 if entry not in plan:
-                    plan |= _plan(model, [entry], options, len(rows), several=True)
+                    plan |= _plan(model, [entry], options, len(rows), continues, several=True)
                     _check_outputs(keeping, [entry])
                 became = decode(keeping, {row: rows[row] for row in chosen}, entry, plan[entry], keep=keep)
                 if len(became[0]) > 1:
@@ -104,7 +114,13 @@ def _ask(
 
 
 def _plan(
-    model: Fusion, output: Sequence[Entry], options: Options, examples: int, *, several: bool = False
+    model: Fusion,
+    output: Sequence[Entry],
+    options: Options,
+    examples: int,
+    continues: bool,
+    *,
+    several: bool = False,
 ) -> dict[Entry, dict[str, Settings]]:
     """Return the checked settings of each entry's towers; more entries are to come if ``several``."""
     if (
@@ -123,7 +139,10 @@ def _plan(
         if together and len(set(entry)) < len(entry):
             raise ValueError(f"a tower stands twice in {entry}: at one time it can take only one token")
         own = {**dict.fromkeys(FOR_SPEED), **options} if together else options
-        settings = {name: settle(name, model.tower(name), own) for name in _names([entry])}
+        settings = {
+            name: replace(settle(name, model.tower(name), own), continues=continues)
+            for name in _names([entry])
+        }
         for name, each in settings.items():
             _check_call(each, model.tower(name).vocab_size, several or len(output) > 1 or together, examples)
         if together:

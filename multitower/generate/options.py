@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from ..base.extras import require
 
@@ -129,12 +130,18 @@ class Settings:
         tower: The tower.
         options: What ``generate`` is called with.
         config: The ``GenerationConfig`` that comes of these and of what the tower sets for itself.
+        continues: Whether a segment that has not ended is gone on with, in place of beginning another.
     """
 
     name: str
     tower: Decodable
     options: Options
     config: Any
+    continues: bool = False
+
+    def begins(self, tokens: Tensor) -> bool:
+        """Whether a segment is begun after what there is of the tower."""
+        return not self.continues or len(tokens) == 0 or int(tokens[-1]) in self.ends
 
     def get(self, key: str) -> Any:
         """Return an option as ``generate`` takes it, be it a part of the config or not."""

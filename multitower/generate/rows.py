@@ -105,6 +105,14 @@ class Row:
         }
         return replace(before, said=said, read=read)
 
+    def but_last(self, name: str) -> Row:
+        """Return the row as if the last token of a tower had not run."""
+        said = self.of(name)
+        done = min(said.done, len(said.tokens) - 1)
+        short = said._replace(done=done, cache=tuple(_first(each, done) for each in said.cache))
+        read = {tap: _first(each, done) if tap.source == name else each for tap, each in self.read.items()}
+        return replace(self, said={**self.said, name: short}, read=read)
+
 
 def padding(lengths: Sequence[int]) -> list[int]:
     """Return how far each of several must be padded to be as long as the longest.

@@ -107,11 +107,14 @@ class Session:
         with gathered(self.model), evaluated(self.model):
             self._rows = advance(self._keeping, rows)
 
-    def generate(self, output: Sequence[Entry] | Policy, **options: Any) -> Decoded:
+    def generate(
+        self, output: Sequence[Entry] | Policy, *, continue_segment: bool = False, **options: Any
+    ) -> Decoded:
         """Decode a segment for each tower in ``output``, and add it to the session.
 
         Args:
             output: As ``FusedModel.generate`` takes it.
+            continue_segment: See there. So a segment can be decoded some tokens at a time.
             options: See there. Rows stay one each: for several answers, decode in several forks.
 
         Returns:
@@ -127,7 +130,9 @@ class Session:
             )
         before = self._rows
         with gathered(self.model), torch.no_grad():
-            self._rows = go_on(self._keeping, before, output, options, lasting=True)
+            self._rows = go_on(
+                self._keeping, before, output, options, lasting=True, continues=continue_segment
+            )
         return [list(row.history[len(old.history) :]) for row, old in zip(self._rows, before, strict=True)]
 
     def mark(self) -> Mark:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,15 +42,40 @@ def check_stepwise(options: Options, settings: Mapping[str, Settings]) -> None:
             )
 
 
+class Prompt(NamedTuple):
+    """What a tower is decoded after, in some rows, padded on the left.
+
+    Attributes:
+        tokens: int64, shape (batch, length).
+        times: When they stand, and when the first token that is decoded does, int64, shape (batch, length +
+            1); -1 at padding.
+        starts: Where in each row the new segment starts: at the last of these tokens, its begin token, or
+            after it.
+    """
+
+    tokens: Tensor
+    times: Tensor
+    starts: Sequence[int]
+
+    @property
+    def length(self) -> int:
+        """How many tokens a row has, padding included."""
+        return self.tokens.shape[1]
+
+    @property
+    def mask(self) -> Tensor:
+        """Where they are not padding, bool, shape (batch, length)."""
+        return self.times[:, :-1] >= 0
+
+
 class Lane:
     """One of the towers: its rows so far, and what transformers' ``generate`` prepares to decode them.
 
     Args:
         model: The model.
         cache: What its taps and those of the others read.
-        tokens: The prompts, int64, shape (batch, length), padded on the left, the begin token last. Some
-            processors of scores see no mask, so padding is by a token of the row: the begin token.
-        times: When they stand, -1 at padding.
+        prompt: The prompts. Some processors of scores see no mask, so padding is by a token of the row: the
+            begin token.
         settings: With what to decode it.
         limit: How many tokens each row may get.
         past: A cache with the keys and values of the first of these tokens, to which the others are added.
@@ -61,25 +86,24 @@ class Lane:
         self,
         model: Fusion,
         cache: TapCache,
-        tokens: Tensor,
-        times: Tensor,
+        prompt: Prompt,
         settings: Settings,
         limit: int,
         past: Any = None,
         notes: Collection[int] = (),
     ) -> None:
         self.name, tower = settings.name, model.tower(settings.name)
-        self.tokens, self.prompt, self.padding = tokens, tokens.shape[1], settings.begin
-        self.mask = times >= 0
-        self.ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+        self.tokens, self.prompt, self.starts = prompt.tokens, prompt.length, prompt.starts
+        self.mask, self.padding = prompt.mask, settings.begin
+        self.ended = torch.zeros(len(self.tokens), dtype=torch.bool, device=self.tokens.device)
         self.all_ended = self.finished = False
-        self.reader = GrowingReader(model, self.name, cache, times, self, notes)
+        self.reader = GrowingReader(model, self.name, cache, prompt.times, self, notes)
         self.decoder = bounded(tower.decoder(self.reader), self.name, tower)
         limits: dict[str, Any] = {"max_new_tokens": limit, "max_length": None}
         self.new = None if past is None else self.prompt - int(past.get_seq_length())
         limits |= {} if past is None else {"past_key_values": past}
         self.decoder.generate(
-            tokens,
+            self.tokens,
             attention_mask=self.mask.long(),
             **{**settings.options, **limits},
             custom_generate=self._prepare,
@@ -125,13 +149,13 @@ class Lane:
         self.finished, self.all_ended = self.all_ended, bool(self.ended.all())
 
     def segments(self) -> list[Segment]:
-        """Return what was decoded for each row, from its begin token on."""
-        rows, real = self.tokens[:, self.prompt - 1 :].cpu(), self.mask[:, self.prompt - 1 :].cpu()
-        return [Segment(self.name, row[mask]) for row, mask in zip(rows, real, strict=True)]
+        """Return the new segment of each row."""
+        rows = zip(self.tokens.cpu(), self.mask.cpu(), self.starts, strict=True)
+        return [Segment(self.name, row[start:][mask[start:]]) for row, mask, start in rows]
 
 
 class GrowingReader(TapReader):
-    """A ``TapReader`` that also lets others read the tower, from its begin token on."""
+    """A ``TapReader`` that also lets others read the tower, from the last token of its prompt on."""
 
     def __init__(
         self, model: Fusion, name: str, cache: TapCache, times: Tensor, lane: Lane, notes: Collection[int]
@@ -146,19 +170,19 @@ class GrowingReader(TapReader):
         """Note what the layer gave for new tokens; then as ``TapReader``, with what there is by now."""
         if layer == 0:
             self.reads = self.reads_now()
-        begin, length = self.lane.prompt - 1, self.lane.tokens.shape[1]
-        start = max(begin, length - x.shape[1])  # x is the states of the last tokens, of which these are new
+        last, length = self.lane.prompt - 1, self.lane.tokens.shape[1]
+        start = max(last, length - x.shape[1])  # x is the states of the last tokens, of which these are new
         new = slice(start - length, None)
         for tap in self.readers.get(layer, []):
             stream = {"times": self.times_of(positions[new]), "mask": self.lane.mask[:, new]}
-            self.cache.grow(tap, x[:, new], stream, start - begin)
+            self.cache.grow(tap, x[:, new], stream, start - last)
         return super().update(layer, x, positions)
 
 
 def decode_together(
     model: Fusion,
     cache: TapCache,
-    prompts: Mapping[str, tuple[Tensor, Tensor]],
+    prompts: Mapping[str, Prompt],
     settings: Mapping[str, Settings],
     pasts: Mapping[str, Any],
     notes: Mapping[str, Collection[int]],
@@ -171,7 +195,7 @@ def decode_together(
     Args:
         model: The model.
         cache: What was given before; it grows.
-        prompts: For each tower its tokens so far and their times, as ``Lane`` takes them.
+        prompts: For each tower its tokens so far.
         settings: For each tower with what to decode it. The least of their limits holds for all.
         pasts: As ``Lane`` takes them, of towers that go on from some.
         notes: As ``Lane`` takes them, of towers of which something is noted.
@@ -179,11 +203,9 @@ def decode_together(
     Returns:
         A lane for each tower, in the order of ``prompts``.
     """
-    limit = min(
-        settings[name].limits(tokens.shape[1])["max_new_tokens"] for name, (tokens, _) in prompts.items()
-    )
+    limit = min(settings[name].limits(each.length)["max_new_tokens"] for name, each in prompts.items())
     lanes = [
-        Lane(model, cache, *prompt, settings[name], limit, pasts.get(name), notes.get(name, ()))
+        Lane(model, cache, prompt, settings[name], limit, pasts.get(name), notes.get(name, ()))
         for name, prompt in prompts.items()
     ]
     for _ in range(limit):

@@ -133,7 +133,8 @@ class TapReader:
         model: The model.
         name: The tower.
         cache: What its taps read, all of it earlier than the last token of the prompts.
-        times: When the tokens of its prompts stand, int64, shape (batch, prompt length), padded on the left.
+        times: When the tokens of its prompts stand, and the first that is decoded, int64, shape (batch,
+            prompt length + 1), padded on the left.
         notes: Layers of which what they give is noted, for others to read.
 
     Attributes:
@@ -188,7 +189,7 @@ class TapReader:
         return add(x, updates)
 
     def times_of(self, positions: Tensor) -> Tensor:
-        """Return the times of tokens: those of the prompt are known, later ones follow one by one."""
+        """Return the times of tokens: those of the prompt and the next are known, later ones follow that."""
         places = positions.to(self.times.device) + 1
         known = places.clamp(max=self.times.shape[1] - 1)
         return self.times[:, known] + (places - known)

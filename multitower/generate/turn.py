@@ -18,7 +18,7 @@ from ..tower.resume import plain
 from .advance import Keeping, advance, kept_of
 from .options import Settings, groups
 from .rows import Row, cache_of, rows_of
-from .simultaneous import decode_together
+from .simultaneous import Prompt, decode_together
 from .tap_cache import Entry, TapCache, TapReader
 
 Entries = str | tuple[str, ...]
@@ -51,10 +51,10 @@ def decode(
     """
     lengths: dict[str, list[int]] = {name: [] for name in settings}
     for number, row in rows.items():
-        for name in settings:
+        for name, each in settings.items():
             times = torch.cat([row.of(name).times, torch.tensor([row.time])])
-            check_room(name, keeping.model.tower(name), times, f"example {number}, with a begin token,")
-            lengths[name].append(len(times))
+            check_room(name, keeping.model.tower(name), times, f"example {number}, with a further token,")
+            lengths[name].append(len(row.of(name).tokens) + each.begins(row.of(name).tokens))
     together = groups([(each, lengths[name]) for name, each in settings.items()])
     first = {tap.source for tap in keeping.model.schedule.taps if tap.target in settings}
     now = advance(keeping, list(rows.values()), first if isinstance(entry, str) else {*first, *settings})
@@ -75,8 +75,8 @@ def _alone(keeping: Keeping, rows: Sequence[Row], settings: Settings, *, keep: b
     model, name = keeping.model, settings.name
     tower = model.tower(name)
     if len({(row.of(name).cached, row.of(name).pending) for row in rows}) > 1 and _begun(rows, settings):
-        rows = advance(keeping, rows, {name})  # so that each goes on by its begin token
-    tokens, times = _prompts(rows, settings)
+        rows = advance(keeping, rows, {name})  # so that each goes on by one token
+    rows, prompt = _prompts(rows, settings)
     noting = keep and _can_note(keeping, settings)
     past = cache_of([row.of(name) for row in rows]) if noting or _begun(rows, settings) else None
     copies = max(settings.config.num_beams or 1, settings.config.num_return_sequences or 1)
@@ -84,10 +84,14 @@ def _alone(keeping: Keeping, rows: Sequence[Row], settings: Settings, *, keep: b
         past.batch_repeat_interleave(copies)
     before = 0 if past is None else int(past.get_seq_length())
     reader = TapReader(
-        model, name, tap_cache(keeping, rows, [name]), times, keeping.read_layers(name) if noting else ()
+        model,
+        name,
+        tap_cache(keeping, rows, [name]),
+        prompt.times,
+        keeping.read_layers(name) if noting else (),
     )
     decoder = bounded(tower.decoder(reader), name, tower)
-    sequences = decode_rows(decoder, tokens, times >= 0, settings, past)
+    sequences = decode_rows(decoder, prompt.tokens, prompt.mask, prompt.starts, settings, past)
     returned = len(sequences) // len(rows)
     new = [rows[at // returned].then([Segment(name, each)]) for at, each in enumerate(sequences)]
     return _noted(keeping, new, name, reader, past, before) if noting else new
@@ -97,6 +101,9 @@ def _together(
     keeping: Keeping, rows: Sequence[Row], settings: Mapping[str, Settings], *, keep: bool
 ) -> list[Row]:
     """Decode several towers at the same time."""
+    prompts = {}
+    for name, each in settings.items():
+        rows, prompts[name] = _prompts(rows, each)
     noting = {name: keep and _can_note(keeping, each) for name, each in settings.items()}
     pasts = {
         name: cache_of([row.of(name) for row in rows])
@@ -107,7 +114,7 @@ def _together(
     lanes = decode_together(
         keeping.model,
         tap_cache(keeping, rows, list(settings)),
-        {name: _prompts(rows, each) for name, each in settings.items()},
+        prompts,
         settings,
         pasts,
         {name: keeping.read_layers(name) for name in settings if noting[name]},
@@ -135,27 +142,32 @@ def tap_cache(keeping: Keeping, rows: Sequence[Row], targets: Sequence[str]) -> 
 
 
 def decode_rows(
-    decoder: Any, tokens: Tensor, mask: Tensor, settings: Settings, past: Any = None
+    decoder: Any, tokens: Tensor, mask: Tensor, starts: Sequence[int], settings: Settings, past: Any = None
 ) -> list[Tensor]:
     """Let transformers decode after prompts of unlike length.
 
     Args:
         decoder: A causal LM with ``generate``.
-        tokens: The prompts, int64, shape (batch, length), padded on the left, each with the begin token
-            of the new segment at its end.
+        tokens: The prompts, int64, shape (batch, length), padded on the left.
         mask: Where they are not padding, bool, shape (batch, length).
+        starts: Where in each row the new segment starts: at its begin token, the last of the prompt, or after
+            the prompt.
         settings: With what to decode.
         past: A cache with the keys and values of the first of these tokens, to which the others are added.
 
     Returns:
-        Each new segment on the CPU, from its begin token to its end token if it was reached.
+        Each new segment on the CPU, to its end token if it was reached.
     """
     length = tokens.shape[1]
     options = {**settings.options, **settings.limits(length)}
     if past is not None:
         options["past_key_values"] = past
     sequences = decoder.generate(tokens, attention_mask=mask.long(), **options)
-    return [_until_end(sequence[length - 1 :].cpu(), settings.ends) for sequence in sequences]
+    copies = len(sequences) // len(tokens)
+    return [
+        _until_end(sequence.cpu(), length, settings.ends)[starts[number // copies] :]
+        for number, sequence in enumerate(sequences)
+    ]
 
 
 def pad_left(rows: Sequence[Tensor], value: int) -> Tensor:
@@ -207,7 +219,7 @@ def _noted(
         cache: The cache, padded on the left as its prompts were.
         before: How many tokens it held before.
     """
-    length, prompt = int(cache.get_seq_length()), reader.times.shape[1] - 1
+    length, prompt = int(cache.get_seq_length()), reader.times.shape[1] - 2
     fills = [int((reader.times[row, 1:] < 0).sum()) for row in range(len(rows))]
     done = [min(len(row.of(name).tokens), length - fill) for row, fill in zip(rows, fills, strict=True)]
     assert length >= prompt, "the cache lacks tokens of the prompt"
@@ -232,17 +244,24 @@ def _noted(
     return [replace(row, said=said[number], read=read[number]) for number, row in enumerate(rows)]
 
 
-def _prompts(rows: Sequence[Row], settings: Settings) -> tuple[Tensor, Tensor]:
-    """Return a tower's tokens in each row and then its begin token, and their times, padded on the left."""
-    said, device = [row.of(settings.name) for row in rows], settings.tower.device
-    begin = torch.tensor([settings.begin])
-    tokens = pad_left([torch.cat([each.tokens, begin]) for each in said], settings.begin)
-    starts = [torch.tensor([row.time]) for row in rows]
-    times = pad_left([torch.cat([each.times, start]) for each, start in zip(said, starts, strict=True)], -1)
-    return tokens.to(device), times.to(device)
+def _prompts(rows: Sequence[Row], settings: Settings) -> tuple[list[Row], Prompt]:
+    """Return a tower's prompts, and the rows of which the last token of each prompt has not run.
+
+    A prompt is what there is of the tower and a begin token, or without one where a segment is gone on with.
+    """
+    name, device = settings.name, settings.tower.device
+    begins = [settings.begins(row.of(name).tokens) for row in rows]
+    rows = [row if begin else row.but_last(name) for row, begin in zip(rows, begins, strict=True)]
+    tokens, times = [], []
+    for row, begin in zip(rows, begins, strict=True):
+        said = row.of(name)
+        tokens.append(torch.cat([said.tokens, torch.tensor([settings.begin] * begin, dtype=torch.long)]))
+        times.append(torch.cat([said.times, torch.arange(row.time, row.time + begin + 1)]))
+    starts = [max(len(each) for each in tokens) - begin for begin in begins]
+    return rows, Prompt(pad_left(tokens, settings.begin).to(device), pad_left(times, -1).to(device), starts)
 
 
-def _until_end(tokens: Tensor, end: Sequence[int]) -> Tensor:
-    """Cut a segment after its first end token; the begin token at its front may be the same id."""
-    is_end = torch.isin(tokens[1:], torch.tensor(end, dtype=tokens.dtype))
-    return tokens[: int(is_end.int().argmax()) + 2] if bool(is_end.any()) else tokens
+def _until_end(tokens: Tensor, prompt: int, end: Sequence[int]) -> Tensor:
+    """Cut a row after the first end token that follows its prompt."""
+    is_end = torch.isin(tokens[prompt:], torch.tensor(end, dtype=tokens.dtype))
+    return tokens[: prompt + int(is_end.int().argmax()) + 1] if bool(is_end.any()) else tokens

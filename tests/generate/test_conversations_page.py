@@ -15,7 +15,7 @@ def test_what_the_page_shows_runs() -> None:
     pipe = simple_pipe()
     names: dict[str, Any] = {"mt": mt, "pipe": pipe, "model": pipe.model}
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for block in blocks:
         exec(block, names)
     assert len(names["answer"].tokens) > 1

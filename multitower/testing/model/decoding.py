@@ -80,7 +80,7 @@ def _check_steps(
     output: Sequence[str],
     steps: int,
     how: str = "",
-    **options: object,
+    **options: Any,
 ) -> None:
     """Decode; compare the logits of every step with those of one forward over what was decoded."""
     scores = Scores()
