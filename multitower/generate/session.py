@@ -171,6 +171,44 @@ class Session:
         """Return a session that goes on from here by itself; tensors are shared, and none is copied."""
         return copy.copy(self)
 
+    def join(self, *others: Session) -> Session:
+        """Return a session of the rows of this one and of others; nothing runs, and they stay what they are.
+
+        So rows can come and go while others go on: decode some tokens of all of them, ``split``, and join
+        those that remain with those that came.
+
+        >>> import multitower as mt
+        >>> from multitower.testing import tiny_model
+        >>> model = tiny_model()
+        >>> early, late = model.session(), model.session()
+        >>> early.append(mt.Segment("speech", [1, 5, 6, 2]))
+        >>> late.append(mt.Segment("speech", [1, 9, 2]))
+        >>> both = early.join(late)
+        >>> _ = both.generate(["text"], max_new_tokens=4)
+        >>> early, late = both.split()
+        >>> [len(session.history[0]) for session in (early, late)]
+        [2, 2]
+
+        Raises:
+            ValueError: One is of another model, or has other ``outputs``.
+        """
+        for other in others:
+            if (other.model, other._keeping.outputs) != (self.model, self._keeping.outputs):
+                raise ValueError(
+                    "sessions can be joined if they are of one model and have the same outputs, not "
+                    f"{', '.join(self._keeping.outputs)} and {', '.join(other._keeping.outputs)}"
+                )
+        joined = copy.copy(self)
+        joined._rows = [row for session in (self, *others) for row in session._rows]
+        return joined
+
+    def split(self) -> list[Session]:
+        """Return a session of each row; nothing runs, and this one stays what it is."""
+        parts = [copy.copy(self) for _ in self._rows]
+        for part, row in zip(parts, self._rows, strict=True):
+            part._rows = [row]
+        return parts
+
     def _by_row(self, entries: Any) -> list[Example]:
         if isinstance(entries, Segment | tuple):
             entries = [entries]

@@ -108,3 +108,11 @@ class RawSession:
     def fork(self) -> RawSession:
         """Return a conversation that goes on from here by itself; see ``Session.fork``."""
         return RawSession(self._codec, self._session.fork())
+
+    def join(self, *others: RawSession) -> RawSession:
+        """Return a conversation of the rows of this one and of others; see ``Session.join``."""
+        return RawSession(self._codec, self._session.join(*(each._session for each in others)))
+
+    def split(self) -> list[RawSession]:
+        """Return a conversation of each row; see ``Session.split``."""
+        return [RawSession(self._codec, each) for each in self._session.split()]

@@ -282,3 +282,32 @@ def test_bad_sessions_teach() -> None:
         model.session(outputs=["music"])
     with pytest.raises(ValueError, match="decode in several forks"):
         model.session().generate(["text"], num_return_sequences=2, do_sample=True)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_rows_come_and_go(kind: str) -> None:
+    model = fusion(kind)
+    early, late = model.session(), model.session()
+    early.append(GIVEN[0])
+    first = lists(early.generate(["text"], max_new_tokens=2, do_sample=False))
+    late.append(GIVEN[1])
+    joined = early.join(late)
+    both = lists(joined.generate(["text"], max_new_tokens=3, do_sample=False, continue_segment=True))
+    early, late = joined.split()
+    assert [len(each.history) for each in (early, late, joined)] == [1, 1, 2]
+    alone = model.session()
+    alone.append(GIVEN[0])
+    assert lists(alone.generate(["text"], max_new_tokens=2, do_sample=False)) == first
+    go_on = {"max_new_tokens": 3, "do_sample": False, "continue_segment": True}
+    assert lists(alone.generate(["text"], **go_on)) == both[:1]
+    assert lists(model.generate([GIVEN[1]], ["text"], max_new_tokens=3, do_sample=False)) == both[1:]
+    expected = lists(model.generate(late.history, ["speech"], max_new_tokens=3, do_sample=False))
+    assert lists(late.generate(["speech"], max_new_tokens=3, do_sample=False)) == expected
+
+
+def test_sessions_of_unlike_models_are_not_joined() -> None:
+    session = fusion("plain").session()
+    with pytest.raises(ValueError, match="of one model"):
+        session.join(fusion("plain").session())
+    with pytest.raises(ValueError, match="have the same outputs, not"):
+        session.join(session.model.session(outputs=["text"]))
