@@ -160,7 +160,7 @@ class Decoding:
         prompts = torch.ones_like(self.times)
         every = {**choices, **static, "logits_processor": [*processors, clock]}
         settings = settle("text", self.model.tower("text"), {**every, "bos_token_id": 1, "eos_token_id": 2})
-        decode_rows(decoder, prompts, prompts > 0, settings)
+        decode_rows(decoder, prompts, prompts > 0, [0] * self.rows, settings)
         return clock.per_token()
 
 

@@ -244,11 +244,6 @@ class FusedModel(Fusion):
     ) -> None:
         """Write a checkpoint; see ``checkpoint.save``.
 
-        The beginning of a segment may be given, to be gone on with:
-
-        >>> begun = [*given, mt.Segment("text", [1, 7])]
-        >>> ((rest,),) = model.generate([begun], ["text"], continue_segment=True, max_new_tokens=4)
-
         Where FSDP2 has divided the model, all processes call this together: the model is whole on each of
         them meanwhile, and the first one writes. Otherwise one of them alone does.
         """

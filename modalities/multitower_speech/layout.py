@@ -94,6 +94,33 @@ class Layout:
         blank = -1 if self.blank is None else self.blank
         return torch.where(steps < 0, blank, steps + numbers * self.units).flatten()
 
+    def unweave_stream(self, pieces: Iterable[Tensor], every: int = 1) -> Iterator[Tensor]:
+        """Return the units of tokens that come in pieces, as soon as later ones cannot change them.
+
+        >>> pieces = torch.tensor([1, 12, 2, 13, 3]).split(2)
+        >>> [codes.tolist() for codes in Layout(2, 10).unweave_stream(pieces)]
+        [[[1, 2]], [[2, 3]], [[3, -1]]]
+
+        Args:
+            pieces: Integers, each of shape (length,).
+            every: How many tokens are waited for at least, before units are looked for.
+
+        Yields:
+            int64, shape (frames, codebooks), at least one frame; together what ``unweave`` gives of all.
+        """
+        open_frames = max(self._delays) + (self.codebooks > 1)
+        tokens, seen, given = torch.empty(0, dtype=torch.int64), 0, 0
+        for piece in pieces:
+            tokens = torch.cat([tokens, piece])
+            if len(tokens) - seen >= every:
+                seen, codes = len(tokens), self.unweave(tokens)
+                if len(codes) - open_frames > given:
+                    yield codes[given : len(codes) - open_frames]
+                    given = len(codes) - open_frames
+        rest = self.unweave(tokens)[given:]
+        if len(rest):
+            yield rest
+
     def unweave(self, tokens: Tensor) -> Tensor:
         """Return the units of tokens, also of sequences that no encoder would give.
 

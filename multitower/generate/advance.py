@@ -117,6 +117,7 @@ class _Pass:
     def __init__(self, keeping: Keeping, rows: Sequence[Row], names: Collection[str]) -> None:
         self.keeping, self.model, self.rows, self.names = keeping, keeping.model, rows, names
         self.starts = {name: [self._start(name, row.of(name)) for row in rows] for name in names}
+        self.times = {name: self._times(name) for name in names}
         self.streams = {name: self._stream(name) for name in names}
         self.earlier = {name: self._earlier(name) for row in rows for name in row.said}
         self.rotations = Rotations({name: stream["times"] for name, stream in self.streams.items()})
@@ -157,12 +158,17 @@ class _Pass:
         parts = list(zip((row.of(name) for row in self.rows), self.starts[name], strict=True))
         device = self.model.tower(name).device
         tokens = pad_sequence([said.tokens[start:] for said, start in parts], batch_first=True)
-        times = [said.times[start:] for said, start in parts]
-        when = pad_sequence(times, batch_first=True, padding_value=-1)
-        return {"tokens": tokens.to(device), "times": when.to(device), "mask": (when >= 0).to(device)}
+        times = self.times[name]
+        return {"tokens": tokens.to(device), "times": times.to(device), "mask": (times >= 0).to(device)}
+
+    def _times(self, name: str) -> Tensor:
+        """Return when the tokens that run stand, on the CPU, padded on the right by -1."""
+        starts = zip(self.rows, self.starts[name], strict=True)
+        times = [row.of(name).times[start:] for row, start in starts]
+        return pad_sequence(times, batch_first=True, padding_value=-1)
 
     def _earlier(self, name: str) -> Tensor:
-        """Return when the tokens before those that run stand, padded on the left by -1."""
+        """Return when the tokens before those that run stand, on the CPU, padded on the left by -1."""
         starts = self.starts.get(name, [row.of(name).done for row in self.rows])
         times = [row.of(name).times[:start] for row, start in zip(self.rows, starts, strict=True)]
         return pad_sequence(times, batch_first=True, padding_value=-1, padding_side="left")
@@ -178,7 +184,7 @@ class _Pass:
             if key not in alike:
                 queries, times = self.streams[link.target]["times"], self.earlier[link.source]
                 if link.source in self.streams:
-                    times = torch.cat([times, self.streams[link.source]["times"].to(times)], 1)
+                    times = torch.cat([times, self.times[link.source]], 1)
                 alike[key] = visibility(queries, times, times >= 0, *key[2:])
             seen[link.name] = alike[key]
         return {name: each for name, each in seen.items() if not each.is_blind()}

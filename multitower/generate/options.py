@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from ..base.extras import require
 
@@ -138,10 +137,6 @@ class Settings:
     options: Options
     config: Any
     continues: bool = False
-
-    def begins(self, tokens: Tensor) -> bool:
-        """Whether a segment is begun after what there is of the tower."""
-        return not self.continues or len(tokens) == 0 or int(tokens[-1]) in self.ends
 
     def get(self, key: str) -> Any:
         """Return an option as ``generate`` takes it, be it a part of the config or not."""

@@ -17,7 +17,7 @@ from ..run.tables import Rotations
 from ..tower.resume import plain
 from .advance import Keeping, advance, kept_of
 from .options import Settings, groups
-from .rows import Row, cache_of, rows_of
+from .rows import Row, Said, cache_of, rows_of
 from .simultaneous import Prompt, decode_together
 from .tap_cache import Entry, TapCache, TapReader
 
@@ -54,7 +54,7 @@ def decode(
         for name, each in settings.items():
             times = torch.cat([row.of(name).times, torch.tensor([row.time])])
             check_room(name, keeping.model.tower(name), times, f"example {number}, with a further token,")
-            lengths[name].append(len(row.of(name).tokens) + each.begins(row.of(name).tokens))
+            lengths[name].append(len(row.of(name).tokens) + _begins(row.of(name), each))
     together = groups([(each, lengths[name]) for name, each in settings.items()])
     first = {tap.source for tap in keeping.model.schedule.taps if tap.target in settings}
     now = advance(keeping, list(rows.values()), first if isinstance(entry, str) else {*first, *settings})
@@ -250,7 +250,7 @@ def _prompts(rows: Sequence[Row], settings: Settings) -> tuple[list[Row], Prompt
     A prompt is what there is of the tower and a begin token, or without one where a segment is gone on with.
     """
     name, device = settings.name, settings.tower.device
-    begins = [settings.begins(row.of(name).tokens) for row in rows]
+    begins = [_begins(row.of(name), settings) for row in rows]
     rows = [row if begin else row.but_last(name) for row, begin in zip(rows, begins, strict=True)]
     tokens, times = [], []
     for row, begin in zip(rows, begins, strict=True):
@@ -259,6 +259,11 @@ def _prompts(rows: Sequence[Row], settings: Settings) -> tuple[list[Row], Prompt
         times.append(torch.cat([said.times, torch.arange(row.time, row.time + begin + 1)]))
     starts = [max(len(each) for each in tokens) - begin for begin in begins]
     return rows, Prompt(pad_left(tokens, settings.begin).to(device), pad_left(times, -1).to(device), starts)
+
+
+def _begins(said: Said, settings: Settings) -> bool:
+    """Whether a segment is begun after what there is of a tower."""
+    return not settings.continues or len(said.tokens) == 0 or int(said.tokens[-1]) in settings.ends
 
 
 def _until_end(tokens: Tensor, prompt: int, end: Sequence[int]) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from ..storage.find import find_checkpoint
 from .codec import Codec
 from .raw import leaves
 from .session import RawSession
-from .streaming import stream_text
+from .streaming import in_a_thread, stream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -182,24 +182,28 @@ class Pipeline:
         """
         return RawSession(self._codec, self.model.session(rows, outputs=outputs))
 
-    def stream(self, example: list[Any], output: str, **options: Any) -> Iterator[str]:
-        """Return a text piece by piece while it is decoded; together they are what the call gives.
+    def stream(self, example: list[Any], output: str, **options: Any) -> Iterator[Any]:
+        """Return raw data piece by piece while they are decoded.
 
         >>> for piece in pipe.stream([("speech", "clip.wav")], output="text"):     # doctest: +SKIP
         ...     print(piece, end="", flush=True)
 
+        Text comes word by word, and the pieces together are what the call gives. Other raw data come as their
+        modality says (``Modality.decode_stream``): speech as pieces of its waveform.
+
         Decoding runs in a thread, under the ``torch.autocast`` and the device of this call; it ends when the
-        text does, or when the iterator is closed. Until then a model in training mode is not to be used
+        segment does, or when the iterator is closed. Until then a model in training mode is not to be used
         elsewhere: decoding puts it into eval mode.
 
         Args:
             example: As for a call; a single one.
-            output: The tower to decode, one whose raw data are text.
+            output: The tower to decode.
             options: Options of ``FusedModel.generate``, but no streamer.
 
         Raises:
-            ValueError: See a call; or the tower's raw data are not text, or the options hold a streamer.
-            TypeError: See a call; or the output is not a single tower.
+            ValueError: See a call; or the options hold a streamer.
+            TypeError: See a call; or the output is not a single tower, or one whose raw data are neither text
+                nor had in pieces.
         """
         if not isinstance(output, str):
             raise TypeError(f"a stream is of one tower: give its name as output, not {output!r}")
@@ -208,15 +212,30 @@ class Pipeline:
         modality = self._codec.modality(output, "output")
         nothing = modality.decode(torch.tensor([modality.begin, modality.end]))
         if not isinstance(nothing, str):
-            raise ValueError(
-                f"tower {output!r} gives {type(nothing).__name__}, not text, and only text can be had in "
-                "pieces; call the pipeline instead"
-            )
+            modality.decode_stream(())
         check_named(options, list(self.model.towers))
         own = options_of(output, self._codec.with_edges(options))
         generate = partial(self.model.generate, self._codec.encode([example]), [output])
         begin = settle(output, self.model.tower(output), own).begin
-        return stream_text(generate, modality, begin, own)
+        return stream(generate, modality, begin, own)
+
+    def astream(self, example: list[Any], output: str, **options: Any) -> AsyncIterator[Any]:
+        """Return raw data piece by piece, as ``stream`` does, to ``async for``.
+
+        >>> async for piece in pipe.astream([("speech", "clip.wav")], output="text"):  # doctest: +SKIP
+        ...     await socket.send(piece)
+
+        Encoding and decoding run in threads. A task that is cancelled stops decoding.
+
+        Args:
+            example: See ``stream``.
+            output: See there.
+            options: See there.
+
+        Raises:
+            Exception: What ``stream`` raises, when the first piece is asked for.
+        """
+        return in_a_thread(partial(self.stream, example, output, **options))
 
     def save_pretrained(
         self,

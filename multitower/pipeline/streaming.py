@@ -1,11 +1,13 @@
-"""Text as it is decoded, by transformers' own streamer."""
+"""Raw data while they are decoded: text by transformers' own streamer, the rest as their modality says."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from contextvars import copy_context
+from queue import SimpleQueue
 from threading import Event
 from typing import Any
 
@@ -16,17 +18,17 @@ from ..base.extras import require
 from ..plugins.modality import Modality
 
 
-def stream_text(
+def stream(
     generate: Callable[..., object], modality: Modality, begin: int | None, options: Mapping[str, Any]
-) -> Iterator[str]:
-    """Return the text of a segment piece by piece, while ``generate`` decodes it in a thread.
+) -> Iterator[Any]:
+    """Return the raw data of a segment piece by piece, while ``generate`` decodes it in a thread.
 
     The thread runs under what this call runs under: ``torch.autocast`` and what chooses a device. When the
     iterator is closed, decoding ends after the token that is being computed.
 
     Args:
         generate: Called with options of transformers' ``generate``.
-        modality: What makes text of the tokens.
+        modality: What makes raw data of the tokens.
         begin: The token that opens the segment.
         options: The options; what stops and follows the decoding is added.
 
@@ -34,8 +36,13 @@ def stream_text(
         Exception: Whatever ``generate`` raises.
     """
     transformers = require("transformers", "transformers")
-    streamer = transformers.TextIteratorStreamer(TokenizerOf(modality, begin), skip_prompt=True)
     closed = Event()
+    if says_how(modality):
+        streamer: Any = TokenStreamer()
+        queue, raws = streamer.queue, modality.decode_stream(iter(streamer.queue.get, None))
+    else:
+        streamer = transformers.TextIteratorStreamer(TokenizerOf(modality, begin), skip_prompt=True)
+        queue, raws = streamer.text_queue, filter(None, streamer)
 
     def is_closed(tokens: Tensor, scores: Any, **_: Any) -> Tensor:
         return torch.full((len(tokens),), closed.is_set(), device=tokens.device)
@@ -50,18 +57,66 @@ def stream_text(
                 enter(stack)
                 generate(**{**options, "streamer": streamer, "stopping_criteria": criteria})
         finally:
-            streamer.text_queue.put(streamer.stop_signal)
+            queue.put(None)
 
-    def pieces() -> Iterator[str]:
+    def pieces() -> Iterator[Any]:
         with ThreadPoolExecutor(1) as pool:
             running = pool.submit(context.run, run)
             try:
-                yield from filter(None, streamer)
+                yield from raws
             finally:
                 closed.set()
             running.result()
 
     return pieces()
+
+
+async def in_a_thread(begin: Callable[[], Iterator[Any]]) -> AsyncIterator[Any]:
+    """Return what an iterator gives, each waited for in a thread, so that the event loop goes on.
+
+    Args:
+        begin: Makes the iterator, a generator, which is closed when this is.
+    """
+    pieces: Any = await asyncio.to_thread(begin)
+    waiting: asyncio.Future[Any] | None = None
+    try:
+        while True:
+            waiting = asyncio.ensure_future(asyncio.to_thread(next, pieces, None))
+            piece = await asyncio.shield(waiting)
+            if piece is None:
+                return
+            yield piece
+    finally:
+        if waiting is not None:
+            await asyncio.wait([waiting])  # a generator that runs cannot be closed
+        await asyncio.to_thread(pieces.close)
+
+
+def says_how(modality: Modality) -> bool:
+    """Whether a modality says how to decode in pieces."""
+    return type(modality).decode_stream is not Modality.decode_stream
+
+
+class TokenStreamer:
+    """The tokens that are decoded, as transformers' ``generate`` hands them to a streamer.
+
+    Attributes:
+        queue: Each as a tensor of shape (1,), and None at the end.
+    """
+
+    def __init__(self) -> None:
+        self.queue: SimpleQueue[Tensor | None] = SimpleQueue()
+        self._prompt = True
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt first, then a token at a time."""
+        if not self._prompt:
+            self.queue.put(value.reshape(-1).cpu())
+        self._prompt = False
+
+    def end(self) -> None:
+        """Note that there are no more."""
+        self.queue.put(None)
 
 
 def _surroundings() -> Callable[[ExitStack], None]:

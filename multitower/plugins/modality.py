@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -81,6 +81,19 @@ class Modality(ABC):
         Towers emit anything: tokens in an order that no encoder would give, and none at all. What means
         nothing is dropped.
         """
+
+    def decode_stream(self, pieces: Iterable[Tensor]) -> Iterator[Any]:
+        """Return raw data piece by piece, while the tokens come in pieces of shape (length,).
+
+        ``Pipeline.stream`` asks for it. Text need not say how: it is given word by word. By default other
+        raw data cannot be had in pieces.
+
+        Raises:
+            TypeError: It cannot: override this method.
+        """
+        raise TypeError(
+            f"modality {self.name!r} does not say how to decode in pieces: override decode_stream"
+        )
 
     def encode_batch(self, raws: Sequence[Any]) -> list[Tensor]:
         """Return the tokens of each of several pieces of raw data; the same as one by one, maybe faster."""

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import asyncio
 import threading
+import time
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import nullcontext
 from contextvars import ContextVar
 from typing import Any
@@ -11,9 +14,9 @@ import transformers
 from torch import Tensor
 
 import multitower as mt
-from letters import STEPS, Letters, pipe_of_other_edges, simple_pipe
+from letters import STEPS, Letters, Tune, pipe_of_other_edges, simple_pipe
 from models import causal_lm, pair, segment
-from multitower.pipeline.streaming import stream_text
+from multitower.pipeline.streaming import stream
 
 
 class Pieces(Letters):
@@ -142,19 +145,19 @@ def test_the_default_device_of_a_stream_is_its_callers(setting: str) -> None:
         if setting == "for good":
             torch.set_default_device("meta")
         try:
-            pieces = stream_text(generate, Words(), None, {})
+            pieces = stream(generate, Words(), None, {})
         finally:
             if setting == "for good":
                 torch.set_default_device(None)
     assert list(pieces) == []
-    list(stream_text(generate, Words(), None, {}))
+    list(stream(generate, Words(), None, {}))
     assert found == ["meta", "cpu"]
 
 
 @pytest.mark.parametrize(
     ("output", "options", "error", "reason"),
     [
-        ("speech", {}, ValueError, "tower 'speech' gives list, not text"),
+        ("speech", {}, TypeError, "modality 'tune' does not say how to decode in pieces"),
         (["text"], {}, TypeError, "give its name as output"),
         ("smell", {}, ValueError, "there is no tower 'smell'"),
         ("text", {"streamer": object()}, ValueError, "stream has a streamer of its own"),
@@ -167,3 +170,79 @@ def test_a_stream_that_cannot_be_is_refused_at_once(
     pipe = simple_pipe()
     with pytest.raises(error, match=reason):
         pipe.stream([("speech", [5])], output, **options)
+
+
+class Melody(Tune):
+    """Notes two by two, as soon as there are two."""
+
+    name = "melody"
+
+    def decode_stream(self, pieces: Iterable[Tensor]) -> Iterator[list[int]]:
+        held: list[int] = []
+        for piece in pieces:
+            held += self.decode(piece)
+            while len(held) > 1:
+                yield held[:2]
+                held = held[2:]
+        if held:
+            yield held
+
+
+@pytest.mark.parametrize("kind", ["plain", "llama"])
+def test_other_raw_data_come_as_their_modality_says(kind: str) -> None:
+    model = pair(gates=True) if kind == "plain" else pair(causal_lm("llama"), gates=True)
+    pipe = mt.Pipeline(model, {"speech": Melody(), "text": Letters()})
+    options = {"max_new_tokens": 7, "do_sample": False, "suppress_tokens": [1, 2]}
+    whole = pipe([("text", "ab")], "speech", **options)
+    pieces = list(pipe.stream([("text", "ab")], "speech", **options))
+    assert len(pieces) == (len(whole) + 1) // 2 > 2
+    assert [note for piece in pieces for note in piece] == whole
+
+
+def test_a_melody_that_is_left_stops_decoding() -> None:
+    pipe, count = mt.Pipeline(pair(gates=True), {"speech": Melody(), "text": Letters()}), Count()
+    pieces = pipe.stream([segment("text", 5)], "speech", stopping_criteria=[count], **ENDLESS)
+    next(pieces)
+    pieces.close()
+    assert count.steps < 200
+
+
+async def _all(pieces: AsyncIterator[Any]) -> list:
+    return [piece async for piece in pieces]
+
+
+@pytest.mark.parametrize("output", ["text", "speech"])
+def test_pieces_are_waited_for_without_holding_up_others(output: str) -> None:
+    pipe = mt.Pipeline(pair(gates=True), {"speech": Melody(), "text": Words()})
+    given = [("text", "ab"), ("speech", [5])]
+    expected = list(pipe.stream(given, output, **STEPS))
+
+    async def both() -> list:
+        return await asyncio.gather(*(_all(pipe.astream(given, output, **STEPS)) for _ in range(3)))
+
+    assert asyncio.run(both()) == [expected] * 3
+    assert expected
+
+
+def test_a_task_that_is_cancelled_stops_decoding() -> None:
+    pipe, count = mt.Pipeline(pair(gates=True), {"text": Words()}), Count()
+
+    async def leave() -> None:
+        pieces = pipe.astream([segment("speech", 5)], "text", stopping_criteria=[count], **ENDLESS)
+        task = asyncio.ensure_future(_all(pieces))
+        while not count.steps:
+            await asyncio.sleep(0.001)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(leave())
+    steps = count.steps
+    time.sleep(0.05)
+    assert count.steps == steps < 500
+
+
+def test_what_a_stream_raises_reaches_the_task() -> None:
+    pipe = simple_pipe()
+    with pytest.raises(ValueError, match="there is no tower 'smell'"):
+        asyncio.run(_all(pipe.astream([("speech", [5])], "smell")))

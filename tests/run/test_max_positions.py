@@ -101,7 +101,7 @@ def test_a_prompt_without_room_for_a_segment_is_refused(output: Any) -> None:
     model = fused("opt")
     examples = [[segment("speech", 4), given(2)], [segment("speech", 4), given(LIMIT)]]
     message = (
-        r"example 1, with a begin token, has 17 tokens of tower 'text' \(OPTForCausalLM\), .* time 19 goes"
+        r"example 1, with a further token, has 17 tokens of tower 'text' \(OPTForCausalLM\), .* time 19 goes"
     )
     with pytest.raises(ValueError, match=message):
         model.generate(examples, output, max_new_tokens=2)
