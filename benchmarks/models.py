@@ -176,7 +176,7 @@ class Parts:
 
     def _updates(self) -> Iterator[Tensor]:
         specs, seen = self.model.graph.links, {}
-        rotations = Rotations({name: stream["times"] for name, stream in self.streams.items()})
+        rotations = Rotations(self.streams)
         for name in {tap.link for tap in self.taps}:
             source, target = (self.streams[each] for each in (specs[name].source, specs[name].target))
             seen[name] = visibility(target["times"], source["times"], source["mask"], specs[name].window)

@@ -73,6 +73,7 @@ def _make_tap(tap: Tap, spec: LinkSpec, towers: Mapping[str, Tower]) -> GatedCro
             gate=spec.gate,
             projection=spec.projection,
             position=spec.position,
+            pace=spec.pace,
             feed_forward=spec.feed_forward,
         )
     except ValueError as error:

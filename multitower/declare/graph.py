@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ..model import FusedModel
 
 
-OPTIONS = ("gate", "projection", "heads", "position", "window", "feed_forward")
+OPTIONS = ("gate", "projection", "heads", "position", "pace", "window", "feed_forward")
 """The options of a link that say what its taps are, not where."""
 
 
@@ -131,6 +131,7 @@ class FusionGraph:
         projection: str = "none",
         heads: int | None = None,
         position: str | None = "rotary",
+        pace: float = 1.0,
         window: int | None = None,
         feed_forward: bool = False,
         name: str | None = None,
@@ -153,7 +154,11 @@ class FusionGraph:
                 linear layer and a ReLU), or "none", where they are made of the source's states as these are.
             heads: Attention heads; they must divide the target's width. Default: 32 to 64 channels each.
             position: "rotary" lets queries and keys carry rotary positions of the shared time, and needs an
-                even head width; None, as in Zipper, leaves it to the towers to know where their tokens stand.
+                even head width. "segment": of the place in the segment and of which segment it is, so that
+                tokens that go along, as a word and its sound, are equally far from each other everywhere.
+                None, as in Zipper, leaves it to the towers to know where their tokens stand.
+            pace: With "segment": how many tokens of the source go along with one of the target, on average;
+                ``batch.measure_pace`` counts them.
             window: How many ticks of the shared time back a query sees; None for all.
             feed_forward: Whether a feed-forward follows the attention, as in Flamingo and Zipper; a tap then
                 has about three times the parameters.
@@ -184,6 +189,7 @@ class FusionGraph:
             projection=projection,
             heads=heads,
             position=position,
+            pace=pace,
             window=window,
             feed_forward=feed_forward,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ TRAIN = ("none", "all", "lora")
 ADAPTERS = ("residual", "gated", "paper", None)
 PROJECTIONS = ("mlp", "linear", "relu", "none")
 GATES = ("tanh", None)
-POSITIONS = ("rotary", None)
+POSITIONS = ("rotary", "segment", None)
 
 Taps = tuple[tuple[int, int], ...]
 
@@ -56,6 +57,7 @@ class LinkSpec:
     projection: str = "none"
     heads: int | None = None
     position: str | None = "rotary"
+    pace: float = 1.0
     window: int | None = None
     feed_forward: bool = False
 
@@ -96,6 +98,14 @@ class LinkSpec:
         _one_of(f"{where}: gate", self.gate, GATES)
         _one_of(f"{where}: projection", self.projection, PROJECTIONS)
         _one_of(f"{where}: position", self.position, POSITIONS)
+        if (
+            isinstance(self.pace, bool)
+            or not isinstance(self.pace, int | float)
+            or not 0 < self.pace < math.inf
+        ):
+            raise GraphError(f"{where}: pace={self.pace!r} must be a positive number")
+        if self.pace != 1 and self.position != "segment":
+            raise GraphError(f"{where}: a pace needs position='segment', not {self.position!r}")
         if self.heads is not None and not _is_positive(self.heads):
             raise GraphError(f"{where}: heads={self.heads!r} must be a positive whole number")
         if self.window is not None and not _is_positive(self.window):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -21,6 +21,8 @@ from ..run.tables import Rotations
 from ..tower.resume import plain
 from .rows import Row, Said, cache_of, rows_of, stacked
 
+NONE = torch.empty(0, dtype=torch.long)
+
 
 class Keeping(NamedTuple):
     """What is to be kept.
@@ -35,6 +37,12 @@ class Keeping(NamedTuple):
     model: Fusion
     open: Collection[str]
     outputs: Collection[str]
+
+    @property
+    def in_segments(self) -> set[str]:
+        """The towers of which a link asks where in their segments their tokens stand."""
+        links = self.model._graph.links.values()
+        return {name for each in links if each.position == "segment" for name in (each.source, each.target)}
 
     def readers(self, name: str) -> list[Tap]:
         """Return the taps that read a tower for those that may get more tokens."""
@@ -120,7 +128,7 @@ class _Pass:
         self.times = {name: self._times(name) for name in names}
         self.streams = {name: self._stream(name) for name in names}
         self.earlier = {name: self._earlier(name) for row in rows for name in row.said}
-        self.rotations = Rotations({name: stream["times"] for name, stream in self.streams.items()})
+        self.rotations = Rotations(self.streams)
         self.caches = {
             name: cache_of([row.of(name) for row in rows]) for name in names if keeping.caches(name)
         }
@@ -159,13 +167,22 @@ class _Pass:
         device = self.model.tower(name).device
         tokens = pad_sequence([said.tokens[start:] for said, start in parts], batch_first=True)
         times = self.times[name]
-        return {"tokens": tokens.to(device), "times": times.to(device), "mask": (times >= 0).to(device)}
+        stream = {"tokens": tokens, "times": times, "mask": times >= 0}
+        if name in self.keeping.in_segments:
+            stream["places"] = self._new(name, Row.places)
+        return {key: each.to(device) for key, each in stream.items()}
 
     def _times(self, name: str) -> Tensor:
         """Return when the tokens that run stand, on the CPU, padded on the right by -1."""
+        return self._new(name, lambda row, name: row.of(name).times)
+
+    def _new(self, name: str, known: Callable[[Row, str], Tensor]) -> Tensor:
+        """Return what is known of the tokens that run, padded on the right by -1."""
         starts = zip(self.rows, self.starts[name], strict=True)
-        times = [row.of(name).times[start:] for row, start in starts]
-        return pad_sequence(times, batch_first=True, padding_value=-1)
+        new = [
+            known(row, name)[start:] if start < len(row.of(name).tokens) else NONE for row, start in starts
+        ]
+        return pad_sequence(new, batch_first=True, padding_value=-1)
 
     def _earlier(self, name: str) -> Tensor:
         """Return when the tokens before those that run stand, on the CPU, padded on the left by -1."""
@@ -209,7 +226,7 @@ class _Pass:
 
     def _read(self, tap: Tap, x: Tensor, seen: Visibility) -> Tensor:
         module = self.model.tap(tap)
-        update: Tensor = module(x, self._keys(tap), seen, self.rotations.of(tap.target, module))
+        update: Tensor = module(x, self._keys(tap), seen, self.rotations.of_queries(tap.target, module))
         return update
 
     def _keys(self, tap: Tap) -> KeysValues:
@@ -218,7 +235,7 @@ class _Pass:
             parts = [] if self.earlier[tap.source].shape[1] == 0 else [kept_of(self.rows, tap, self.starts)]
             if tap.source in self.names:
                 module, states = self.model.tap(tap), self.given[tap.source, tap.source_layer]
-                parts.append(module.read(states, self.rotations.of(tap.source, module)))
+                parts.append(module.read(states, self.rotations.of_keys(tap.source, module)))
             self.keys[tap] = KeysValues(*(torch.cat(part, 2) for part in zip(*parts, strict=True)))
         return self.keys[tap]
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..base.extras import require
 from ..batch.collate import Example, Segment, place_in_time
+from ..batch.places import places
 from ..compile.schedule import Tap
 from ..link.cross_attention import KeysValues
 
@@ -104,6 +105,17 @@ class Row:
             tap: _first(each, said[tap.source].done) for tap, each in self.read.items() if tap.source in said
         }
         return replace(before, said=said, read=read)
+
+    def places(self, name: str, times: Tensor | None = None) -> Tensor:
+        """Return the places of a tower's tokens, int64, shape (length,); see ``batch.places``.
+
+        Args:
+            name: The tower.
+            times: When its tokens stand, if there are more than have been said.
+        """
+        every = {each: said.times for each, said in self.said.items() if len(said.times)}
+        every |= {} if times is None else {name: times}
+        return places({each: {"times": when[None]} for each, when in every.items()})[name][0]
 
     def but_last(self, name: str) -> Row:
         """Return the row as if the last token of a tower had not run."""

@@ -51,11 +51,13 @@ class Prompt(NamedTuple):
             1); -1 at padding.
         starts: Where in each row the new segment starts: at the last of these tokens, its begin token, or
             after it.
+        places: Where they stand in their segments, of the shape of ``times``, if a link asks.
     """
 
     tokens: Tensor
     times: Tensor
     starts: Sequence[int]
+    places: Tensor | None
 
     @property
     def length(self) -> int:
@@ -97,7 +99,7 @@ class Lane:
         self.mask, self.padding = prompt.mask, settings.begin
         self.ended = torch.zeros(len(self.tokens), dtype=torch.bool, device=self.tokens.device)
         self.all_ended = self.finished = False
-        self.reader = GrowingReader(model, self.name, cache, prompt.times, self, notes)
+        self.reader = GrowingReader(model, self.name, cache, prompt, self, notes)
         self.decoder = bounded(tower.decoder(self.reader), self.name, tower)
         limits: dict[str, Any] = {"max_new_tokens": limit, "max_length": None}
         self.new = None if past is None else self.prompt - int(past.get_seq_length())
@@ -158,9 +160,9 @@ class GrowingReader(TapReader):
     """A ``TapReader`` that also lets others read the tower, from the last token of its prompt on."""
 
     def __init__(
-        self, model: Fusion, name: str, cache: TapCache, times: Tensor, lane: Lane, notes: Collection[int]
+        self, model: Fusion, name: str, cache: TapCache, prompt: Prompt, lane: Lane, notes: Collection[int]
     ) -> None:
-        super().__init__(model, name, cache, times, notes)
+        super().__init__(model, name, cache, prompt.times, notes, prompt.places)
         self.lane, self.settled = lane, False
         self.readers: dict[int, list[Tap]] = {}
         for tap in cache.readers(name):
@@ -174,7 +176,7 @@ class GrowingReader(TapReader):
         start = max(last, length - x.shape[1])  # x is the states of the last tokens, of which these are new
         new = slice(start - length, None)
         for tap in self.readers.get(layer, []):
-            stream = {"times": self.times_of(positions[new]), "mask": self.lane.mask[:, new]}
+            stream = {**self.stream_of(positions[new]), "mask": self.lane.mask[:, new]}
             self.cache.grow(tap, x[:, new], stream, start - last)
         return super().update(layer, x, positions)
 

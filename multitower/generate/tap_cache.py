@@ -74,7 +74,7 @@ class TapCache:
         for tap in taps:
             wanted[tap.source] = max(tap.source_layer, wanted.get(tap.source, 0))
         given = model.run(placed, wanted=wanted).given if placed else {}
-        rotations = Rotations({name: stream["times"] for name, stream in placed.items()})
+        rotations = Rotations(placed)
         entries = {
             tap: cache._read(tap, given[tap.source, tap.source_layer], placed[tap.source], rotations)
             for tap in taps
@@ -87,13 +87,13 @@ class TapCache:
 
     def grow(self, tap: Tap, states: Tensor, stream: Stream, place: int) -> None:
         """Add what the source gave for further tokens; ``place`` counts them from those that were given."""
-        new = self._read(tap, states, stream, Rotations({tap.source: stream["times"]}))
+        new = self._read(tap, states, stream, Rotations({tap.source: stream}))
         old = self.entries.get(tap)
         self.entries[tap] = new if old is None else old.then(new, self.given.get(tap, 0) + place)
 
     def _read(self, tap: Tap, states: Tensor, stream: Stream, rotations: Rotations) -> Entry:
         device, module = self.model.tower(tap.target).device, self.model.tap(tap)
-        source = module.read(states, rotations.of(tap.source, module))
+        source = module.read(states, rotations.of_keys(tap.source, module))
         source = KeysValues(*(part.contiguous() for part in source))  # read once for each token to come
         return Entry(source, stream["times"].to(device), stream["mask"].to(device))
 
@@ -136,23 +136,31 @@ class TapReader:
         times: When the tokens of its prompts stand, and the first that is decoded, int64, shape (batch,
             prompt length + 1), padded on the left.
         notes: Layers of which what they give is noted, for others to read.
+        places: Where they stand in their segments, of the same shape, if a link asks; see ``batch.places``.
 
     Attributes:
         noted: By layer what each call gave of it, in their order.
     """
 
     def __init__(
-        self, model: Fusion, name: str, cache: TapCache, times: Tensor, notes: Collection[int] = ()
+        self,
+        model: Fusion,
+        name: str,
+        cache: TapCache,
+        times: Tensor,
+        notes: Collection[int] = (),
+        places: Tensor | None = None,
     ) -> None:
         self.model, self.name, self.cache = model, name, cache
         self.noted: dict[int, list[Tensor]] = {layer: [] for layer in notes}
         self.times = F.pad(times, (1, 0), value=-1)  # for torch.compile, to which a length of 1 is a constant
+        self.places = None if places is None else F.pad(places, (1, 0))
         self.reads = self.reads_now()
         self.repeated: dict[int, dict[int, list[Read]]] = {}
         self.step: Step | None = None
         self.late: dict[int, Step] = {}
         every = [read for reads in self.reads.values() for read in reads]
-        self.settled = not any(module.rotary or window is not None for module, _, (_, window, _) in every)
+        self.settled = not any(module.position or window is not None for module, _, (_, window, _) in every)
 
     def reads_now(self) -> dict[int, list[Read]]:
         """Return, by the layer that they follow, the taps whose sources have tokens."""
@@ -182,26 +190,30 @@ class TapReader:
         for module, entry, sight in self._reads(len(x))[layer]:
             if sight not in step.seen:
                 step.seen[sight] = visibility(step.times, entry.times, entry.mask, *sight[1:])
-            turn = step.rotations.of(self.name, module)
+            turn = step.rotations.of_queries(self.name, module)
             updates.append(module(x, entry.source, step.seen[sight], turn))
         if layer == max(self.reads):
             self.step = None
         return add(x, updates)
 
-    def times_of(self, positions: Tensor) -> Tensor:
-        """Return the times of tokens: those of the prompt and the next are known, later ones follow that."""
-        places = positions.to(self.times.device) + 1
-        known = places.clamp(max=self.times.shape[1] - 1)
-        return self.times[:, known] + (places - known)
+    def stream_of(self, positions: Tensor) -> Stream:
+        """Return the times of tokens, and their places: of the prompt and the next they are known.
+
+        Later ones follow that.
+        """
+        index = positions.to(self.times.device) + 1
+        known = index.clamp(max=self.times.shape[1] - 1)
+        of_each = {"times": self.times} | ({} if self.places is None else {"places": self.places})
+        return {key: each[:, known] + (index - known) for key, each in of_each.items()}
 
     def _step(self, rows: int, positions: Tensor) -> Step:
         """Begin a step; late ones, which see all there is, share one as long as nothing depends on when."""
         late = self.settled and values_at_hand(positions) and int(positions[0]) >= self.times.shape[1] - 2
         if late and rows in self.late:
             return self.late[rows]
-        times = self.times_of(positions[:1] if late else positions)
-        times = times.repeat_interleave(self._copies(rows), 0)
-        step = Step(times, Rotations({self.name: times}), {})
+        stream = self.stream_of(positions[:1] if late else positions)
+        stream = {key: each.repeat_interleave(self._copies(rows), 0) for key, each in stream.items()}
+        step = Step(stream["times"], Rotations({self.name: stream}), {})
         if late:
             self.late[rows] = step
         return step

@@ -76,7 +76,7 @@ def _alone(keeping: Keeping, rows: Sequence[Row], settings: Settings, *, keep: b
     tower = model.tower(name)
     if len({(row.of(name).cached, row.of(name).pending) for row in rows}) > 1 and _begun(rows, settings):
         rows = advance(keeping, rows, {name})  # so that each goes on by one token
-    rows, prompt = _prompts(rows, settings)
+    rows, prompt = _prompts(keeping, rows, settings)
     noting = keep and _can_note(keeping, settings)
     past = cache_of([row.of(name) for row in rows]) if noting or _begun(rows, settings) else None
     copies = max(settings.config.num_beams or 1, settings.config.num_return_sequences or 1)
@@ -89,6 +89,7 @@ def _alone(keeping: Keeping, rows: Sequence[Row], settings: Settings, *, keep: b
         tap_cache(keeping, rows, [name]),
         prompt.times,
         keeping.read_layers(name) if noting else (),
+        prompt.places,
     )
     decoder = bounded(tower.decoder(reader), name, tower)
     sequences = decode_rows(decoder, prompt.tokens, prompt.mask, prompt.starts, settings, past)
@@ -103,7 +104,7 @@ def _together(
     """Decode several towers at the same time."""
     prompts = {}
     for name, each in settings.items():
-        rows, prompts[name] = _prompts(rows, each)
+        rows, prompts[name] = _prompts(keeping, rows, each)
     noting = {name: keep and _can_note(keeping, each) for name, each in settings.items()}
     pasts = {
         name: cache_of([row.of(name) for row in rows])
@@ -230,13 +231,12 @@ def _noted(
         for row, count, each in zip(rows, done, caches, strict=True)
     ]
     read = [dict(row.read) for row in rows]
-    times = reader.times_of(torch.arange(before, length))
-    rotations = Rotations({name: times})
+    rotations = Rotations({name: reader.stream_of(torch.arange(before, length))})
     places = [slice(max(place.start - before, 0), place.stop - before) for place in whole]
     for tap in keeping.readers(name):
         module = keeping.model.tap(tap)
         states = torch.cat(reader.noted[tap.source_layer], 1)
-        new = module.read(states, rotations.of(name, module))
+        new = module.read(states, rotations.of_keys(name, module))
         for row, (each,) in enumerate(rows_of([new], places)):
             old = read[row].get(tap)
             parts = [each] if old is None else [old, each]
@@ -244,7 +244,7 @@ def _noted(
     return [replace(row, said=said[number], read=read[number]) for number, row in enumerate(rows)]
 
 
-def _prompts(rows: Sequence[Row], settings: Settings) -> tuple[list[Row], Prompt]:
+def _prompts(keeping: Keeping, rows: Sequence[Row], settings: Settings) -> tuple[list[Row], Prompt]:
     """Return a tower's prompts, and the rows of which the last token of each prompt has not run.
 
     A prompt is what there is of the tower and a begin token, or without one where a segment is gone on with.
@@ -258,7 +258,12 @@ def _prompts(rows: Sequence[Row], settings: Settings) -> tuple[list[Row], Prompt
         tokens.append(torch.cat([said.tokens, torch.tensor([settings.begin] * begin, dtype=torch.long)]))
         times.append(torch.cat([said.times, torch.arange(row.time, row.time + begin + 1)]))
     starts = [max(len(each) for each in tokens) - begin for begin in begins]
-    return rows, Prompt(pad_left(tokens, settings.begin).to(device), pad_left(times, -1).to(device), starts)
+    places = None
+    if name in keeping.in_segments:
+        each = [row.places(name, when) for row, when in zip(rows, times, strict=True)]
+        places = pad_left(each, 0).to(device)
+    padded = pad_left(tokens, settings.begin).to(device)
+    return rows, Prompt(padded, pad_left(times, -1).to(device), starts, places)
 
 
 def _begins(said: Said, settings: Settings) -> bool:

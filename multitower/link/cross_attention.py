@@ -53,17 +53,20 @@ class GatedCrossAttention(nn.Module):
         gate: str | None = None,
         projection: str = "none",
         position: str | None = None,
+        pace: float = 1.0,
         feed_forward: bool = False,
     ) -> None:
         super().__init__()
         self.heads = heads or default_heads(target_width)
         self.head_width = target_width // self.heads
-        self.rotary = position == "rotary"
+        self.position = position
+        # so that a token of the finer tower is one unit, and those that go along stand side by side
+        self.stretches = (max(1.0, 1 / pace), max(1.0, pace)) if position == "segment" else (1.0, 1.0)
         if target_width % self.heads:
             raise ValueError(
                 f"{self.heads} heads do not divide the target width {target_width}; choose another heads=..."
             )
-        if self.rotary and self.head_width % 2:
+        if position is not None and self.head_width % 2:
             raise ValueError(
                 f"rotary positions need an even head width, not {target_width} / {self.heads} heads; choose "
                 "another heads=..., or position=None"
@@ -94,7 +97,7 @@ class GatedCrossAttention(nn.Module):
 
         Args:
             source: The source's states, shape (batch, source length, source width).
-            rotation: Of the source's times, where the tap has rotary positions; see ``Rotations``.
+            rotation: Of the source's positions, where the tap has rotary ones; see ``Rotations``.
         """
         states = self.project(self.source_norm(source.to(self.key.weight)))
         return KeysValues(self._turned(self.key(states), rotation), self._split(self.value(states)))
@@ -108,7 +111,7 @@ class GatedCrossAttention(nn.Module):
             x: The target's states, shape (batch, target length, target width).
             source: What ``read`` gave.
             seen: Which source tokens each target token may read.
-            rotation: Of the target's times, where the tap has rotary positions.
+            rotation: Of the target's positions, where the tap has rotary ones.
 
         Returns:
             Shape, dtype and device of x; exactly zero where a target token sees nothing.
@@ -135,7 +138,7 @@ class GatedCrossAttention(nn.Module):
         return weights if seen.sees is None else torch.where(seen.sees[:, None], weights, 0.0)
 
     def _turned(self, states: Tensor, rotation: Rotation | None) -> Tensor:
-        if self.rotary != (rotation is not None):
+        if (self.position is not None) != (rotation is not None):
             raise ValueError("a tap takes a rotation if, and only if, it has rotary positions")
         heads = self._split(states)
         return heads if rotation is None else rotate(heads, rotation)

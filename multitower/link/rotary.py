@@ -1,4 +1,4 @@
-"""Rotary positions of the shared time, for queries and keys of taps."""
+"""Rotary positions, for queries and keys of taps."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ class Rotation(NamedTuple):
     sin: Tensor
 
 
-def rotation(times: Tensor, width: int, dtype: torch.dtype = torch.float32) -> Rotation:
-    """Return the angles by which ``rotate`` turns pairs of channels, in proportion to time.
+def rotation(positions: Tensor, width: int, dtype: torch.dtype = torch.float32) -> Rotation:
+    """Return the angles by which ``rotate`` turns pairs of channels, in proportion to positions.
 
     Args:
-        times: int64, shape (batch, length).
+        positions: Numbers, shape (batch, length).
         width: That of a head, even.
         dtype: Of the table; angles are in float32.
     """
     half = width // 2
-    speeds = 10_000.0 ** (-torch.arange(half, device=times.device) / half)
-    angles = times[:, None, :, None] * speeds
+    speeds = 10_000.0 ** (-torch.arange(half, device=positions.device) / half)
+    angles = positions[:, None, :, None] * speeds
     return Rotation(angles.cos().to(dtype), angles.sin().to(dtype))
 
 
 def rotate(heads: Tensor, rotation: Rotation) -> Tensor:
-    """Turn pairs of channels by angles, so that products depend on distances in time.
+    """Turn pairs of channels by angles, so that products depend on distances.
 
     >>> rotate(torch.tensor([[[[1.0, 0.0]]]]), rotation(torch.tensor([[0]]), width=2)).tolist()
     [[[[1.0, 0.0]]]]
@@ -39,7 +39,7 @@ def rotate(heads: Tensor, rotation: Rotation) -> Tensor:
 
     Args:
         heads: Shape (batch, heads, length, even head width).
-        rotation: Of the times at which they stand.
+        rotation: Of their positions.
     """
     cos, sin = rotation.cos.to(heads.dtype), rotation.sin.to(heads.dtype)
     first, second = heads.chunk(2, dim=-1)

@@ -273,7 +273,7 @@ class Fusion(Familiar):
         dtypes = {tap.link: self.tap(tap).query.weight.dtype for tap in self.schedule.taps}
         flex = self.attn_implementation == FLEX and not output_attentions
         seen = visibilities(self._graph.links.values(), dtypes, streams, flex=flex, blind=run_all)
-        rotations = Rotations({name: stream["times"] for name, stream in streams.items()})
+        rotations = Rotations(streams)
         states = States({}, {}, brought_states(self._graph, towers, streams), {})
         read_layers = self.schedule.read_layers
         for step in self.schedule.needed(wanted, seen, states.given):
@@ -308,8 +308,10 @@ class Fusion(Familiar):
         x, updates = states.hidden[taps[0].target], []
         for tap in taps:
             module = self.tap(tap)
-            source = module.read(states.given[tap.source, tap.source_layer], rotations.of(tap.source, module))
-            turn = rotations.of(tap.target, module)
+            source = module.read(
+                states.given[tap.source, tap.source_layer], rotations.of_keys(tap.source, module)
+            )
+            turn = rotations.of_queries(tap.target, module)
             updates.append(module(x, source, seen[tap.link], turn))
             if output_attentions:
                 weights = module.weights(x, source, seen[tap.link], turn)

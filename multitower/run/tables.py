@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..batch.collate import Streams
 from ..batch.pack import moments, reach
+from ..batch.places import places, positions_in_segments
 from ..declare.spec import LinkSpec
 from ..link.attention import Visibility, block_visibility, has_flex, visibility
 from ..link.cross_attention import GatedCrossAttention
@@ -20,27 +21,44 @@ class Rotations:
 
     >>> from multitower.link.cross_attention import GatedCrossAttention
     >>> tap = GatedCrossAttention(8, 8, heads=2, position="rotary")
-    >>> made = Rotations({"text": torch.tensor([[0, 1, 2]])})
-    >>> made.of("text", tap).cos.shape, made.of("text", tap) is made.of("text", tap)
+    >>> made = Rotations({"text": {"times": torch.tensor([[0, 1, 2]])}})
+    >>> made.of_queries("text", tap).cos.shape, made.of_queries("text", tap) is made.of_keys("text", tap)
     (torch.Size([1, 1, 3, 2]), True)
 
     Args:
-        times: By stream when each of its tokens stands, int64, shape (batch, length).
+        streams: By tower when each of its tokens stands, "times", int64, shape (batch, length), and, if
+            known, "places", as ``batch.places.places`` makes them of the times of all streams.
     """
 
-    def __init__(self, times: Mapping[str, Tensor]) -> None:
-        self.times = times
+    def __init__(self, streams: Streams) -> None:
+        self.streams = streams
+        self.places = {name: stream["places"] for name, stream in streams.items() if "places" in stream}
         self.made: dict[tuple[object, ...], Rotation] = {}
 
-    def of(self, stream: str, tap: GatedCrossAttention) -> Rotation | None:
-        """Return the table of a stream as a tap needs it; None where it has no rotary positions."""
-        if not tap.rotary:
+    def of_keys(self, stream: str, tap: GatedCrossAttention) -> Rotation | None:
+        """Return the table of the stream that a tap reads; None where it has no rotary positions."""
+        return self._of(stream, tap, tap.stretches[0])
+
+    def of_queries(self, stream: str, tap: GatedCrossAttention) -> Rotation | None:
+        """Return the table of the stream for which a tap reads; None where it has no rotary positions."""
+        return self._of(stream, tap, tap.stretches[1])
+
+    def _of(self, stream: str, tap: GatedCrossAttention, stretch: float) -> Rotation | None:
+        if tap.position is None:
             return None
         weight = tap.query.weight
-        key = (stream, tap.head_width, weight.dtype, weight.device)
+        key = (stream, tap.position, stretch, tap.head_width, weight.dtype, weight.device)
         if key not in self.made:
-            self.made[key] = rotation(self.times[stream].to(weight.device), tap.head_width, weight.dtype)
+            positions = self._positions(stream, tap.position, stretch).to(weight.device)
+            self.made[key] = rotation(positions, tap.head_width, weight.dtype)
         return self.made[key]
+
+    def _positions(self, stream: str, kind: str, stretch: float) -> Tensor:
+        if kind == "rotary":
+            return self.streams[stream]["times"]
+        if stream not in self.places:
+            self.places = places(self.streams)
+        return positions_in_segments(self.places[stream], stretch)
 
 
 def visibilities(

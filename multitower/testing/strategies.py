@@ -106,7 +106,8 @@ def graphs(
             gate=draw(st.sampled_from(GATES)),
             projection=draw(st.sampled_from(PROJECTIONS)),
             heads=heads,
-            position=draw(st.sampled_from(["rotary", None])) if even else None,
+            position=(position := draw(st.sampled_from(["rotary", "segment", None])) if even else None),
+            pace=draw(st.sampled_from([1.0, 2.5, 0.25])) if position == "segment" else 1.0,
             window=draw(st.none() | st.integers(1, 4)),
             feed_forward=draw(st.booleans()),
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def by_hand(model: mt.FusedModel, row: list, name: str, steps: int) -> list[int]
 @pytest.mark.parametrize("kind", [*FAMILIES, "mamba"])
 @pytest.mark.parametrize("output", ["text", "speech", ("text", "speech")], ids=str)
 def test_some_tokens_at_a_time(kind: str, output: str | tuple[str, ...]) -> None:
-    model = fusion(kind)
+    model = fusion(kind, position="segment")
     whole, session = model.session(rows=2), model.session(rows=2)
     for each in (whole, session):
         each.append(BEFORE)
@@ -53,7 +54,8 @@ def test_some_tokens_at_a_time(kind: str, output: str | tuple[str, ...]) -> None
 
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_what_others_said_meanwhile_is_read(kind: str) -> None:
-    model, other = fusion(kind, window=4), [segment("speech", 5, 6, 7)]
+    options: Any = {"position": "segment"} if kind in ("llama", "gpt2") else {"window": 4}
+    model, other = fusion(kind, **options), [segment("speech", 5, 6, 7)]
     row = [segment("speech", 9, 8), mt.Segment("text", [BEGIN, 4, 5]), *other]
     found = model.generate([row], ["text"], continue_segment=True, max_new_tokens=4, **GREEDY)
     assert lists(found) == [[[by_hand(model, row, "text", 4)]]]

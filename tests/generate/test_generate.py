@@ -38,7 +38,7 @@ def lists(decoded: list[list[mt.Segment]]) -> list[list[list[int]]]:
     return [[segment.tokens.tolist() for segment in row] for row in decoded]
 
 
-@pytest.mark.parametrize(("position", "window"), [(None, None), ("rotary", None), ("rotary", 3)])
+@pytest.mark.parametrize(("position", "window"), [(None, None), ("rotary", 3), ("segment", None)])
 @pytest.mark.parametrize("kind", ["plain", "llama", "gpt2", "qwen3", "gemma3_text", "bloom"])
 def test_cached_batched_decoding_equals_uncached_row_by_row(
     kind: str, position: str | None, window: int | None

@@ -19,7 +19,7 @@ GIVEN = [
 
 def fusion(kind: str) -> mt.FusedModel:
     if kind == "plain":
-        return pair(gates=True, position="rotary")
+        return pair(gates=True, position="segment")
     speech = causal_lm("llama", depth=4, vocab_size=14, seed=1)
     return pair(causal_lm(kind), speech, gates=True, position="rotary")
 

@@ -61,8 +61,9 @@ def pair(
     graph.add_tower("speech", speech, train=train, adapter="gated")
     graph.add_tower("text", text or tiny_tower(2, depth=2, width=8, vocab_size=20), adapter="gated")
     link = {"gate": "tanh", "projection": "mlp", "feed_forward": True, "position": position, "window": window}
-    graph.add_link("speech", "text", interleave=(2, 1), **link)
-    graph.add_link("text", "speech", interleave=(1, 2), **link)
+    pace = 2.5 if position == "segment" else 1.0
+    graph.add_link("speech", "text", interleave=(2, 1), pace=pace, **link)
+    graph.add_link("text", "speech", interleave=(1, 2), pace=1 / pace, **link)
     torch.manual_seed(5)
     model = graph.compile().eval()
     return open_links(model, seed=7) if gates else model

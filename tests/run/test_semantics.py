@@ -109,6 +109,24 @@ def test_rotary_positions_see_distances_in_time() -> None:
     assert not torch.allclose(moved({"speech": 0, "text": 50}), here)
 
 
+def test_positions_in_segments_see_no_distances_in_time() -> None:
+    """A gap in time changes nothing; another pace does."""
+    model = pair(gates=True, position="segment")
+    assert [link.pace for link in model.graph.links.values()] == [2.5, 0.4]
+    speech, text = segment("speech", 5, 6, 7), segment("text", 4, 5)
+    streams = mt.collate([[speech, text]])["streams"]
+    moved = {name: {**each, "times": each["times"] + 50} for name, each in streams.items()}
+    here = model(streams=streams).logits["text"]
+    torch.testing.assert_close(model(streams=moved).logits["text"], here)
+    later = {**streams, "text": {**streams["text"], "times": streams["text"]["times"] + 50}}
+    torch.testing.assert_close(model(streams=later).logits["text"], here)
+    graph = model.graph.to_dict()
+    graph["links"][0]["pace"] = 1.0
+    paced = mt.FusedModel(mt.FusionGraph.from_dict(graph), {name: model.tower(name) for name in model.towers})
+    paced.load_state_dict(model.state_dict())
+    assert not torch.allclose(paced.eval()(streams=streams).logits["text"], here)
+
+
 def test_paper_adapter_is_not_the_identity() -> None:
     graph = mt.FusionGraph()
     graph.add_tower("text", tiny_tower(), adapter="paper")

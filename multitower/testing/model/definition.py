@@ -77,14 +77,16 @@ def _read(module: GatedCrossAttention, x: Tensor, source: Tensor, streams: Strea
     weight = module.query.weight
     memory = module.project(module.source_norm(source.to(weight.device, weight.dtype)))
     keys, values = module.key(memory), module.value(memory)
-    query_times, key_times = streams[link.target]["times"], streams[link.source]["times"].to(x.device)
+    query_places, key_places = (_places(streams, link, name) for name in (link.target, link.source))
     update = torch.zeros_like(x)
     for row, places in enumerate(visible(streams, link)):
         for place, seen in enumerate(places):
             if seen:
                 state = x[row, place].to(weight.dtype)
-                query = _heads(module, module.query(module.norm(state))[None], query_times[row, place][None])
-                key = _heads(module, keys[row, seen], key_times[row, seen])
+                query = _heads(
+                    module, module.query(module.norm(state))[None], query_places[row][place : place + 1]
+                )
+                key = _heads(module, keys[row, seen], [key_places[row][each] for each in seen])
                 value = _split(module, values[row, seen])
                 scores = torch.einsum("qhd,khd->hk", query, key) / query.shape[-1] ** 0.5
                 read = module.out(torch.einsum("hk,khd->hd", scores.softmax(-1), value).flatten())
@@ -96,13 +98,39 @@ def _read(module: GatedCrossAttention, x: Tensor, source: Tensor, streams: Strea
     return update
 
 
-def _heads(module: GatedCrossAttention, states: Tensor, times: Tensor) -> Tensor:
+def _places(streams: Streams, link: LinkSpec, name: str) -> list[list[float]]:
+    """Return where each token of a tower stands on the line along which rotary positions turn."""
+    rows = [[float(time) for time in times] for times in streams[name]["times"].tolist()]
+    if link.position != "segment":
+        return rows
+    stretch = (link.pace if name == link.target else 1.0) / min(1.0, link.pace)
+    for row, times in enumerate(rows):
+        begins = {each: _begins(stream["times"][row].tolist()) for each, stream in streams.items()}
+        every = sorted({begin for each in begins.values() for begin in each if begin >= 0})
+        rows[row] = [
+            1000.0 * every.index(begin) + (time - begin) * stretch if time >= 0 else 0.0
+            for time, begin in zip(times, begins[name], strict=True)
+        ]
+    return rows
+
+
+def _begins(times: list[int]) -> list[int]:
+    """Return for each token when the run of tokens that it is in begins."""
+    begins: list[int] = []
+    for place, time in enumerate(times):
+        begins.append(begins[-1] if place and time == times[place - 1] + 1 else time)
+    return begins
+
+
+def _heads(module: GatedCrossAttention, states: Tensor, places: list[float]) -> Tensor:
     """Split states of shape (length, width) into heads, turned as complex numbers where there is rotary."""
     heads = _split(module, states)
-    if not module.rotary:
+    if module.position is None:
         return heads
     half = heads.shape[-1] // 2
-    angles = times[:, None, None] * 10_000.0 ** (-torch.arange(half, device=heads.device) / half)
+    angles = torch.tensor(places, device=heads.device)[:, None, None] * 10_000.0 ** (
+        -torch.arange(half, device=heads.device) / half
+    )
     wide = torch.promote_types(heads.dtype, torch.float32)
     numbers = torch.complex(*heads.to(wide).chunk(2, -1))
     turned = numbers * torch.complex(angles.cos().to(wide), angles.sin().to(wide))

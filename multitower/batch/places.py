@@ -1,0 +1,77 @@
+"""Where tokens stand in their segments, and these in their example; see ``position="segment"`` of a link."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from .collate import EXAMPLES
+
+ROOM = 2**20
+"""How many tokens a segment has room for in a place, which is one number."""
+
+APART = 1000.0
+"""How far apart the positions of one segment and of the next begin, in tokens."""
+
+LAST = 2**62
+
+
+def places(streams: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return for each token which segment it is in, and which token of it, in one number.
+
+    Tokens of one tower that follow each other are one segment here, in however many ``Segment`` they came.
+
+    >>> times = {"speech": [[0, 1, 2, 6]], "text": [[3, 4, 5]]}
+    >>> found = places({name: {"times": torch.tensor(each)} for name, each in times.items()})
+    >>> [(place // ROOM, place % ROOM) for place in found["speech"][0].tolist()]
+    [(0, 0), (0, 1), (0, 2), (2, 0)]
+    >>> [(place // ROOM, place % ROOM) for place in found["text"][0].tolist()]
+    [(1, 0), (1, 1), (1, 2)]
+
+    Args:
+        streams: All of a batch, each with "times" and, where it is packed, "examples".
+
+    Returns:
+        By stream ``segment * ROOM + token``, int64, shape (batch, length): segments are counted in the order
+        in which they begin; those that begin at the same time have the same number.
+    """
+    device = next(iter(streams.values()))["times"].device
+    first, begin, keys = {}, {}, []
+    for name, stream in streams.items():
+        times = stream["times"].to(device)
+        begins = torch.ones_like(times, dtype=torch.bool)
+        begins[:, 1:] = times[:, 1:] != times[:, :-1] + 1
+        index = torch.arange(times.shape[1], device=device)
+        first[name] = times.gather(1, (index * begins).cummax(1).values)
+        begin[name] = stream[EXAMPLES].to(device) * 2**40 if EXAMPLES in stream else 0 * times
+        keys.append((begin[name] + first[name]).masked_fill(~begins | (times < 0), LAST))
+    every = torch.cat(keys, 1).sort(1).values
+    new = torch.ones_like(every, dtype=torch.bool)
+    new[:, 1:] = every[:, 1:] != every[:, :-1]
+    number = new.cumsum(1) - 1
+    last = every.shape[1] - 1
+
+    def numbered(key: Tensor) -> Tensor:
+        return number.gather(1, torch.searchsorted(every, key.contiguous()).clamp(max=last))
+
+    found = {}
+    for name, stream in streams.items():
+        segment = numbered(begin[name] + first[name]) - numbered(begin[name])
+        token = stream["times"].to(device) - first[name]
+        found[name] = (segment.clamp(min=0) * ROOM + token).to(stream["times"].device)
+    return found
+
+
+def positions_in_segments(places: Tensor, stretch: float) -> Tensor:
+    """Return positions, float32, shape (batch, length), on a line on which segments lie far apart.
+
+    >>> positions_in_segments(torch.tensor([[0, 1, ROOM + 2]]), 7.5).tolist()
+    [[0.0, 7.5, 1015.0]]
+
+    Args:
+        places: As ``places`` gives them.
+        stretch: How many units there are from one token to the next.
+    """
+    return (places // ROOM) * APART + (places % ROOM) * stretch
