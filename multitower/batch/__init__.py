@@ -4,6 +4,7 @@ from .collate import Batch, Example, Segment, collate, to_device
 from .corrupt import corrupt_history, corrupt_sources
 from .count import count_targets
 from .pack import pack
+from .places import measure_pace
 
 __all__ = [
     "Batch",
@@ -13,6 +14,7 @@ __all__ = [
     "corrupt_history",
     "corrupt_sources",
     "count_targets",
+    "measure_pace",
     "pack",
     "to_device",
 ]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
-from .collate import EXAMPLES
+from .collate import EXAMPLES, Example, place_in_time
 
 ROOM = 2**20
 """How many tokens a segment has room for in a place, which is one number."""
@@ -62,6 +62,33 @@ def places(streams: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
         token = stream["times"].to(device) - first[name]
         found[name] = (segment.clamp(min=0) * ROOM + token).to(stream["times"].device)
     return found
+
+
+def measure_pace(examples: Iterable[Example], source: str, target: str) -> float:
+    """Return how many tokens of one tower go along with one of another: the ``pace`` of a link.
+
+    >>> import multitower as mt
+    >>> pairs = [[mt.Segment("speech", [1] * 30), mt.Segment("text", [1] * 4)] for _ in range(9)]
+    >>> mt.batch.measure_pace(pairs, "speech", "text")
+    7.5
+
+    Args:
+        examples: As ``collate`` takes them; those that lack one of the two are left out.
+        source: Name of the tower that is read.
+        target: Name of the tower that reads.
+
+    Raises:
+        ValueError: No example has tokens of both.
+    """
+    counts = [0, 0]
+    for number, example in enumerate(examples):
+        timed = place_in_time(example, number)
+        both = [sum(len(each.tokens) for each, _ in timed if each.tower == name) for name in (source, target)]
+        if all(both):
+            counts = [count + new for count, new in zip(counts, both, strict=True)]
+    if not all(counts):
+        raise ValueError(f"no example has tokens of both {source!r} and {target!r}, of which to tell a pace")
+    return counts[0] / counts[1]
 
 
 def positions_in_segments(places: Tensor, stretch: float) -> Tensor:

@@ -67,3 +67,15 @@ def test_what_comes_later_changes_no_place() -> None:
     for end in range(1, len(row)):
         for name, each in places(mt.collate([row[:end]])["streams"]).items():
             assert torch.equal(each[0], whole[name][0, : each.shape[1]])
+
+
+def test_a_pace_is_of_examples_that_have_both() -> None:
+    rows = [
+        [segment("a", 3, 4), segment("b", 4)],
+        [segment("a", 9)],
+        [(segment("b", 4, 5), segment("a", 6, 7))],
+    ]
+    assert mt.batch.measure_pace(rows, "a", "b") == 8 / 7
+    assert mt.batch.measure_pace(iter(rows), "b", "a") == 7 / 8
+    with pytest.raises(ValueError, match="no example has tokens of both 'a' and 'c'"):
+        mt.batch.measure_pace(rows, "a", "c")
