@@ -97,7 +97,12 @@ def collate(examples: Sequence[Example]) -> Batch:
     return {"streams": make_streams(examples)}
 
 
-def to_device(batch: Batch, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
+def to_device(
+    batch: Batch,
+    device: torch.device | str | Mapping[str, torch.device | str],
+    *,
+    non_blocking: bool = False,
+) -> Batch:
     """Return a batch with its tensors on a device; what else it holds is kept.
 
     >>> import multitower as mt
@@ -108,11 +113,12 @@ def to_device(batch: Batch, device: torch.device | str, *, non_blocking: bool = 
 
     Args:
         batch: As ``collate`` gives it, packed or not, with or without states that were kept.
-        device: Where they are to be.
+        device: Where they are to be; by tower, as ``model.devices`` says, where towers are on several.
         non_blocking: Whether copies from pinned memory need not be waited for, as in ``Tensor.to``.
     """
+    places = device if isinstance(device, Mapping) else dict.fromkeys(batch["streams"], device)
     streams = {
-        name: {key: tensor.to(device, non_blocking=non_blocking) for key, tensor in stream.items()}
+        name: {key: tensor.to(places[name], non_blocking=non_blocking) for key, tensor in stream.items()}
         for name, stream in batch["streams"].items()
     }
     return {**batch, "streams": streams}

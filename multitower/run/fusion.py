@@ -274,7 +274,7 @@ class Fusion(Familiar):
         flex = self.attn_implementation == FLEX and not output_attentions
         seen = visibilities(self._graph.links.values(), dtypes, streams, flex=flex, blind=run_all)
         rotations = Rotations(streams)
-        states = States({}, {}, brought_states(self._graph, towers, streams), {})
+        states = States({}, {}, brought_states(self._graph, towers, streams), {}, {})
         read_layers = self.schedule.read_layers
         for step in self.schedule.needed(wanted, seen, states.given):
             name, layer = step.tower, step.layer
@@ -306,11 +306,11 @@ class Fusion(Familiar):
     ) -> Tensor:
         """Return the state of a tower after a layer with what its taps add; all of them read it as it is."""
         x, updates = states.hidden[taps[0].target], []
+        device = rotations.streams[taps[0].target]["times"].device
         for tap in taps:
             module = self.tap(tap)
-            source = module.read(
-                states.given[tap.source, tap.source_layer], rotations.of_keys(tap.source, module)
-            )
+            given = states.read(tap.source, tap.source_layer, device)
+            source = module.read(given, rotations.of_keys(tap.source, module))
             turn = rotations.of_queries(tap.target, module)
             updates.append(module(x, source, seen[tap.link], turn))
             if output_attentions:

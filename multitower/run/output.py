@@ -43,12 +43,24 @@ class States(NamedTuple):
         contexts: What the head of each tower needs beside it.
         given: What each layer that some tap reads gave, before any tap updated it.
         attentions: As in ``FusedOutput``.
+        sent: What of ``given`` was read on other devices, there.
     """
 
     hidden: dict[str, Tensor]
     contexts: dict[str, Any]
     given: dict[Layer, Tensor]
     attentions: dict[str, dict[str, Tensor]]
+    sent: dict[tuple[Layer, torch.device], Tensor]
+
+    def read(self, tower: str, layer: int, device: torch.device) -> Tensor:
+        """Return what a layer gave, on a device, to which it is sent once for all taps that read it there."""
+        state = self.given[tower, layer]
+        if state.device == device:
+            return state
+        key = ((tower, layer), device)
+        if key not in self.sent:
+            self.sent[key] = state.to(device)
+        return self.sent[key]
 
 
 def token_loss(logits: Tensor, labels: Tensor, count: Tensor | int | None = None) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -28,6 +28,27 @@ class Familiar(nn.Module):
     def device(self) -> torch.device:
         """Where the first tower takes its tokens; where all is, unless it was spread over several devices."""
         return next(self._each_tower()).device
+
+    @property
+    def devices(self) -> dict[str, torch.device]:
+        """Where each tower takes its tokens: what ``multitower.batch.to_device`` takes for a batch of them.
+
+        >>> from multitower.testing import tiny_model
+        >>> tiny_model().devices
+        {'speech': device(type='cpu'), 'text': device(type='cpu')}
+        """
+        return {name: cast(Tower, tower).device for name, tower in self.towers.items()}
+
+    @property
+    def hf_device_map(self) -> dict[str, torch.device]:
+        """Where each tower is, if on several devices: by this the Trainer and accelerate leave them there.
+
+        Raises:
+            AttributeError: All of them are on one, and may be moved.
+        """
+        if len(set(self.devices.values())) == 1:
+            raise AttributeError("all towers are on one device, which model.device gives")
+        return self.devices
 
     @property
     def dtype(self) -> torch.dtype:

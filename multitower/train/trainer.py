@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.extras import require
-from ..batch.collate import IGNORE, Example, Streams
+from ..batch.collate import IGNORE, Example, Streams, to_device
 from ..batch.corrupt import corrupt_history, corrupt_sources
 from ..batch.count import count_targets
 from ..checkpoint.refill import load_weights
@@ -103,7 +103,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]  # known only when it
         for name in ("neftune_noise_alpha", "label_smoothing_factor"):
             if getattr(args, name, None):
                 raise ValueError(f"{name} is for models of one vocabulary; leave it out of the arguments")
-        if args is not None and args.n_gpu > 1:
+        if args is not None and args.n_gpu > 1 and not hasattr(model, "hf_device_map"):
             raise ValueError(
                 f"one process sees {args.n_gpu} GPUs, over which transformers would copy the model at each "
                 f"step; launch one for each, torchrun --nproc-per-node {args.n_gpu} ..., or let it see one "
@@ -141,6 +141,9 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]  # known only when it
                 self.optimizer = kind([{"weight_decay": decay, **group} for group in groups], **options)
                 return self.optimizer
         return super().create_optimizer(model)
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        return to_device(super()._prepare_inputs(inputs), self._fused().devices)
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **options: Any) -> Tensor:
         """Train on a batch, with noise in it if there is to be any."""
@@ -180,7 +183,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]  # known only when it
             )
         if num_items_in_batch is not None:
             self._note(inputs["streams"], out.losses, num_items_in_batch)
-        loss = out.loss
+        loss = out.loss.to(self.args.device)  # towers may be on several
         if model.training and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # over which gradients are averaged
         return (loss, out) if return_outputs else loss
@@ -239,7 +242,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]  # known only when it
                 continue  # run for the sake of other processes
             seen = self._seen.setdefault(name, {"sum": torch.zeros(()), "tokens": torch.zeros(())})
             here = (streams[name]["labels"][:, 1:] != IGNORE).sum()
-            seen["sum"] = seen["sum"].to(loss.device) + loss.detach() * counts[name]
+            seen["sum"] = seen["sum"].to(loss.device) + loss.detach() * counts[name].to(loss.device)
             seen["tokens"] = seen["tokens"].to(loss.device) + here
 
     def _losses(self) -> dict[str, float]:

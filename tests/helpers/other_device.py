@@ -60,7 +60,7 @@ class OtherDevice(TorchDispatchMode):
         if _waits(func, args, kwargs or {}):
             lines = tuple(f"{each.filename}:{each.lineno}" for each in traceback.extract_stack()[:-1])
             self.waits.append(Wait(str(func), lines))
-        return _run(func, args, kwargs or {})
+        return run(func, args, kwargs or {})
 
 
 class Remote(Tensor):
@@ -91,10 +91,10 @@ class Remote(Tensor):
     def __torch_dispatch__(
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        return _run(func, args, kwargs or {})
+        return run(func, args, kwargs or {})
 
 
-def _run(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+def run(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     remote = [tensor for tensor in tensors if isinstance(tensor, Remote)]
     if func not in COPIES and 0 < len(remote) < len(tensors):  # even of one number, which real devices take

@@ -10,7 +10,7 @@ from torch.utils import backend_registration
 
 from paths import ROOT
 
-CHECKS = ROOT / "tests" / "helpers" / "checks_on_other_device.py"
+HELPERS = ROOT / "tests" / "helpers"
 
 # The device is registered for good, and torch cannot take it down again when the interpreter ends.
 RUN = "import os, pytest, sys; os._exit(pytest.main(sys.argv[1:]))"
@@ -21,7 +21,8 @@ RUN = "import os, pytest, sys; os._exit(pytest.main(sys.argv[1:]))"
     reason="this torch cannot simulate a device",
 )
 @pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
-def test_checks_on_another_device(which: str) -> None:
-    command = [sys.executable, "-c", RUN, "-q", "-p", "no:cacheprovider", "-m", which, str(CHECKS)]
+@pytest.mark.parametrize("file", ["checks_on_other_device.py", "checks_of_placed_training.py"])
+def test_checks_on_another_device(file: str, which: str) -> None:
+    command = [sys.executable, "-c", RUN, "-q", "-p", "no:cacheprovider", "-m", which, str(HELPERS / file)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
