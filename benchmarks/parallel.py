@@ -8,11 +8,16 @@ gather, as much in a reduction that scatters, and twice that in one that does no
 from parameter counts alone:
 
 - DDP reduces the gradient of each trained parameter once.
-- FSDP2 reduces and scatters the same. It gathers each layer once in the forward and once in the backward;
+- FSDP2 reduces and scatters the same. It gathers each layer once in the forward and, where a gradient passes,
+  once in the backward;
   what else a tower has (embeddings, norm, head) and each tap twice in either, since they are called twice. Of
   a frozen tower that is the most that there is to gather: "root" gathers it once, "replicate" never.
 
+What each process holds after a step of AdamW stands beside its plan as well; see benchmarks/formulas.py.
+
 The ratio is that of a step under DDP and of the same step without, both on all processes at once, in turn.
+Beside it stands that of the two native towers by themselves: one trained, and one frozen, which runs forward
+alone.
 Results go to results.json.
 """
 
@@ -22,21 +27,26 @@ import argparse
 import copy
 import tempfile
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import multitower as mt
+from formulas import frozen_bytes, held, sent
 from measure import begin, interleaved, milliseconds, options, ratio, write
 from models import INTERLEAVE, SIZES, make_batch, make_tower
+from multitower.batch.collate import Streams
 from multitower.train.divide import POLICIES, shard
 
 KINDS = {"allgather": "gathered", "reduce_scatter": "reduced and scattered"}
@@ -78,10 +88,11 @@ def measure(rank: int, chosen: argparse.Namespace, folder: str) -> None:
     results: list[dict[str, Any]] = []
     for engine in ("ddp", *POLICIES):
         model = make(chosen.size)
-        expected = planned(model, engine)
+        expected = sent(model, engine)
         batch = make_batch(model, chosen.rows, chosen.length)
         found = counted(model, batch, engine, chosen.processes)
         results.append({"kind": "bytes", "engine": engine, "sent": dict(found), "plan": dict(expected)})
+    results += [kept(chosen, policy) for policy in POLICIES]
     results.append(timed(chosen))
     if rank == 0:
         for result in results:
@@ -101,66 +112,96 @@ def make(size: str) -> mt.FusedModel:
     return graph.compile().train()
 
 
-def planned(model: mt.FusedModel, engine: str) -> Counter[str]:
-    """Return what is to be sent, from parameter counts."""
-    trained = sum(each.nbytes for each in model.parameters() if each.requires_grad)
-    if engine == "ddp":
-        return Counter({"reduced": trained})
-    layers = {name: sum(map(size, model.unimodal(name).model.layers)) for name in model.towers}
-    rest = {name: size(model.tower(name)) - layers[name] for name in model.towers}
-    gathered = 2 * layers["trained"] + 4 * rest["trained"] + 4 * sum(map(size, model.taps().values()))
-    gathered += {
-        "per_layer": 2 * layers["frozen"] + 4 * rest["frozen"],
-        "root": size(model.tower("frozen")),
-        "replicate": 0,
-    }[engine]
-    return Counter({"gathered": gathered, "reduced and scattered": trained})
-
-
-def size(module: nn.Module) -> int:
-    """Return the bytes of a module's parameters."""
-    return sum(each.nbytes for each in module.parameters())
-
-
 def counted(model: mt.FusedModel, batch: Any, engine: str, processes: int) -> Counter[str]:
     """Count what is sent in a step, the second, for the first one makes buckets and units."""
-    sent: Counter[str] = Counter()
+    reduced: Counter[str] = Counter()
     if engine == "ddp":
         wrapped: nn.Module = DistributedDataParallel(model)
 
         def noted(group, bucket):  # whose annotations DDP would read
-            sent["reduced"] += bucket.buffer().nbytes
+            reduced["reduced"] += bucket.buffer().nbytes
             return allreduce_hook(group, bucket)
 
         wrapped.register_comm_hook(None, noted)
     else:
         wrapped = shard(model, init_device_mesh("cpu", (processes,)), frozen=engine)
     wrapped(**batch).loss.backward()
-    sent.clear()
+    reduced.clear()
     with Sent() as mode:
         wrapped(**batch).loss.backward()
-    return sent if engine == "ddp" else mode.bytes
+    return reduced if engine == "ddp" else mode.bytes
+
+
+def kept(chosen: argparse.Namespace, policy: Any) -> dict[str, Any]:
+    """Count what this process holds after a step of AdamW: parameters, gradients, moments."""
+    model, processes = make(chosen.size), chosen.processes
+    batch = make_batch(model, chosen.rows, chosen.length)
+    count = sum(each.numel() for each in model.parameters() if each.requires_grad)
+    expected = held(frozen_bytes(model), count, processes, policy != "replicate")
+    wrapped: Any = shard(model, init_device_mesh("cpu", (processes,)), frozen=policy)
+    trained = [each for each in wrapped.parameters() if each.requires_grad]
+    optimizer = torch.optim.AdamW(trained)
+    wrapped(**batch).loss.backward()
+    optimizer.step()
+    for module in wrapped.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    state = [each for each in tree_leaves(list(optimizer.state.values())) if each.dim()]
+    tensors = [*wrapped.parameters(), *(each.grad for each in trained), *state]
+    found = sum((each.to_local() if isinstance(each, DTensor) else each).nbytes for each in tensors)
+    return {"kind": "held", "engine": policy, "found": found, "plan": expected}
+
+
+class Bare(nn.Module):
+    """The native towers of a model, without links, each on its own stream."""
+
+    def __init__(self, model: mt.FusedModel) -> None:
+        super().__init__()
+        self.natives = nn.ModuleDict({name: model.unimodal(name) for name in model.towers})
+
+    def forward(self, streams: Streams) -> Tensor:
+        """Return the sum of their losses."""
+        losses = [
+            self.natives[name](input_ids=each["tokens"], labels=each["labels"], use_cache=False).loss
+            for name, each in streams.items()
+        ]
+        return torch.stack(losses).sum()
 
 
 def timed(chosen: argparse.Namespace) -> dict[str, Any]:
-    """Time a step with DDP and without, which takes the same time in all processes."""
-    alone, model = make(chosen.size), make(chosen.size)
-    batch, wrapped = make_batch(alone, chosen.rows, chosen.length), DistributedDataParallel(model)
+    """Time steps with DDP and without, fused and of bare towers, in all processes at once."""
+    models = [make(chosen.size) for _ in range(4)]
+    streams = make_batch(models[0], chosen.rows, chosen.length)["streams"]
+    alone, wrapped = models[0], DistributedDataParallel(models[1])
+    bare, bare_wrapped = Bare(models[2]), DistributedDataParallel(Bare(models[3]))
 
     def step(module: nn.Module) -> None:
         module.zero_grad(set_to_none=True)
-        module(**batch).loss.backward()
+        out = module(streams)
+        (out if isinstance(out, Tensor) else out.loss).backward()
 
-    runs = {"ddp": lambda: step(wrapped), "alone": lambda: step(alone)}
+    modules = {"ddp": wrapped, "alone": alone, "bare ddp": bare_wrapped, "bare": bare}
+    runs = {name: partial(step, module) for name, module in modules.items()}
     times = interleaved(runs, chosen.repeats, clock=chosen.clock, before=dist.barrier)
-    return {"kind": "time", "ms": milliseconds(times), "ratio": ratio(times["ddp"], times["alone"])}
+    return {
+        "kind": "time",
+        "ms": milliseconds(times),
+        "ratio": ratio(times["ddp"], times["alone"]),
+        "bare_ratio": ratio(times["bare ddp"], times["bare"]),
+    }
 
 
 def show(result: dict[str, Any]) -> None:
     """Print one line."""
     if result["kind"] == "time":
-        low, median, high = (result["ratio"][key] for key in ("low", "median", "high"))
-        print(f"a step under DDP: {median:.3f} ({low:.3f} to {high:.3f}) of one without", flush=True)
+        for key, what in (("ratio", "fused"), ("bare_ratio", "the bare towers")):
+            low, median, high = (result[key][each] for each in ("low", "median", "high"))
+            print(f"a step under DDP, {what}: {median:.3f} ({low:.3f} to {high:.3f}) of one without")
+        print({name: round(each["median"], 1) for name, each in result["ms"].items()}, "ms", flush=True)
+        return
+    if result["kind"] == "held":
+        found, expected = result["found"], result["plan"]
+        print(f"{result['engine']:10} {'held':22} {found:>12,} bytes, planned {expected:>12,.0f}", flush=True)
         return
     for kind, expected in result["plan"].items():
         found = result["sent"].get(kind, 0)

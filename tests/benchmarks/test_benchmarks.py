@@ -129,12 +129,31 @@ def test_peak_memory(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_processes_send_what_parameter_counts_say(tmp_path: Path) -> None:
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_hold_and_send_what_parameter_counts_say(processes: int, tmp_path: Path) -> None:
     script = str(ROOT / "benchmarks" / "parallel.py")
-    run([sys.executable, script, "--repeats", "1", "--rows", "1", "--length", "8", "--out", str(tmp_path)])
+    few = f"--processes {processes} --repeats 1 --rows 1 --length 8"
+    run([sys.executable, script, *few.split(), "--out", str(tmp_path)])
     found = json.loads((tmp_path / "results.json").read_text())["results"]
     sent = {each["engine"]: (each["sent"], each["plan"]) for each in found if each["kind"] == "bytes"}
     assert sent.keys() == {"ddp", "per_layer", "root", "replicate"}
     most, plan = sent.pop("per_layer")
     assert 0.9 < most["gathered"] / plan["gathered"] <= 1
     assert all(each == expected for each, expected in sent.values())
+    held = [each for each in found if each["kind"] == "held"]
+    assert [each["engine"] for each in held] == ["root", "per_layer", "replicate"]
+    assert all(each["found"] == each["plan"] for each in held)
+    (times,) = [each for each in found if each["kind"] == "time"]
+    assert set(times["ms"]) == {"ddp", "alone", "bare ddp", "bare"}
+    assert min(times[key]["median"] for key in ("ratio", "bare_ratio")) > 0
+
+
+@pytest.mark.slow
+def test_the_page_on_scaling_has_the_tables_that_the_script_prints() -> None:
+    script = str(ROOT / "benchmarks" / "scaling.py")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    tables = done.stdout.strip().split("\n\n")
+    page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    assert len(tables) == 3
+    assert all(f"\n\n{table}\n" in page for table in tables)
