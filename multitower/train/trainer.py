@@ -20,6 +20,7 @@ from ..checkpoint.refill import load_weights
 from ..checkpoint.save import save_pretrained
 from ..generate.generate import generate
 from ..hub.card import model_card
+from ..plugins.entry_points import as_modality
 from ..plugins.modality import Modality
 from ..run.fusion import Fusion
 from ..run.gathered import is_divided
@@ -66,7 +67,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]  # known only when it
             own past, in training alone; see ``batch.corrupt_history``.
         source_noise: By tower the share of tokens that are replaced in segments that are given, in training
             alone; see ``batch.corrupt_sources``.
-        modalities: What is saved with the model, by tower.
+        modalities: What is saved with the model, by tower: modalities, or tokenizers of transformers.
         score: What makes metrics of decoded answers in an evaluation: called with what was given of each
             example (the segments before its first target), what the model decoded then, and the examples.
         decoding: Options of ``generate`` for that.
@@ -120,7 +121,8 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]  # known only when it
             args.remove_unused_columns = False  # rows hold segments, which no argument of forward is called
         if getattr(args, "ddp_find_unused_parameters", False) is None:
             args.ddp_find_unused_parameters = False  # a training step leaves none unused
-        self.rates, self.modalities = dict(rates or {}), dict(modalities or {})
+        self.rates = dict(rates or {})
+        self.modalities = {name: as_modality(each) for name, each in (modalities or {}).items()}
         self.history_noise, self.source_noise = dict(history_noise or {}), dict(source_noise or {})
         for name in (*self.history_noise, *self.source_noise):
             if name not in model.towers:
@@ -299,6 +301,13 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]  # known only when it
                     target.rename(Path(scratch, f"old {path.name}"))
                 path.replace(target)
         torch.save(self.args, folder / ARGUMENTS)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Push a fused checkpoint; transformers would take but the files that its own models have."""
+        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if self.args.hub_strategy != "end" and (self.args.hub_always_push or not busy):
+            self._save()
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def create_model_card(self, model_name: str | None = None, license: str | None = None) -> None:  # noqa: A002
         """Write a model card, ``README.md``, that says how the model was trained and what it scores."""
