@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..batch.collate import Batch, Segment, collate
 from ..batch.pack import pack
+from ..plugins.entry_points import as_modality
 from ..plugins.modality import Modality
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SEGMENTS, LENGTH = "segments", "length"
 
@@ -16,7 +20,7 @@ SEGMENTS, LENGTH = "segments", "length"
 def encode_columns(
     dataset: Any,
     columns: Mapping[str, str],
-    modalities: Mapping[str, Modality],
+    modalities: Mapping[str, Modality | PreTrainedTokenizerBase],
     *,
     targets: Collection[str],
     **options: Any,
@@ -38,7 +42,7 @@ def encode_columns(
     Args:
         dataset: Rows, each a mapping from columns to raw data.
         columns: By column the tower that gets it.
-        modalities: By tower what encodes it.
+        modalities: By tower what encodes it: a modality, or a tokenizer of transformers.
         targets: The columns to learn.
         options: What else ``datasets.Dataset.map`` takes.
 
@@ -47,18 +51,27 @@ def encode_columns(
 
     Raises:
         ValueError: A column is to be learnt, or a tower to be encoded for, of which nothing is said.
+        TypeError: ``targets`` is one string, or something else stands in place of a modality.
     """
+    if isinstance(targets, str):
+        raise TypeError(f"targets is a list of columns: targets=[{targets!r}]")
     unknown = [each for each in targets if each not in columns]
     lacking = [tower for tower in columns.values() if tower not in modalities]
     if unknown or lacking:
         raise ValueError(
-            f"targets {unknown} are none of the columns {list(columns)}"
+            f"targets {unknown} are none of the columns {list(columns)}; columns says which tower each "
+            "column of the data set goes to"
             if unknown
             else f"there is no modality for {', '.join(map(repr, lacking))}; there are {list(modalities)}"
         )
-    encode = functools.partial(
-        _encoded, columns=dict(columns), modalities=dict(modalities), targets=list(targets)
-    )
+    encoders = {tower: as_modality(modalities[tower]) for tower in columns.values()}
+    for tower, encoder in encoders.items():
+        if not isinstance(encoder, Modality):
+            raise TypeError(
+                f"the modality of {tower!r} is a {type(encoder).__name__}: give a Modality, as "
+                f"TextModality({tower!r}), or a tokenizer of transformers"
+            )
+    encode = functools.partial(_encoded, columns=dict(columns), modalities=encoders, targets=list(targets))
     if hasattr(dataset, "map"):
         names = getattr(dataset, "column_names", None)
         mapped = dataset.map(encode, remove_columns=names, **options)
@@ -77,7 +90,11 @@ def _encoded(
     for column, tower in columns.items():
         if column not in row:
             raise ValueError(f"a row has no column {column!r}; it has {', '.join(map(repr, row))}")
-        tokens = modalities[tower].encode(row[column]).tolist()
+        try:
+            tokens = modalities[tower].encode(row[column]).tolist()
+        except Exception as error:
+            error.add_note(f"raised for tower {tower!r} in column {column!r}")
+            raise
         segments.append({"tower": tower, "tokens": tokens, "target": column in targets})
     return {SEGMENTS: segments, LENGTH: sum(len(each["tokens"]) for each in segments)}
 
@@ -106,5 +123,10 @@ class Collator:
 def as_example(row: Any) -> list[Any]:
     """Return the example that a row holds, or is."""
     if isinstance(row, Mapping):
+        if SEGMENTS not in row:
+            raise ValueError(
+                f"a row has the columns {', '.join(map(repr, row))} and no {SEGMENTS!r}; have "
+                "multitower.train.encode_columns make examples of them"
+            )
         return [Segment(**segment) for segment in row[SEGMENTS]]
     return list(row)

@@ -273,3 +273,30 @@ def test_what_is_imported_late_stays_what_it_is() -> None:
     for _ in range(2):
         assert multitower.train.shard.__name__ == "shard"
         assert multitower.train.Trainer.__name__ == "Trainer"
+
+
+def test_a_tokenizer_is_a_modality_of_text(tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers", reason="a tokenizer is made")
+    transformers = pytest.importorskip("transformers", reason="the tokenizer is of transformers")
+    words = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"<s>": 0, "</s>": 1, "<unk>": 2, "h": 3}, "<unk>")
+    )
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, **special)
+    rows = [{"heard": "ab", "said": "h"}]
+    (row,) = encode_columns(rows, COLUMNS, {"speech": Letters(), "text": tokenizer}, targets=TARGETS)
+    assert row["segments"][1] == {"tower": "text", "tokens": [0, 3, 1], "target": True}
+
+
+def test_mistakes_are_told() -> None:
+    with pytest.raises(TypeError, match=r"targets is a list of columns: targets=\['said'\]"):
+        encode_columns(ROWS, COLUMNS, MODALITIES, targets="said")
+    with pytest.raises(ValueError, match="columns says which tower each column of the data set goes to"):
+        encode_columns(ROWS, {"speech": "heard"}, MODALITIES, targets=["heard"])
+    with pytest.raises(TypeError, match=r"the modality of 'text' is a str.*TextModality\('text'\)"):
+        encode_columns(ROWS, COLUMNS, {**MODALITIES, "text": "a/folder"}, targets=TARGETS)
+    with pytest.raises(ValueError, match="no 'segments'; have multitower"):
+        Collator()(ROWS)
+    with pytest.raises(ValueError, match="there is no letter") as caught:
+        encoded([{"heard": "", "said": "h"}])
+    assert caught.value.__notes__ == ["raised for tower 'speech' in column 'heard'"]
