@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from ..generate.generate import Policy
 from ..generate.rows import Turn
 from ..generate.session import Mark, Session
 from .codec import Codec
+from .live import Agreement, LivePolicy, listen
 from .raw import leaves
 
 
@@ -96,6 +100,48 @@ class RawSession:
         decoded = rows if return_segments else self._codec.decode(rows, pairs=callable(output))
         results = decoded if wanted is output else [row[0] for row in decoded]
         return results if len(results) > 1 else results[0]
+
+    def listen(
+        self,
+        source: str,
+        pieces: Iterable[Tensor],
+        output: str,
+        policy: LivePolicy = Agreement(),  # noqa: B008  # frozen
+        **options: Any,
+    ) -> Iterator[str]:
+        """Write a text while what it is made of still comes in.
+
+        >>> chunks = microphone()                                                  # doctest: +SKIP
+        >>> for words in session.listen("speech", speech.encode_stream(chunks), "text"):  # doctest: +SKIP
+        ...     print(words, end="", flush=True)
+
+        Each piece is run once, when it comes. In the end the conversation holds what was read and what was
+        written.
+
+        Args:
+            source: The tower that the pieces are of.
+            pieces: Tokens, int64, each of shape (length,), as a modality's ``encode_stream`` gives them: the
+                begin token in the first, the end token in the last.
+            output: The tower to decode, one whose raw data are text.
+            policy: When to read on and when to write: ``Agreement``, ``WaitK``, ``AtEnd``, or one of yours.
+            options: Options of ``FusedModel.generate``.
+
+        Yields:
+            What is added to the text; it is never changed afterwards.
+
+        Raises:
+            ValueError: The conversation has several rows, or see ``generate``.
+        """
+        if len(self.history) != 1:
+            raise ValueError(f"one row listens at a time, not {len(self.history)}; split() the conversation")
+        modality, tokens, text = self._codec.modality(output, "output"), list[int](), ""
+        listened = listen(self._session, source, pieces, output, policy, self._codec.with_edges(options))
+        for new in listened:
+            tokens += new
+            whole = str(modality.decode(torch.tensor(tokens)))
+            if len(whole) > len(text) and not whole.endswith("\ufffd"):  # half a character
+                yield whole[len(text) :]
+                text = whole
 
     def mark(self) -> Mark:
         """Return this point, to go back to; see ``Session.mark``."""

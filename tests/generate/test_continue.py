@@ -11,7 +11,7 @@ import torch
 
 import multitower as mt
 from models import BEGIN, END, segment
-from test_session import FAMILIES, counted, fusion, lists
+from sessions import FAMILIES, counted, fusion, lists
 
 GREEDY = {"do_sample": False, "suppress_tokens": {"text": [END], "speech": [END]}}
 BEFORE = [

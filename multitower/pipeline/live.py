@@ -1,0 +1,155 @@
+"""When to read on and when to write, while what is read still comes in."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from ..batch.collate import Segment
+from ..generate.options import options_of, settle
+from ..generate.session import Session
+
+
+class LivePolicy(Protocol):
+    """Decides after every piece that was read what is written; see ``Agreement`` and ``WaitK``."""
+
+    def limit(self, read: int, written: int) -> int | None:
+        """Return how many more tokens to decode: 0 to read on, None for as many as there come.
+
+        Args:
+            read: How many pieces have been read.
+            written: How many tokens have been written.
+        """
+
+    def settled(self, hypotheses: Sequence[Sequence[int]]) -> int:
+        """Return how many tokens of the last hypothesis are written, never to be changed.
+
+        Args:
+            hypotheses: What was decoded after each piece that was read, what was written before included.
+        """
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Decode to the end after every piece, and write what several such answers in a row begin with.
+
+    >>> Agreement().settled([[5], [5, 6, 7], [5, 6, 8]])
+    2
+
+    Source: Liu et al., "Low-Latency Sequence-to-Sequence Speech Recognition and Translation by Partial
+    Hypothesis Selection" (arXiv 2005.11185).
+
+    Attributes:
+        hypotheses: How many in a row have to agree.
+    """
+
+    hypotheses: int = 2
+
+    def limit(self, read: int, written: int) -> int | None:
+        """Decode to the end."""
+        return None
+
+    def settled(self, hypotheses: Sequence[Sequence[int]]) -> int:
+        """Return how many tokens the last ones have in common."""
+        if len(hypotheses) < self.hypotheses:
+            return 0
+        alike = [len(set(tokens)) == 1 for tokens in zip(*hypotheses[-self.hypotheses :], strict=False)]
+        return sum(itertools.takewhile(bool, alike))
+
+
+@dataclass(frozen=True)
+class WaitK:
+    """Read some pieces, then write so many tokens for each further one.
+
+    >>> [WaitK(2).limit(read, written=0) for read in (1, 2, 3)]
+    [0, 1, 2]
+
+    Source: Ma et al., "STACL: Simultaneous Translation with Implicit Anticipation and Controllable Latency
+    using Prefix-to-Prefix Framework" (arXiv 1810.08398).
+
+    Attributes:
+        pieces: How many are read before the first token is written.
+        tokens: How many tokens are written for each, on average.
+    """
+
+    pieces: int
+    tokens: float = 1.0
+
+    def limit(self, read: int, written: int) -> int | None:
+        """Return how many tokens are due."""
+        return max(0, int((read - self.pieces + 1) * self.tokens) - written)
+
+    def settled(self, hypotheses: Sequence[Sequence[int]]) -> int:
+        """Write all that was decoded."""
+        return len(hypotheses[-1])
+
+
+@dataclass(frozen=True)
+class AtEnd:
+    """Read all, then write: at a pause, say, where the caller lets the pieces end."""
+
+    def limit(self, read: int, written: int) -> int | None:
+        """Decode nothing."""
+        return 0
+
+    def settled(self, hypotheses: Sequence[Sequence[int]]) -> int:
+        """Write nothing."""
+        return 0
+
+
+def listen(
+    session: Session,
+    source: str,
+    pieces: Iterable[Tensor],
+    output: str,
+    policy: LivePolicy,
+    options: Mapping[str, Any],
+) -> Iterator[list[int]]:
+    """Append the pieces of a segment as they come, and decode another meanwhile.
+
+    What is decoded before the last piece is only tried: the session then goes back and reads on. In the end
+    it holds the segment that was read and the one that was written.
+
+    Args:
+        session: A session of one row.
+        source: The tower that the pieces are of.
+        pieces: Tokens, int64, each of shape (length,), begin and end included.
+        output: The tower to decode.
+        policy: Decides when to write.
+        options: Options of ``FusedModel.generate``.
+
+    Yields:
+        Tokens that are written, without the begin token.
+    """
+    settings = settle(output, session.model.tower(output), options_of(output, options))
+    written: list[int] = []
+    hypotheses: list[list[int]] = []
+
+    def decoded(limit: int | None) -> list[int]:
+        if written:
+            session.append(Segment(output, [settings.begin, *written]))
+        most = [each for each in (settings.config.max_new_tokens, limit) if each is not None]
+        lengths = {"max_new_tokens": max(1, min(most) - len(written) * (limit is None))} if most else {}
+        asked = {**options, **lengths}
+        ((segment,),) = session.generate([output], continue_segment=bool(written), **asked)
+        assert isinstance(segment, Segment)
+        return [*written, *map(int, segment.tokens[0 if written else 1 :])]
+
+    for read, piece in enumerate(pieces, 1):
+        session.append(Segment(source, piece))
+        limit = policy.limit(read, len(written))
+        if limit == 0:
+            continue
+        mark = session.mark()
+        tokens = decoded(limit)
+        session.rollback(mark)
+        hypotheses.append(tokens[: -1 if tokens[-1] in settings.ends else None])  # it ends with what is read
+        new = hypotheses[-1][len(written) : policy.settled(hypotheses)]
+        if new:
+            written += new
+            yield new
+    yield decoded(None)[len(written) :]

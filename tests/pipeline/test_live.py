@@ -1,0 +1,86 @@
+"""Texts that are written while speech still comes in."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import multitower as mt
+from letters import Letters, Tune
+from models import BEGIN, END, causal_lm, pair, segment
+from multitower.pipeline.live import Agreement, AtEnd, LivePolicy, WaitK
+from sessions import counted
+
+SPEECH = torch.tensor([BEGIN, 5, 6, 7, 8, 9, 10, 4, 3, END])
+OPTIONS = {"max_new_tokens": 8, "do_sample": False, "repetition_penalty": 3.0}
+POLICIES = [Agreement(), Agreement(3), WaitK(2), WaitK(1, 1.5), AtEnd()]
+
+
+def piped(kind: str) -> mt.Pipeline:
+    speech = causal_lm("llama", depth=4, vocab_size=14, seed=1)
+    model = pair(gates=True) if kind == "plain" else pair(causal_lm(kind), speech, gates=True)
+    return mt.Pipeline(model, {"speech": Tune(), "text": Letters()})
+
+
+@pytest.mark.parametrize("kind", ["plain", "llama", "gpt2"])
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_what_is_written_is_what_stands_in_the_end(kind: str, policy: LivePolicy) -> None:
+    pipe = piped(kind)
+    session = pipe.session()
+    session.append(("text", "ab"))
+    pieces = list(session.listen("speech", SPEECH.split(2), "text", policy, **OPTIONS))
+    said = [each for each in session.history[0][1:] if each.tower == "speech"]
+    wrote = [each for each in session.history[0][1:] if each.tower == "text"]
+    assert torch.equal(torch.cat([each.tokens for each in said]), SPEECH)
+    tokens = torch.cat([torch.as_tensor(each.tokens) for each in wrote])
+    assert "".join(pieces) == pipe.modalities["text"].decode(tokens)
+    assert 1 <= len(tokens) - 1 <= 8
+    assert session.history[0][-1] is wrote[-1]
+
+
+def test_at_the_end_it_is_the_text_of_the_whole() -> None:
+    pipe = piped("llama")
+    whole = pipe([segment("speech", *SPEECH[1:-1].tolist())], "text", **OPTIONS)
+    assert list(pipe.session().listen("speech", SPEECH.split(3), "text", AtEnd(), **OPTIONS)) == [whole]
+
+
+def test_after_each_piece_as_much_is_written_as_is_due() -> None:
+    session = piped("llama").session()
+    read = iter(SPEECH.split(1))
+    pieces = session.listen("speech", read, "text", WaitK(3), suppress_tokens=[BEGIN, END], **OPTIONS)
+    written = [(len(next(pieces)), sum(len(each.tokens) for each in session.history[0])) for _ in range(4)]
+    assert written == [(1, 3), (1, 4), (1, 5), (1, 6)]
+
+
+def test_a_first_token_is_what_was_decoded_of_what_was_read() -> None:
+    pipe = piped("llama")
+    options = {**OPTIONS, "suppress_tokens": [BEGIN, END]}
+    first = next(pipe.session().listen("speech", SPEECH.split(2), "text", WaitK(3), **options))
+    given = [mt.Segment("speech", SPEECH[:6])]
+    ((expected,),) = pipe.model.generate([given], ["text"], **{**options, "max_new_tokens": 1})
+    assert first == pipe.modalities["text"].decode(expected.tokens)
+
+
+def test_speech_runs_once() -> None:
+    pipe = piped("llama")
+    session = pipe.session()
+    list(
+        session.fork().listen("speech", SPEECH.split(2), "text", **OPTIONS)
+    )  # what towers can do is asked once
+    ran = counted(pipe.model)
+    list(session.listen("speech", SPEECH.split(2), "text", **OPTIONS))
+    assert {number for (name, _), number in ran.items() if name == "speech"} == {len(SPEECH)}
+
+
+def test_no_written_token_is_taken_back() -> None:
+    """Answers that agree by chance and then turn out otherwise stay."""
+    policy = Agreement()
+    assert policy.settled([[4]]) == 0
+    assert policy.settled([[4, 5], [4, 5, 6]]) == 2
+    assert policy.settled([[4, 5], [3, 5]]) == 0
+    assert Agreement(3).settled([[4, 5], [4, 5], [4, 6]]) == 1
+
+
+def test_several_rows_do_not_listen() -> None:
+    with pytest.raises(ValueError, match="one row listens at a time, not 2"):
+        next(piped("plain").session(rows=2).listen("speech", SPEECH.split(2), "text"))
