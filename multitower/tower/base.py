@@ -94,9 +94,11 @@ class Tower(nn.Module, ABC):
 
         Args:
             tokens: int64, shape (batch, length).
-            cache: A ``DynamicCache`` of transformers; it may be empty.
+            cache: A ``DynamicCache`` of transformers; it may be empty. Towers made of a transformers model
+                take static ones too.
             mask: Which of the tokens, those in the cache included, are no padding, bool, shape (batch, length
-                of both). None where none is, or what there is stands on the right and has positions.
+                of both, or that of a static cache). None where none is, or what there is stands on the right
+                and has positions.
 
         Raises:
             ValueError: There is a mask, and the tower does not pad on the left.

@@ -165,7 +165,8 @@ class TransformersTower(Tower):
             inputs["attention_mask"] = mask.long()
             if "position_ids" in inspect.signature(type(self.model).forward).parameters:
                 places = (mask.long().cumsum(1) - 1).clamp(min=0)
-                inputs["position_ids"] = places[:, -tokens.shape[1] :]
+                now = torch.arange(tokens.shape[1], device=mask.device) + cache.get_seq_length()
+                inputs["position_ids"] = places.index_select(1, now)
         return self._embed(tokens, inputs, options)
 
     def _embed(

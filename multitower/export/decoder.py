@@ -1,0 +1,281 @@
+"""A tower as two programs that decode with caches: one for what is given, one for each new token."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from ..batch.collate import Example, Segment, Stream
+from ..errors import ExportError
+from ..generate.tap_cache import TapCache
+from ..link.attention import Visibility, visibility
+from ..link.cross_attention import GatedCrossAttention, KeysValues, add
+from ..run.fusion import Fusion
+from ..run.tables import Rotations
+from ..tower import Tower
+from ..tower.probe import LENGTH, evaluated, rounding
+from ..tower.resume import why_not_resumed
+from ..tower.static_cache import KeptLayer, kept_layers, static_cache
+from ..tower.transformers import TransformersTower
+from .tower import Logits
+from .trace import Part, part_of, placed, run, sizes_of, strip, traced
+
+State = dict[str, Any]
+"""What the programs hand on: dicts and lists of tensors, since nothing else loads without the library."""
+
+LEAST = 3
+"""The shortest cache: to trace the step, more new tokens than rows are wanted, and more than one row."""
+
+
+class DecoderPrograms(NamedTuple):
+    """The programs that decode a tower; see ``export_decoder``.
+
+    Attributes:
+        encode: Takes streams; returns the keys and values for cross-attention, and an empty cache.
+        step: Takes new tokens, their times and what ``encode`` returned; returns logits, and fills the cache.
+    """
+
+    encode: ExportedProgram
+    step: ExportedProgram
+
+
+def export_decoder(model: Fusion, name: str, *, max_length: int) -> DecoderPrograms:
+    """Make two programs of a fused model that decode one tower, each token once.
+
+    >>> import multitower as mt
+    >>> from multitower.testing import tiny_tower
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> graph = mt.FusionGraph()
+    >>> graph.add_tower("speech", tiny_tower())
+    >>> graph.add_tower("text", GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=8, n_layer=2, n_head=2)))
+    >>> graph.add_link("speech", "text", interleave=1)
+    >>> encode, step = (each.module() for each in export_decoder(graph.compile(), "text", max_length=16))
+    >>> batch = mt.collate([[mt.Segment("speech", [1, 5, 6, 2]), mt.Segment("text", [1, 7])]])
+    >>> keys = ("tokens", "times", "mask")
+    >>> streams = {name: {key: stream[key] for key in keys} for name, stream in batch["streams"].items()}
+    >>> state = encode(streams)
+    >>> step(streams["text"]["tokens"], streams["text"]["times"], state).shape    # the prompt
+    torch.Size([1, 2, 20])
+    >>> step(torch.tensor([[9]]), torch.tensor([[6]]), state).shape               # a token after it
+    torch.Size([1, 1, 20])
+    >>> state["cache"]["length"]
+    tensor(3)
+
+    ``encode`` is called with streams as the program of ``export_tower`` is: those of the tower, of which
+    other towers may read what is given, and of all that it reads. It returns a state:
+
+    - "taps": for each tap into the tower, as "speech->text 2-2", "keys" and "values" of shape (batch, heads,
+      source length, head width);
+    - "sources": for each tower that these read, "times", int64, and "mask", bool, (batch, source length);
+    - "cache": the tower's own "keys" and "values", for each layer zeros of shape (batch, heads, max_length,
+      head width); "mask", bool, (batch, max_length): where there is a token; and "length", int64, a scalar.
+
+    ``step`` is called with tokens and times, int64, of shape (batch, new), and that state. It returns logits,
+    shape (batch, new, vocabulary), and changes the cache in place. The same program takes a prompt and each
+    token after it. Prompts of unlike length are padded on the left, where times are -1. As in the model, a
+    token reads what is of earlier time; what other towers are to read of it must be in its stream for
+    ``encode``.
+
+    Before they are given, the programs decode streams of other sizes, and are compared with the model.
+
+    Args:
+        model: The model; it is not changed.
+        name: The tower to be decoded, made of a transformers model.
+        max_length: How many tokens of it a row may have, padding on the left included. More are an IndexError
+            of torch on the CPU.
+
+    Raises:
+        KeyError: There is no tower of that name.
+        ValueError: ``max_length`` is less than 3, or more than the tower has positions for.
+        ExportError: ``torch.export`` cannot trace a tower, or not for every batch and length; a tower is
+            offloaded; or the one to be decoded keeps something else than keys and values, or does not decode
+            rows that are padded on the left.
+    """
+    part = part_of(model, name)
+    tower = part.model.tower(name)
+    _check_length(name, tower.hard_limit, max_length)
+    with evaluated(model), torch.no_grad():
+        _check_kept(name, tower)
+        assert isinstance(tower, TransformersTower)
+        encoder = _Encoder(part.model, name, kept_layers(tower), max_length)
+        stepper = _Step(part.model, name)
+        streams = _example(part, name, 2, max_length)
+        encode = traced(encoder, (streams,), (part.dynamic(),), part)
+        state, new = encoder(streams), {0: part.rows, 1: Dim("new", max=max_length)}
+        args = (*_on_the_left(streams[name], LEAST), state)
+        step = traced(stepper, args, (new, new, _dynamic(part, state)), part)
+        programs = DecoderPrograms(encode, step)
+        for rows in (3, 1):
+            _prove(part, name, programs, _example(part, name, rows, max_length))
+    for program in programs:
+        strip(program)
+    return programs
+
+
+class _Encoder(nn.Module):
+    """What runs once over all that is given."""
+
+    def __init__(self, model: Fusion, name: str, layers: list[KeptLayer], max_length: int) -> None:
+        super().__init__()
+        self.model, self.name, self.layers, self.max_length = model, name, layers, max_length
+
+    def forward(self, streams: dict[str, Stream]) -> State:
+        """Return what the taps into the tower read, and an empty cache."""
+        entries = TapCache.fill(self.model, streams, [self.name]).entries
+        rows, device = streams[self.name]["tokens"].shape[0], self.model.tower(self.name).device
+        return {
+            "taps": {f"{tap.link} {tap.key}": entry.source._asdict() for tap, entry in entries.items()},
+            "sources": {
+                tap.source: {"times": entry.times, "mask": entry.mask} for tap, entry in entries.items()
+            },
+            "cache": {
+                "keys": [layer.empty_keys(rows, self.max_length) for layer in self.layers],
+                "values": [layer.empty_values(rows, self.max_length) for layer in self.layers],
+                "mask": torch.zeros(rows, self.max_length, dtype=torch.bool, device=device),
+                "length": torch.zeros((), dtype=torch.long, device=device),
+            },
+        }
+
+
+class _Step(nn.Module):
+    """What runs for new tokens; it holds no other tower."""
+
+    def __init__(self, model: Fusion, name: str) -> None:
+        super().__init__()
+        links = model.graph.links
+        self.name, self.tower = name, model.tower(name)
+        self.adapter = model.adapters[name] if name in model.adapters else nn.Identity()
+        self.reads = [(tap, links[tap.link].window) for tap in model.schedule.taps if tap.target == name]
+        self.taps = nn.ModuleList(model.tap(tap) for tap, _ in self.reads)
+
+    def forward(self, tokens: Tensor, times: Tensor, state: State) -> Tensor:
+        """Return the logits of new tokens, which the cache then holds."""
+        cache, count = state["cache"], tokens.shape[1]
+        places = cache["length"] + torch.arange(count, device=tokens.device)
+        cache["mask"].index_copy_(1, places, times >= 0)
+        kept = static_cache(cache["keys"], cache["values"], cache["length"])
+        x, context = self.tower.resume(tokens, kept, cache["mask"])
+        x = self.adapter(x)
+        rotations, seen = Rotations({self.name: times}), dict[tuple[Any, ...], Visibility]()
+        for layer in range(self.tower.depth + 1):
+            if layer:
+                x = self.tower.layer(layer, x, context)
+            x = self._read(layer, x, times, state, rotations, seen)
+        cache["length"].add_(count)
+        return self.tower.head(x, context)
+
+    def _read(
+        self,
+        layer: int,
+        x: Tensor,
+        times: Tensor,
+        state: State,
+        rotations: Rotations,
+        seen: dict[tuple[Any, ...], Visibility],
+    ) -> Tensor:
+        """Let the state after a layer read others."""
+        updates = []
+        for (tap, window), module in zip(self.reads, self.taps, strict=True):
+            if tap.target_layer != layer:
+                continue
+            assert isinstance(module, GatedCrossAttention)
+            source = KeysValues(**state["taps"][f"{tap.link} {tap.key}"])
+            dtype, when = module.query.weight.dtype, state["sources"][tap.source]
+            sight = (tap.source, window, dtype)
+            if sight not in seen:
+                seen[sight] = visibility(times, when["times"], when["mask"], window, dtype)
+            updates.append(module(x, source, seen[sight], rotations.of(self.name, module)))
+        return add(x, updates) if updates else x
+
+
+def _check_length(name: str, limit: int | None, max_length: int) -> None:
+    if max_length < LEAST:
+        raise ValueError(
+            f"max_length={max_length}: a cache must hold at least {LEAST} tokens of tower {name!r}"
+        )
+    if limit is not None and max_length > limit:
+        raise ValueError(f"max_length={max_length}, but tower {name!r} has positions for {limit} tokens")
+
+
+def _check_kept(name: str, tower: Tower) -> None:
+    """Check that a tower keeps keys and values and nothing else, and can be padded on the left."""
+    reason = "it is not made of a transformers model"
+    if isinstance(tower, TransformersTower):
+        reason = why_not_resumed(tower) or why_not_resumed(tower, padding=LENGTH - 3)
+    if reason:
+        raise ExportError(
+            f"tower {name!r} ({type(tower.native).__name__}) cannot go on from kept keys and values: "
+            f"{reason}; export_tower makes a program of it that runs everything at each call"
+        )
+
+
+def _dynamic(part: Part, state: State) -> dict[str, Any]:
+    """Return the dynamic shapes of a state."""
+    rows = {0: part.rows}
+    of = {f"{tap.link} {tap.key}": part.lengths[tap.source] for tap in part.model.schedule.taps}
+    return {
+        "taps": {
+            name: {key: {0: part.rows, 2: of[name]} for key in each} for name, each in state["taps"].items()
+        },
+        "sources": {
+            name: {key: {0: part.rows, 1: part.lengths[name]} for key in each}
+            for name, each in state["sources"].items()
+        },
+        "cache": {
+            key: [rows] * len(value) if isinstance(value, list) else (rows if value.dim() else None)
+            for key, value in state["cache"].items()
+        },
+    }
+
+
+def _example(part: Part, name: str, rows: int, max_length: int) -> dict[str, Stream]:
+    """Make rows of unlike lengths in which the tower has a token before all that it reads, and some after."""
+    generator = torch.Generator().manual_seed(rows)
+
+    def segment(tower: str, length: int) -> Segment:
+        return Segment(
+            tower, torch.randint(part.model.tower(tower).vocab_size, (length,), generator=generator)
+        )
+
+    sources = [tower for tower in part.towers if tower != name]
+    examples: list[Example] = []
+    for row in range(rows):
+        given = [segment(tower, 2 + number + rows - row) for number, tower in enumerate(sources)]
+        examples.append([segment(name, 1), *given, segment(name, min(1 + row, max_length - 1))])
+    return placed(examples, part)
+
+
+def _on_the_left(stream: Stream, length: int) -> tuple[Tensor, Tensor]:
+    """Return the last tokens of a stream and their times, the padding moved to the left."""
+    ends = [int(mask.sum()) for mask in stream["mask"]]
+    tokens, times = (
+        torch.stack([row.roll(-end) for row, end in zip(stream[key], ends, strict=True)])
+        for key in ("tokens", "times")
+    )
+    return tokens[:, -length:], times[:, -length:]
+
+
+def _prove(part: Part, name: str, programs: DecoderPrograms, streams: dict[str, Stream]) -> None:
+    """Decode streams by the programs, the last tokens one by one, and compare with the model.
+
+    Raises:
+        ExportError: The logits differ.
+    """
+    sizes = sizes_of(streams)
+    state = run(programs.encode, (streams,), sizes)
+    whole = Logits(part.model, name)(streams)
+    length = whole.shape[1]
+    tokens, times = _on_the_left(streams[name], length)
+    prompt = max(1, length - 2)
+    pieces = [slice(0, prompt), *(slice(place, place + 1) for place in range(prompt, length))]
+    found = [run(programs.step, (tokens[:, piece], times[:, piece], state), sizes) for piece in pieces]
+    ours, expected = torch.cat(found, 1)[times >= 0], whole[streams[name]["mask"]]
+    worst = (ours - expected).abs().max().item()
+    if not worst <= rounding(expected):
+        raise ExportError(
+            f"the programs give other logits than the model for streams of the shapes {sizes} (largest "
+            f"difference {worst:.2g}); a tower looks at sizes or values while it runs, or at its cache"
+        )
