@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .collate import EXAMPLES, Example, place_in_time
@@ -31,7 +32,8 @@ def places(streams: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     [(1, 0), (1, 1), (1, 2)]
 
     Args:
-        streams: All of a batch, each with "times" and, where it is packed, "examples".
+        streams: All of a batch, each with "times", -1 at padding on either side, and, where it is packed,
+            "examples".
 
     Returns:
         By stream ``segment * ROOM + token``, int64, shape (batch, length): segments are counted in the order
@@ -41,16 +43,14 @@ def places(streams: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     first, begin, keys = {}, {}, []
     for name, stream in streams.items():
         times = stream["times"].to(device)
-        begins = torch.ones_like(times, dtype=torch.bool)
-        begins[:, 1:] = times[:, 1:] != times[:, :-1] + 1
+        before = _shifted(times)
+        begins = (before < 0) | (times != before + 1)
         index = torch.arange(times.shape[1], device=device)
         first[name] = times.gather(1, (index * begins).cummax(1).values)
         begin[name] = stream[EXAMPLES].to(device) * 2**40 if EXAMPLES in stream else 0 * times
         keys.append((begin[name] + first[name]).masked_fill(~begins | (times < 0), LAST))
     every = torch.cat(keys, 1).sort(1).values
-    new = torch.ones_like(every, dtype=torch.bool)
-    new[:, 1:] = every[:, 1:] != every[:, :-1]
-    number = new.cumsum(1) - 1
+    number = (every != _shifted(every)).cumsum(1) - 1
     last = every.shape[1] - 1
 
     def numbered(key: Tensor) -> Tensor:
@@ -62,6 +62,11 @@ def places(streams: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
         token = stream["times"].to(device) - first[name]
         found[name] = (segment.clamp(min=0) * ROOM + token).to(stream["times"].device)
     return found
+
+
+def _shifted(rows: Tensor) -> Tensor:
+    """Return what stands before each number of a row, -1 before the first."""
+    return F.pad(rows, (1, 0), value=-1)[:, :-1]
 
 
 def measure_pace(examples: Iterable[Example], source: str, target: str) -> float:

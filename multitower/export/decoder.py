@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from ..batch.collate import Example, Segment, Stream
+from ..batch.places import places
 from ..errors import ExportError
 from ..generate.tap_cache import TapCache
 from ..link.attention import Visibility, visibility
@@ -69,9 +70,10 @@ def export_decoder(model: Fusion, name: str, *, max_length: int) -> DecoderProgr
 
     - "taps": for each tap into the tower, as "speech->text 2-2", "keys" and "values" of shape (batch, heads,
       source length, head width);
-    - "sources": for each tower that these read, "times", int64, and "mask", bool, (batch, source length);
+    - "sources": for each other tower, "times", int64, and "mask", bool, (batch, source length);
     - "cache": the tower's own "keys" and "values", for each layer zeros of shape (batch, heads, max_length,
-      head width); "mask", bool, (batch, max_length): where there is a token; and "length", int64, a scalar.
+      head width); "times", int64, (batch, max_length), -1 where there is no token; and "length", int64, a
+      scalar.
 
     ``step`` is called with tokens and times, int64, of shape (batch, new), and that state. It returns logits,
     shape (batch, new, vocabulary), and changes the cache in place. The same program takes a prompt and each
@@ -129,12 +131,14 @@ class _Encoder(nn.Module):
         return {
             "taps": {f"{tap.link} {tap.key}": entry.source._asdict() for tap, entry in entries.items()},
             "sources": {
-                tap.source: {"times": entry.times, "mask": entry.mask} for tap, entry in entries.items()
+                name: {key: stream[key].to(device) for key in ("times", "mask")}
+                for name, stream in streams.items()
+                if name != self.name
             },
             "cache": {
                 "keys": [layer.empty_keys(rows, self.max_length) for layer in self.layers],
                 "values": [layer.empty_values(rows, self.max_length) for layer in self.layers],
-                "mask": torch.zeros(rows, self.max_length, dtype=torch.bool, device=device),
+                "times": torch.full((rows, self.max_length), -1, device=device),
                 "length": torch.zeros((), dtype=torch.long, device=device),
             },
         }
@@ -154,12 +158,16 @@ class _Step(nn.Module):
     def forward(self, tokens: Tensor, times: Tensor, state: State) -> Tensor:
         """Return the logits of new tokens, which the cache then holds."""
         cache, count = state["cache"], tokens.shape[1]
-        places = cache["length"] + torch.arange(count, device=tokens.device)
-        cache["mask"].index_copy_(1, places, times >= 0)
+        new = cache["length"] + torch.arange(count, device=tokens.device)
+        cache["times"].index_copy_(1, new, times)
         kept = static_cache(cache["keys"], cache["values"], cache["length"])
-        x, context = self.tower.resume(tokens, kept, cache["mask"])
+        x, context = self.tower.resume(tokens, kept, cache["times"] >= 0)
         x = self.adapter(x)
-        rotations, seen = Rotations({self.name: times}), dict[tuple[Any, ...], Visibility]()
+        stream = {"times": times}
+        if any(module.position == "segment" for module in self.taps):
+            every = places({self.name: {"times": cache["times"]}, **state["sources"]})
+            stream["places"] = every[self.name][:, new]
+        rotations, seen = Rotations({self.name: stream}), dict[tuple[Any, ...], Visibility]()
         for layer in range(self.tower.depth + 1):
             if layer:
                 x = self.tower.layer(layer, x, context)
@@ -187,7 +195,7 @@ class _Step(nn.Module):
             sight = (tap.source, window, dtype)
             if sight not in seen:
                 seen[sight] = visibility(times, when["times"], when["mask"], window, dtype)
-            updates.append(module(x, source, seen[sight], rotations.of(self.name, module)))
+            updates.append(module(x, source, seen[sight], rotations.of_queries(self.name, module)))
         return add(x, updates) if updates else x
 
 

@@ -130,11 +130,14 @@ def listen(
     hypotheses: list[list[int]] = []
 
     def decoded(limit: int | None) -> list[int]:
+        """Return what is written by now, and as many more tokens as may be."""
+        most = settings.config.max_new_tokens
+        room = [each for each in (None if most is None else most - len(written), limit) if each is not None]
         if written:
             session.append(Segment(output, [settings.begin, *written]))
-        most = [each for each in (settings.config.max_new_tokens, limit) if each is not None]
-        lengths = {"max_new_tokens": max(1, min(most) - len(written) * (limit is None))} if most else {}
-        asked = {**options, **lengths}
+        if room and min(room) <= 0:
+            return list(written)
+        asked = {**options, **({"max_new_tokens": min(room)} if room else {})}
         ((segment,),) = session.generate([output], continue_segment=bool(written), **asked)
         assert isinstance(segment, Segment)
         return [*written, *map(int, segment.tokens[0 if written else 1 :])]
@@ -147,7 +150,8 @@ def listen(
         mark = session.mark()
         tokens = decoded(limit)
         session.rollback(mark)
-        hypotheses.append(tokens[: -1 if tokens[-1] in settings.ends else None])  # it ends with what is read
+        ended = bool(tokens) and tokens[-1] in settings.ends  # which says only that what was read ends
+        hypotheses.append(tokens[:-1] if ended else tokens)
         new = hypotheses[-1][len(written) : policy.settled(hypotheses)]
         if new:
             written += new

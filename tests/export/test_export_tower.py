@@ -70,7 +70,7 @@ def test_a_program_runs_without_this_library(tmp_path: Path, text: str | None, s
         None if text is None else causal_lm(text),
         None if speech is None else causal_lm(speech, depth=4, vocab_size=14),
         gates=True,
-        position="rotary",
+        position="segment",
         window=4,
     )
     torch.export.save(export_tower(model, "text"), tmp_path / "text.pt2")
