@@ -130,7 +130,7 @@ class FusionGraph:
         gate: str | None = None,
         projection: str = "none",
         heads: int | None = None,
-        position: str | None = "rotary",
+        position: str | None = "segment",
         pace: float = 1.0,
         window: int | None = None,
         feed_forward: bool = False,
@@ -153,10 +153,10 @@ class FusionGraph:
             projection: What stands before keys and values: "mlp" (three layers, Zipper), "linear", "relu" (a
                 linear layer and a ReLU), or "none", where they are made of the source's states as these are.
             heads: Attention heads; they must divide the target's width. Default: 32 to 64 channels each.
-            position: "rotary" lets queries and keys carry rotary positions of the shared time, and needs an
-                even head width. "segment": of the place in the segment and of which segment it is, so that
-                tokens that go along, as a word and its sound, are equally far from each other everywhere.
-                None, as in Zipper, leaves it to the towers to know where their tokens stand.
+            position: "segment" lets queries and keys carry rotary positions: the place in the segment, and
+                which segment it is, so that tokens that go along, as a word and its sound, are equally far
+                from each other everywhere. "rotary" are those of the shared time. Both need an even head
+                width; None, as in Zipper, leaves it to the towers to know where their tokens stand.
             pace: With "segment": how many tokens of the source go along with one of the target, on average;
                 ``batch.measure_pace`` counts them.
             window: How many ticks of the shared time back a query sees; None for all.

@@ -56,7 +56,7 @@ class LinkSpec:
     gate: str | None = None
     projection: str = "none"
     heads: int | None = None
-    position: str | None = "rotary"
+    position: str | None = "segment"
     pace: float = 1.0
     window: int | None = None
     feed_forward: bool = False

@@ -67,7 +67,10 @@ def test_parallel_links_need_a_name(graph: mt.FusionGraph) -> None:
             {"interleave": 1, "position": "segment", "pace": float("nan")},
             "pace=nan must be a positive number",
         ),
-        ({"interleave": 1, "pace": 7.5}, "a pace needs position='segment', not 'rotary'"),
+        (
+            {"interleave": 1, "position": "rotary", "pace": 7.5},
+            "a pace needs position='segment', not 'rotary'",
+        ),
         ({"interleave": 1, "window": 0}, "window=0 must be a positive whole number of tokens"),
         ({"interleave": 1, "feed_forward": 4}, "feed_forward=4 must be True or False"),
         ({"interleave": 1, "name": "a.b"}, "link name"),
