@@ -154,7 +154,10 @@ def parse() -> argparse.Namespace:
         "--compare", action="store_true", help="also train vocabulary expansion, on the same data"
     )
     parser.add_argument(
-        "--position", choices=("rotary", "none"), default="rotary", help="positions that links carry"
+        "--position",
+        choices=("segment", "rotary", "none"),
+        default="segment",
+        help="of links",
     )
     parser.add_argument("--device", default="cpu", help="where to train: cpu, cuda, ...")
     parser.add_argument("--seed", type=int, default=0)

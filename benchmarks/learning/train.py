@@ -94,8 +94,10 @@ def make_model(corpus: Corpus, variant: Variant) -> mt.FusedModel | mt.baseline.
     graph = mt.FusionGraph()
     for name, folder in corpus.decoders.items():
         graph.add_tower(name, folder, train=variant.train[name], adapter=variant.adapter)
+    pairs = [[mt.Segment("text", pair.text), mt.Segment("speech", pair.speech)] for pair in corpus.train]
     for source, target in TASKS.values():
-        graph.add_link(source, target, **variant.link)
+        pace = mt.batch.measure_pace(pairs, source, target) if variant.paced else 1.0
+        graph.add_link(source, target, **variant.link, pace=pace)
     model = graph.compile()
     if variant.trials.get("warm start"):
         trials.start_warm(model)

@@ -5,8 +5,6 @@
 - ``"q/k norms": True``: queries and keys are normalised for each head (as in Mllama's cross-attention).
 - ``"warm start": True``: queries, keys, values and norms begin as those of the target's own layer after the
   tap (T5Gemma, arXiv 2504.06225).
-- ``"position": "segment"``: rotary positions count from where a segment begins; ``"scaled"``: those of text
-  are also stretched to the rate of speech, so that aligned pairs lie on a diagonal.
 - ``"alignment": weight``: attention far off the diagonal costs, by a weight that fades to zero over half of
   the steps (guided attention, arXiv 1710.08969).
 - ``"drop": share``: in so many batches the target has nothing to read.
@@ -17,7 +15,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import random
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -30,10 +27,6 @@ from torch import Tensor, nn
 import multitower as mt
 from multitower.link import rotary
 from multitower.link.cross_attention import GatedCrossAttention, KeysValues
-from multitower.run import tables
-
-APART = 1000
-"""When the second segment of an example begins, where positions are those of segments."""
 
 
 def change_library(trials: Mapping[str, Any], corpus: Corpus) -> None:
@@ -43,14 +36,6 @@ def change_library(trials: Mapping[str, Any], corpus: Corpus) -> None:
         GatedCrossAttention.read = lambda tap, source, *rest: read(tap, source.detach(), *rest)  # type: ignore[method-assign]
     if trials.get("q/k norms"):
         _normalise_queries_and_keys()
-    if "position" in trials:
-        scale = 1.0
-        if trials["position"] == "scaled":
-            lengths = {
-                name: sum(len(getattr(pair, name)) for pair in corpus.train) for name in ("text", "speech")
-            }
-            scale = lengths["speech"] / lengths["text"]
-        _count_from_segments({"text": scale})
 
 
 def start_warm(model: mt.FusedModel) -> None:
@@ -149,24 +134,3 @@ def _normalise_queries_and_keys() -> None:
     GatedCrossAttention._turned = new_turned  # type: ignore[method-assign]
     GatedCrossAttention.read = new_read  # type: ignore[method-assign]
     GatedCrossAttention.forward = new_forward  # type: ignore[method-assign]
-
-
-def _count_from_segments(scales: Mapping[str, float]) -> None:
-    batches: Any = importlib.import_module("multitower.batch.collate")
-    place, init = batches.place_in_time, tables.Rotations.__init__
-    decoding: Any = importlib.import_module("multitower.generate.rows")
-
-    def placed(example: Any, number: int = 0) -> list[tuple[mt.Segment, int]]:
-        timed = place(example, number)
-        assert len(timed) <= 2, "positions of segments were tried for pairs alone"
-        return [(segment, APART * order) for order, (segment, _) in enumerate(timed)]
-
-    def scaled(self: Any, times: Mapping[str, Tensor]) -> None:
-        init(self, {name: _scaled(each, scales.get(name, 1.0)) for name, each in times.items()})
-
-    batches.place_in_time = decoding.place_in_time = placed
-    tables.Rotations.__init__ = scaled  # type: ignore[method-assign]
-
-
-def _scaled(times: Tensor, scale: float) -> Tensor:
-    return times // APART * APART + times % APART * scale

@@ -20,6 +20,7 @@ class Variant:
         noise: Share of the speech tokens that are replaced in what the speech tower is given of its own past.
         text_noise: The same of text.
         sources: By tower the share of tokens that are replaced in what is given, not learnt.
+        paced: Whether links know the pace of the two towers, as counted in the pairs.
         trials: What was tried outside of the library, by name; see ``trials``.
     """
 
@@ -32,6 +33,7 @@ class Variant:
     noise: float = 0.15
     text_noise: float = 0.0
     sources: dict[str, float] = field(default_factory=dict)
+    paced: bool = False
     trials: dict[str, object] = field(default_factory=dict)
 
 
@@ -44,7 +46,7 @@ LINK = {
     "position": "rotary",
 }
 BASE = Variant(link=LINK)
-"""The proposed default; each variant of a fusion is this with one thing changed."""
+"""What the others are, with one thing changed: the default before positions of segments were tried."""
 
 
 def linked(**changes: object) -> Variant:
@@ -87,6 +89,12 @@ VARIANTS = {
     "noise 50 %, speech read 40 %, towers at a third": replace(
         BASE, noise=0.5, rates={"towers": 1e-3}, sources={"speech": 0.4}
     ),
+    "noise 50 %, speech read 40 %, towers at a third, positions of segments": replace(
+        linked(position="segment"), noise=0.5, rates={"towers": 1e-3}, sources={"speech": 0.4}
+    ),
+    "noise 50 %, speech read 40 %, towers at a third, positions of segments, paced": replace(
+        linked(position="segment"), noise=0.5, rates={"towers": 1e-3}, sources={"speech": 0.4}, paced=True
+    ),
     "noise 50 %, speech read 40 %, towers at a tenth": replace(
         BASE, noise=0.5, rates={"towers": 3e-4}, sources={"speech": 0.4}
     ),
@@ -108,8 +116,8 @@ VARIANTS = {
     "stop gradient": replace(BASE, trials={"stop gradient": True}),
     "q/k norms": replace(BASE, trials={"q/k norms": True}),
     "warm start": replace(BASE, trials={"warm start": True}),
-    "positions of segments": replace(BASE, trials={"position": "segment"}),
-    "positions of segments, scaled": replace(BASE, trials={"position": "scaled"}),
+    "positions of segments": linked(position="segment"),
+    "positions of segments, paced": replace(linked(position="segment"), paced=True),
     "alignment loss": replace(BASE, trials={"alignment": 1.0}),
     "links dropped": replace(BASE, trials={"drop": 0.1}),
     "links dropped, guidance 1.5": replace(BASE, trials={"drop": 0.1, "guidance": 1.5}),
