@@ -24,11 +24,12 @@ ROOT = Path(__file__).parents[2]
 DOCUMENT = ROOT / "docs/learning.md"
 IMAGES = ROOT / "docs/images"
 BEST = {
-    "base": "fusion",
+    "positions of segments": "fusion",
+    "base": "fusion, positions of the shared time",
     "before": "fusion as it was",
     "expansion all, lr 0.003": "vocabulary expansion",
 }
-COLOURS = {"base": "#0072b2", "before": "#e69f00", "all": "#d55e00", "lora": "#cc79a7", "new": "#999999"}
+COLOURS = {"segments": "#009e73", "base": "#0072b2", "before": "#e69f00", "all": "#d55e00", "lora": "#cc79a7", "new": "#999999"}
 
 Run = Mapping[str, Any]
 
