@@ -10,6 +10,7 @@ from ..base.extras import require
 from ..base.version import __version__
 from ..errors import MultitowerError
 from . import checks, decode, demo, plugins, show, training
+from .server import command as server
 
 typer: Any = require("typer", "cli")
 
@@ -48,6 +49,7 @@ for command in (
     decode.transcribe,
     decode.speak,
     demo.demo,
+    server.serve,
     training.train,
     checks.check,
     checks.verify,

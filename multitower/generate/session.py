@@ -74,6 +74,11 @@ class Session:
         return f"Session({', '.join(f'{name}: {each} tokens' for name, each in counts.items())})"
 
     @property
+    def outputs(self) -> tuple[str, ...]:
+        """The towers that may be decoded."""
+        return tuple(self._keeping.outputs)
+
+    @property
     def history(self) -> list[list[Turn]]:
         """The examples so far, as ``model.generate`` and ``collate`` take them."""
         return [list(row.history) for row in self._rows]

@@ -1,0 +1,99 @@
+"""Sounds in requests and answers: checked before they are encoded, and written in the form asked for."""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...base.extras import require
+from ...plugins.modality import Modality
+
+BLOCK = 1 << 16
+CHANNELS, RATES = 8, range(1_000, 384_001)
+PCM_RATE = 24_000
+TYPES = {
+    "mp3": "audio/mpeg",
+    "wav": "audio/wav",
+    "flac": "audio/flac",
+    "ogg": "audio/ogg",
+    "pcm": f"audio/pcm;rate={PCM_RATE}",
+}
+"""The forms of sound that can be asked for, with their media types; "pcm" is 16 bit, mono, at 24 kHz."""
+
+
+def check_sound(data: bytes, seconds: float) -> None:
+    """Check that bytes are a sound file that is not too long, by reading it once in blocks.
+
+    >>> check_sound(b"abc", 10)
+    Traceback (most recent call last):
+    ValueError: the 3 bytes cannot be read as a sound file: Format not recognised.
+
+    Args:
+        data: The file.
+        seconds: How long it may be.
+
+    Raises:
+        ValueError: It is none, is empty, is too long, or holds samples that are not finite.
+        ImportError: The extra "speech" is not installed.
+    """
+    soundfile = require("soundfile", "speech")
+    try:
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            if file.channels > CHANNELS or file.samplerate not in RATES:
+                raise ValueError(
+                    f"the sound has {file.channels} channels at {file.samplerate} Hz; at most {CHANNELS} are "
+                    f"read, at {RATES[0]} to {RATES[-1]} Hz"
+                )
+            heard = 0
+            while len(block := file.read(BLOCK, dtype="float32")):
+                heard += len(block)
+                if heard > seconds * file.samplerate:
+                    raise ValueError(f"the sound is longer than the {seconds:g} s that are allowed")
+                if not np.isfinite(block).all():
+                    raise ValueError("the sound holds NaN or infinite samples")
+    except soundfile.LibsndfileError as error:
+        raise ValueError(
+            f"the {len(data)} bytes cannot be read as a sound file: {error.error_string}"
+        ) from error
+    if not heard:
+        raise ValueError("the sound is empty")
+
+
+def raw_of(modality: Modality, data: bytes, seconds: float) -> Any:
+    """Return a sound file as a modality takes it: its bytes, or what ``read_file`` makes of it.
+
+    Raises:
+        ValueError: See ``check_sound``.
+    """
+    check_sound(data, seconds)
+    if bytes in modality.accepts:
+        return data
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, f"sound{modality.suffix}")
+        path.write_bytes(data)
+        return modality.read_file(path)
+
+
+def bytes_of(modality: Modality, raw: Any, form: str) -> bytes:
+    """Return what a modality decoded as a file, by its ``write_file``.
+
+    Args:
+        modality: The modality.
+        raw: What it decoded.
+        form: One of ``TYPES``.
+
+    Raises:
+        ValueError: The modality does not write this form.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, f"sound.{'wav' if form == 'pcm' else form}")
+        modality.write_file(raw, path)
+        if form != "pcm":
+            return path.read_bytes()
+        samples, rate = require("soundfile", "speech").read(path, dtype="float32")
+    whole = samples if rate == PCM_RATE else require("soxr", "speech").resample(samples, rate, PCM_RATE)
+    return bytes(np.clip(np.rint(whole * 32767), -32768, 32767).astype("<i2").tobytes())

@@ -1,0 +1,279 @@
+"""Answers that are decoded together: one thread has the model, and rows join and leave as requests do."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from threading import Condition, Thread
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...generate.options import options_of, settle
+from ...generate.rows import Turn
+from ...generate.session import Session
+from ...generate.simultaneous import check_stepwise
+from ...pipeline.codec import Codec
+from ...pipeline.raw import leaves
+
+COUNTED = (
+    "begin_suppress_tokens",
+    "exponential_decay_length_penalty",
+    "forced_eos_token_id",
+    "max_time",
+    "min_new_tokens",
+)
+"""Options that count from where a call of ``generate`` begins, and mean nothing where calls follow."""
+
+
+CLOSING = "the server is closing; ask again later"
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """What is to be decoded: a tower, how many tokens at most, and greedily unless there is a temperature.
+
+    >>> Decoding("text", 40, temperature=0.5).options()
+    {'do_sample': True, 'temperature': 0.5, 'top_p': 1.0}
+    """
+
+    tower: str
+    most: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+    def options(self) -> dict[str, Any]:
+        """Return the options of ``generate``."""
+        if self.temperature == 0:
+            return {"do_sample": False}
+        return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """Some tokens of an answer.
+
+    Attributes:
+        tower: The tower that they are of.
+        tokens: int64, shape (length,); begin with the first piece, and end with the last.
+        new: How many of them count: all but the begin token.
+        finish: With the last piece "stop" if the end token was decoded, "length" if there may be no more.
+    """
+
+    tower: str
+    tokens: Tensor
+    new: int
+    finish: str | None
+
+
+Event = Piece | Session | Exception
+"""What becomes of a job: pieces, and at the end the session as it then is, or the error that ended it."""
+
+
+class Job:
+    """A session that is to grow by what is given and by what is decoded.
+
+    Args:
+        session: A session of one row. It stays what it is; the last event is the one that has grown.
+        given: What is appended.
+        wanted: What is decoded, one after the other.
+        seconds: How long it may take.
+        emit: Called with each event, in the thread of the engine.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        given: Sequence[Turn],
+        wanted: Sequence[Decoding],
+        *,
+        seconds: float,
+        emit: Callable[[Event], object],
+    ) -> None:
+        self.session, self.given, self.wanted = session, list(given), list(wanted)
+        self.left, self.begun, self.goes_on, self.over = 0, False, False, False
+        self._deadline, self._seconds, self._emit = time.monotonic() + seconds, seconds, emit
+
+    def cancel(self) -> None:
+        """Have the engine let go of it before its next step."""
+        self.over = True
+
+    def tell(self, event: Event) -> None:
+        """Hand an event on; all but a piece end the job."""
+        if self.over:
+            return
+        self.over = not isinstance(event, Piece)
+        try:
+            self._emit(event)
+        except Exception:  # whoever asked is gone
+            self.over = True
+
+    def check_time(self) -> None:
+        """Fail if it took too long."""
+        if time.monotonic() > self._deadline:
+            self.tell(TimeoutError(f"the request took more than {self._seconds:g} s"))
+
+
+class Engine:
+    """One thread that decodes some tokens of all that is under way, again and again.
+
+    Before each step it takes in what has come, and it lets go of what has ended, took too long or is wanted
+    no more. So requests of unlike lengths decode together, and each gets what it would get alone, up to
+    rounding.
+
+    Args:
+        codec: The model, with the modalities that say how towers begin and end.
+        outputs: The towers that may be decoded.
+        chunk: How many tokens are decoded at a step.
+        observe: Called after each step with the tower, how many rows it had, and the seconds that it took.
+
+    Raises:
+        ValueError: A tower has settings that mean nothing where an answer is decoded in pieces.
+    """
+
+    def __init__(
+        self,
+        codec: Codec,
+        outputs: Iterable[str],
+        *,
+        chunk: int = 8,
+        observe: Callable[[str, int, float], object] = lambda *_: None,
+    ) -> None:
+        self.model, self._codec, self._chunk, self._observe = codec.model, codec, chunk, observe
+        self._ends = {name: self._ends_of(name) for name in outputs}
+        self._changed, self._arrived, self._closed = Condition(), list[Job](), False
+        self._thread = Thread(target=self._run, name="multitower-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether it takes jobs."""
+        return self._thread.is_alive() and not self._closed
+
+    def submit(self, job: Job) -> None:
+        """Begin a job; one that comes when the engine is closed fails."""
+        with self._changed:
+            if not self._closed:
+                self._arrived.append(job)
+                self._changed.notify()
+                return
+        job.tell(ConnectionError(CLOSING))
+
+    def close(self) -> None:
+        """End the thread after its present step; jobs under way fail."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _ends_of(self, name: str) -> frozenset[int]:
+        own = options_of(name, self._codec.with_edges({"do_sample": False}))
+        settings = settle(name, self.model.tower(name), own)
+        check_stepwise(own, {name: settings})
+        if counted := [key for key in COUNTED if settings.get(key)]:
+            raise ValueError(
+                f"{', '.join(counted)}: a server decodes tower {name!r} in pieces, and this counts from "
+                f"where each begins; change it in model.unimodal({name!r}).generation_config"
+            )
+        return frozenset(settings.ends)
+
+    def _run(self) -> None:
+        going: list[Job] = []
+        while True:
+            with self._changed:
+                while not (going or self._arrived or self._closed):
+                    self._changed.wait()
+                fresh, self._arrived = self._arrived, []
+            if self._closed:
+                for job in (*going, *fresh):
+                    job.tell(ConnectionError(CLOSING))
+                return
+            self._each(fresh, lambda job: job.session.outputs, self._append)
+            going += fresh
+            self._each(going, self._key, self._decode)
+            going = [job for job in going if not job.over]
+
+    def _each(
+        self, jobs: Iterable[Job], key: Callable[[Job], Any], step: Callable[[list[Job]], None]
+    ) -> None:
+        """Take a step for all jobs of a key at once; if that fails for each alone, so that only some fail."""
+        alike: dict[Any, list[Job]] = {}
+        for job in jobs:
+            job.check_time()
+            if not job.over:
+                alike.setdefault(key(job), []).append(job)
+        for together in alike.values():
+            try:
+                step(together)
+            except Exception as error:
+                if len(together) == 1:
+                    together[0].tell(error)
+                else:
+                    self._each(together, id, step)
+
+    def _append(self, jobs: list[Job]) -> None:
+        """Run what is given."""
+        giving = [job for job in jobs if job.given]
+        if giving:
+            first, *others = (job.session for job in giving)
+            both = first.join(*others)
+            both.append([job.given for job in giving])
+            for job, session in zip(giving, both.split(), strict=True):
+                job.session, job.given = session, []
+        for job in jobs:
+            self._begin(job)
+
+    def _begin(self, job: Job) -> None:
+        """Turn to what a job is to decode next, or end it."""
+        if not job.wanted:
+            job.tell(job.session)
+            return
+        name = job.wanted[0].tower
+        limit, tokens = self.model.tower(name).hard_limit, _tokens(job, name)
+        job.begun, job.goes_on = False, not tokens or tokens[-1] in self._ends[name]
+        job.left = job.wanted[0].most if limit is None else min(job.wanted[0].most, limit - len(tokens) - 1)
+        if job.left < 1:
+            job.tell(
+                ValueError(
+                    f"tower {name!r} has positions for {limit} tokens, {len(tokens)} of which are taken: "
+                    "nothing more can be decoded; send less"
+                )
+            )
+
+    def _key(self, job: Job) -> tuple[Any, ...]:
+        """Return by what jobs are sorted into those that are decoded together."""
+        wanted = job.wanted[0]
+        return job.session.outputs, wanted.tower, wanted.temperature, wanted.top_p, job.goes_on
+
+    def _decode(self, jobs: list[Job]) -> None:
+        """Decode some tokens."""
+        started = time.monotonic()
+        name, most = jobs[0].wanted[0].tower, min(self._chunk, *(job.left for job in jobs))
+        options = self._codec.with_edges({**jobs[0].wanted[0].options(), "max_new_tokens": most})
+        first, *others = (job.session for job in jobs)
+        both = first.join(*others)
+        rows = both.generate([name], continue_segment=jobs[0].goes_on, **options)
+        for job, session, (segment,) in zip(jobs, both.split(), rows, strict=True):
+            job.session = session
+            self._hand_on(job, torch.as_tensor(leaves([[segment]])[0].tokens))
+        self._observe(name, len(jobs), time.monotonic() - started)
+
+    def _hand_on(self, job: Job, tokens: Tensor) -> None:
+        """Hand new tokens on, and turn to what comes next if they are the last."""
+        name = job.wanted[0].tower
+        new = len(tokens) - (not job.begun)
+        job.left, job.begun, job.goes_on = job.left - new, True, True
+        finish = "stop" if int(tokens[-1]) in self._ends[name] else "length" if job.left < 1 else None
+        job.tell(Piece(name, tokens, new, finish))
+        if finish:
+            del job.wanted[0]
+            self._begin(job)
+
+
+def _tokens(job: Job, name: str) -> list[int]:
+    """Return the tokens of a tower in a job's session."""
+    (row,) = job.session.history
+    own = (segment for segment in leaves([row]) if segment.tower == name)
+    return [token for segment in own for token in torch.as_tensor(segment.tokens).tolist()]

@@ -1,0 +1,79 @@
+"""Errors as clients of OpenAI's API know them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+
+from ...base.logs import logger
+
+
+class Refusal(HTTPException):
+    """What a client did wrong, or why it cannot be answered now.
+
+    >>> body_of(Refusal(404, "there is no such model", "model", "model_not_found"))["error"]["param"]
+    'model'
+
+    Args:
+        status: The status of HTTP.
+        message: The reason, and what to do.
+        param: The field concerned.
+        code: A word for programs.
+        headers: Further headers.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(status, message, headers)
+        self.param, self.code = param, code
+
+
+def body_of(error: HTTPException) -> dict[str, Any]:
+    """Return an error as the body of an answer."""
+    kind = "invalid_request_error" if error.status_code < 500 else "server_error"
+    param, code = getattr(error, "param", None), getattr(error, "code", None)
+    return {"error": {"message": str(error.detail), "type": kind, "param": param, "code": code}}
+
+
+def as_refusal(error: Exception) -> HTTPException:
+    """Return what a client is told of an error, which is logged if the client did nothing wrong."""
+    if isinstance(error, HTTPException):
+        return error
+    if isinstance(error, ValueError):
+        return Refusal(400, str(error))
+    if isinstance(error, TimeoutError):
+        return Refusal(504, str(error), code="timeout")
+    if isinstance(error, ConnectionError):
+        return Refusal(503, str(error), code="closing", headers={"Retry-After": "5"})
+    logger.error("a request failed", exc_info=error)
+    return Refusal(500, "the server failed to answer; its log says why")
+
+
+def answer_of(error: HTTPException) -> Response:
+    """Return the answer that tells an error; in ASCII, since what it quotes may be no valid Unicode."""
+    return Response(json.dumps(body_of(error)), error.status_code, error.headers, "application/json")
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Have all errors of an app told in this form."""
+
+    async def told(request: Request, error: Exception) -> Response:
+        if isinstance(error, RequestValidationError):
+            first = error.errors()[0]
+            place = ".".join(str(each) for each in first["loc"][1:]) or None
+            return answer_of(Refusal(400, f"{place or 'the body'}: {first['msg']}", place))
+        return answer_of(as_refusal(error))
+
+    for kind in (HTTPException, RequestValidationError, Exception):
+        app.add_exception_handler(kind, told)

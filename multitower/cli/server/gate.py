@@ -1,0 +1,154 @@
+"""What stands before a server's endpoints: room for so many requests, so large, from clients that keep up."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from .errors import Refusal, answer_of, body_of
+from .limits import Limits
+from .metrics import Metrics
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+DISCARD_SECONDS = 5.0
+"""How long the rest of a request is read and dropped before it is refused, since most clients read no answer
+until they have sent all."""
+
+
+class Gate:
+    """ASGI middleware that keeps a server within its limits, and counts.
+
+    Args:
+        app: What it stands before.
+        limits: The limits.
+        metrics: What counts.
+        works: The paths of endpoints that need the model, of which so many may be under way.
+        others: Further paths, by which requests are counted; all else is counted as "other".
+    """
+
+    def __init__(
+        self, app: Any, limits: Limits, metrics: Metrics, works: frozenset[str], others: frozenset[str]
+    ) -> None:
+        self.app, self.limits, self.metrics = app, limits, metrics
+        self.works, self.others = works, others
+        self.under_way = 0
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Pass a request on, or refuse it."""
+        if scope["type"] not in ("http", "websocket"):
+            await self.app(scope, receive, send)
+            return
+        path, started = scope["path"], time.monotonic()
+        caller = _Caller(scope, receive, send, self.limits)
+        try:
+            if path not in self.works:
+                await caller.call(self.app)
+            elif self.under_way >= self.limits.requests:
+                await caller.refuse(
+                    Refusal(
+                        503,
+                        f"{self.limits.requests} requests are under way; ask again later",
+                        code="overloaded",
+                        headers={"Retry-After": "1"},
+                    )
+                )
+            else:
+                self.under_way += 1
+                self.metrics.under_way.set(self.under_way)
+                try:
+                    await caller.call(self.app)
+                finally:
+                    self.under_way -= 1
+                    self.metrics.under_way.set(self.under_way)
+        finally:
+            known = path if path in self.works | self.others else "other"
+            self.metrics.answered(known, caller.status, time.monotonic() - started)
+
+
+class _Caller:
+    """One request, of which is counted what comes and goes."""
+
+    def __init__(self, scope: Message, receive: Receive, send: Send, limits: Limits) -> None:
+        self.scope, self._receive, self._send, self.limits = scope, receive, send, limits
+        self.size, self.complete, self.stalled = 0, scope["type"] != "http", False
+        self.status = 499
+        """What it was answered with; 499 if it went before that."""
+
+    async def call(self, app: Any) -> None:
+        """Have an app answer."""
+        if self._declared() > self.limits.body_bytes:
+            await self.refuse(self._too_large())
+            return
+        try:
+            await app(self.scope, self.receive, self.send)
+        except Exception:
+            if not self.stalled:
+                raise
+
+    async def refuse(self, error: Refusal) -> None:
+        """Answer with an error."""
+        if self.scope["type"] == "websocket":
+            await self._receive()
+            self.status = error.status_code
+            await self._send({"type": "websocket.accept"})
+            await self._send(
+                {"type": "websocket.send", "text": json.dumps({"type": "error", **body_of(error)})}
+            )
+            await self._send({"type": "websocket.close", "code": 1013, "reason": str(error.detail)[:100]})
+            return
+        await self._discard()
+        await answer_of(error)(self.scope, self.receive, self.send)
+
+    async def receive(self) -> Message:
+        """Return what comes next; refuse more than may come, and wait for it only so long."""
+        if self.complete:
+            return await self._receive()
+        try:
+            async with asyncio.timeout(self.limits.stall_seconds):
+                message = await self._receive()
+        except TimeoutError:
+            self.complete = True
+            raise Refusal(
+                408, f"nothing more of the request came for {self.limits.stall_seconds:g} s", code="stalled"
+            ) from None
+        self.size += len(message.get("body", b""))
+        self.complete = not message.get("more_body", False)
+        if self.size > self.limits.body_bytes:
+            await self._discard()
+            raise self._too_large()
+        return message
+
+    async def send(self, message: Message) -> None:
+        """Send, or give up on a client that does not read."""
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+        elif message["type"] == "websocket.accept":
+            self.status = 101
+        try:
+            async with asyncio.timeout(self.limits.stall_seconds):
+                await self._send(message)
+        except TimeoutError:
+            self.stalled, self.status = True, 499
+            raise ConnectionError("the client does not read") from None
+
+    async def _discard(self) -> None:
+        """Read what is left of the body, for some time, and drop it."""
+        try:
+            async with asyncio.timeout(DISCARD_SECONDS):
+                while not self.complete:
+                    self.complete = not (await self._receive()).get("more_body", False)
+        except TimeoutError:
+            self.complete = True
+
+    def _declared(self) -> int:
+        length = dict(self.scope["headers"]).get(b"content-length", b"0")
+        return int(length) if length.isdigit() else 0
+
+    def _too_large(self) -> Refusal:
+        return Refusal(413, f"a request may have {self.limits.body_bytes} bytes; send less", code="too_large")

@@ -1,0 +1,60 @@
+"""What a server counts, in the form of Prometheus."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+class Metrics:
+    """What one server counts.
+
+    >>> metrics = Metrics()
+    >>> metrics.answered("/v1/models", 200, 0.01)
+    >>> 'multitower_requests_total{endpoint="/v1/models",status="200"} 1.0' in metrics.text()
+    True
+
+    Attributes:
+        under_way: Requests and live sessions that are being answered.
+    """
+
+    def __init__(self) -> None:
+        registry = self._registry = CollectorRegistry()
+        self.under_way = Gauge("multitower_requests_under_way", "Being answered.", registry=registry)
+        self._requests = Counter(
+            "multitower_requests", "Answered, by status.", ["endpoint", "status"], registry=registry
+        )
+        self._seconds = Histogram(
+            "multitower_request_seconds", "Time to the end of the answer.", ["endpoint"], registry=registry
+        )
+        self._given = Counter("multitower_given_tokens", "Tokens given.", ["tower"], registry=registry)
+        self._decoded = Counter("multitower_decoded_tokens", "Tokens decoded.", ["tower"], registry=registry)
+        self._rows = Histogram(
+            "multitower_rows", "Rows of a step of decoding.", ["tower"], registry=registry, buckets=ROWS
+        )
+        self._steps = Histogram(
+            "multitower_step_seconds", "Time of a step of decoding.", ["tower"], registry=registry
+        )
+
+    def answered(self, endpoint: str, status: int, seconds: float) -> None:
+        """Count a request."""
+        self._requests.labels(endpoint, str(status)).inc()
+        self._seconds.labels(endpoint).observe(seconds)
+
+    def given(self, tower: str, tokens: int) -> None:
+        """Count tokens that came with a request."""
+        self._given.labels(tower).inc(tokens)
+
+    def decoded(self, tower: str, tokens: int) -> None:
+        """Count tokens that were decoded."""
+        self._decoded.labels(tower).inc(tokens)
+
+    def stepped(self, tower: str, rows: int, seconds: float) -> None:
+        """Count a step of decoding."""
+        self._rows.labels(tower).observe(rows)
+        self._steps.labels(tower).observe(seconds)
+
+    def text(self) -> str:
+        """Return all of it as Prometheus reads it."""
+        return generate_latest(self._registry).decode()

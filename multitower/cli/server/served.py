@@ -1,0 +1,169 @@
+"""A model that is served: raw data in, answers out, for coroutines."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from ...batch.collate import Segment
+from ...generate.rows import Turn
+from ...generate.session import Session
+from ...pipeline.codec import Codec
+from ...pipeline.pipeline import Pipeline
+from ...plugins.modality import Modality
+from .audio import bytes_of, raw_of
+from .engine import Decoding, Engine, Event, Job, Piece
+from .errors import Refusal, as_refusal
+from .limits import Limits
+from .metrics import Metrics
+from .offer import Offer
+
+T = TypeVar("T")
+
+
+class Served:
+    """A pipeline, the engine that decodes, and a thread for each modality that encodes and decodes.
+
+    Args:
+        pipe: The model with its modalities.
+        offer: What it offers.
+        limits: What may be asked of it.
+        name: What clients call it.
+        metrics: What counts.
+
+    Raises:
+        ValueError: See ``Engine``.
+    """
+
+    def __init__(self, pipe: Pipeline, offer: Offer, limits: Limits, name: str, metrics: Metrics) -> None:
+        self.pipe, self.offer, self.limits, self.name, self.metrics = pipe, offer, limits, name, metrics
+        self.created = int(time.time())
+        self.engine = Engine(Codec(pipe.model, pipe.modalities), offer.outputs, observe=metrics.stepped)
+        self._threads = {name: ThreadPoolExecutor(1, f"multitower-{name}") for name in pipe.modalities}
+
+    def close(self) -> None:
+        """End all threads."""
+        self.engine.close()
+        for thread in self._threads.values():
+            thread.shutdown()
+
+    def check_model(self, name: str) -> None:
+        """Refuse requests for another model."""
+        if name != self.name:
+            raise Refusal(
+                404, f"there is no model {name!r}; this server has {self.name!r}", "model", "model_not_found"
+            )
+
+    @property
+    def audio(self) -> str:
+        """The tower of sound, where there is one."""
+        assert self.offer.audio is not None, "no endpoint of sound is offered"
+        return self.offer.audio
+
+    async def text(self, text: str) -> Segment:
+        """Encode a text."""
+        return await self._encode(self.offer.text, lambda _: text)
+
+    async def sound(self, data: bytes) -> Segment:
+        """Encode a sound file."""
+        return await self._encode(
+            self.audio, lambda modality: raw_of(modality, data, self.limits.audio_seconds)
+        )
+
+    def stream_of_sound(self) -> Callable[..., Iterator[Tensor]]:
+        """Return what encodes a sound as it comes.
+
+        Raises:
+            Refusal: The modality does not.
+        """
+        encode = getattr(self.pipe.modalities[self.audio], "encode_stream", None)
+        if encode is None:
+            raise Refusal(400, f"the modality of tower {self.audio!r} does not encode sound as it comes")
+        stream: Callable[..., Iterator[Tensor]] = encode
+        return stream
+
+    async def decode(self, tower: str, tokens: Tensor) -> Any:
+        """Return the raw data of tokens."""
+        return await self._in_thread(tower, lambda modality: modality.decode(tokens))
+
+    async def sound_file(self, tokens: Tensor, form: str) -> bytes:
+        """Return the sound of tokens as a file."""
+        return await self._in_thread(
+            self.audio, lambda modality: bytes_of(modality, modality.decode(tokens), form)
+        )
+
+    def session(self, wanted: Sequence[Decoding]) -> Session:
+        """Begin a session in which this can be decoded."""
+        return self.pipe.model.session(outputs=sorted({each.tower for each in wanted}))
+
+    def check_given(self, given: Sequence[Segment], before: int = 0) -> int:
+        """Refuse what is longer than may be given; return how many tokens it has."""
+        count = before + sum(len(segment.tokens) for segment in given)
+        if count > self.limits.input_tokens:
+            raise Refusal(
+                400,
+                f"the input has {count} tokens, and {self.limits.input_tokens} are allowed; send less",
+                code="context_length_exceeded",
+            )
+        for segment in given:
+            self.metrics.given(segment.tower, len(segment.tokens))
+        return count
+
+    def most(self, asked: int | None) -> int:
+        """Return how many tokens are to be decoded at most."""
+        if asked is not None and asked > self.limits.tokens:
+            raise Refusal(
+                400,
+                f"max_tokens is {asked}, and {self.limits.tokens} are allowed; ask for less",
+                "max_tokens",
+            )
+        return self.limits.tokens if asked is None else asked
+
+    @asynccontextmanager
+    async def events(
+        self, session: Session, given: Sequence[Turn], wanted: Sequence[Decoding]
+    ) -> AsyncIterator[AsyncIterator[Piece | Session]]:
+        """Have the engine extend a session; what is under way is ended with the context."""
+        loop, queue = asyncio.get_running_loop(), asyncio.Queue[Event]()
+        job = Job(
+            session,
+            given,
+            wanted,
+            seconds=self.limits.seconds,
+            emit=lambda event: loop.call_soon_threadsafe(queue.put_nowait, event),
+        )
+
+        async def come() -> AsyncIterator[Piece | Session]:
+            while True:
+                event = await queue.get()
+                if isinstance(event, Exception):
+                    raise as_refusal(event)
+                if isinstance(event, Piece):
+                    self.metrics.decoded(event.tower, event.new)
+                yield event
+                if isinstance(event, Session):
+                    return
+
+        self.engine.submit(job)
+        try:
+            yield come()
+        finally:
+            job.cancel()
+
+    async def _encode(self, tower: str, raw: Callable[[Modality], Any]) -> Segment:
+        try:
+            tokens = await self._in_thread(tower, lambda modality: modality.encode(raw(modality)))
+        except (TypeError, ValueError, OSError) as error:
+            raise Refusal(400, str(error)) from error
+        return Segment(tower, tokens)
+
+    async def _in_thread(self, tower: str, work: Callable[[Modality], T]) -> T:
+        """Do some work of a modality: one at a time, since not all can do several."""
+        loop, modality = asyncio.get_running_loop(), self.pipe.modalities[tower]
+        return await loop.run_in_executor(self._threads[tower], work, modality)

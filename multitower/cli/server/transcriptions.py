@@ -1,0 +1,53 @@
+"""``POST /v1/audio/transcriptions``: what is said in a sound file."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Form, Request
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+
+from ...batch.collate import Segment
+from .answers import answers, pieces
+from .engine import Decoding
+from .schemas import Transcription
+from .served import Served
+from .stream import Events
+
+
+def transcriptions(served: Served) -> APIRouter:
+    """Return the endpoint."""
+    router = APIRouter()
+
+    @router.post("/v1/audio/transcriptions", response_model=None)
+    async def transcribe(
+        request: Request, form: Annotated[Transcription, Form(media_type="multipart/form-data")]
+    ) -> Response:
+        """Write down what is said in a sound file."""
+        served.check_model(form.model)
+        given = [await served.sound(await form.file.read())]
+        wanted = Decoding(served.offer.text, served.limits.tokens, form.temperature)
+        if form.stream:
+            return await Events.begin(_pieces(served, given, wanted))
+        (answer,) = await answers(served, request, given, [wanted])
+        text = await served.decode(answer.tower, answer.tokens)
+        if form.response_format == "text":
+            return PlainTextResponse(text)
+        return JSONResponse({"text": text, "usage": _usage(given, answer.count)})
+
+    return router
+
+
+async def _pieces(served: Served, given: list[Segment], wanted: Decoding) -> AsyncIterator[dict[str, Any]]:
+    text, count = "", 0
+    async for piece, new in pieces(served, given, [wanted]):
+        text, count = text + new, count + piece.new
+        yield {"type": "transcript.text.delta", "delta": new}
+    yield {"type": "transcript.text.done", "text": text, "usage": _usage(given, count)}
+
+
+def _usage(given: list[Segment], decoded: int) -> dict[str, Any]:
+    count = sum(len(segment.tokens) for segment in given)
+    total = count + decoded
+    return {"type": "tokens", "input_tokens": count, "output_tokens": decoded, "total_tokens": total}

@@ -1,0 +1,96 @@
+"""Each endpoint, asked by the official client over loopback, gives what the pipeline gives."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import multitower as mt
+from serving import LIMIT
+
+soundfile = pytest.importorskip("soundfile")
+openai = pytest.importorskip("openai", reason="the server is asked by OpenAI's own client")
+
+GREEDY = {"do_sample": False, "max_new_tokens": LIMIT}
+
+
+def test_the_model_is_listed(client: Any) -> None:
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").owned_by == "multitower"
+    with pytest.raises(openai.NotFoundError, match="no model 'other'"):
+        client.models.retrieve("other")
+
+
+def test_transcription(client: Any, pipe: mt.Pipeline, clip: Path) -> None:
+    expected = pipe([("speech", str(clip))], output="text", **GREEDY)
+    answer = client.audio.transcriptions.create(model="tiny", file=clip)
+    assert answer.text == expected
+    assert answer.usage.output_tokens == LIMIT
+    assert client.audio.transcriptions.create(model="tiny", file=clip, response_format="text") == expected
+
+
+def test_a_transcription_comes_in_pieces(client: Any, pipe: mt.Pipeline, clip: Path) -> None:
+    *deltas, done = client.audio.transcriptions.create(model="tiny", file=clip, stream=True)
+    assert len(deltas) > 2
+    assert {delta.type for delta in deltas} == {"transcript.text.delta"}
+    assert done.type == "transcript.text.done"
+    assert "".join(delta.delta for delta in deltas) == done.text
+    assert done.text == pipe([("speech", str(clip))], output="text", **GREEDY)
+
+
+def test_speech_in_every_form(client: Any, pipe: mt.Pipeline) -> None:
+    expected = pipe([("text", "two")], output="speech", **GREEDY)
+    for form in ("wav", "flac"):
+        said = client.audio.speech.create(model="tiny", voice="default", input="two", response_format=form)
+        samples, rate = soundfile.read(io.BytesIO(said.content), dtype="float32")
+        assert rate == 16_000
+        np.testing.assert_allclose(samples, expected, atol=1e-4)
+    said = client.audio.speech.create(model="tiny", voice="default", input="two", response_format="pcm")
+    assert len(said.content) == 2 * round(len(expected) * 24_000 / 16_000)
+    said = client.audio.speech.create(model="tiny", voice="default", input="two")
+    assert soundfile.info(io.BytesIO(said.content)).format == "MP3"
+
+
+def test_a_chat_of_text_and_sound(client: Any, pipe: mt.Pipeline, clip: Path) -> None:
+    sound = {"data": base64.b64encode(clip.read_bytes()).decode(), "format": "wav"}
+    messages = [
+        {"role": "system", "content": "sum up"},
+        {"role": "user", "content": [{"type": "input_audio", "input_audio": sound}]},
+        {"role": "assistant", "content": "one"},
+        {"role": "user", "content": [{"type": "text", "text": "and"}, {"type": "text", "text": "more"}]},
+    ]
+    turns = [("text", "sum up"), ("speech", str(clip)), ("text", "one"), ("text", "and"), ("text", "more")]
+    answer = client.chat.completions.create(model="tiny", messages=messages, max_tokens=12)
+    expected = pipe(turns, output="text", do_sample=False, max_new_tokens=12)
+    assert answer.choices[0].message.content == expected
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage.completion_tokens == 12
+    *chunks, last = client.chat.completions.create(
+        model="tiny", messages=messages, max_tokens=12, stream=True, stream_options={"include_usage": True}
+    )
+    assert last.usage == answer.usage
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected
+    assert [chunk.choices[0].finish_reason for chunk in chunks][-1] == "length"
+
+
+def test_a_chat_answered_in_sound(client: Any, pipe: mt.Pipeline) -> None:
+    messages = [{"role": "user", "content": "two"}]
+    text, sound = pipe([("text", "two")], output=["text", "speech"], **GREEDY)
+    asked = {"model": "tiny", "messages": messages, "modalities": ["text", "audio"]}
+    answer = client.chat.completions.create(**asked, audio={"voice": "default", "format": "wav"})
+    said = answer.choices[0].message.audio
+    assert said.transcript == text
+    samples, _ = soundfile.read(io.BytesIO(base64.b64decode(said.data)), dtype="float32")
+    np.testing.assert_allclose(samples, sound, atol=1e-4)
+    chunks = list(
+        client.chat.completions.create(**asked, audio={"voice": "default", "format": "pcm16"}, stream=True)
+    )
+    pieces = [chunk.choices[0].delta.audio for chunk in chunks if chunk.choices[0].delta.audio]
+    assert "".join(piece.transcript or "" for piece in pieces) == text
+    pcm = b"".join(base64.b64decode(piece.data or "") for piece in pieces)
+    assert len(pcm) == 2 * round(len(sound) * 24_000 / 16_000)

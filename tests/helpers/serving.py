@@ -1,0 +1,69 @@
+"""A server on loopback, in a thread of the test's process."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+for needed in ("fastapi", "prometheus_client", "python_multipart", "soundfile", "uvicorn", "websockets"):
+    pytest.importorskip(needed, reason="the server needs the extra serve")
+
+
+uvicorn = pytest.importorskip("uvicorn")
+
+LIMIT = 20
+"""How many tokens the servers of the tests decode at most."""
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server that runs."""
+
+    app: Any
+    port: int
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What it has counted, by name and labels."""
+        with urllib.request.urlopen(f"{self.url}/metrics") as answer:
+            lines = answer.read().decode().splitlines()
+        return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if line[0] != "#"}
+
+    def wait_until_idle(self, seconds: float = 20) -> None:
+        """Wait until nothing is under way."""
+        end = time.monotonic() + seconds
+        while self.metrics["multitower_requests_under_way"]:
+            assert time.monotonic() < end, "something is still under way"
+            time.sleep(0.05)
+
+
+@contextmanager
+def running(app: Any, **options: Any) -> Iterator[Running]:
+    """Run an app by uvicorn on a free port."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(app, log_level="critical", ws="websockets-sansio", **options)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive(), "the server did not start"
+            time.sleep(0.01)
+        yield Running(app, listening.getsockname()[1])
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        listening.close()
+        assert not thread.is_alive(), "the server did not end"
