@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -67,3 +68,13 @@ def running(app: Any, **options: Any) -> Iterator[Running]:
         thread.join(30)
         listening.close()
         assert not thread.is_alive(), "the server did not end"
+
+
+def send(server: Running, path: str, body: bytes, kind: str = "application/json") -> tuple[int, bytes]:
+    """Send a body as it is; return the status and the answer."""
+    request = urllib.request.Request(server.url + path, body, {"Content-Type": kind})
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read()

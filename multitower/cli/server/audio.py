@@ -13,7 +13,7 @@ from ...base.extras import require
 from ...plugins.modality import Modality
 
 BLOCK = 1 << 16
-CHANNELS, RATES = 8, range(1_000, 384_001)
+CHANNELS, LOUDEST, RATES = 8, 2.0, range(1_000, 384_001)
 PCM_RATE = 24_000
 TYPES = {
     "mp3": "audio/mpeg",
@@ -37,7 +37,7 @@ def check_sound(data: bytes, seconds: float) -> None:
         seconds: How long it may be.
 
     Raises:
-        ValueError: It is none, is empty, is too long, or holds samples that are not finite.
+        ValueError: It is none, is empty, is too long or too loud, or holds samples that are not finite.
         ImportError: The extra "speech" is not installed.
     """
     soundfile = require("soundfile", "speech")
@@ -55,6 +55,10 @@ def check_sound(data: bytes, seconds: float) -> None:
                     raise ValueError(f"the sound is longer than the {seconds:g} s that are allowed")
                 if not np.isfinite(block).all():
                     raise ValueError("the sound holds NaN or infinite samples")
+                if (peak := float(np.abs(block).max())) > LOUDEST:
+                    raise ValueError(
+                        f"the sound reaches {peak:.3g}, where full scale is 1; divide it by its range"
+                    )
     except soundfile.LibsndfileError as error:
         raise ValueError(
             f"the {len(data)} bytes cannot be read as a sound file: {error.error_string}"

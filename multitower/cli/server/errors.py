@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -46,6 +47,17 @@ def body_of(error: HTTPException) -> dict[str, Any]:
     return {"error": {"message": str(error.detail), "type": kind, "param": param, "code": code}}
 
 
+def refusal_of(errors: Sequence[Mapping[str, Any]], skip: int = 0) -> Refusal:
+    """Return what a client is told of what pydantic found: the error that lies deepest.
+
+    >>> refusal_of([{"loc": ("body", "model"), "msg": "Field required"}], skip=1).detail
+    'model: Field required'
+    """
+    first = max(errors, key=lambda each: len(each["loc"]))
+    place = ".".join(str(each) for each in first["loc"][skip:]) or None
+    return Refusal(400, f"{place or 'the message'}: {first['msg']}", place)
+
+
 def as_refusal(error: Exception) -> HTTPException:
     """Return what a client is told of an error, which is logged if the client did nothing wrong."""
     if isinstance(error, HTTPException):
@@ -70,9 +82,7 @@ def add_handlers(app: FastAPI) -> None:
 
     async def told(request: Request, error: Exception) -> Response:
         if isinstance(error, RequestValidationError):
-            first = error.errors()[0]
-            place = ".".join(str(each) for each in first["loc"][1:]) or None
-            return answer_of(Refusal(400, f"{place or 'the body'}: {first['msg']}", place))
+            return answer_of(refusal_of(error.errors(), skip=1))
         return answer_of(as_refusal(error))
 
     for kind in (HTTPException, RequestValidationError, Exception):

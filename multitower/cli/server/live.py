@@ -20,7 +20,7 @@ from ...batch.collate import Segment
 from ...generate.session import Session
 from .answers import Growing, new_text
 from .engine import Decoding
-from .errors import Refusal, as_refusal, body_of
+from .errors import Refusal, as_refusal, body_of, refusal_of
 from .schemas import Commit, Said
 from .served import Served
 
@@ -117,8 +117,7 @@ class _Conversation:
         try:
             message = MESSAGE.validate_json(text)
         except ValidationError as error:
-            first = error.errors()[0]
-            raise Refusal(400, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+            raise refusal_of(error.errors()) from error
         if self.listening is not None:
             listening, self.listening = self.listening, None
             await self._listened(await listening.rest())

@@ -120,7 +120,7 @@ class Served:
         if asked is not None and asked > self.limits.tokens:
             raise Refusal(
                 400,
-                f"max_tokens is {asked}, and {self.limits.tokens} are allowed; ask for less",
+                f"max_tokens={asked}, and {self.limits.tokens} are allowed; ask for less",
                 "max_tokens",
             )
         return self.limits.tokens if asked is None else asked

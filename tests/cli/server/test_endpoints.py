@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
+import json
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 
 import multitower as mt
-from serving import LIMIT
+from serving import LIMIT, Running
 
 soundfile = pytest.importorskip("soundfile")
 openai = pytest.importorskip("openai", reason="the server is asked by OpenAI's own client")
@@ -94,3 +96,19 @@ def test_a_chat_answered_in_sound(client: Any, pipe: mt.Pipeline) -> None:
     assert "".join(piece.transcript or "" for piece in pieces) == text
     pcm = b"".join(base64.b64decode(piece.data or "") for piece in pieces)
     assert len(pcm) == 2 * round(len(sound) * 24_000 / 16_000)
+
+
+def test_health_and_metrics(server: Running, client: Any) -> None:
+    with urllib.request.urlopen(f"{server.url}/health") as answer:
+        assert json.load(answer) == {"status": "ok"}
+    before = server.metrics
+    messages = [{"role": "user", "content": "two"}]
+    answer = client.chat.completions.create(model="tiny", messages=messages, max_tokens=7)
+    after = server.metrics
+    for name, more in (
+        ('multitower_decoded_tokens_total{tower="text"}', answer.usage.completion_tokens),
+        ('multitower_given_tokens_total{tower="text"}', answer.usage.prompt_tokens),
+        ('multitower_requests_total{endpoint="/v1/chat/completions",status="200"}', 1),
+    ):
+        assert after[name] - before[name] == more, name
+    assert after["multitower_requests_under_way"] == 0
