@@ -213,12 +213,14 @@ def rounding(logits: Tensor) -> float:
 def evaluated(model: nn.Module) -> Iterator[None]:
     """Put a model in eval mode for a moment."""
     modes = {module: module.training for module in model.modules()}
-    model.eval()
+    if any(modes.values()):  # where none trains, which is quick to find out, none is told again
+        model.eval()
     try:
         yield
     finally:
         for module, training in modes.items():
-            module.training = training
+            if module.training != training:
+                module.training = training
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -81,6 +82,8 @@ class Job:
         wanted: What is decoded, one after the other.
         seconds: How long it may take.
         emit: Called with each event, in the thread of the engine.
+        lasting: Whether the session is gone on with afterwards. Of one that is not, the last answer may have
+            been decoded further than was wanted.
     """
 
     def __init__(
@@ -91,9 +94,11 @@ class Job:
         *,
         seconds: float,
         emit: Callable[[Event], object],
+        lasting: bool = True,
     ) -> None:
         self.session, self.given, self.wanted = session, list(given), list(wanted)
-        self.left, self.begun, self.goes_on, self.over = 0, False, False, False
+        self.left, self.room, self.begun, self.goes_on, self.over = 0, 0, False, False, False
+        self.lasting = lasting
         self._deadline, self._seconds, self._emit = time.monotonic() + seconds, seconds, emit
 
     def cancel(self) -> None:
@@ -233,7 +238,9 @@ class Engine:
         name = job.wanted[0].tower
         limit, tokens = self.model.tower(name).hard_limit, _tokens(job, name)
         job.begun, job.goes_on = False, not tokens or tokens[-1] in self._ends[name]
-        job.left = job.wanted[0].most if limit is None else min(job.wanted[0].most, limit - len(tokens) - 1)
+        room = math.inf if limit is None else limit - len(tokens) - 1
+        job.left = int(min(job.wanted[0].most, room))
+        job.room = job.left if job.lasting or len(job.wanted) > 1 else room
         if job.left < 1:
             job.tell(
                 ValueError(
@@ -250,7 +257,8 @@ class Engine:
     def _decode(self, jobs: list[Job]) -> None:
         """Decode some tokens."""
         started = time.monotonic()
-        name, most = jobs[0].wanted[0].tower, min(self._chunk, *(job.left for job in jobs))
+        name, longest = jobs[0].wanted[0].tower, max(job.left for job in jobs)
+        most = int(min(self._chunk, longest, *(job.room for job in jobs)))
         options = self._codec.with_edges({**jobs[0].wanted[0].options(), "max_new_tokens": most})
         first, *others = (job.session for job in jobs)
         both = first.join(*others)
@@ -262,9 +270,10 @@ class Engine:
 
     def _hand_on(self, job: Job, tokens: Tensor) -> None:
         """Hand new tokens on, and turn to what comes next if they are the last."""
-        name = job.wanted[0].tower
-        new = len(tokens) - (not job.begun)
-        job.left, job.begun, job.goes_on = job.left - new, True, True
+        name, begin = job.wanted[0].tower, int(not job.begun)
+        tokens = tokens[: begin + job.left]
+        new = len(tokens) - begin
+        job.left, job.room, job.begun, job.goes_on = job.left - new, job.room - new, True, True
         finish = "stop" if int(tokens[-1]) in self._ends[name] else "length" if job.left < 1 else None
         job.tell(Piece(name, tokens, new, finish))
         if finish:

@@ -134,7 +134,7 @@ class _Conversation:
     async def _add(self, segment: Segment) -> None:
         """Add a segment, or a part of one, to the session and run it."""
         self.count = self.served.check_given([segment], self.count)
-        async with self.served.events(self.session, [segment], []) as events:
+        async with self.served.events(self.session, [segment], [], lasting=True) as events:
             async for event in events:
                 if isinstance(event, Session):
                     self.session = event
@@ -148,7 +148,7 @@ class _Conversation:
         wanted = Decoding(tower, self.served.most(asked.max_tokens), asked.temperature, asked.top_p)
         text, written, tokens = Growing(), "", list[torch.Tensor]()
         finish: str | None = None
-        async with self.served.events(self.session, [], [wanted]) as events:
+        async with self.served.events(self.session, [], [wanted], lasting=True) as events:
             async for event in events:
                 if isinstance(event, Session):
                     self.session = event

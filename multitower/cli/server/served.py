@@ -127,15 +127,28 @@ class Served:
 
     @asynccontextmanager
     async def events(
-        self, session: Session, given: Sequence[Turn], wanted: Sequence[Decoding]
+        self,
+        session: Session,
+        given: Sequence[Turn],
+        wanted: Sequence[Decoding],
+        *,
+        lasting: bool = False,
     ) -> AsyncIterator[AsyncIterator[Piece | Session]]:
-        """Have the engine extend a session; what is under way is ended with the context."""
+        """Have the engine extend a session; what is under way is ended with the context.
+
+        Args:
+            session: The session.
+            given: What is appended.
+            wanted: What is decoded.
+            lasting: Whether the session is gone on with afterwards.
+        """
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[Event]()
         job = Job(
             session,
             given,
             wanted,
             seconds=self.limits.seconds,
+            lasting=lasting,
             emit=lambda event: loop.call_soon_threadsafe(queue.put_nowait, event),
         )
 

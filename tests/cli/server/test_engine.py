@@ -61,7 +61,9 @@ def engine(model: mt.FusedModel) -> Iterator[Engine]:
     engine.close()
 
 
-def asked(model: mt.FusedModel, number: int, *wanted: Decoding, seconds: float = 60) -> Asked:
+def asked(
+    model: mt.FusedModel, number: int, *wanted: Decoding, seconds: float = 60, lasting: bool = True
+) -> Asked:
     draw = random.Random(number)
     given = [
         mt.Segment(name, [1, *(draw.randrange(3, 14) for _ in range(draw.randrange(1, 20))), 2])
@@ -69,7 +71,8 @@ def asked(model: mt.FusedModel, number: int, *wanted: Decoding, seconds: float =
     ]
     events: Queue[Any] = Queue()
     session = model.session(outputs=OUTPUTS)
-    return Asked(Job(session, given, wanted, seconds=seconds, emit=events.put), events)
+    job = Job(session, given, wanted, seconds=seconds, emit=events.put, lasting=lasting)
+    return Asked(job, events)
 
 
 def wanted(number: int) -> list[Decoding]:
@@ -78,7 +81,7 @@ def wanted(number: int) -> list[Decoding]:
 
 
 def test_each_gets_what_it_gets_alone(model: mt.FusedModel, engine: Engine) -> None:
-    several = [asked(model, number, *wanted(number)) for number in range(12)]
+    several = [asked(model, number, *wanted(number), lasting=number % 2 == 0) for number in range(12)]
     for each in several[:5]:
         engine.submit(each.job)
     several[0].wait()  # so the others come while these are under way
@@ -161,7 +164,7 @@ def test_a_tower_without_room_ends_the_answer() -> None:
     model.tower("text").hard_limit = 10
     engine = Engine(Codec(model, {}), OUTPUTS, chunk=4)
     try:
-        short, full = asked(model, 1, Decoding("text", 50)), asked(model, 1, Decoding("text", 50))
+        short, full = (asked(model, 1, Decoding("text", 50), lasting=False) for _ in range(2))
         short.job.given = [mt.Segment("text", [1, 5, 2]), mt.Segment("speech", [1, 6, 2])]
         full.job.given = [mt.Segment("text", [1, *[5] * 8, 2])]
         engine.submit(short.job)

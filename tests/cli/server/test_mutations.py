@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*SpooledTemporaryFile:ResourceWarning"),
     pytest.mark.filterwarnings("ignore:.*SpooledTemporaryFile:pytest.PytestUnraisableExceptionWarning"),
 ]
-"""A sound that is cut off is read as far as it goes; files of forms that do not end Starlette leaves to Python."""
+"""A sound that is cut off is read as far as it goes; files of forms that do not end are left to Python."""
 
 ODD: list[Any] = [
     None, True, -1, 0, 10**30, 1.5, float("nan"), float("inf"), "", "x" * 5_000, "\ud800", "\x00", [], {},
