@@ -24,6 +24,7 @@ RUNS = {
     "train_step": "--towers 2 --rows 1 --length 8",
     "saved_bytes": "--length 32",
     "conversation": "--turns 2 --said 5 --new 4",
+    "serve": "--clients 3 --seconds 2 --requests 8 --most 8 --width 16 --depth 2",
     "packed": "--rows 3 --lengths 8 --shortest 0.5 1",
 }
 ONE_AFTER_THE_OTHER = """
@@ -96,6 +97,15 @@ def test_conversation(ran: Path) -> None:
     found = results(ran / "conversation")
     assert [each["turn"] for each in found] == [1, 2]
     assert (ran / "conversation" / "turns.png").stat().st_size > 0
+
+
+def test_serve(ran: Path) -> None:
+    *found, memory = results(ran / "serve")
+    assert [each["clients"] for each in found] == [1, 3]
+    for each in found:
+        assert each["answers"] > 0
+        assert (each["lost"], each["mixed_up"]) == (0, 0)
+    assert memory["memory"]["mib"]
 
 
 def test_saved_bytes(ran: Path) -> None:

@@ -19,7 +19,7 @@ QUICK = ("index.md", "concepts.md", "own_decoder.md", "troubleshooting.md", "tut
 RUN = (*QUICK, "start.md", "tutorials/two_models.md", "raw_data.md")
 ELSEWHERE = ("conversations.md", "own_modality.md", "training.md")
 """Pages that other tests run."""
-FRAGMENTS = ("estimate.md", "hub_and_export.md", "kept_states.md", "speech.md")
+FRAGMENTS = ("estimate.md", "hub_and_export.md", "kept_states.md", "serving.md", "speech.md")
 """Pages whose Python speaks of what is not there, and is compiled alone."""
 
 NOT_ON_CPU = "ignore:'pin_memory' argument is set"

@@ -62,6 +62,7 @@ def make_app(
         served.close()
 
     app = FastAPI(title=f"multitower: {name}", version=__version__, lifespan=lifespan)
+    app.state.engine = served.engine
     add_handlers(app)
     routers = {CHAT: chat, LIVE: live}
     routers |= {HEAR: transcriptions} if served.offer.hears else {}

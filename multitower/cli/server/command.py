@@ -12,6 +12,9 @@ from .limits import Limits
 
 typer: Any = require("typer", "cli")
 
+LATER = 5
+"""So many seconds after the grace has ended connections are cut; their clients are told by then."""
+
 NEEDED = ("fastapi", "prometheus_client", "python_multipart", "websockets")
 
 
@@ -74,13 +77,28 @@ def serve(
         text_tower=text_tower,
         audio_tower=audio_tower,
     )
-    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it anew once it has ended
-    uvicorn.run(
+    config = uvicorn.Config(
         app,
         host=host,
         port=port,
         ws="websockets-sansio",
         ws_max_size=limits.body_bytes,
-        timeout_graceful_shutdown=grace,
+        timeout_graceful_shutdown=grace + LATER,
         log_level="warning",
     )
+    _run(uvicorn, config, grace)
+
+
+def _run(uvicorn: Any, config: Any, grace: int) -> None:
+    """Run a server until a signal comes; by SIGTERM it ends as if it had nothing more to do."""
+
+    class Server(uvicorn.Server):  # type: ignore[misc]  # known only when it runs
+        def handle_exit(self, number: int, frame: Any) -> None:
+            config.app.state.engine.end_within(grace)
+            super().handle_exit(number, frame)
+
+    signal.signal(signal.SIGTERM, lambda *_: None)  # which uvicorn raises once more when it has ended
+    server = Server(config)
+    server.run()
+    if not server.started:
+        raise OSError(f"the server could not listen on {config.host}:{config.port}; the log says why")

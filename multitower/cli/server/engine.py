@@ -97,7 +97,8 @@ class Job:
         lasting: bool = True,
     ) -> None:
         self.session, self.given, self.wanted = session, list(given), list(wanted)
-        self.left, self.room, self.begun, self.goes_on, self.over = 0, 0, False, False, False
+        self.left, self.room = 0, 0.0
+        self.begun, self.goes_on, self.over = False, False, False
         self.lasting = lasting
         self._deadline, self._seconds, self._emit = time.monotonic() + seconds, seconds, emit
 
@@ -115,10 +116,13 @@ class Job:
         except Exception:  # whoever asked is gone
             self.over = True
 
-    def check_time(self) -> None:
-        """Fail if it took too long."""
-        if time.monotonic() > self._deadline:
+    def check_time(self, latest: float) -> None:
+        """Fail if it took too long, or if the time is past the latest at which anything may be under way."""
+        now = time.monotonic()
+        if now > self._deadline:
             self.tell(TimeoutError(f"the request took more than {self._seconds:g} s"))
+        if now > latest:
+            self.tell(ConnectionError(CLOSING))
 
 
 class Engine:
@@ -149,6 +153,7 @@ class Engine:
         self.model, self._codec, self._chunk, self._observe = codec.model, codec, chunk, observe
         self._ends = {name: self._ends_of(name) for name in outputs}
         self._changed, self._arrived, self._closed = Condition(), list[Job](), False
+        self._latest = math.inf
         self._thread = Thread(target=self._run, name="multitower-engine", daemon=True)
         self._thread.start()
 
@@ -165,6 +170,10 @@ class Engine:
                 self._changed.notify()
                 return
         job.tell(ConnectionError(CLOSING))
+
+    def end_within(self, seconds: float) -> None:
+        """Let what is under way, and what still comes, take so long; what is not done by then fails."""
+        self._latest = time.monotonic() + seconds
 
     def close(self) -> None:
         """End the thread after its present step; jobs under way fail."""
@@ -206,7 +215,7 @@ class Engine:
         """Take a step for all jobs of a key at once; if that fails for each alone, so that only some fail."""
         alike: dict[Any, list[Job]] = {}
         for job in jobs:
-            job.check_time()
+            job.check_time(self._latest)
             if not job.over:
                 alike.setdefault(key(job), []).append(job)
         for together in alike.values():
@@ -238,7 +247,7 @@ class Engine:
         name = job.wanted[0].tower
         limit, tokens = self.model.tower(name).hard_limit, _tokens(job, name)
         job.begun, job.goes_on = False, not tokens or tokens[-1] in self._ends[name]
-        room = math.inf if limit is None else limit - len(tokens) - 1
+        room: float = math.inf if limit is None else limit - len(tokens) - 1
         job.left = int(min(job.wanted[0].most, room))
         job.room = job.left if job.lasting or len(job.wanted) > 1 else room
         if job.left < 1:

@@ -20,6 +20,9 @@ DISCARD_SECONDS = 5.0
 """How long the rest of a request is read and dropped before it is refused, since most clients read no answer
 until they have sent all."""
 
+CLOSE = {"Connection": "close"}
+"""With an answer to a request that may not have been read to its end, so that no more of it comes."""
+
 
 class Gate:
     """ASGI middleware that keeps a server within its limits, and counts.
@@ -55,7 +58,7 @@ class Gate:
                         503,
                         f"{self.limits.requests} requests are under way; ask again later",
                         code="overloaded",
-                        headers={"Retry-After": "1"},
+                        headers={"Retry-After": "1", **CLOSE},
                     )
                 )
             else:
@@ -114,9 +117,8 @@ class _Caller:
                 message = await self._receive()
         except TimeoutError:
             self.complete = True
-            raise Refusal(
-                408, f"nothing more of the request came for {self.limits.stall_seconds:g} s", code="stalled"
-            ) from None
+            reason = f"nothing more of the request came for {self.limits.stall_seconds:g} s"
+            raise Refusal(408, reason, code="stalled", headers=CLOSE) from None
         self.size += len(message.get("body", b""))
         self.complete = not message.get("more_body", False)
         if self.size > self.limits.body_bytes:
@@ -151,4 +153,5 @@ class _Caller:
         return int(length) if length.isdigit() else 0
 
     def _too_large(self) -> Refusal:
-        return Refusal(413, f"a request may have {self.limits.body_bytes} bytes; send less", code="too_large")
+        reason = f"a request may have {self.limits.body_bytes} bytes; send less"
+        return Refusal(413, reason, code="too_large", headers=CLOSE)

@@ -92,10 +92,19 @@ def test_a_client_that_closes_its_half_is_gone(patient: Running) -> None:
 def test_a_body_that_does_not_end_is_refused(patient: Running) -> None:
     with opened(patient, b'{"model":', length=1000) as connection:
         answer, reason = answer_on(connection)
-    assert (answer.status, reason) == (408, "nothing more of the request came for 1 s")
+        assert (answer.status, reason) == (408, "nothing more of the request came for 1 s")
+        assert connection.recv(1) == b"", "the connection stays open"
     with opened(patient, b'{"model":', length=1000) as connection:
         connection.shutdown(socket.SHUT_WR)
     patient.wait_until_idle()
+
+
+def test_a_body_without_end_is_refused(patient: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("multitower.cli.server.gate.DISCARD_SECONDS", 0.2)
+    with opened(patient, b"", length=10**12) as connection:
+        answer, reason = answer_on(connection)
+        assert (answer.status, reason) == (413, "a request may have 26214400 bytes; send less")
+        assert connection.recv(1) == b"", "the connection stays open"
 
 
 def test_a_client_that_does_not_read_ends_its_decoding(patient: Running) -> None:
@@ -166,6 +175,16 @@ def test_answers_under_load_are_those_alone(server: Running, pipe: mt.Pipeline, 
         counted[f'multitower_rows_bucket{{le="{le}",tower="text"}}'] for le in ("1.0", "+Inf")
     )
     assert single < all_of_them / 2, "rows were not decoded together"
+
+
+def test_an_answer_is_told_that_the_server_ends(pipe: mt.Pipeline) -> None:
+    made = app.make_app(pipe, name="tiny", limits=limits.Limits(tokens=LONG))
+    with running(made) as server, opened(server, chat(stream=True, max_tokens=LONG)) as connection:
+        answer = http.client.HTTPResponse(connection)
+        answer.begin()
+        assert answer.readline()
+        made.state.engine.end_within(0.1)
+        assert b"the server is closing" in answer.read()
 
 
 def test_the_command_ends_cleanly(fused: Path) -> None:
