@@ -108,6 +108,6 @@ class Growing:
     def grown(self, text: str, *, last: bool = False) -> str:
         """Return what is new of a text; all of it with the last."""
         known = text if last else text.rstrip("\ufffd")
-        new = known[len(self._text) :] if known.startswith(self._text) else ""
+        new = known[len(self._text) :] if last or known.startswith(self._text) else ""
         self._text += new
         return new

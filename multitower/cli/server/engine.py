@@ -113,7 +113,7 @@ class Job:
         self.over = not isinstance(event, Piece)
         try:
             self._emit(event)
-        except Exception:  # whoever asked is gone
+        except RuntimeError:  # the loop of whoever asked has ended
             self.over = True
 
     def check_time(self, latest: float) -> None:
@@ -152,8 +152,8 @@ class Engine:
     ) -> None:
         self.model, self._codec, self._chunk, self._observe = codec.model, codec, chunk, observe
         self._ends = {name: self._ends_of(name) for name in outputs}
-        self._changed, self._arrived, self._closed = Condition(), list[Job](), False
-        self._latest = math.inf
+        self._changed, self._arrived, self._going = Condition(), list[Job](), list[Job]()
+        self._closed, self._latest = False, math.inf
         self._thread = Thread(target=self._run, name="multitower-engine", daemon=True)
         self._thread.start()
 
@@ -194,20 +194,28 @@ class Engine:
         return frozenset(settings.ends)
 
     def _run(self) -> None:
-        going: list[Job] = []
-        while True:
+        try:
+            while self._step():
+                pass
+        finally:
             with self._changed:
-                while not (going or self._arrived or self._closed):
-                    self._changed.wait()
-                fresh, self._arrived = self._arrived, []
+                self._closed, left = True, [*self._going, *self._arrived]
+            for job in left:
+                job.tell(ConnectionError(CLOSING))
+
+    def _step(self) -> bool:
+        """Take in what has come, and decode some tokens of all that is under way; say whether to go on."""
+        with self._changed:
+            while not (self._going or self._arrived or self._closed):
+                self._changed.wait()
             if self._closed:
-                for job in (*going, *fresh):
-                    job.tell(ConnectionError(CLOSING))
-                return
-            self._each(fresh, lambda job: job.session.outputs, self._append)
-            going += fresh
-            self._each(going, self._key, self._decode)
-            going = [job for job in going if not job.over]
+                return False
+            fresh, self._arrived = self._arrived, []
+            self._going += fresh
+        self._each(fresh, lambda job: job.session.outputs, self._append)
+        self._each(self._going, self._key, self._decode)
+        self._going = [job for job in self._going if not job.over]
+        return True
 
     def _each(
         self, jobs: Iterable[Job], key: Callable[[Job], Any], step: Callable[[list[Job]], None]

@@ -80,6 +80,17 @@ def test_a_chat_of_text_and_sound(client: Any, pipe: mt.Pipeline, clip: Path) ->
     assert [chunk.choices[0].finish_reason for chunk in chunks][-1] == "length"
 
 
+def test_a_temperature_is_honoured(client: Any) -> None:
+    messages = [{"role": "user", "content": "two"}]
+
+    def answer(**choices: float) -> str:
+        found = client.chat.completions.create(model="tiny", messages=messages, **choices)
+        return found.choices[0].message.content
+
+    assert len({answer(temperature=1.5) for _ in range(4)}) > 1
+    assert answer(temperature=0.5, top_p=1e-6) == answer(), "only the likeliest token is left"
+
+
 def test_a_chat_answered_in_sound(client: Any, pipe: mt.Pipeline) -> None:
     messages = [{"role": "user", "content": "two"}]
     text, sound = pipe([("text", "two")], output=["text", "speech"], **GREEDY)

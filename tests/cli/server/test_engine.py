@@ -188,6 +188,22 @@ def test_a_closed_engine_says_so(model: mt.FusedModel) -> None:
         assert isinstance(each.rest()[-1], ConnectionError)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_no_one_waits_for_an_engine_that_broke(model: mt.FusedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(Codec(model, {}), OUTPUTS)
+
+    def broken(job: Job) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(engine, "_key", broken)
+    for _ in range(2):
+        each = asked(model, 1, Decoding("text", 9))
+        engine.submit(each.job)
+        assert isinstance(each.rest()[-1], ConnectionError)
+    engine.close()
+    assert not engine.alive
+
+
 def test_what_counts_from_the_beginning_is_refused() -> None:
     text = causal_lm("llama")
     text.generation_config.min_new_tokens = 3
