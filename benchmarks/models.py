@@ -182,8 +182,8 @@ class Parts:
             seen[name] = visibility(target["times"], source["times"], source["mask"], specs[name].window)
         for tap, (states, x) in self.taps.items():
             module = self.model.tap(tap)
-            source = module.read(_like(states), rotations.of_keys(tap.source, module))
-            yield module(_like(x), source, seen[tap.link], rotations.of_queries(tap.target, module))
+            source = module.read(_like(states), rotations.of_keys(tap, module))
+            yield module(_like(x), source, seen[tap.link], rotations.of_queries(tap, module))
         for name, (_, embedded) in self.adapters.items():
             yield self.model.adapt(name, _like(embedded))
 

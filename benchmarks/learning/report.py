@@ -29,7 +29,14 @@ BEST = {
     "before": "fusion as it was",
     "expansion all, lr 0.003": "vocabulary expansion",
 }
-COLOURS = {"segments": "#009e73", "base": "#0072b2", "before": "#e69f00", "all": "#d55e00", "lora": "#cc79a7", "new": "#999999"}
+COLOURS = {
+    "segments": "#009e73",
+    "base": "#0072b2",
+    "before": "#e69f00",
+    "all": "#d55e00",
+    "lora": "#cc79a7",
+    "new": "#999999",
+}
 
 Run = Mapping[str, Any]
 

@@ -18,6 +18,9 @@ APART = 1000.0
 
 LAST = 2**62
 
+PLACES = "places beside "
+"""How the names begin under which a stream brings its places: "places beside text"."""
+
 
 def places(streams: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Return for each token which segment it is in, and which token of it, in one number.
@@ -32,8 +35,8 @@ def places(streams: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     [(1, 0), (1, 1), (1, 2)]
 
     Args:
-        streams: All of a batch, each with "times", -1 at padding on either side, and, where it is packed,
-            "examples".
+        streams: Those of the two towers of a link, or one of them, each with "times", -1 at padding on either
+            side, and, where it is packed, "examples". What other towers say is not counted.
 
     Returns:
         By stream ``segment * ROOM + token``, int64, shape (batch, length): segments are counted in the order

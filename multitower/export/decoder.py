@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from ..batch.collate import Example, Segment, Stream
-from ..batch.places import places
+from ..batch.places import PLACES, places
 from ..errors import ExportError
 from ..generate.tap_cache import TapCache
 from ..link.attention import Visibility, visibility
@@ -164,9 +164,10 @@ class _Step(nn.Module):
         x, context = self.tower.resume(tokens, kept, cache["times"] >= 0)
         x = self.adapter(x)
         stream = {"times": times}
-        if any(module.position == "segment" for module in self.taps):
-            every = places({self.name: {"times": cache["times"]}, **state["sources"]})
-            stream["places"] = every[self.name][:, new]
+        for tap, module in zip((tap for tap, _ in self.reads), self.taps, strict=True):
+            if module.position == "segment" and PLACES + tap.source not in stream:
+                both = {self.name: {"times": cache["times"]}, tap.source: state["sources"][tap.source]}
+                stream[PLACES + tap.source] = places(both)[self.name][:, new]
         rotations, seen = Rotations({self.name: stream}), dict[tuple[Any, ...], Visibility]()
         for layer in range(self.tower.depth + 1):
             if layer:
@@ -195,7 +196,7 @@ class _Step(nn.Module):
             sight = (tap.source, window, dtype)
             if sight not in seen:
                 seen[sight] = visibility(times, when["times"], when["mask"], window, dtype)
-            updates.append(module(x, source, seen[sight], rotations.of_queries(self.name, module)))
+            updates.append(module(x, source, seen[sight], rotations.of_queries(tap, module)))
         return add(x, updates) if updates else x
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from ..batch.places import PLACES
 from ..compile.schedule import Layer, Tap
 from ..link.attention import Visibility, visibility
 from ..link.cross_attention import KeysValues, add
@@ -38,11 +40,11 @@ class Keeping(NamedTuple):
     open: Collection[str]
     outputs: Collection[str]
 
-    @property
-    def in_segments(self) -> set[str]:
-        """The towers of which a link asks where in their segments their tokens stand."""
-        links = self.model._graph.links.values()
-        return {name for each in links if each.position == "segment" for name in (each.source, each.target)}
+    def beside(self, name: str) -> set[str]:
+        """Return the towers beside which a link asks where in its segments a tower's tokens stand."""
+        links = [each for each in self.model._graph.links.values() if each.position == "segment"]
+        ends = [(each.source, each.target) for each in links if name in (each.source, each.target)]
+        return {other for pair in ends for other in pair if other != name}
 
     def readers(self, name: str) -> list[Tap]:
         """Return the taps that read a tower for those that may get more tokens."""
@@ -168,8 +170,8 @@ class _Pass:
         tokens = pad_sequence([said.tokens[start:] for said, start in parts], batch_first=True)
         times = self.times[name]
         stream = {"tokens": tokens, "times": times, "mask": times >= 0}
-        if name in self.keeping.in_segments:
-            stream["places"] = self._new(name, Row.places)
+        for other in self.keeping.beside(name):
+            stream[PLACES + other] = self._new(name, partial(Row.places, other=other))
         return {key: each.to(device) for key, each in stream.items()}
 
     def _times(self, name: str) -> Tensor:
@@ -226,7 +228,7 @@ class _Pass:
 
     def _read(self, tap: Tap, x: Tensor, seen: Visibility) -> Tensor:
         module = self.model.tap(tap)
-        update: Tensor = module(x, self._keys(tap), seen, self.rotations.of_queries(tap.target, module))
+        update: Tensor = module(x, self._keys(tap), seen, self.rotations.of_queries(tap, module))
         return update
 
     def _keys(self, tap: Tap) -> KeysValues:
@@ -235,7 +237,7 @@ class _Pass:
             parts = [] if self.earlier[tap.source].shape[1] == 0 else [kept_of(self.rows, tap, self.starts)]
             if tap.source in self.names:
                 module, states = self.model.tap(tap), self.given[tap.source, tap.source_layer]
-                parts.append(module.read(states, self.rotations.of_keys(tap.source, module)))
+                parts.append(module.read(states, self.rotations.of_keys(tap, module)))
             self.keys[tap] = KeysValues(*(torch.cat(part, 2) for part in zip(*parts, strict=True)))
         return self.keys[tap]
 

@@ -106,16 +106,19 @@ class Row:
         }
         return replace(before, said=said, read=read)
 
-    def places(self, name: str, times: Tensor | None = None) -> Tensor:
-        """Return the places of a tower's tokens, int64, shape (length,); see ``batch.places``.
+    def places(self, name: str, other: str, times: Tensor | None = None) -> Tensor:
+        """Return the places of a tower's tokens beside another's, int64, shape (length,).
+
+        See ``batch.places``.
 
         Args:
             name: The tower.
-            times: When its tokens stand, if there are more than have been said.
+            other: The other one.
+            times: When the tokens of the tower stand, if there are more than have been said.
         """
-        every = {each: said.times for each, said in self.said.items() if len(said.times)}
-        every |= {} if times is None else {name: times}
-        return places({each: {"times": when[None]} for each, when in every.items()})[name][0]
+        both = {name: self.of(name).times if times is None else times, other: self.of(other).times}
+        streams = {each: {"times": when[None]} for each, when in both.items() if len(when)}
+        return places(streams)[name][0]
 
     def but_last(self, name: str) -> Row:
         """Return the row as if the last token of a tower had not run."""

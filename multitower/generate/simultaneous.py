@@ -51,13 +51,13 @@ class Prompt(NamedTuple):
             1); -1 at padding.
         starts: Where in each row the new segment starts: at the last of these tokens, its begin token, or
             after it.
-        places: Where they stand in their segments, of the shape of ``times``, if a link asks.
+        places: Their places beside other towers, of the shape of ``times``, if a link asks.
     """
 
     tokens: Tensor
     times: Tensor
     starts: Sequence[int]
-    places: Tensor | None
+    places: Mapping[str, Tensor]
 
     @property
     def length(self) -> int:

@@ -93,7 +93,7 @@ class TapCache:
 
     def _read(self, tap: Tap, states: Tensor, stream: Stream, rotations: Rotations) -> Entry:
         device, module = self.model.tower(tap.target).device, self.model.tap(tap)
-        source = module.read(states, rotations.of_keys(tap.source, module))
+        source = module.read(states, rotations.of_keys(tap, module))
         source = KeysValues(*(part.contiguous() for part in source))  # read once for each token to come
         return Entry(source, stream["times"].to(device), stream["mask"].to(device))
 
@@ -102,11 +102,13 @@ class Read(NamedTuple):
     """One tap as each step runs it.
 
     Attributes:
+        tap: The tap.
         module: The tap.
         entry: What it reads.
         sight: What its visibility depends on beside the times of the step: source, window and dtype.
     """
 
+    tap: Tap
     module: GatedCrossAttention
     entry: Entry
     sight: tuple[str, int | None, torch.dtype]
@@ -136,7 +138,7 @@ class TapReader:
         times: When the tokens of its prompts stand, and the first that is decoded, int64, shape (batch,
             prompt length + 1), padded on the left.
         notes: Layers of which what they give is noted, for others to read.
-        places: Where they stand in their segments, of the same shape, if a link asks; see ``batch.places``.
+        places: Their places beside other towers, each of the same shape, if a link asks.
 
     Attributes:
         noted: By layer what each call gave of it, in their order.
@@ -149,18 +151,20 @@ class TapReader:
         cache: TapCache,
         times: Tensor,
         notes: Collection[int] = (),
-        places: Tensor | None = None,
+        places: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.model, self.name, self.cache = model, name, cache
         self.noted: dict[int, list[Tensor]] = {layer: [] for layer in notes}
         self.times = F.pad(times, (1, 0), value=-1)  # for torch.compile, to which a length of 1 is a constant
-        self.places = None if places is None else F.pad(places, (1, 0))
+        self.places = {key: F.pad(each, (1, 0)) for key, each in (places or {}).items()}
         self.reads = self.reads_now()
         self.repeated: dict[int, dict[int, list[Read]]] = {}
         self.step: Step | None = None
         self.late: dict[int, Step] = {}
         every = [read for reads in self.reads.values() for read in reads]
-        self.settled = not any(module.position or window is not None for module, _, (_, window, _) in every)
+        self.settled = not any(
+            module.position or window is not None for _, module, _, (_, window, _) in every
+        )
 
     def reads_now(self) -> dict[int, list[Read]]:
         """Return, by the layer that they follow, the taps whose sources have tokens."""
@@ -169,7 +173,7 @@ class TapReader:
             if tap.target == self.name and tap in self.cache.entries:
                 module = self.model.tap(tap)
                 sight = (tap.source, links[tap.link].window, module.query.weight.dtype)
-                read = Read(module, self.cache.entries[tap], sight)
+                read = Read(tap, module, self.cache.entries[tap], sight)
                 reads.setdefault(tap.target_layer, []).append(read)
         return reads
 
@@ -187,10 +191,10 @@ class TapReader:
             return x
         step, updates = self.step, []
         assert step is not None
-        for module, entry, sight in self._reads(len(x))[layer]:
+        for tap, module, entry, sight in self._reads(len(x))[layer]:
             if sight not in step.seen:
                 step.seen[sight] = visibility(step.times, entry.times, entry.mask, *sight[1:])
-            turn = step.rotations.of_queries(self.name, module)
+            turn = step.rotations.of_queries(tap, module)
             updates.append(module(x, entry.source, step.seen[sight], turn))
         if layer == max(self.reads):
             self.step = None
@@ -203,8 +207,8 @@ class TapReader:
         """
         index = positions.to(self.times.device) + 1
         known = index.clamp(max=self.times.shape[1] - 1)
-        of_each = {"times": self.times} | ({} if self.places is None else {"places": self.places})
-        return {key: each[:, known] + (index - known) for key, each in of_each.items()}
+        every = {"times": self.times, **self.places}
+        return {key: each[:, known] + (index - known) for key, each in every.items()}
 
     def _step(self, rows: int, positions: Tensor) -> Step:
         """Begin a step; late ones, which see all there is, share one as long as nothing depends on when."""

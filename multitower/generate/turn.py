@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..batch.collate import Segment
+from ..batch.places import PLACES
 from ..link.cross_attention import KeysValues
 from ..run.max_positions import bounded, check_room
 from ..run.tables import Rotations
@@ -236,7 +237,7 @@ def _noted(
     for tap in keeping.readers(name):
         module = keeping.model.tap(tap)
         states = torch.cat(reader.noted[tap.source_layer], 1)
-        new = module.read(states, rotations.of_keys(name, module))
+        new = module.read(states, rotations.of_keys(tap, module))
         for row, (each,) in enumerate(rows_of([new], places)):
             old = read[row].get(tap)
             parts = [each] if old is None else [old, each]
@@ -258,10 +259,10 @@ def _prompts(keeping: Keeping, rows: Sequence[Row], settings: Settings) -> tuple
         tokens.append(torch.cat([said.tokens, torch.tensor([settings.begin] * begin, dtype=torch.long)]))
         times.append(torch.cat([said.times, torch.arange(row.time, row.time + begin + 1)]))
     starts = [max(len(each) for each in tokens) - begin for begin in begins]
-    places = None
-    if name in keeping.in_segments:
-        each = [row.places(name, when) for row, when in zip(rows, times, strict=True)]
-        places = pad_left(each, 0).to(device)
+    places = {}
+    for other in keeping.beside(name):
+        each = [row.places(name, other, when) for row, when in zip(rows, times, strict=True)]
+        places[PLACES + other] = pad_left(each, 0).to(device)
     padded = pad_left(tokens, settings.begin).to(device)
     return rows, Prompt(padded, pad_left(times, -1).to(device), starts, places)
 

@@ -310,8 +310,8 @@ class Fusion(Familiar):
         for tap in taps:
             module = self.tap(tap)
             given = states.read(tap.source, tap.source_layer, device)
-            source = module.read(given, rotations.of_keys(tap.source, module))
-            turn = rotations.of_queries(tap.target, module)
+            source = module.read(given, rotations.of_keys(tap, module))
+            turn = rotations.of_queries(tap, module)
             updates.append(module(x, source, seen[tap.link], turn))
             if output_attentions:
                 weights = module.weights(x, source, seen[tap.link], turn)

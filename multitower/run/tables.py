@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..batch.collate import Streams
 from ..batch.pack import moments, reach
-from ..batch.places import places, positions_in_segments
+from ..batch.places import PLACES, places, positions_in_segments
+from ..compile.schedule import Tap
 from ..declare.spec import LinkSpec
 from ..link.attention import Visibility, block_visibility, has_flex, visibility
 from ..link.cross_attention import GatedCrossAttention
@@ -20,45 +21,51 @@ class Rotations:
     """Tables of rotary positions, each made once: for a stream, a head width, a dtype and a device.
 
     >>> from multitower.link.cross_attention import GatedCrossAttention
-    >>> tap = GatedCrossAttention(8, 8, heads=2, position="rotary")
+    >>> module = GatedCrossAttention(8, 8, heads=2, position="rotary")
+    >>> tap = Tap("speech->text", "speech", 1, "text", 1)
     >>> made = Rotations({"text": {"times": torch.tensor([[0, 1, 2]])}})
-    >>> made.of_queries("text", tap).cos.shape, made.of_queries("text", tap) is made.of_keys("text", tap)
+    >>> made.of_queries(tap, module).cos.shape, made.of_queries(tap, module) is made.of_queries(tap, module)
     (torch.Size([1, 1, 3, 2]), True)
 
     Args:
-        streams: By tower when each of its tokens stands, "times", int64, shape (batch, length), and, if
-            known, "places", as ``batch.places.places`` makes them of the times of all streams.
+        streams: By tower when each of its tokens stands, "times", int64, shape (batch, length), and, where
+            other tokens are not at hand, its places beside other towers; see ``batch.places``.
     """
 
     def __init__(self, streams: Streams) -> None:
         self.streams = streams
-        self.places = {name: stream["places"] for name, stream in streams.items() if "places" in stream}
+        self.places: dict[tuple[str, str], Tensor] = {}
         self.made: dict[tuple[object, ...], Rotation] = {}
 
-    def of_keys(self, stream: str, tap: GatedCrossAttention) -> Rotation | None:
+    def of_keys(self, tap: Tap, module: GatedCrossAttention) -> Rotation | None:
         """Return the table of the stream that a tap reads; None where it has no rotary positions."""
-        return self._of(stream, tap, tap.stretches[0])
+        return self._of(tap.source, tap.target, module, module.stretches[0])
 
-    def of_queries(self, stream: str, tap: GatedCrossAttention) -> Rotation | None:
+    def of_queries(self, tap: Tap, module: GatedCrossAttention) -> Rotation | None:
         """Return the table of the stream for which a tap reads; None where it has no rotary positions."""
-        return self._of(stream, tap, tap.stretches[1])
+        return self._of(tap.target, tap.source, module, module.stretches[1])
 
-    def _of(self, stream: str, tap: GatedCrossAttention, stretch: float) -> Rotation | None:
-        if tap.position is None:
+    def _of(self, name: str, other: str, module: GatedCrossAttention, stretch: float) -> Rotation | None:
+        if module.position is None:
             return None
-        weight = tap.query.weight
-        key = (stream, tap.position, stretch, tap.head_width, weight.dtype, weight.device)
+        weight, beside = module.query.weight, other if module.position == "segment" else ""
+        key = (name, beside, stretch, module.head_width, weight.dtype, weight.device)
         if key not in self.made:
-            positions = self._positions(stream, tap.position, stretch).to(weight.device)
-            self.made[key] = rotation(positions, tap.head_width, weight.dtype)
+            positions = self._positions(name, beside, stretch).to(weight.device)
+            self.made[key] = rotation(positions, module.head_width, weight.dtype)
         return self.made[key]
 
-    def _positions(self, stream: str, kind: str, stretch: float) -> Tensor:
-        if kind == "rotary":
-            return self.streams[stream]["times"]
-        if stream not in self.places:
-            self.places = places(self.streams)
-        return positions_in_segments(self.places[stream], stretch)
+    def _positions(self, name: str, beside: str, stretch: float) -> Tensor:
+        stream = self.streams[name]
+        if not beside:
+            return stream["times"]
+        if PLACES + beside in stream:
+            return positions_in_segments(stream[PLACES + beside], stretch)
+        if (name, beside) not in self.places:
+            both = {each: self.streams[each] for each in (name, beside) if each in self.streams}
+            for each, found in places(both).items():
+                self.places[each, beside if each == name else name] = found
+        return positions_in_segments(self.places[name, beside], stretch)
 
 
 def visibilities(

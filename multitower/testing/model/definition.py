@@ -103,9 +103,12 @@ def _places(streams: Streams, link: LinkSpec, name: str) -> list[list[float]]:
     rows = [[float(time) for time in times] for times in streams[name]["times"].tolist()]
     if link.position != "segment":
         return rows
+    pair = (link.source, link.target)
     stretch = (link.pace if name == link.target else 1.0) / min(1.0, link.pace)
     for row, times in enumerate(rows):
-        begins = {each: _begins(stream["times"][row].tolist()) for each, stream in streams.items()}
+        begins = {
+            each: _begins(stream["times"][row].tolist()) for each, stream in streams.items() if each in pair
+        }
         every = sorted({begin for each in begins.values() for begin in each if begin >= 0})
         rows[row] = [
             1000.0 * every.index(begin) + (time - begin) * stretch if time >= 0 else 0.0
