@@ -36,7 +36,7 @@ def places(streams: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
     Args:
         streams: Those of the two towers of a link, or one of them, each with "times", -1 at padding on either
-            side, and, where it is packed, "examples". What other towers say is not counted.
+            side or "mask", and, where it is packed, "examples". What other towers say is not counted.
 
     Returns:
         By stream ``segment * ROOM + token``, int64, shape (batch, length): segments are counted in the order
@@ -46,12 +46,14 @@ def places(streams: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     first, begin, keys = {}, {}, []
     for name, stream in streams.items():
         times = stream["times"].to(device)
+        real = stream["mask"].to(device) if "mask" in stream else times >= 0
+        times = times.where(real, -1)
         before = _shifted(times)
         begins = (before < 0) | (times != before + 1)
         index = torch.arange(times.shape[1], device=device)
         first[name] = times.gather(1, (index * begins).cummax(1).values)
         begin[name] = stream[EXAMPLES].to(device) * 2**40 if EXAMPLES in stream else 0 * times
-        keys.append((begin[name] + first[name]).masked_fill(~begins | (times < 0), LAST))
+        keys.append((begin[name] + first[name]).masked_fill(~begins | ~real, LAST))
     every = torch.cat(keys, 1).sort(1).values
     number = (every != _shifted(every)).cumsum(1) - 1
     last = every.shape[1] - 1
@@ -62,7 +64,7 @@ def places(streams: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     found = {}
     for name, stream in streams.items():
         segment = numbered(begin[name] + first[name]) - numbered(begin[name])
-        token = stream["times"].to(device) - first[name]
+        token = (stream["times"].to(device) - first[name]).clamp(min=0)
         found[name] = (segment.clamp(min=0) * ROOM + token).to(stream["times"].device)
     return found
 
