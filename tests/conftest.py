@@ -20,7 +20,7 @@ settings.load_profile("ci")
 
 
 # They register a device with torch, for a process of their own; see test_other_device.py.
-collect_ignore = ["helpers/other_device.py", "helpers/checks_on_other_device.py"]
+collect_ignore_glob = ["helpers/other_device.py", "helpers/checks_o*.py"]
 
 
 @pytest.fixture(autouse=True)

@@ -115,8 +115,14 @@ def to_device(
         batch: As ``collate`` gives it, packed or not, with or without states that were kept.
         device: Where they are to be; by tower, as ``model.devices`` says, where towers are on several.
         non_blocking: Whether copies from pinned memory need not be waited for, as in ``Tensor.to``.
+
+    Raises:
+        ValueError: There is a stream for a tower of which no device is said.
     """
     places = device if isinstance(device, Mapping) else dict.fromkeys(batch["streams"], device)
+    lacking = [name for name in batch["streams"] if name not in places]
+    if lacking:
+        raise ValueError(f"there is a stream for {lacking[0]!r}, but the towers are {', '.join(places)}")
     streams = {
         name: {key: tensor.to(places[name], non_blocking=non_blocking) for key, tensor in stream.items()}
         for name, stream in batch["streams"].items()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ..batch.collate import Batch, Segment, collate
@@ -20,7 +21,7 @@ SEGMENTS, LENGTH = "segments", "length"
 def encode_columns(
     dataset: Any,
     columns: Mapping[str, str],
-    modalities: Mapping[str, Modality | PreTrainedTokenizerBase],
+    modalities: Mapping[str, Modality | PreTrainedTokenizerBase] = MappingProxyType({}),
     *,
     targets: Collection[str],
     **options: Any,
@@ -35,6 +36,12 @@ def encode_columns(
     >>> row["length"], [(segment["tower"], segment["target"]) for segment in row["segments"]]
     (9, [('text', False), ('text', True)])
 
+    A tower without a modality takes columns of token ids as they are, begin and end included:
+
+    >>> rows = [{"units": [1, 5, 2], "words": [1, 7, 2]}]
+    >>> encode_columns(rows, {"units": "speech", "words": "text"}, targets=["words"])[0]["length"]
+    6
+
     A data set of Hugging Face ``datasets`` is mapped, in worker processes (``num_proc=8``) and kept on disk,
     or while it streams; ``datasets.interleave_datasets([asr, tts, text], probabilities, seed)`` mixes what
     comes of several. Of anything else that gives rows, a list is made.
@@ -42,7 +49,8 @@ def encode_columns(
     Args:
         dataset: Rows, each a mapping from columns to raw data.
         columns: By column the tower that gets it.
-        modalities: By tower what encodes it: a modality, or a tokenizer of transformers.
+        modalities: By tower what encodes it: a modality, or a tokenizer of transformers. None for columns of
+            token ids.
         targets: The columns to learn.
         options: What else ``datasets.Dataset.map`` takes.
 
@@ -50,21 +58,19 @@ def encode_columns(
         The same kind of data set (or a list) with the columns "segments" and "length", in tokens.
 
     Raises:
-        ValueError: A column is to be learnt, or a tower to be encoded for, of which nothing is said.
-        TypeError: ``targets`` is one string, or something else stands in place of a modality.
+        ValueError: A column is to be learnt of which nothing is said.
+        TypeError: ``targets`` is one string, something else stands in place of a modality, or a column of a
+            tower without one does not hold token ids.
     """
     if isinstance(targets, str):
         raise TypeError(f"targets is a list of columns: targets=[{targets!r}]")
     unknown = [each for each in targets if each not in columns]
-    lacking = [tower for tower in columns.values() if tower not in modalities]
-    if unknown or lacking:
+    if unknown:
         raise ValueError(
             f"targets {unknown} are none of the columns {list(columns)}; columns says which tower each "
             "column of the data set goes to"
-            if unknown
-            else f"there is no modality for {', '.join(map(repr, lacking))}; there are {list(modalities)}"
         )
-    encoders = {tower: as_modality(modalities[tower]) for tower in columns.values()}
+    encoders = {tower: as_modality(modalities[tower]) for tower in columns.values() if tower in modalities}
     for tower, encoder in encoders.items():
         if not isinstance(encoder, Modality):
             raise TypeError(
@@ -91,12 +97,24 @@ def _encoded(
         if column not in row:
             raise ValueError(f"a row has no column {column!r}; it has {', '.join(map(repr, row))}")
         try:
-            tokens = modalities[tower].encode(row[column]).tolist()
+            known = tower in modalities
+            tokens = modalities[tower].encode(row[column]).tolist() if known else _ids(row[column], tower)
         except Exception as error:
             error.add_note(f"raised for tower {tower!r} in column {column!r}")
             raise
         segments.append({"tower": tower, "tokens": tokens, "target": column in targets})
     return {SEGMENTS: segments, LENGTH: sum(len(each["tokens"]) for each in segments)}
+
+
+def _ids(value: Any, tower: str) -> list[int]:
+    """Return token ids as they stand in a column."""
+    ids = value if isinstance(value, list) else getattr(value, "tolist", list)()
+    if not ids or not all(isinstance(each, int) and not isinstance(each, bool) for each in ids):
+        raise TypeError(
+            f"there is no modality for {tower!r}, and this {type(value).__name__} is no list of token ids; "
+            f"give encode_columns a modality, as in {{{tower!r}: TextModality(...)}}"
+        )
+    return ids
 
 
 class Collator:

@@ -79,10 +79,10 @@ def to_the_end(tokens: list[int]) -> list[int]:
     return tokens[: tokens.index(END) + 1] if END in tokens else tokens
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", [pytest.param("gpt2", marks=pytest.mark.slow), "llama"])
 def test_the_programs_decode_without_this_library(tmp_path: Path, family: str) -> None:
     model = pair(
-        causal_lm(family), gates=True, position="segment" if family == "gpt2" else "rotary", window=12
+        causal_lm(family), gates=True, position="segment" if family == "llama" else "rotary", window=12
     )
     programs = export_decoder(model, "text", max_length=LONGEST)
     given = [[mt.Segment("speech", [1, 5, 6, 7, 8, 2])], [mt.Segment("speech", [1, 9, 2])]]

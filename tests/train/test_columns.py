@@ -259,12 +259,30 @@ def test_an_epoch_is_resumed_in_the_middle(csv: str, tmp_path: Path, streamed: b
 
 
 def test_columns_that_nothing_encodes_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"no modality for 'speech'"):
-        encode_columns([], {"audio": "speech"}, {}, targets=[])
+    for value in ("a.wav", 3, [1.5], []):
+        with pytest.raises(
+            TypeError, match=r"no modality for 'speech', and this \w+ is no list of token ids"
+        ):
+            encode_columns([{"audio": value}], {"audio": "speech"}, targets=[])
     with pytest.raises(ValueError, match=r"targets \['answer'\] are none of the columns \['audio'\]"):
         encode_columns([], {"audio": "speech"}, {"speech": None}, targets=["answer"])
     with pytest.raises(ValueError, match="a row has no column 'said'; it has 'heard'"):
         encoded([{"heard": "a"}])
+
+
+def test_token_ids_are_taken_as_they_are() -> None:
+    rows = [{"units": [1, 5, 2], "words": torch.tensor([1, 7, 2])}]
+    (row,) = encode_columns(rows, {"units": "speech", "words": "text"}, targets=["words"])
+    assert [(each["tower"], each["tokens"]) for each in row["segments"]] == [
+        ("speech", [1, 5, 2]),
+        ("text", [1, 7, 2]),
+    ]
+
+
+def test_a_segment_of_no_tower_is_named() -> None:
+    batch = mt.collate([[mt.Segment("unit", [1, 2])]])
+    with pytest.raises(ValueError, match="there is a stream for 'unit', but the towers are speech, text"):
+        mt.batch.to_device(batch, {"speech": "cpu", "text": "cpu"})
 
 
 def test_what_is_imported_late_stays_what_it_is() -> None:
