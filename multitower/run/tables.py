@@ -51,21 +51,21 @@ class Rotations:
         weight, beside = module.query.weight, other if module.position == "segment" else ""
         key = (name, beside, stretch, module.head_width, weight.dtype, weight.device)
         if key not in self.made:
-            positions = self._positions(name, beside, stretch).to(weight.device)
+            known = self._places(name, beside) if beside else self.streams[name]["times"]
+            positions = known.to(weight.device)
+            if beside:
+                positions = positions_in_segments(positions, stretch)
             self.made[key] = rotation(positions, module.head_width, weight.dtype)
         return self.made[key]
 
-    def _positions(self, name: str, beside: str, stretch: float) -> Tensor:
-        stream = self.streams[name]
-        if not beside:
-            return stream["times"]
-        if PLACES + beside in stream:
-            return positions_in_segments(stream[PLACES + beside], stretch)
+    def _places(self, name: str, beside: str) -> Tensor:
+        if PLACES + beside in self.streams[name]:
+            return self.streams[name][PLACES + beside]
         if (name, beside) not in self.places:
             both = {each: self.streams[each] for each in (name, beside) if each in self.streams}
             for each, found in places(both).items():
                 self.places[each, beside if each == name else name] = found
-        return positions_in_segments(self.places[name, beside], stretch)
+        return self.places[name, beside]
 
 
 def visibilities(
