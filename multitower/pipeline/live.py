@@ -37,17 +37,18 @@ class LivePolicy(Protocol):
 class Agreement:
     """Decode to the end after every piece, and write what several such answers in a row begin with.
 
-    >>> Agreement().settled([[5], [5, 6, 7], [5, 6, 8]])
+    >>> Agreement(2).settled([[5], [5, 6, 7], [5, 6, 8]])
     2
 
     Source: Liu et al., "Low-Latency Sequence-to-Sequence Speech Recognition and Translation by Partial
     Hypothesis Selection" (arXiv 2005.11185).
 
     Attributes:
-        hypotheses: How many in a row have to agree.
+        hypotheses: How many in a row have to agree: more where pieces are short, or the model was never
+            trained on speech that is cut off.
     """
 
-    hypotheses: int = 2
+    hypotheses: int = 3
 
     def limit(self, read: int, written: int) -> int | None:
         """Decode to the end."""

@@ -13,7 +13,7 @@ from sessions import counted
 
 SPEECH = torch.tensor([BEGIN, 5, 6, 7, 8, 9, 10, 4, 3, END])
 OPTIONS = {"max_new_tokens": 8, "do_sample": False, "repetition_penalty": 3.0}
-POLICIES = [Agreement(), Agreement(3), WaitK(2), WaitK(1, 1.5), AtEnd()]
+POLICIES = [Agreement(2), Agreement(), WaitK(2), WaitK(1, 1.5), AtEnd()]
 
 
 def piped(kind: str) -> mt.Pipeline:
@@ -74,7 +74,7 @@ def test_speech_runs_once() -> None:
 
 def test_no_written_token_is_taken_back() -> None:
     """Answers that agree by chance and then turn out otherwise stay."""
-    policy = Agreement()
+    policy = Agreement(2)
     assert policy.settled([[4]]) == 0
     assert policy.settled([[4, 5], [4, 5, 6]]) == 2
     assert policy.settled([[4, 5], [3, 5]]) == 0
