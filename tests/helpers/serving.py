@@ -18,7 +18,7 @@ for needed in ("fastapi", "prometheus_client", "python_multipart", "soundfile", 
     pytest.importorskip(needed, reason="the server needs the extra serve")
 
 
-uvicorn = pytest.importorskip("uvicorn")
+uvicorn = pytest.importorskip("uvicorn", reason="the server needs the extra serve")
 
 LIMIT = 20
 """How many tokens the servers of the tests decode at most."""

@@ -43,7 +43,7 @@ class Events(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer."""
-        async with aclosing(self._documents):  # type: ignore[type-var]
+        async with aclosing(self._documents):  # type: ignore[type-var]  # it is a generator
             await super().__call__(scope, receive, send)
 
     async def _written(self) -> AsyncIterator[str]:

@@ -22,7 +22,10 @@ from processes import environment
 from serving import LIMIT, Running, running
 
 openai = pytest.importorskip("openai", reason="the server is asked by OpenAI's own client")
-app, limits = (pytest.importorskip(f"multitower.cli.server.{name}") for name in ("app", "limits"))
+app, limits = (
+    pytest.importorskip(f"multitower.cli.server.{name}", reason="it needs the extra serve")
+    for name in ("app", "limits")
+)
 
 LONG = 100_000
 """So many tokens are not decoded within a test."""

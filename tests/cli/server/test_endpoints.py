@@ -15,7 +15,7 @@ import pytest
 import multitower as mt
 from serving import LIMIT, Running
 
-soundfile = pytest.importorskip("soundfile")
+soundfile = pytest.importorskip("soundfile", reason="sound files are sent and read")
 openai = pytest.importorskip("openai", reason="the server is asked by OpenAI's own client")
 
 GREEDY = {"do_sample": False, "max_new_tokens": LIMIT}

@@ -15,8 +15,11 @@ from letters import Letters
 from serving import Running, running
 from serving import send as post
 
-soundfile = pytest.importorskip("soundfile")
-app, limits = (pytest.importorskip(f"multitower.cli.server.{name}") for name in ("app", "limits"))
+soundfile = pytest.importorskip("soundfile", reason="sound files are sent and read")
+app, limits = (
+    pytest.importorskip(f"multitower.cli.server.{name}", reason="it needs the extra serve")
+    for name in ("app", "limits")
+)
 make_app, Limits = app.make_app, limits.Limits
 
 

@@ -16,10 +16,15 @@ import pytest
 import multitower as mt
 from serving import LIMIT, Running, running
 
-soundfile = pytest.importorskip("soundfile")
+soundfile = pytest.importorskip("soundfile", reason="sound files are sent and read")
 client = pytest.importorskip("websockets.sync.client", reason="live sessions are WebSockets")
-ConnectionClosed = pytest.importorskip("websockets.exceptions").ConnectionClosed
-app, limits = (pytest.importorskip(f"multitower.cli.server.{name}") for name in ("app", "limits"))
+ConnectionClosed = pytest.importorskip(
+    "websockets.exceptions", reason="live sessions are WebSockets"
+).ConnectionClosed
+app, limits = (
+    pytest.importorskip(f"multitower.cli.server.{name}", reason="it needs the extra serve")
+    for name in ("app", "limits")
+)
 
 GREEDY = {"do_sample": False, "max_new_tokens": LIMIT}
 

@@ -14,8 +14,8 @@ import pytest
 from serving import Running
 from serving import send as post
 
-np = pytest.importorskip("numpy")
-soundfile = pytest.importorskip("soundfile")
+np = pytest.importorskip("numpy", reason="sounds are arrays")
+soundfile = pytest.importorskip("soundfile", reason="sound files are sent and read")
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.* is cut off:UserWarning"),
