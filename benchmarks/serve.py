@@ -29,7 +29,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import numpy as np
 import psutil
 import soundfile
@@ -43,7 +43,7 @@ from multitower_speech import SpeechModality
 from multitower_text import TextModality
 
 RATE = 16_000
-Ask = Callable[[httpx.AsyncClient], Awaitable[bytes]]
+Ask = Callable[[httpx2.AsyncClient], Awaitable[bytes]]
 
 
 def make_checkpoint(folder: Path, width: int, depth: int) -> Path:
@@ -97,7 +97,7 @@ def make_requests(count: int, most: int, model: str, seed: int) -> list[Ask]:
 
 
 def _transcription(model: str, sound: bytes, stream: bool) -> Ask:
-    async def ask(client: httpx.AsyncClient) -> bytes:
+    async def ask(client: httpx2.AsyncClient) -> bytes:
         fields = {"model": model, "stream": json.dumps(stream)}
         answer = await client.post("/v1/audio/transcriptions", data=fields, files={"file": ("a.wav", sound)})
         return said(answer, stream)
@@ -106,13 +106,13 @@ def _transcription(model: str, sound: bytes, stream: bool) -> Ask:
 
 
 def _json(path: str, body: dict[str, Any], *, stream: bool) -> Ask:
-    async def ask(client: httpx.AsyncClient) -> bytes:
+    async def ask(client: httpx2.AsyncClient) -> bytes:
         return said(await client.post(path, json=body), stream)
 
     return ask
 
 
-def said(answer: httpx.Response, stream: bool) -> bytes:
+def said(answer: httpx2.Response, stream: bool) -> bytes:
     """Return what an answer says, without its number and the time."""
     answer.raise_for_status()
     if not stream:
@@ -143,8 +143,8 @@ def serving(checkpoint: Path, chosen: argparse.Namespace) -> Iterator[tuple[str,
     url = f"http://127.0.0.1:{port}"
     try:
         for _ in range(1200):
-            with contextlib.suppress(httpx.TransportError):
-                httpx.get(f"{url}/health").raise_for_status()
+            with contextlib.suppress(httpx2.TransportError):
+                httpx2.get(f"{url}/health").raise_for_status()
                 break
             if process.poll() is not None:
                 raise RuntimeError("the server did not start")
@@ -164,27 +164,27 @@ async def load(
     numbers = itertools.cycle(range(len(asks)))
     started = time.perf_counter()
 
-    async def ask_on(client: httpx.AsyncClient) -> None:
+    async def ask_on(client: httpx2.AsyncClient) -> None:
         while time.perf_counter() - started < seconds:
             number = next(numbers)
             try:
                 answer = await asks[number](client)
-            except (httpx.HTTPError, ValueError) as error:
+            except (httpx2.HTTPError, ValueError) as error:
                 print(f"lost: {error!r}", file=sys.stderr)
                 found["lost"] += 1
                 continue
             found["answers"] += 1
             found["mixed_up"] += answer != expected[number]
 
-    limits = httpx.Limits(max_connections=clients)
-    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
+    limits = httpx2.Limits(max_connections=clients)
+    async with httpx2.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
         await asyncio.gather(*(ask_on(client) for _ in range(clients)))
     return {**found, "seconds": time.perf_counter() - started}
 
 
 async def alone(url: str, asks: list[Ask]) -> list[bytes]:
     """Return the answer of each request, asked one at a time."""
-    async with httpx.AsyncClient(base_url=url, timeout=600) as client:
+    async with httpx2.AsyncClient(base_url=url, timeout=600) as client:
         return [await ask(client) for ask in asks]
 
 

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, settings
 
 from fake_hub import downloaded, hub  # noqa: F401  # fixtures
 from plugin import offer  # noqa: F401  # a fixture
+from served import client, clip, pipe, server  # noqa: F401  # fixtures
 from spoken_fusion import fused, parts  # noqa: F401  # fixtures
 from victims import _offline, base  # noqa: F401  # fixtures
 

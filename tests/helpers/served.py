@@ -1,3 +1,5 @@
+"""Fixtures: a server of a tiny model, and a client of it."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
