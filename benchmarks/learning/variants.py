@@ -43,10 +43,10 @@ LINK = {
     "gate": None,
     "projection": "none",
     "feed_forward": False,
-    "position": "rotary",
+    "position": "segment",
 }
 BASE = Variant(link=LINK)
-"""What the others are, with one thing changed: the default before positions of segments were tried."""
+"""The default of ``add_link``, and the recipe of the main example: the others are this with one thing changed."""
 
 
 def linked(**changes: object) -> Variant:
@@ -54,74 +54,95 @@ def linked(**changes: object) -> Variant:
     return replace(BASE, link={**LINK, **changes})
 
 
+SHARED_TIME = linked(position="rotary")
+"""With positions of the shared time, which were the default while most other things were tried first."""
+
+
 def expansion(kind: str, lr: float, noise: float = 0.0) -> Variant:
     """Return vocabulary expansion of the text decoder."""
     return Variant(f"expansion {kind}", lr=lr, noise=noise, train={}, link={})
 
 
+CHANGES = {
+    "tanh gates": {"link": {"gate": "tanh"}},
+    "linear projection": {"link": {"projection": "linear"}},
+    "mlp projection": {"link": {"projection": "mlp"}},
+    "feed-forward": {"link": {"feed_forward": True}},
+    "no embeddings": {"link": {"embeddings": False}},
+    "no positions": {"link": {"position": None}},
+    "every second layer": {"link": {"interleave": 2}},
+    "paced": {"paced": True},
+    "residual adapters": {"adapter": "residual"},
+    "gated adapters": {"adapter": "gated"},
+    "lr 1.5e-3": {"lr": 1.5e-3},
+    "lr 5e-3": {"lr": 5e-3},
+    "towers at a third": {"rates": {"towers": 1e-3}},
+    "towers at a tenth": {"rates": {"towers": 3e-4}},
+    "speech frozen": {"train": {"speech": "none", "text": "none"}},
+    "text trained": {"train": {"speech": "all", "text": "all"}},
+    "no noise": {"noise": 0.0},
+    "noise 30 %": {"noise": 0.3},
+    "noise 50 %": {"noise": 0.5},
+    "speech read 30 %": {"sources": {"speech": 0.3}},
+    "stop gradient": {"trials": {"stop gradient": True}},
+    "q/k norms": {"trials": {"q/k norms": True}},
+    "warm start": {"trials": {"warm start": True}},
+    "alignment loss": {"trials": {"alignment": 1.0}},
+    "links dropped": {"trials": {"drop": 0.1}},
+    "links dropped, guidance 1.5": {"trials": {"drop": 0.1, "guidance": 1.5}},
+    "links dropped, guidance 2.5": {"trials": {"drop": 0.1, "guidance": 2.5}},
+    "noise 30 %, lr 1.5e-3": {"noise": 0.3, "lr": 1.5e-3},
+    "noise 30 %, text too": {"noise": 0.3, "text_noise": 0.3},
+    "noise 30 %, sources 15 %": {"noise": 0.3, "sources": {"speech": 0.15, "text": 0.15}},
+    "noise 30 %, text too, sources 15 %": {
+        "noise": 0.3,
+        "text_noise": 0.3,
+        "sources": {"speech": 0.15, "text": 0.15},
+    },
+    "noise 30 %, sources 30 %": {"noise": 0.3, "sources": {"speech": 0.3, "text": 0.3}},
+    "noise 30 %, speech read 30 %": {"noise": 0.3, "sources": {"speech": 0.3}},
+    "noise 30 %, speech read 50 %": {"noise": 0.3, "sources": {"speech": 0.5}},
+    "noise 30 %, towers at a third": {"noise": 0.3, "rates": {"towers": 1e-3}},
+    "noise 50 %, speech read 40 %": {"noise": 0.5, "sources": {"speech": 0.4}},
+    "noise 50 %, speech read 40 %, towers at a third": {
+        "noise": 0.5,
+        "sources": {"speech": 0.4},
+        "rates": {"towers": 1e-3},
+    },
+    "noise 50 %, speech read 40 %, towers at a third, paced": {
+        "noise": 0.5,
+        "sources": {"speech": 0.4},
+        "rates": {"towers": 1e-3},
+        "paced": True,
+    },
+    "noise 50 %, speech read 40 %, towers at a tenth": {
+        "noise": 0.5,
+        "sources": {"speech": 0.4},
+        "rates": {"towers": 3e-4},
+    },
+}
+"""What is changed, by the names of the fields of a variant; ``link`` is put over the base's."""
+
+
+def changed(base: Variant, changes: dict[str, object]) -> Variant:
+    """Return a variant with some things changed."""
+    link = {**base.link, **changes.get("link", {})}  # type: ignore[dict-item]
+    return replace(base, **{**changes, "link": link})  # type: ignore[arg-type]
+
+
 VARIANTS = {
     "base": BASE,
+    **{name: changed(BASE, changes) for name, changes in CHANGES.items()},
     "before": replace(
-        linked(embeddings=False, gate="tanh", projection="mlp", feed_forward=True),
+        SHARED_TIME,
+        link={**LINK, "embeddings": False, "gate": "tanh", "projection": "mlp", "feed_forward": True}
+        | {"position": "rotary"},
         adapter="gated",
         lr=1.5e-3,
         noise=0.0,
     ),
-    "tanh gates": linked(gate="tanh"),
-    "tanh gates, gates at lr": replace(linked(gate="tanh"), rates={"gates": 3e-3}),
-    "linear projection": linked(projection="linear"),
-    "mlp projection": linked(projection="mlp"),
-    "feed-forward": linked(feed_forward=True),
-    "no embeddings": linked(embeddings=False),
-    "no positions": linked(position=None),
-    "no noise": replace(BASE, noise=0.0),
-    "noise 30 %": replace(BASE, noise=0.3),
-    "noise 30 %, lr 1.5e-3": replace(BASE, noise=0.3, lr=1.5e-3),
-    "noise 30 %, text too": replace(BASE, noise=0.3, text_noise=0.3),
-    "noise 30 %, sources 15 %": replace(BASE, noise=0.3, sources={"speech": 0.15, "text": 0.15}),
-    "noise 30 %, text too, sources 15 %": replace(
-        BASE, noise=0.3, text_noise=0.3, sources={"speech": 0.15, "text": 0.15}
-    ),
-    "noise 30 %, sources 30 %": replace(BASE, noise=0.3, sources={"speech": 0.3, "text": 0.3}),
-    "noise 30 %, speech read 30 %": replace(BASE, noise=0.3, sources={"speech": 0.3}),
-    "noise 30 %, speech read 50 %": replace(BASE, noise=0.3, sources={"speech": 0.5}),
-    "noise 50 %, speech read 40 %": replace(BASE, noise=0.5, sources={"speech": 0.4}),
-    "noise 50 %, speech read 40 %, towers at a third": replace(
-        BASE, noise=0.5, rates={"towers": 1e-3}, sources={"speech": 0.4}
-    ),
-    "noise 50 %, speech read 40 %, towers at a third, positions of segments": replace(
-        linked(position="segment"), noise=0.5, rates={"towers": 1e-3}, sources={"speech": 0.4}
-    ),
-    "noise 50 %, speech read 40 %, towers at a third, positions of segments, paced": replace(
-        linked(position="segment"), noise=0.5, rates={"towers": 1e-3}, sources={"speech": 0.4}, paced=True
-    ),
-    "noise 50 %, speech read 40 %, towers at a tenth": replace(
-        BASE, noise=0.5, rates={"towers": 3e-4}, sources={"speech": 0.4}
-    ),
-    "noise 70 %, speech read 40 %, towers at a third": replace(
-        BASE, noise=0.7, rates={"towers": 1e-3}, sources={"speech": 0.4}
-    ),
-    "noise 30 %, towers at a third": replace(BASE, noise=0.3, rates={"towers": 1e-3}),
-    "speech read 30 %": replace(BASE, sources={"speech": 0.3}),
-    "noise 50 %": replace(BASE, noise=0.5),
-    "residual adapters": replace(BASE, adapter="residual"),
-    "gated adapters": replace(BASE, adapter="gated"),
-    "lr 1.5e-3": replace(BASE, lr=1.5e-3),
-    "lr 5e-3": replace(BASE, lr=5e-3),
-    "towers at a tenth": replace(BASE, rates={"towers": 3e-4}),
-    "towers at a third": replace(BASE, rates={"towers": 1e-3}),
-    "speech frozen": replace(BASE, train={"speech": "none", "text": "none"}),
-    "text trained": replace(BASE, train={"speech": "all", "text": "all"}),
-    "every second layer": linked(interleave=2),
-    "stop gradient": replace(BASE, trials={"stop gradient": True}),
-    "q/k norms": replace(BASE, trials={"q/k norms": True}),
-    "warm start": replace(BASE, trials={"warm start": True}),
-    "positions of segments": linked(position="segment"),
-    "positions of segments, paced": replace(linked(position="segment"), paced=True),
-    "alignment loss": replace(BASE, trials={"alignment": 1.0}),
-    "links dropped": replace(BASE, trials={"drop": 0.1}),
-    "links dropped, guidance 1.5": replace(BASE, trials={"drop": 0.1, "guidance": 1.5}),
-    "links dropped, guidance 2.5": replace(BASE, trials={"drop": 0.1, "guidance": 2.5}),
+    "shared time": SHARED_TIME,
+    **{f"shared time, {name}": changed(SHARED_TIME, changes) for name, changes in CHANGES.items()},
     **{f"expansion all, lr {lr:g}": expansion("all", lr) for lr in (5e-4, 1e-3, 1.5e-3, 3e-3, 6e-3)},
     **{f"expansion lora, lr {lr:g}": expansion("lora", lr) for lr in (3e-3, 1e-2, 3e-2)},
     **{f"expansion new, lr {lr:g}": expansion("new", lr) for lr in (3e-3, 1e-2, 3e-2)},
