@@ -46,7 +46,7 @@ LINK = {
     "position": "segment",
 }
 BASE = Variant(link=LINK)
-"""The default of ``add_link``, and the recipe of the main example: the others are this with one thing changed."""
+"""The default of ``add_link``, by the recipe of the main example: the others have one thing changed."""
 
 
 def linked(**changes: object) -> Variant:
