@@ -112,10 +112,10 @@ def make_corpus(
     text = TextModality()
     text.save_pretrained(folder / "text")
     speech.save_pretrained(folder / "speech")
-    encoded = {name: _encoded(part, text, speech) for name, part in (("pairs", pool), ("others", others))}
+    entries = {name: encoded(part, text, speech) for name, part in (("pairs", pool), ("others", others))}
     rows = {
         "text": [text.encode(line) for line in unspoken],
-        "speech": [torch.tensor(entry["speech"]) for entry in encoded["others"]],
+        "speech": [torch.tensor(entry["speech"]) for entry in entries["others"]],
     }
     pretrain_decoders(
         {"text": (text, rows["text"]), "speech": (speech, rows["speech"])},
@@ -134,23 +134,24 @@ def make_corpus(
         "true units": judge.transcribe(
             [
                 speech.decode(torch.tensor(entry["speech"]))
-                for entry in encoded["pairs"][dev:held_out][:JUDGED]
+                for entry in entries["pairs"][dev:held_out][:JUDGED]
             ]
         ),
     }
     corpus = {
-        "dev": encoded["pairs"][:dev],
-        "test": encoded["pairs"][dev:held_out],
-        "train": encoded["pairs"][held_out:],
+        "dev": entries["pairs"][:dev],
+        "test": entries["pairs"][dev:held_out],
+        "train": entries["pairs"][held_out:],
         "unpaired": {name: [row.tolist() for row in each] for name, each in rows.items()},
         "heard": heard,
     }
     (folder / CORPUS).write_text(json.dumps(corpus))
 
 
-def _encoded(
-    utterances: Sequence[Utterance], text: TextModality, speech: SpeechModality
+def encoded(
+    utterances: Sequence[Utterance], text: TextModality, speech: SpeechModality, *, progress: bool = True
 ) -> list[dict[str, Any]]:
+    """Return the entries of a corpus: transcripts, and their tokens in both modalities."""
     with threadpool_limits(1):
         return [
             {
@@ -158,7 +159,7 @@ def _encoded(
                 "text": text.encode(one.transcript).tolist(),
                 "speech": speech.encode(one.waveform).tolist(),
             }
-            for one in tqdm(utterances, desc="encoding", unit="clip")
+            for one in tqdm(utterances, desc="encoding", unit="clip", disable=not progress)
         ]
 
 

@@ -60,11 +60,12 @@ def streams_of(examples: Any) -> dict[str, dict[str, Tensor]]:
     ("text", "speech"),
     [
         ("llama", "gpt2"),
-        pytest.param("gpt2", "llama", marks=pytest.mark.slow),
-        pytest.param("qwen3", "bloom", marks=pytest.mark.slow),
-        pytest.param(None, None, marks=pytest.mark.slow),
+        ("gpt2", "llama"),
+        ("qwen3", "bloom"),
+        (None, None),
     ],
 )
+@pytest.mark.slow
 def test_a_program_runs_without_this_library(tmp_path: Path, text: str | None, speech: str | None) -> None:
     model = pair(
         None if text is None else causal_lm(text),

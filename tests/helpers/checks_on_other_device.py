@@ -38,6 +38,8 @@ def ready_made() -> mt.FusedModel:
 
 
 UNMOVED = {"saved"}  # its check assigns values of the device to parameters of the CPU, one by one
+SLOW = {"causality", "decoding", "order", "packing", "padding", "prefill", "rows"}
+"""They run a model again and again; the tests of a step and of decoding below look at the same on one batch."""
 
 MODELS = pytest.mark.parametrize("make", [custom, ready_made])
 
@@ -77,7 +79,13 @@ def test_a_look_at_values_is_a_wait(device: OtherDevice, look: Callable[[torch.T
 
 
 @pytest.mark.parametrize("make", [pytest.param(custom, marks=pytest.mark.slow), ready_made])
-@pytest.mark.parametrize("promise", sorted(MODEL_PROMISES.keys() - UNMOVED))
+@pytest.mark.parametrize(
+    "promise",
+    [
+        pytest.param(promise, marks=pytest.mark.slow if promise in SLOW else ())
+        for promise in sorted(MODEL_PROMISES.keys() - UNMOVED)
+    ],
+)
 def test_promises_hold(device: OtherDevice, make: Callable[[], mt.FusedModel], promise: str) -> None:
     MODEL_PROMISES[promise](make().to(DEVICE), EXAMPLES)
 

@@ -20,6 +20,7 @@ from multitower.generate.tap_cache import TapCache
 from multitower.testing.strategies import cases
 
 FAMILIES = ("llama", "gpt2", "qwen3", "gemma3_text")
+QUICK = {("llama", "none"), ("gpt2", "all"), ("gemma3_text", "lora")}
 
 
 def saved(model: mt.FusedModel, batch: Batch) -> int:
@@ -81,14 +82,20 @@ def test_an_estimate_is_what_is_measured(case):
         assert cost.cache_bytes == sum(part.nbytes for entry in entries for part in entry)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("train", ["none", "all", "lora"])
+@pytest.mark.parametrize(
+    ("family", "train"),
+    [
+        pytest.param(family, train, marks=() if (family, train) in QUICK else pytest.mark.slow)
+        for family in FAMILIES
+        for train in ("none", "all", "lora")
+    ],
+)
 def test_towers_from_transformers(family, train):
     text, speech = causal_lm(family), causal_lm(family, depth=4, seed=3)
     check(pair(text, speech, train=train, gates=True).train(), mt.collate(EXAMPLES))
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gemma3_text"])
+@pytest.mark.parametrize("family", [pytest.param("gpt2", marks=pytest.mark.slow), "gemma3_text"])
 def test_a_folder_is_estimated_by_its_config_alone(family, tmp_path):
     causal_lm(family).save_pretrained(tmp_path)
     graph = FusionGraph()

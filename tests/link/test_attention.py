@@ -127,6 +127,7 @@ def test_what_is_chosen_stays_in_what_is_made_of_it(tmp_path: Path) -> None:
     assert loaded.attn_implementation == "sdpa"
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_one_graph_for_packed_batches_of_any_size() -> None:
     graphs: list[object] = []

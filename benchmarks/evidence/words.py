@@ -1,0 +1,159 @@
+"""Real words as tokens of text and of speech, and a pretrained decoder of each, made once.
+
+    pip install -c constraints.txt -e '.[examples,lora]'
+    export PYTHONPATH=examples:benchmarks/learning
+    python benchmarks/evidence/words.py runs/evidence/words --wordnet /usr/share/wordnet
+
+The sentences are WordNet's examples, read by hibari. The text decoder is pretrained on WordNet's definitions
+and on examples that are not held out; the speech decoder on other sentences, without their transcripts. It
+takes some two hours of one core; stopped, it goes on where it was. The folder has the form of
+``benchmarks/learning/data.py``, and ``benchmarks/learning/train.py`` trains on it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from data import CORPUS, JUDGED, encoded
+from tqdm import tqdm
+from wordnet import read_wordnet
+
+from judge import Judge
+from multitower_speech import SpeechModality
+from multitower_text import TextModality
+from spoken_corpus import Utterance, speak
+from training import pretrain_decoders
+
+FIT_ON, CHUNK = 400, 500
+LONGEST_TEXT = 200  # tokens of a definition
+
+
+def make_corpus(
+    folder: Path,
+    wordnet: Path,
+    *,
+    pairs: int,
+    unpaired: int,
+    dev: int,
+    test: int,
+    units: int,
+    rate: float,
+    width: int,
+    depth: int,
+    pretraining: int,
+    seed: int,
+) -> None:
+    """Read WordNet, have it spoken, encode it, and pretrain both decoders."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sentences, definitions = read_wordnet(wordnet)
+    random.Random(seed).shuffle(sentences)
+    held_out, spoken = dev + test, pairs + dev + test + unpaired
+    if spoken > len(sentences):
+        raise ValueError(f"WordNet has {len(sentences)} sentences, {spoken} are asked for: ask for fewer")
+    text = TextModality()
+    text.save_pretrained(folder / "text")
+    speech = fitted(sentences[held_out:], folder / "speech", units=units, rate=rate, seed=seed)
+    entries = encode_in_chunks(sentences[:spoken], text, speech, folder / "encoded", seed)
+    heard = floor_and_ceiling(sentences[dev:held_out][:JUDGED], speech, folder / "heard.json", seed)
+
+    unspoken = [text.encode(line)[:LONGEST_TEXT] for line in [*definitions, *sentences[spoken:]]]
+    alone = [torch.tensor(entry["speech"]) for entry in entries[held_out + pairs :]]
+    for name, modality, rows in (("text", text, unspoken), ("speech", speech, alone)):
+        if not (folder / f"{name}-decoder" / "config.json").exists():
+            torch.manual_seed(seed)
+            pretrain_decoders(
+                {name: (modality, rows)},
+                pretraining,
+                folder,
+                width=width,
+                depth=depth,
+                batch=32,
+                seed=seed,
+                device="cpu",
+            )
+    corpus = {
+        "dev": entries[:dev],
+        "test": entries[dev:held_out],
+        "train": entries[held_out : held_out + pairs],
+        "unpaired": {"text": [], "speech": []},
+        "heard": heard,
+    }
+    (folder / CORPUS).write_text(json.dumps(corpus))
+
+
+def fitted(sentences: Sequence[str], folder: Path, *, units: int, rate: float, seed: int) -> SpeechModality:
+    """Fit the units on some clips, or read those that were fitted before."""
+    if folder.exists():
+        return SpeechModality.from_pretrained(folder)
+    clips = [one.waveform for one in speak(sentences[:FIT_ON], seed=seed, workers=1)]
+    speech = SpeechModality.fit(clips, units=units, rate=rate, seed=seed)
+    speech.save_pretrained(folder)
+    return speech
+
+
+def encode_in_chunks(
+    sentences: Sequence[str], text: TextModality, speech: SpeechModality, folder: Path, seed: int
+) -> list[dict[str, Any]]:
+    """Speak and encode the sentences, a file for so many at a time; files that are there are read."""
+    folder.mkdir(exist_ok=True)
+    entries: list[dict[str, Any]] = []
+    for start in tqdm(range(0, len(sentences), CHUNK), desc="speaking", unit=f"{CHUNK} clips"):
+        file = folder / f"{start:06d}.json"
+        if not file.exists():
+            said: list[Utterance] = speak(
+                sentences[start : start + CHUNK], seed=seed + start, workers=1, progress=False
+            )
+            half = file.with_suffix(".part")
+            half.write_text(json.dumps(encoded(said, text, speech, progress=False)))
+            half.rename(file)
+        entries += json.loads(file.read_text())
+    return entries
+
+
+def floor_and_ceiling(
+    sentences: Sequence[str], speech: SpeechModality, file: Path, seed: int
+) -> dict[str, list[str]]:
+    """Return what the judge hears in the original audio, and in audio made from the true units."""
+    if not file.exists():
+        sounds = [one.waveform for one in speak(sentences, seed=seed, workers=1)]
+        judge = Judge(workers=1)
+        made = {
+            "original audio": judge.transcribe(sounds),
+            "true units": judge.transcribe([speech.decode(speech.encode(sound)) for sound in sounds]),
+        }
+        file.write_text(json.dumps(made))
+    return json.loads(file.read_text())
+
+
+def main() -> None:
+    """Make a folder of data as the command line says."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--wordnet", type=Path, required=True, help="the folder of data.noun and so on")
+    parser.add_argument("--pairs", type=int, default=16_000)
+    parser.add_argument("--unpaired", type=int, default=16_000, help="clips for the speech decoder alone")
+    parser.add_argument("--dev", type=int, default=100, help="sentences to choose by")
+    parser.add_argument("--test", type=int, default=200)
+    parser.add_argument("--units", type=int, default=1024)
+    parser.add_argument("--rate", type=float, default=25, help="units a second")
+    parser.add_argument("--width", type=int, default=192)
+    parser.add_argument("--depth", type=int, default=6)
+    parser.add_argument("--pretraining", type=int, default=2000, help="steps for each decoder")
+    parser.add_argument("--seed", type=int, default=0)
+    options = vars(parser.parse_args())
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    make_corpus(**options)
+
+
+if __name__ == "__main__":
+    main()
