@@ -39,7 +39,7 @@ def ready_made() -> mt.FusedModel:
 
 UNMOVED = {"saved"}  # its check assigns values of the device to parameters of the CPU, one by one
 SLOW = {"causality", "decoding", "order", "packing", "padding", "prefill", "rows"}
-"""They run a model again and again; the tests of a step and of decoding below look at the same on one batch."""
+"""They run a model again and again; a step and decoding are looked at below, on one batch."""
 
 MODELS = pytest.mark.parametrize("make", [custom, ready_made])
 
