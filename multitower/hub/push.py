@@ -69,7 +69,7 @@ def push_to_hub(
         ImportError: huggingface_hub is not installed.
         huggingface_hub.errors.HfHubHTTPError: The Hub refuses.
     """
-    _check_reachable(model, embed_towers)
+    check_reachable(model, embed_towers)
     hub = require("huggingface_hub", "hub")
     api = hub.HfApi(token=token)
     with tempfile.TemporaryDirectory() as scratch:
@@ -109,7 +109,7 @@ def push_to_hub(
     return str(commit.pr_url or commit.commit_url)
 
 
-def _check_reachable(model: Fusion, embed_towers: bool) -> None:
+def check_reachable(model: Fusion, embed_towers: bool) -> None:
     """Check that no frozen tower comes from a path on this machine, so that none is published unasked."""
     local = [
         f"{name!r} ({spec.source})"
@@ -119,8 +119,8 @@ def _check_reachable(model: Fusion, embed_towers: bool) -> None:
     if local:
         raise CheckpointError(
             f"towers {', '.join(local)} come from paths that others do not have, so that they would be "
-            "published with the checkpoint; push with embed_towers=True if they may be, or first load the "
-            "model with their ids on the Hub: from_pretrained(folder, towers={name: 'owner/name'})"
+            "published with the checkpoint; if they may be, call model.push_to_hub(..., embed_towers=True); "
+            "otherwise load the model with their ids on the Hub: from_pretrained(folder, towers={name: id})"
         )
 
 

@@ -20,6 +20,7 @@ from ..checkpoint.refill import load_weights
 from ..checkpoint.save import save_pretrained
 from ..generate.generate import generate
 from ..hub.card import model_card
+from ..hub.push import check_reachable
 from ..plugins.entry_points import as_modality
 from ..plugins.modality import Modality
 from ..run.fusion import Fusion
@@ -76,6 +77,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]  # known only when it
             ``compute_metrics``, ``optimizers``, ...
 
     Raises:
+        CheckpointError: ``push_to_hub`` would publish a frozen tower that comes from a folder.
         TypeError: The model is no ``FusedModel``.
         ValueError: ``args`` ask for NEFTune or label smoothing, which know models of one vocabulary alone; or
             FSDP divides the model, one process has several GPUs, or there is to be noise for a tower that the
@@ -117,6 +119,8 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]  # known only when it
                 "multitower.train.shard and train it in a loop of your own, with save_training and "
                 "load_training (docs/training.md, On several GPUs)"
             )
+        if getattr(args, "push_to_hub", False):
+            check_reachable(model, embed_towers=False)
         if getattr(args, "remove_unused_columns", False):
             args.remove_unused_columns = False  # rows hold segments, which no argument of forward is called
         if getattr(args, "ddp_find_unused_parameters", False) is None:
@@ -124,9 +128,8 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]  # known only when it
         self.rates = dict(rates or {})
         self.modalities = {name: as_modality(each) for name, each in (modalities or {}).items()}
         self.history_noise, self.source_noise = dict(history_noise or {}), dict(source_noise or {})
-        for name in (*self.history_noise, *self.source_noise):
-            if name not in model.towers:
-                raise ValueError(f"noise for tower {name!r}: the towers are {', '.join(model.towers)}")
+        for name in {*self.history_noise, *self.source_noise} - set(model.towers):
+            raise ValueError(f"noise for tower {name!r}: the towers are {', '.join(model.towers)}")
         self.score, self.decoding = score, dict(decoding or {})
         self._seen: dict[str, Counts] = {}
         super().__init__(model, args, data_collator=data_collator or Collator(), **options)

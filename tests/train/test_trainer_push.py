@@ -15,6 +15,7 @@ import torch
 import multitower as mt
 from letters import Letters
 from models import EXAMPLES, causal_lm, pair
+from multitower.errors import CheckpointError
 
 huggingface_hub = pytest.importorskip("huggingface_hub", reason="the Trainer pushes to the Hub")
 transformers = pytest.importorskip("transformers", reason="the Trainer is of transformers")
@@ -113,3 +114,12 @@ def test_what_is_pushed_at_the_end_alone_is_not_saved_before(tmp_path: Path, upl
     assert not (tmp_path / "run" / "fusion.json").exists()
     run.push_to_hub()
     assert_same(uploads.pushed(0), run.model)
+
+
+def test_frozen_towers_from_folders_are_not_published_unasked(tmp_path: Path, uploads: Uploads) -> None:
+    causal_lm("llama").save_pretrained(tmp_path / "mine")
+    graph = mt.FusionGraph()
+    graph.add_tower("text", tmp_path / "mine")
+    with pytest.raises(CheckpointError, match=r"'text' \(.*mine\) come from paths.*embed_towers=True"):
+        Trainer(graph.compile(), transformers.TrainingArguments(str(tmp_path / "run"), push_to_hub=True))
+    assert not uploads.messages
