@@ -21,7 +21,7 @@ from tqdm import tqdm
 import multitower as mt
 from multitower.pipeline.live import Agreement, AtEnd, LivePolicy
 
-POLICIES: list[LivePolicy] = [Agreement(2), Agreement(3), Agreement(4), AtEnd()]
+POLICIES: list[LivePolicy] = [Agreement(2), Agreement(2, hold=9), Agreement(3), AtEnd()]
 
 
 class Heard:
@@ -45,7 +45,7 @@ def main() -> None:
     )
     parser.add_argument("folder", help="the fused checkpoint")
     parser.add_argument("clips", nargs="+", help="sound files")
-    parser.add_argument("--pieces", type=float, nargs="+", default=[0.2, 0.4], help="seconds in a piece")
+    parser.add_argument("--pieces", type=float, nargs="+", default=[0.4], help="seconds in a piece")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     pipe = mt.Pipeline.from_pretrained(chosen.folder)

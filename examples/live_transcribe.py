@@ -84,7 +84,7 @@ def main() -> None:
     )
     parser.add_argument("folder", help="the fused checkpoint")
     parser.add_argument("--file", help="a sound file in place of the microphone")
-    parser.add_argument("--chunk", type=float, default=0.2, help="seconds of sound in a piece")
+    parser.add_argument("--chunk", type=float, default=0.4, help="seconds of sound in a piece")
     parser.add_argument("--speed", type=float, default=1.0, help="of a file; 0 does not wait for it")
     parser.add_argument("--policy", choices=("agreement", "wait-k", "at-end"), default="agreement")
     parser.add_argument("--pieces", type=int, default=3, help="wait-k: pieces that are heard before a token")

@@ -35,31 +35,40 @@ class LivePolicy(Protocol):
 
 @dataclass(frozen=True)
 class Agreement:
-    """Decode to the end after every piece, and write what several such answers in a row begin with.
+    """Decode after every piece, and write what several such answers in a row begin with.
 
-    >>> Agreement(2).settled([[5], [5, 6, 7], [5, 6, 8]])
+    >>> Agreement(2, hold=0).settled([[5], [5, 6, 7], [5, 6, 8]])
     2
+    >>> Agreement(2, hold=1).settled([[5], [5, 6], [5, 6]])
+    1
 
     Source: Liu et al., "Low-Latency Sequence-to-Sequence Speech Recognition and Translation by Partial
-    Hypothesis Selection" (arXiv 2005.11185).
+    Hypothesis Selection" (arXiv 2005.11185): local agreement and hold-n, together.
 
     Attributes:
-        hypotheses: How many in a row have to agree: more where pieces are short, or the model was never
-            trained on speech that is cut off.
+        hypotheses: How many in a row have to agree.
+        hold: How many tokens at the end of each answer are not relied on, as more speech may change them:
+            about a word, where the model was never trained on speech that is cut off.
+        ahead: How many tokens are decoded at most beyond those written, which bounds what a piece costs.
     """
 
     hypotheses: int = 3
+    hold: int = 6
+    ahead: int = 16
 
     def limit(self, read: int, written: int) -> int | None:
-        """Decode to the end."""
-        return None
+        """Decode so far ahead."""
+        return self.ahead
 
     def settled(self, hypotheses: Sequence[Sequence[int]]) -> int:
-        """Return how many tokens the last ones have in common."""
+        """Return how many tokens the last ones have in common, but for the end of each."""
         if len(hypotheses) < self.hypotheses:
             return 0
-        alike = [len(set(tokens)) == 1 for tokens in zip(*hypotheses[-self.hypotheses :], strict=False)]
-        return sum(itertools.takewhile(bool, alike))
+        last = hypotheses[-self.hypotheses :]
+        agreed = sum(
+            itertools.takewhile(bool, (len(set(tokens)) == 1 for tokens in zip(*last, strict=False)))
+        )
+        return max(0, min(agreed, min(map(len, last)) - self.hold))
 
 
 @dataclass(frozen=True)

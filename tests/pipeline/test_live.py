@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 import multitower as mt
 from letters import Letters, Tune
 from models import BEGIN, END, causal_lm, pair, segment
+from multitower.generate.session import Session
 from multitower.pipeline.live import Agreement, AtEnd, LivePolicy, WaitK
 from sessions import counted
 
 SPEECH = torch.tensor([BEGIN, 5, 6, 7, 8, 9, 10, 4, 3, END])
 OPTIONS = {"max_new_tokens": 8, "do_sample": False, "repetition_penalty": 3.0}
-POLICIES = [Agreement(2), Agreement(), WaitK(2), WaitK(1, 1.5), AtEnd()]
+POLICIES = [Agreement(2, hold=0), Agreement(3, hold=1, ahead=4), WaitK(2), WaitK(1, 1.5), AtEnd()]
 
 
 def piped(kind: str) -> mt.Pipeline:
@@ -74,11 +77,33 @@ def test_speech_runs_once() -> None:
 
 def test_no_written_token_is_taken_back() -> None:
     """Answers that agree by chance and then turn out otherwise stay."""
-    policy = Agreement(2)
+    policy = Agreement(2, hold=0)
     assert policy.settled([[4]]) == 0
     assert policy.settled([[4, 5], [4, 5, 6]]) == 2
     assert policy.settled([[4, 5], [3, 5]]) == 0
-    assert Agreement(3).settled([[4, 5], [4, 5], [4, 6]]) == 1
+    assert Agreement(3, hold=0).settled([[4, 5], [4, 5], [4, 6]]) == 1
+
+
+def test_the_end_of_each_answer_is_held_back() -> None:
+    policy = Agreement(2, hold=2)
+    assert policy.settled([[4, 5, 6, 7], [4, 5, 6, 7]]) == 2
+    assert policy.settled([[4, 5, 6], [4, 5, 6, 7, 8]]) == 1
+    assert policy.settled([[4], [4]]) == 0
+
+
+def test_no_more_is_decoded_than_a_piece_may_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    original = Session.generate
+
+    def generate(self: Session, *args: Any, **options: Any) -> Any:
+        asked.append(options["max_new_tokens"])
+        return original(self, *args, **options)
+
+    monkeypatch.setattr(Session, "generate", generate)
+    policy = Agreement(2, 1, ahead=3)
+    list(piped("plain").session().listen("speech", SPEECH.split(2), "text", policy, **OPTIONS))
+    assert max(asked[:-1]) == 3
+    assert len(asked) > 2
 
 
 def test_several_rows_do_not_listen() -> None:
