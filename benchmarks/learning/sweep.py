@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 from train import RESULTS, key_of, read_results
-from variants import VARIANTS
+from variants import read_variant
 
 TRAIN = Path(__file__).with_name("train.py")
 
@@ -29,20 +29,29 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, metavar="VARIANT", required=True)
+    parser.add_argument("--variants", nargs="+", metavar="VARIANT", required=True)
     parser.add_argument("--steps", nargs="+", type=int, default=[800])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--pairs", type=int)
+    parser.add_argument(
+        "--pairs", nargs="+", type=int, default=[None], help="the first so many; default: all"
+    )
     parser.add_argument("--split", choices=("dev", "test"), default="test")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     there = set(map(key_of, read_results(options.results)))
     runs = [
-        {"variant": variant, "steps": steps, "pairs": options.pairs, "seed": seed, "split": options.split}
-        for seed, steps, variant in itertools.product(options.seeds, options.steps, options.variants)
+        {"variant": variant, "steps": steps, "pairs": pairs, "seed": seed, "split": options.split}
+        for seed, steps, pairs, variant in itertools.product(
+            options.seeds, options.steps, options.pairs, options.variants
+        )
     ]
-    missing = [run for run in runs if key_of({"data": options.data.name, **run}) not in there]
+    named = {variant: read_variant(variant)[0] for variant in options.variants}
+    missing = [
+        run
+        for run in runs
+        if key_of({"data": options.data.name, **run, "variant": named[run["variant"]]}) not in there
+    ]
 
     def start(run: dict[str, object]) -> None:
         given = [f"--{key}={value}" for key, value in run.items() if value is not None]

@@ -26,7 +26,7 @@ import trials
 from data import BATCH, JUDGED, Corpus, Pair, load_corpus
 from score import score
 from torch import Tensor, nn
-from variants import VARIANTS, Variant
+from variants import Variant, read_variant
 
 import multitower as mt
 from judge import Judge
@@ -197,7 +197,7 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", type=Path, required=True, help="a folder that data.py made")
-    parser.add_argument("--variant", choices=VARIANTS, required=True)
+    parser.add_argument("--variant", required=True, help="a name in variants.py, or a TOML file")
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pairs", type=int, help="train on the first so many pairs (default: all)")
@@ -210,13 +210,13 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Run what the command line says, unless its result is there."""
     options = parse()
-    chosen = {key: getattr(options, key) for key in ("variant", "steps", "pairs", "seed", "split")}
-    entry = {"data": options.data.name, **chosen}
+    name, variant = read_variant(options.variant)
+    chosen = {key: getattr(options, key) for key in ("steps", "pairs", "seed", "split")}
+    entry = {"data": options.data.name, "variant": name, **chosen}
     if key_of(entry) in map(key_of, read_results(options.results)):
         return
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    variant = VARIANTS[options.variant]
     settings = {key: getattr(options, key) for key in ("steps", "seed", "pairs", "split", "judged")}
     found = run(load_corpus(options.data), variant, **settings)
     machine = {
@@ -225,7 +225,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
     }
     append(options.results, {**entry, "settings": asdict(variant), "machine": machine, **found})
-    print(options.variant, options.steps, options.seed, *(found[task]["wer"] for task in TASKS))
+    print(name, options.steps, options.seed, *(found[task]["wer"] for task in TASKS))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tomllib
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -157,3 +159,23 @@ VARIANTS = {
     ),
     **{f"expansion all, noise, lr {lr:g}": expansion("all", lr, 0.15) for lr in (1.5e-3, 3e-3)},
 }
+
+
+def read_variant(name: str) -> tuple[str, Variant]:
+    """Return a variant and its name: one of ``VARIANTS``, or that of a TOML file with its fields.
+
+    Raises:
+        ValueError: There is no such variant, or the file has a field that a variant has not.
+    """
+    if not name.endswith(".toml"):
+        if name not in VARIANTS:
+            raise ValueError(f"no variant {name!r}: see benchmarks/learning/variants.py, or name a TOML file")
+        return name, VARIANTS[name]
+    fields = tomllib.loads(Path(name).read_text())
+    if unknown := fields.keys() - Variant.__dataclass_fields__.keys():
+        raise ValueError(f"{name}: a variant has no {', '.join(sorted(unknown))}")
+    link = {
+        key: None if value == "none" and key != "projection" else value
+        for key, value in fields.get("link", {}).items()
+    }
+    return Path(name).stem, Variant(**{**fields, "link": link})
