@@ -17,8 +17,8 @@ from ..link.cross_attention import GatedCrossAttention, KeysValues, add
 from ..run.fusion import Fusion
 from ..run.tables import Rotations
 from ..tower import Tower
+from ..tower.abilities import why_not_resumed
 from ..tower.probe import LENGTH, evaluated, rounding
-from ..tower.resume import why_not_resumed
 from ..tower.static_cache import KeptLayer, kept_layers, static_cache
 from ..tower.transformers import TransformersTower
 from .tower import Logits

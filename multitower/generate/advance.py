@@ -16,11 +16,10 @@ from ..batch.places import PLACES
 from ..compile.schedule import Layer, Tap
 from ..link.attention import Visibility, visibility
 from ..link.cross_attention import KeysValues, add
-from ..run.embed import embed
+from ..run.embed import check_room, embed
 from ..run.fusion import Fusion
-from ..run.max_positions import check_room
 from ..run.tables import Rotations
-from ..tower.resume import plain
+from ..tower.abilities import plain
 from .rows import Row, Said, cache_of, rows_of, stacked
 
 NONE = torch.empty(0, dtype=torch.long)

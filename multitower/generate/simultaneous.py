@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..batch.collate import Segment
 from ..compile.schedule import Tap
+from ..run.embed import bounded
 from ..run.fusion import Fusion
-from ..run.max_positions import bounded
 from .options import OF_THE_BATCH, Options, Settings, is_by_tower
 from .tap_cache import TapCache, TapReader
 

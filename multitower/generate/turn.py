@@ -13,9 +13,9 @@ from torch.nn.utils.rnn import pad_sequence
 from ..batch.collate import Segment
 from ..batch.places import PLACES
 from ..link.cross_attention import KeysValues
-from ..run.max_positions import bounded, check_room
+from ..run.embed import bounded, check_room
 from ..run.tables import Rotations
-from ..tower.resume import plain
+from ..tower.abilities import plain
 from .advance import Keeping, advance, kept_of
 from .options import Settings, groups
 from .rows import Row, Said, cache_of, rows_of

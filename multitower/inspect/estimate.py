@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from ..base.extras import require
 from ..batch.collate import Batch, Stream, check_streams
-from ..batch.pack import moments, reach
+from ..batch.places import moments, reach
 from ..compile.towers import load_towers
 from ..declare.graph import FusionGraph
 from ..generate.tap_cache import TapCache
@@ -245,8 +245,7 @@ def _own_cache_bytes(tower: Any, tokens: Tensor) -> int:
     elif tower.caches:
         kept = [require("transformers", "transformers").DynamicCache()]
         hidden, context = tower.embed(tokens, *kept)
-        for index in range(1, tower.depth + 1):
-            hidden = tower.layer(index, hidden, context)
+        hidden = tower.run_layers(hidden, context)
     else:
         return 0
     storages = {

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
-from .attention import Visibility, attend
-from .rotary import Rotation, rotate
+from .attention import Rotation, Visibility, attend, rotate
 
 
 class KeysValues(NamedTuple):

@@ -10,7 +10,6 @@ from ..batch.collate import IGNORE, STATES, Streams, values_at_hand
 from ..compile.schedule import Layer
 from ..declare.graph import FusionGraph
 from ..tower import Tower
-from .targets import may_have_labels
 
 
 def why_not_constant(graph: FusionGraph, name: str) -> str:
@@ -73,17 +72,19 @@ def brings_states(stream: Mapping[str, Tensor]) -> bool:
 
 
 def has_labels(stream: Mapping[str, Tensor]) -> bool:
-    """Return whether something is to be predicted."""
+    """Whether something is to be predicted."""
     return "labels" in stream and bool((stream["labels"][:, 1:] != IGNORE).any())
 
 
-def with_labels(streams: Streams) -> Collection[str]:
-    """Name the streams with labels to predict, or, if there is none, all that say that there is none.
+def may_have_labels(stream: Mapping[str, Tensor]) -> bool:
+    """Whether something is to be predicted; also where values are not at hand: a device is not waited for."""
+    return "labels" in stream and (not values_at_hand(stream["labels"]) or has_labels(stream))
 
-    Values are looked at only on the CPU: elsewhere that would wait for the device.
-    """
+
+def with_labels(streams: Streams) -> Collection[str]:
+    """Name the streams with labels to predict, or, if there is none, all that say that there is none."""
     labelled = [name for name, stream in streams.items() if "labels" in stream]
-    return [name for name in labelled if may_have_labels(streams[name]["labels"])] or labelled
+    return [name for name in labelled if may_have_labels(streams[name])] or labelled
 
 
 def check_wanted(towers: Mapping[str, Tower], streams: Streams, wanted: Mapping[str, int]) -> None:

@@ -8,13 +8,11 @@ import torch
 from torch import Tensor
 
 from ..batch.collate import Streams
-from ..batch.pack import moments, reach
-from ..batch.places import PLACES, places, positions_in_segments
+from ..batch.places import PLACES, moments, places, positions_in_segments, reach
 from ..compile.schedule import Tap
 from ..declare.spec import LinkSpec
-from ..link.attention import Visibility, block_visibility, has_flex, visibility
+from ..link.attention import Rotation, Visibility, block_visibility, has_flex, rotation, visibility
 from ..link.cross_attention import GatedCrossAttention
-from ..link.rotary import Rotation, rotation
 
 
 class Rotations:

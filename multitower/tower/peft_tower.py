@@ -16,7 +16,7 @@ from ..declare.peft_config import check_config
 from ..errors import TowerError
 from ..storage.fingerprint import sampled_fingerprint
 from .base import Tower
-from .inject import Inject
+from .shell import Inject
 from .weights import is_offloaded, whole_state
 
 DEFAULT = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "target_modules": "all-linear"}

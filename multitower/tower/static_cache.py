@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..base.extras import require
+from .abilities import plain
 from .probe import probe_tokens
-from .resume import Resumable, plain
 
 
 class KeptLayer(NamedTuple):
@@ -27,7 +27,7 @@ class KeptLayer(NamedTuple):
         return _room(self.values, rows, length)
 
 
-def kept_layers(tower: Resumable) -> list[KeptLayer]:
+def kept_layers(tower: Any) -> list[KeptLayer]:
     """Return what each layer of a tower keeps of a token, found by running one.
 
     Raises:
@@ -35,8 +35,7 @@ def kept_layers(tower: Resumable) -> list[KeptLayer]:
     """
     cache = require("transformers", "transformers").DynamicCache()
     hidden, context = tower.resume(probe_tokens(tower.model)[:1, :1], cache)
-    for index in range(1, tower.depth + 1):
-        hidden = tower.layer(index, hidden, context)
+    hidden = tower.run_layers(hidden, context)
     return [KeptLayer(keys, values) for keys, values in plain(cache)]
 
 
