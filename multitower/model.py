@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from .batch.collate import Batch, Example, Streams
-from .checkpoint.layout import MAX_SHARD_SIZE
 from .checkpoint.load import load_fusion
-from .checkpoint.manifest import open_checkpoint
+from .checkpoint.manifest import MAX_SHARD_SIZE, open_checkpoint
 from .checkpoint.placement import DeviceMap
 from .checkpoint.save import save_pretrained
 from .declare.graph import FusionGraph

@@ -131,15 +131,7 @@ def to_device(
 
 
 def check_examples(examples: Sequence[Example]) -> None:
-    """Check that each example is a list of segments, or of tuples of them; it may be empty.
-
-    >>> check_examples([Segment("text", [1])])
-    Traceback (most recent call last):
-    ValueError: example 0 must be a list of multitower.Segment, or of tuples of them, where there is a Segment
-
-    Raises:
-        ValueError: One is not.
-    """
+    """Check that each example is a list of segments, or of tuples of them; it may be empty."""
     for number, example in enumerate(examples):
         entries = list(example) if isinstance(example, Sequence) else []
         segments = [each for entry in entries for each in (entry if isinstance(entry, tuple) else (entry,))]
@@ -188,10 +180,6 @@ def place_in_time(example: Example, number: int = 0) -> list[tuple[Segment, int]
     >>> example = [(Segment("a", [1, 2]), Segment("b", [3])), Segment("a", [4])]
     >>> [(segment.tower, time) for segment, time in place_in_time(example)]
     [('a', 0), ('b', 0), ('a', 2)]
-
-    Raises:
-        ValueError: A segment is empty or not of whole numbers, or a tower stands twice in one tuple. The
-            message calls the example by its number.
     """
     timed: list[tuple[Segment, int]] = []
     time = 0
@@ -215,15 +203,7 @@ PADDING = {"tokens": 0, "times": -1, "mask": False, "labels": IGNORE}
 def check_streams(streams: Mapping[str, Mapping[str, Tensor]], vocabularies: Mapping[str, int]) -> None:
     """Check a batch against the towers' vocabulary sizes.
 
-    >>> check_streams({"text": {"tokens": torch.tensor([[9]])}}, {"text": 5})
-    Traceback (most recent call last):
-    ValueError: stream 'text' lacks 'times' and 'mask'; build batches with multitower.collate
-
     The values of tokens are looked at only on the CPU: elsewhere that would wait for the device.
-
-    Raises:
-        ValueError: There is no stream, a stream belongs to no tower, lacks a tensor or has other shapes
-            than the rest, or tokens are outside the vocabulary.
     """
     if not streams:
         raise ValueError("the batch has no streams; build it with multitower.collate")

@@ -37,10 +37,6 @@ def places(streams: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     >>> [(place // ROOM, place % ROOM) for place in found["text"][0].tolist()]
     [(1, 0), (1, 1), (1, 2)]
 
-    Args:
-        streams: Those of the two towers of a link, or one of them, each with "times", -1 at padding on either
-            side or "mask", and, where it is packed, "examples". What other towers say is not counted.
-
     Returns:
         By stream ``segment * ROOM + token``, int64, shape (batch, length): segments are counted in the order
         in which they begin; those that begin at the same time have the same number.
@@ -109,10 +105,6 @@ def positions_in_segments(places: Tensor, stretch: float) -> Tensor:
 
     >>> positions_in_segments(torch.tensor([[0, 1, ROOM + 2]]), 7.5).tolist()
     [[0.0, 7.5, 1015.0]]
-
-    Args:
-        places: As ``places`` gives them.
-        stretch: How many units there are from one token to the next.
     """
     return (places // ROOM) * APART + (places % ROOM) * stretch
 
@@ -131,11 +123,7 @@ def positions(examples: Tensor) -> Tensor:
 
 
 def moments(stream: Mapping[str, Tensor]) -> Tensor:
-    """Return the time of each token on a clock on which packed examples lie far apart.
-
-    Args:
-        stream: With "times" and, where it is packed, "examples".
-    """
+    """Return the time of each token on a clock on which packed examples lie far apart."""
     return stream["times"] + 2 * CLOCKS * stream[EXAMPLES] if EXAMPLES in stream else stream["times"]
 
 

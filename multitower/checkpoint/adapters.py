@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from ..base.extras import require
 from ..errors import CheckpointError
-from ..storage.files import FUSION, check_fit, read_json
+from ..storage.files import FUSION, read_json
 from ..storage.fingerprint import fingerprint
-from ..storage.tensors import mapped_tensors
+from ..storage.tensors import check_fit, mapped_tensors
 from ..tower.peft_tower import add_adapter, is_peft_model, make_config
-from .layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_folder
 from .limits import check_adapter
+from .manifest import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_folder
 
 
 def save_adapters(name: str, model: Any, folder: Path) -> dict[str, Any]:

@@ -1,25 +1,93 @@
-"""One tower of a checkpoint: from where it is to be had, and whether it is the one that was saved."""
+"""One tower of a checkpoint: whether it is stored, whence it is had, and what it need not prove anew."""
 
 from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from types import NoneType
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from ..base.extras import require
 from ..declare.spec import TowerSpec
-from ..errors import CheckpointError, TowerError
+from ..errors import CheckpointError, PluginError, TowerError
+from ..run.fusion import Fusion
+from ..storage.find import hub_id, is_path
 from ..storage.fingerprint import fingerprint, sampled_fingerprint
 from ..tower import Tower, TransformersTower, as_tower
-from ..tower.peft_tower import base_state
+from ..tower.load import from_source, revision_of
+from ..tower.peft_tower import base_model, base_state
+from ..tower.probe import Proof
+from ..tower.weights import quantisation_of
 from .adapters import load_adapters
-from .assign import fill, restore_dtypes
-from .layout import ADAPTER, TOWERS, WEIGHTS, whole
+from .assign import fill, restore_dtypes, whole
 from .limits import check_model
-from .manifest import Checkpoint
-from .origins import ways_out
-from .probe_record import read_proof
+from .manifest import ADAPTER, TOWERS, WEIGHTS, Checkpoint
+
+KINDS = {"path": (str,), "width": (int,), "beyond": (int,), "masked": (bool,), "positions": (int, NoneType)}
+
+
+def is_to_be_stored(model: Fusion, name: str, embed_towers: bool) -> bool:
+    """Return whether a checkpoint is to hold the weights of a tower.
+
+    Referred to are commits of the Hub and what plugins load, and these only where they give, read anew, each
+    tensor that the tower has now. Quantised towers can be neither trained nor converted, so are not read.
+    """
+    spec, native = model.graph.towers[name], whole(model.tower(name))
+    source, revision = spec.source, revision_of(base_model(native))
+    if embed_towers or spec.train == "all" or source is None or is_path(source):
+        return True
+    if hub_id(source) and revision is None:
+        return True
+    if quantisation_of(base_model(native)):
+        return False
+    try:
+        origin = from_source(name, source, revision=revision, cached=True)
+    except (TowerError, PluginError):
+        return True
+    found = base_state(whole(origin) if isinstance(origin, Tower) else origin)
+    state = base_state(native)
+    return found.keys() != state.keys() or not all(_same(found[key], state[key]) for key in state)
+
+
+def ways_out(name: str) -> str:
+    """Return what to do where a tower is not found."""
+    return (
+        f"say where it is with towers={{{name!r}: ...}}, or have it in the checkpoint: save with "
+        "embed_towers=True where it can be loaded"
+    )
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(_bits(one), _bits(other))
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8)
+
+
+def write_proof(tower: Tower) -> dict[str, Any] | None:
+    """Return what a manifest says of how a tower runs; None where it is to prove that at each loading."""
+    proof = tower.proof if isinstance(tower, TransformersTower) else None
+    return None if proof is None else {**proof._asdict(), "versions": _versions()}
+
+
+def read_proof(record: Mapping[str, Any]) -> Proof | None:
+    """Return what a tower need not prove again: the same releases of torch and transformers have seen it."""
+    said = record.get("proof")
+    if not isinstance(said, dict) or said.get("versions") != _versions():
+        return None
+    if any(type(said.get(key)) not in kinds for key, kinds in KINDS.items()) or said["beyond"] < 0:
+        return None
+    return Proof(**{key: said[key] for key in KINDS})
+
+
+def _versions() -> dict[str, str]:
+    transformers = require("transformers", "transformers")
+    return {"torch": str(torch.__version__), "transformers": transformers.__version__}
 
 
 def load_one(
@@ -38,9 +106,6 @@ def load_one(
         given: A path, a Hub id or a module, or None.
         changed: Whether another tower than the one that was saved will do, for all or for those named.
         verify: Whether to compare all of its values, and not a sample.
-
-    Raises:
-        CheckpointError: It cannot be had, does not fit, or is another one.
     """
     name, record = spec.name, checkpoint.records[spec.name]
     place = checkpoint.root / TOWERS / name

@@ -26,25 +26,7 @@ def set_trained(
     before: FusionGraph | None = None,
     kept: Mapping[str, Tower] | None = None,
 ) -> None:
-    """Set ``requires_grad`` on the parameters of towers as the graph declares.
-
-    >>> from multitower.testing import tiny_tower
-    >>> graph, tower = FusionGraph(), tiny_tower()
-    >>> graph.add_tower("text", tower)
-    >>> set_trained(graph, {"text": tower})
-    >>> any(parameter.requires_grad for parameter in tower.parameters())
-    False
-
-    Args:
-        graph: The declaration.
-        towers: A tower for each that the graph names.
-        before: The graph of a model that is continued.
-        kept: The towers of that model, which stay as they are.
-
-    Raises:
-        GraphError: Two towers share weights, and are declared to learn in two ways.
-        TowerError: A tower cannot learn as it is declared to.
-    """
+    """Set ``requires_grad`` on the parameters of towers as the graph declares."""
     owners: dict[int, str] = {}
     for name, tower in towers.items():
         for parameter in tower.parameters():

@@ -18,13 +18,9 @@ from ..run.tables import Rotations
 from ..tower.abilities import plain
 from .advance import Keeping, advance, kept_of
 from .options import Settings, groups
-from .rows import Row, Said, cache_of, rows_of
-from .simultaneous import Prompt, decode_together
+from .rows import Prompt, Row, Said, cache_of, rows_of
+from .simultaneous import decode_together
 from .tap_cache import Entry, TapCache, TapReader
-
-Entries = str | tuple[str, ...]
-"""A tower to decode, or several to decode at the same time."""
-
 
 FROM_A_CACHE = ("greedy_search", "sample", "beam_search", "beam_sample")
 """The modes of transformers' ``generate`` that run of a prompt what a cache they are given lacks."""
@@ -33,7 +29,7 @@ FROM_A_CACHE = ("greedy_search", "sample", "beam_search", "beam_sample")
 def decode(
     keeping: Keeping,
     rows: Mapping[int, Row],
-    entry: Entries,
+    entry: str | tuple[str, ...],
     settings: Mapping[str, Settings],
     *,
     keep: bool,
@@ -173,11 +169,7 @@ def decode_rows(
 
 
 def pad_left(rows: Sequence[Tensor], value: int) -> Tensor:
-    """Stack rows of shape (length,), padded on the left.
-
-    >>> pad_left([torch.tensor([1, 2]), torch.tensor([3])], 0).tolist()
-    [[1, 2], [0, 3]]
-    """
+    """Stack rows of shape (length,), padded on the left."""
     return pad_sequence(list(rows), batch_first=True, padding_value=value, padding_side="left")
 
 
@@ -211,16 +203,7 @@ def _mode(settings: Settings) -> str:
 def _noted(
     keeping: Keeping, rows: Sequence[Row], name: str, reader: TapReader, cache: Any, before: int
 ) -> list[Row]:
-    """Return rows that were decoded with what that left: in the cache, and in what the reader noted.
-
-    Args:
-        keeping: What is kept.
-        rows: The rows, the new segment included.
-        name: The tower.
-        reader: What followed its layers.
-        cache: The cache, padded on the left as its prompts were.
-        before: How many tokens it held before.
-    """
+    """Return rows that were decoded with what that left: in the cache, and in what the reader noted."""
     length, prompt = int(cache.get_seq_length()), reader.times.shape[1] - 2
     fills = [int((reader.times[row, 1:] < 0).sum()) for row in range(len(rows))]
     done = [min(len(row.of(name).tokens), length - fill) for row, fill in zip(rows, fills, strict=True)]

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..base.extras import require
-from ..checkpoint.origins import is_to_be_stored
+from ..checkpoint.towers import is_to_be_stored
 from ..compile.schedule import Tap
 from ..compile.towers import shared_with
 from ..declare.mermaid import flowchart

@@ -88,12 +88,6 @@ def block_visibility(
     >>> seen = block_visibility(times, times, torch.ones_like(times, dtype=torch.bool), window=50)
     >>> seen.mask.kv_num_blocks.tolist()                # of 3 blocks of 128 keys, by each block of queries
     [[[1, 2, 2]]]
-
-    Args:
-        query_times: As in ``visibility``, the rest too.
-        key_times: See there.
-        key_mask: See there.
-        window: See there.
     """
     device = query_times.device
     keys, real = key_times.to(device), key_mask.to(device)
@@ -112,11 +106,7 @@ def block_visibility(
 
 
 def has_flex(device: torch.device) -> bool:
-    """Whether links attend by flex_attention there, if they are to.
-
-    >>> has_flex(torch.device("cpu")), has_flex(torch.device("cuda"))
-    (False, True)
-    """
+    """Whether links attend by flex_attention there, if they are to."""
     return device.type not in WITHOUT_FLEX
 
 
@@ -166,10 +156,6 @@ def rotate(heads: Tensor, rotation: Rotation) -> Tensor:
     [[[[1.0, 0.0]]]]
 
     Source: Su et al., "RoFormer" (arXiv 2104.09864).
-
-    Args:
-        heads: Shape (batch, heads, length, even head width).
-        rotation: Of their positions.
     """
     cos, sin = rotation.cos.to(heads.dtype), rotation.sin.to(heads.dtype)
     first, second = heads.chunk(2, dim=-1)

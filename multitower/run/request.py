@@ -13,12 +13,7 @@ from ..tower import Tower
 
 
 def why_not_constant(graph: FusionGraph, name: str) -> str:
-    """Return why training changes the states of a tower, as declared; empty where only its tokens do.
-
-    >>> from multitower.testing import tiny_model
-    >>> why_not_constant(tiny_model().graph, "speech")
-    "is trained (train='all')"
-    """
+    """Return why training changes the states of a tower, as declared; empty where only its tokens do."""
     spec = graph.towers[name]
     if spec.train != "none":
         return f"is trained (train={spec.train!r})"
@@ -29,11 +24,7 @@ def why_not_constant(graph: FusionGraph, name: str) -> str:
 
 
 def brought_states(graph: FusionGraph, towers: Mapping[str, Tower], streams: Streams) -> dict[Layer, Tensor]:
-    """Return the states that a batch brings, "layer 2" of a stream being what layer 2 of its tower gives.
-
-    Raises:
-        ValueError: The tower's states may change, it has no such layer or another width, or is to predict.
-    """
+    """Return the states that a batch brings, "layer 2" of a stream being what layer 2 of its tower gives."""
     brought: dict[Layer, Tensor] = {}
     for name, stream in streams.items():
         states = {key: value for key, value in stream.items() if key.startswith(STATES)}
@@ -62,12 +53,7 @@ def brought_states(graph: FusionGraph, towers: Mapping[str, Tower], streams: Str
 
 
 def brings_states(stream: Mapping[str, Tensor]) -> bool:
-    """Return whether a stream brings states, so that its tower need not run.
-
-    >>> import torch
-    >>> brings_states({"tokens": torch.zeros(1, 2)}), brings_states({"layer 3": torch.zeros(1, 2, 8)})
-    (False, True)
-    """
+    """Return whether a stream brings states, so that its tower need not run."""
     return any(key.startswith(STATES) for key in stream)
 
 
@@ -88,11 +74,7 @@ def with_labels(streams: Streams) -> Collection[str]:
 
 
 def check_wanted(towers: Mapping[str, Tower], streams: Streams, wanted: Mapping[str, int]) -> None:
-    """Check that layers whose output is wanted are layers of towers in the batch.
-
-    Raises:
-        ValueError: One is not.
-    """
+    """Check that layers whose output is wanted are layers of towers in the batch."""
     for name, layer in wanted.items():
         if name not in streams:
             raise ValueError(

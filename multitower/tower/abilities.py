@@ -27,11 +27,6 @@ def why_not_faithful(model: Any, *, length: int, padding: int = 0) -> str:
 
     Some families take other positions in one than in the other, cannot tell padding on the left, or begin
     wrongly from prompts that are shorter than their convolutions.
-
-    Args:
-        model: A causal LM.
-        length: How long the prompts are.
-        padding: How many tokens of padding stand on the left of one of two rows.
     """
     steps = 6
     prompts = probe_tokens(model)[:2, :length].clone()
@@ -78,10 +73,6 @@ def why_not_resumed(tower: Any, *, padding: int = 0) -> str:
     """Return how tokens run after a cache differ from all tokens run at once; empty if not at all.
 
     Tokens are run in two pieces, layer by layer, and then ``generate`` goes on from what they left.
-
-    Args:
-        tower: The tower.
-        padding: How many tokens of padding stand on the left of one of two rows.
     """
     model = tower.model
     tokens = probe_tokens(model)[:2].clone()
@@ -127,11 +118,7 @@ def why_not_resumed(tower: Any, *, padding: int = 0) -> str:
 
 
 def plain(cache: Any) -> list[tuple[Tensor, Tensor]]:
-    """Return the keys and values of each layer of a cache.
-
-    Raises:
-        TypeError: A layer keeps something else.
-    """
+    """Return the keys and values of each layer of a cache."""
     layer_type = require("transformers", "transformers").cache_utils.DynamicLayer
     for layer in cache.layers:
         if type(layer) is not layer_type or not layer.is_initialized:

@@ -47,9 +47,6 @@ class Shell(NamedTuple):
 
         A head, for instance, is replaced when an adapter is put on it. The child that leads to the layers is
         a copy itself, or the list of stand-ins, and stays.
-
-        Raises:
-            TowerError: What leads to the layers was replaced, or there are more layers or fewer.
         """
         below = (*(copy.original for copy in self.copies[1:]), None)
         for (twin, original, child), expected in zip(self.copies, below, strict=True):

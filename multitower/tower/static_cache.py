@@ -28,11 +28,7 @@ class KeptLayer(NamedTuple):
 
 
 def kept_layers(tower: Any) -> list[KeptLayer]:
-    """Return what each layer of a tower keeps of a token, found by running one.
-
-    Raises:
-        TypeError: A layer keeps something else than keys and values.
-    """
+    """Return what each layer of a tower keeps of a token, found by running one."""
     cache = require("transformers", "transformers").DynamicCache()
     hidden, context = tower.resume(probe_tokens(tower.model)[:1, :1], cache)
     hidden = tower.run_layers(hidden, context)
@@ -41,13 +37,6 @@ def kept_layers(tower: Any) -> list[KeptLayer]:
 
 def static_cache(keys: Sequence[Tensor], values: Sequence[Tensor], length: Tensor) -> Any:
     """Return a cache of transformers that writes into given tensors.
-
-    >>> import torch
-    >>> keys, values = ([torch.zeros(1, 2, 5, 4)] for _ in range(2))
-    >>> cache = static_cache(keys, values, torch.tensor(1))
-    >>> whole, _ = cache.update(torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 4), 0)
-    >>> whole is keys[0], whole[0, 0, :, 0].tolist(), int(cache.get_seq_length())
-    (True, [0.0, 1.0, 1.0, 1.0, 0.0], 4)
 
     Sliding layers keep everything, too: their masks leave out what lies before the window.
 

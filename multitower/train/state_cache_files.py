@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..batch.collate import EXAMPLES, STATES, Stream
-from ..checkpoint.layout import whole
+from ..checkpoint.assign import whole
 from ..errors import CheckpointError
 from ..run.fusion import Fusion
 from ..storage.atomic import current

@@ -16,7 +16,7 @@ from ..base.extras import require
 from ..batch.collate import IGNORE, Example, Streams, to_device
 from ..batch.corrupt import corrupt_history, corrupt_sources
 from ..batch.count import count_targets
-from ..checkpoint.refill import load_weights
+from ..checkpoint.load import load_weights
 from ..checkpoint.save import save_pretrained
 from ..generate.generate import generate
 from ..hub.card import model_card
