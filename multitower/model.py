@@ -18,10 +18,10 @@ from .declare.graph import FusionGraph
 from .generate.generate import Decoded, Entry, Policy, generate
 from .generate.session import Session
 from .hub import push
-from .inspect.contributions import contributions
 from .inspect.cost import Estimate
 from .inspect.draw import as_svg, draw_graph
 from .inspect.estimate import estimate
+from .inspect.openness import contributions
 from .plugins.modality import Modality
 from .run import surgery
 from .run.fusion import Fusion

@@ -22,23 +22,9 @@ TEMPLATE = Path(__file__).with_name("template")
 def new_modality(name: str, folder: str | os.PathLike[str] | None = None) -> Path:
     r"""Write a package with a modality that works, and passes its own tests, to start from.
 
-    >>> with tempfile.TemporaryDirectory() as place:
-    ...     folder = new_modality("smell", Path(place) / "multitower-smell")
-    ...     print(*sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*.*")), sep="\n")
-    README.md
-    multitower_smell/__init__.py
-    multitower_smell/modality.py
-    pyproject.toml
-    tests/test_smell.py
-
     Args:
         name: The name of the modality: letters a-z, digits and single underscores.
         folder: Where to write it; there must be nothing yet. ``multitower-NAME`` unless it is given.
-
-    Raises:
-        ValueError: The name cannot be one, or an installed package has it; nothing is written.
-        FileExistsError: There is something where the folder should be.
-        FileNotFoundError: The folder that it should be in is missing.
     """
     module = f"multitower_{name}"
     if not NAME.fullmatch(name) or keyword.iskeyword(name):

@@ -70,12 +70,7 @@ class Recipe:
 
 
 def read_recipe(path: Path) -> Recipe:
-    """Read a recipe.
-
-    Raises:
-        OSError: The file cannot be read.
-        ValueError: It is no YAML, lacks an entry, or has one that means nothing.
-    """
+    """Read a recipe."""
     yaml: Any = require("yaml", "cli")
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -98,11 +93,7 @@ def read_recipe(path: Path) -> Recipe:
 
 
 def make_graph(recipe: Recipe) -> FusionGraph:
-    """Declare the graph of a recipe.
-
-    Raises:
-        ValueError: A tower or link has an option that means nothing; or see ``FusionGraph``.
-    """
+    """Declare the graph of a recipe."""
     graph = FusionGraph()
     for name, tower in recipe.towers.items():
         options = {key: value for key, value in tower.items() if key != "modality"}
@@ -113,24 +104,14 @@ def make_graph(recipe: Recipe) -> FusionGraph:
 
 
 def make_modalities(recipe: Recipe) -> dict[str, Modality]:
-    """Return the modality of each tower that the data have a column for.
-
-    Raises:
-        PluginError: A modality is not installed.
-        CheckpointError: A folder holds none.
-    """
+    """Return the modality of each tower that the data have a column for."""
     return {
         name: _modality(name, recipe.towers[name]) for name in dict.fromkeys(recipe.data.columns.values())
     }
 
 
 def read_rows(recipe: Recipe, modalities: Mapping[str, Modality]) -> tuple[Any, Any]:
-    """Return the rows to train on, and those that are held out: lists, or data sets of ``datasets``.
-
-    Raises:
-        OSError: There is no ``metadata.csv``, or it names a file that is not there.
-        ValueError: It lacks a column, or there are too few rows.
-    """
+    """Return the rows to train on, and those that are held out: lists, or data sets of ``datasets``."""
     data = recipe.data
     if data.dataset is not None:
         rows = require("datasets", "train").load_dataset(**data.dataset)

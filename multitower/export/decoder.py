@@ -268,11 +268,7 @@ def _on_the_left(stream: Stream, length: int) -> tuple[Tensor, Tensor]:
 
 
 def _prove(part: Part, name: str, programs: DecoderPrograms, streams: dict[str, Stream]) -> None:
-    """Decode streams by the programs, the last tokens one by one, and compare with the model.
-
-    Raises:
-        ExportError: The logits differ.
-    """
+    """Decode streams by the programs, the last tokens one by one, and compare with the model."""
     sizes = sizes_of(streams)
     state = run(programs.encode, (streams,), sizes)
     whole = Logits(part.model, name)(streams)

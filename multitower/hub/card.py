@@ -94,13 +94,7 @@ def model_card(
 
 
 def is_generated(card: str) -> bool:
-    """Return whether a card is as ``model_card`` wrote it; one that was edited, or written by hand, is not.
-
-    >>> from multitower.testing import tiny_model
-    >>> card = model_card(tiny_model(), "me/tiny")
-    >>> is_generated(card), is_generated(card.replace("# tiny", "# Our model"))
-    (True, False)
-    """
+    """Return whether a card is as ``model_card`` wrote it; one that was edited or written by hand is not."""
     body = MARK.sub("", card)
     return body != card and _marked(body) == card
 

@@ -31,9 +31,6 @@ def stream(
         modality: What makes raw data of the tokens.
         begin: The token that opens the segment.
         options: The options; what stops and follows the decoding is added.
-
-    Raises:
-        Exception: Whatever ``generate`` raises.
     """
     transformers = require("transformers", "transformers")
     closed = Event()
@@ -72,11 +69,7 @@ def stream(
 
 
 async def in_a_thread(begin: Callable[[], Iterator[Any]]) -> AsyncIterator[Any]:
-    """Return what an iterator gives, each waited for in a thread, so that the event loop goes on.
-
-    Args:
-        begin: Makes the iterator, a generator, which is closed when this is.
-    """
+    """Return what an iterator gives, each waited for in a thread, so that the event loop goes on."""
     pieces: Any = await asyncio.to_thread(begin)
     waiting: asyncio.Future[Any] | None = None
     try:

@@ -50,11 +50,7 @@ class TowerRows:
                 self.places[key.tobytes()] = number, slice(*place)
 
     def states(self, stream: Stream, layers: Iterable[int]) -> Stream:
-        """Return the states of rows, padded with zeros.
-
-        Raises:
-            ValueError: No states were kept of a row.
-        """
+        """Return the states of rows, padded with zeros."""
         shape = stream["tokens"].shape
         like = {_name(layer): self.files[0][_name(layer)] for layer in layers}
         states = {key: each.new_zeros(*shape, each.shape[1]) for key, each in like.items()}
@@ -117,11 +113,7 @@ class RowWriter:
 
 
 def write_index(writers: Iterable[RowWriter], folder: Path) -> None:
-    """Write what is left of the rows of each tower, and of which towers there are states.
-
-    Raises:
-        ValueError: No tower has states.
-    """
+    """Write what is left of the rows of each tower, and of which towers there are states."""
     records = {writer.name: writer.finish() for writer in writers}
     towers = {name: record for name, record in records.items() if record["files"]}
     if not towers:
@@ -134,11 +126,7 @@ def write_index(writers: Iterable[RowWriter], folder: Path) -> None:
 
 
 def open_rows(folder: Path, document: Mapping[str, Any]) -> dict[str, TowerRows]:
-    """Map the files that an index speaks of; return what is in them by tower.
-
-    Raises:
-        CheckpointError: A file is missing or damaged, or another index has taken the place of this one.
-    """
+    """Map the files that an index speaks of; return what is in them by tower."""
     root = current(folder)
     version = document.get("format_version")
     if version != FORMAT_VERSION:

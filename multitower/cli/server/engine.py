@@ -16,8 +16,7 @@ from ...generate.options import options_of, settle
 from ...generate.rows import Turn
 from ...generate.session import Session
 from ...generate.simultaneous import check_stepwise
-from ...pipeline.codec import Codec
-from ...pipeline.raw import leaves
+from ...pipeline.codec import Codec, leaves
 
 COUNTED = (
     "begin_suppress_tokens",
@@ -34,11 +33,7 @@ CLOSING = "the server is closing; ask again later"
 
 @dataclass(frozen=True)
 class Decoding:
-    """What is to be decoded: a tower, how many tokens at most, and greedily unless there is a temperature.
-
-    >>> Decoding("text", 40, temperature=0.5).options()
-    {'do_sample': True, 'temperature': 0.5, 'top_p': 1.0}
-    """
+    """What is to be decoded: a tower, how many tokens at most, and greedily unless there is a temperature."""
 
     tower: str
     most: int
@@ -137,9 +132,6 @@ class Engine:
         outputs: The towers that may be decoded.
         chunk: How many tokens are decoded at a step.
         observe: Called after each step with the tower, how many rows it had, and the seconds that it took.
-
-    Raises:
-        ValueError: A tower has settings that mean nothing where an answer is decoded in pieces.
     """
 
     def __init__(
