@@ -20,7 +20,6 @@ from ..storage.tensors import check_fit, mapped_tensors
 from ..tower import Tower
 from ..tower.peft_tower import base_state
 from ..tower.rollback import unchanged_on_error
-from .adapters import adapter_state
 from .assign import assign, check_stored, fusion_state, tower_of, whole
 from .manifest import (
     ADAPTER_WEIGHTS,
@@ -36,7 +35,7 @@ from .manifest import (
     with_sources,
 )
 from .placement import DeviceMap, as_devices, as_dtype, check_movable, move
-from .towers import load_one
+from .towers import adapter_state, load_one
 
 F = TypeVar("F", bound=Fusion)
 

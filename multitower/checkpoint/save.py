@@ -26,11 +26,10 @@ from ..tower import Tower
 from ..tower.load import revision_of
 from ..tower.peft_tower import base_model, base_state, is_peft_model
 from ..tower.weights import can_be_stored, is_offloaded, quantisation_of
-from .adapters import save_adapters
 from .assign import check_names, fusion_state, ties, whole
 from .manifest import ADAPTER, LINKS, MAX_SHARD_SIZE, TOWERS, WEIGHTS, Records, parts_of
 from .modalities import check_modalities, keep_modalities, write_modalities
-from .towers import is_to_be_stored, write_proof
+from .towers import is_to_be_stored, save_adapters, write_proof
 
 
 def save_pretrained(

@@ -211,7 +211,7 @@ def _how_to_load(model: Fusion, repo_id: str, embed_towers: bool, modalities: Ma
     packages = dict.fromkeys(record["package"] for record in found.values() if record["package"])
     ours = {str(each["modality"]) for each in found.values() if each["package"] == "multitower"}
     extras = ["transformers", *sorted({name.partition("_")[0] for name in ours})]
-    extras += ["lora"] if any(map(_has_adapters, model.towers.values())) else []
+    extras += ["lora"] if any(is_peft_model(model.unimodal(name)) for name in model.towers) else []
     others = "".join(f" {package}" for package in packages if package != "multitower")
     missing = [name for name in model.graph.towers if _has_to_be_given(model, name, embed_towers)]
     foreign = [name for name, record in found.items() if record["package"] is None]
@@ -241,10 +241,6 @@ def _has_to_be_given(model: Fusion, name: str, embed_towers: bool) -> bool:
 
 def _to_fill_in(names: Iterable[str]) -> str:
     return "{" + ", ".join(f"{json.dumps(name)}: ..." for name in names) + "}"
-
-
-def _has_adapters(tower: Any) -> bool:
-    return is_peft_model(tower.native)
 
 
 def _of(model: Fusion, link: str) -> list[Tap]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..link.attention import Visibility
-from ..link.cross_attention import GatedCrossAttention, InputAdapter
+from ..link.cross_attention import InputAdapter
 from ..run.fusion import Fusion
 
 
@@ -27,12 +27,11 @@ def openness(model: Fusion) -> dict[str, float]:
     of its gate if it has one. It needs no batch; ``FusedModel.contributions`` says what a tap changes on one.
     """
     found = {f"{name} adapter": _of_adapter(each) for name, each in model.adapters.items()}
-    found |= {f"{tap.link} {tap.key}": _of_tap(module) for tap, module in model.taps().items()}
+    found |= {
+        f"{tap.link} {tap.key}": _relative(each.out) * _gate(each.attention_gate)
+        for tap, each in model.taps().items()
+    }
     return found
-
-
-def _of_tap(tap: GatedCrossAttention) -> float:
-    return _relative(tap.out) * _gate(tap.attention_gate)
 
 
 def _of_adapter(adapter: nn.Module) -> float:

@@ -34,7 +34,7 @@ def stream(
     """
     transformers = require("transformers", "transformers")
     closed = Event()
-    if says_how(modality):
+    if type(modality).decode_stream is not Modality.decode_stream:
         streamer: Any = TokenStreamer()
         queue, raws = streamer.queue, modality.decode_stream(iter(streamer.queue.get, None))
     else:
@@ -83,11 +83,6 @@ async def in_a_thread(begin: Callable[[], Iterator[Any]]) -> AsyncIterator[Any]:
         if waiting is not None:
             await asyncio.wait([waiting])  # a generator that runs cannot be closed
         await asyncio.to_thread(pieces.close)
-
-
-def says_how(modality: Modality) -> bool:
-    """Whether a modality says how to decode in pieces."""
-    return type(modality).decode_stream is not Modality.decode_stream
 
 
 class TokenStreamer:
