@@ -72,12 +72,8 @@ def ties(state: Mapping[str, Tensor]) -> dict[str, str]:
 def fill(file: Path, convert: bool, model: nn.Module) -> nn.Module:
     """Put stored tensors in place of those of a ``Tower``, on the same device; return the model.
 
-    Tied tensors may be stored under any of their names, or all. What is no ``Tower`` stays as it is.
-
-    Args:
-        file: What is stored.
-        convert: Whether the model may have other dtypes.
-        model: The model.
+    Tied tensors may be stored under any of their names, or all. The model may have other dtypes if
+    ``convert``. What is no ``Tower`` stays as it is.
     """
     if not isinstance(model, Tower):
         return model

@@ -72,13 +72,7 @@ def keep_modalities(old: Path, new: Path, towers: Collection[str]) -> Records:
 def load_modalities(
     checkpoint: Checkpoint, but: Collection[str] = (), *, verify: bool = False
 ) -> dict[str, Modality]:
-    """Load the modalities that a checkpoint has, through the plugins that are installed.
-
-    Args:
-        checkpoint: The checkpoint.
-        but: Towers whose modalities are not wanted.
-        verify: Whether to compare every byte of their files.
-    """
+    """Load the modalities of a checkpoint, but for some towers, through the plugins that are installed."""
     loaded: dict[str, Modality] = {}
     folder = checkpoint.root
     for name, record in checkpoint.modalities.items():

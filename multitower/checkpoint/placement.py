@@ -55,15 +55,10 @@ def check_movable(name: str, tower: Tower, dtype: torch.dtype | None, device: to
 
 @torch.no_grad()
 def move(module: nn.Module, dtype: torch.dtype | None, device: torch.device | None) -> None:
-    """Put a model on a device and into a dtype, one tensor after the other.
+    """Put a model on a device and into a dtype, one tensor after the other; None leaves them as they are.
 
     Tensors that are not saved, as tables of rotary positions, keep their dtype, and so does what a model of
     transformers keeps in float32.
-
-    Args:
-        module: The model.
-        dtype: Its new dtype; None for that which it has.
-        device: Its new device; None for where it is.
     """
     if dtype is not None:
         saved, kept = set(module.state_dict()), _kept_in_float32(module, dtype)

@@ -102,12 +102,7 @@ def load_one(
 ) -> Tower:
     """Load a tower, from what is given, else from the checkpoint, else from where it came from.
 
-    Args:
-        checkpoint: The checkpoint.
-        spec: Its declaration.
-        given: A path, a Hub id or a module, or None.
-        changed: Whether another tower than the one that was saved will do, for all or for those named.
-        verify: Whether to compare all of its values, and not a sample.
+    ``changed`` says whether another tower than the one that was saved will do, for all or for those named.
     """
     name, record = spec.name, checkpoint.records[spec.name]
     place = checkpoint.root / TOWERS / name

@@ -23,13 +23,8 @@ def load_towers(
     """Return the tower of each declaration; what is one model is loaded once.
 
     Two towers are one model when the same module was given for both, or when both stay frozen and come from
-    the same path or Hub id.
-
-    Args:
-        specs: The declarations by name.
-        modules: The modules that were given, by name.
-        present: Towers that are there already; they are taken as they are.
-        empty: Whether what a folder or a Hub id holds is made on the meta device, without reading weights.
+    the same path or Hub id. Those that are present are taken as they are. If ``empty``, what a folder or a
+    Hub id holds is made on the meta device, without reading weights.
     """
     towers = dict(present or {})
     first: dict[object, str] = {}

@@ -65,14 +65,9 @@ class Keeping(NamedTuple):
 
 
 def advance(keeping: Keeping, rows: Sequence[Row], names: Collection[str] | None = None) -> list[Row]:
-    """Run what is pending in some rows, each token once; return the rows with what it left.
+    """Run what is pending of some towers and of what they read, each token once; return the rows then.
 
     A tower that cannot go on from keys and values runs from its first token, if anything of it is pending.
-
-    Args:
-        keeping: What is kept.
-        rows: The rows.
-        names: The towers in question; what they read runs too. All towers unless given.
     """
     names = _pending(keeping.model, rows, names)
     if not names:

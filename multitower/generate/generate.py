@@ -61,13 +61,8 @@ def go_on(
 ) -> list[Row]:
     """Decode a segment for each entry of ``output``; return the rows with these.
 
-    Args:
-        keeping: What is kept.
-        rows: The rows.
-        output: As ``FusedModel.generate`` takes it.
-        options: See there.
-        lasting: Whether the rows are gone on from afterwards.
-        continues: Whether a segment that has not ended is gone on with, in place of beginning another.
+    ``lasting`` says that the rows are gone on from afterwards, ``continues`` that a segment which has not
+    ended is gone on with, in place of beginning another.
     """
     model, rows = keeping.model, list(rows)
     check_named(options, model.graph.towers)

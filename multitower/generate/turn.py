@@ -34,17 +34,10 @@ def decode(
     *,
     keep: bool,
 ) -> list[list[Row]]:
-    """Decode rows, together where that does not change what each becomes.
+    """Decode rows, by the numbers by which errors call them, together where that changes none of them.
 
-    Args:
-        keeping: What is kept.
-        rows: The rows, by the numbers by which errors call them.
-        entry: What to decode.
-        settings: For each tower of it with what to decode it.
-        keep: Whether something may follow, for which what is decoded should not run again.
-
-    Returns:
-        What each row becomes: one row, or as many as sequences are returned.
+    If ``keep``, something may follow, for which what is decoded should not run again. Returned is what each
+    row becomes: one row, or as many as sequences are returned.
     """
     lengths: dict[str, list[int]] = {name: [] for name in settings}
     for number, row in rows.items():

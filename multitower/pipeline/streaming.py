@@ -24,13 +24,8 @@ def stream(
     """Return the raw data of a segment piece by piece, while ``generate`` decodes it in a thread.
 
     The thread runs under what this call runs under: ``torch.autocast`` and what chooses a device. When the
-    iterator is closed, decoding ends after the token that is being computed.
-
-    Args:
-        generate: Called with options of transformers' ``generate``.
-        modality: What makes raw data of the tokens.
-        begin: The token that opens the segment.
-        options: The options; what stops and follows the decoding is added.
+    iterator is closed, decoding ends after the token that is being computed. The options are those of
+    transformers' ``generate``; what stops and follows the decoding is added.
     """
     transformers = require("transformers", "transformers")
     closed = Event()

@@ -48,14 +48,7 @@ _packs._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch's a
 
 
 def check_room(name: str, tower: Tower, times: Tensor, where: str) -> None:
-    """Check that a tower has a position for each of its tokens in one example.
-
-    Args:
-        name: The tower.
-        tower: The tower.
-        times: When the tokens stand, shape (number of tokens,).
-        where: What to call the example.
-    """
+    """Check that a tower has a position for each of its tokens in one example, whose times are given."""
     limit = tower.hard_limit
     if limit is not None and len(times) > limit:
         raise ValueError(

@@ -112,16 +112,10 @@ def score(
     training: bool,
     counts: Mapping[str, Tensor | int] | None = None,
 ) -> FusedOutput:
-    """Run the heads of some towers on their last states, and take losses.
+    """Run the heads of the named towers on their last states, and take losses.
 
-    Args:
-        towers: Those of the batch.
-        streams: The batch.
-        states: What the schedule left.
-        names: Which towers are scored.
-        logits: As in ``FusedModel.forward``.
-        training: Whether to watch for batches from which nothing would be learnt.
-        counts: What each loss is divided by; the labels of this batch unless given.
+    A loss is divided by its count, or by its labels here; ``training`` says to watch for batches from which
+    nothing would be learnt.
     """
     final = {name: (towers[name], states.hidden[name], states.contexts[name]) for name in names}
     scores = {name: tower.head(*state) for name, (tower, *state) in final.items()} if logits else {}

@@ -72,13 +72,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def check_files(folder: Path, files: Files, parts: tuple[str, ...], *, verify: bool) -> None:
-    """Check that files of a checkpoint are there as they were saved, and no others.
+    """Check that files whose paths begin so are there as they were saved, and no others.
 
-    Args:
-        folder: The checkpoint.
-        files: What the manifest says of them.
-        parts: How the paths begin of those that are meant.
-        verify: Whether to compare every byte, and not, of large files, the size and a sample.
+    Of large files the size and a sample are compared, or every byte if ``verify``.
     """
     found = [name for name in _parts(folder) if name.startswith(parts)]
     problems = [f"missing: {name}" for name in files if name.startswith(parts) and name not in found]

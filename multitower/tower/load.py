@@ -82,14 +82,9 @@ def as_tower(
 def from_source(
     name: str, source: str, *, revision: str | None = None, empty: bool = False, cached: bool = False
 ) -> nn.Module:
-    """Load what a path, a Hub id or "loader://..." names, before it becomes a tower.
+    """Load what a path, a Hub id or "loader://..." names, before it becomes a tower; see ``as_tower``.
 
-    Args:
-        name: The tower's name, for errors.
-        source: What was named.
-        revision: See ``as_tower``.
-        empty: See ``as_tower``.
-        cached: Whether only what has been downloaded before will do.
+    ``cached`` says that only what has been downloaded before will do.
     """
     if LOADER.match(source):
         return _from_plugin(name, source)

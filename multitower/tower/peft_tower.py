@@ -70,11 +70,7 @@ def with_adapters(model: nn.Module, declared: Mapping[str, Any] | None) -> nn.Mo
 def add_adapter(model: nn.Module, config: Any, name: str = "default", *, autocast: bool = True) -> nn.Module:
     """Put one adapter on a model or PeftModel, in place; return the PeftModel.
 
-    Args:
-        model: The model.
-        config: A ``peft.PeftConfig``; it is changed.
-        name: The adapter's name.
-        autocast: Whether the adapter is kept in float32 where the model is in half precision.
+    The config is changed. If ``autocast``, the adapter is in float32 where the model is in half precision.
     """
     peft = require("peft", "lora")
     try:

@@ -69,16 +69,10 @@ Event = Piece | Session | Exception
 
 
 class Job:
-    """A session that is to grow by what is given and by what is decoded.
+    """A session of one row that is to grow by what is given and by what is decoded.
 
-    Args:
-        session: A session of one row. It stays what it is; the last event is the one that has grown.
-        given: What is appended.
-        wanted: What is decoded, one after the other.
-        seconds: How long it may take.
-        emit: Called with each event, in the thread of the engine.
-        lasting: Whether the session is gone on with afterwards. Of one that is not, the last answer may have
-            been decoded further than was wanted.
+    It stays what it is: the last event that is emitted, in the thread of the engine, is the session that has
+    grown. Of one that is not lasting, the last answer may have been decoded further than was wanted.
     """
 
     def __init__(
@@ -125,13 +119,8 @@ class Engine:
 
     Before each step it takes in what has come, and it lets go of what has ended, took too long or is wanted
     no more. So requests of unlike lengths decode together, and each gets what it would get alone, up to
-    rounding.
-
-    Args:
-        codec: The model, with the modalities that say how towers begin and end.
-        outputs: The towers that may be decoded.
-        chunk: How many tokens are decoded at a step.
-        observe: Called after each step with the tower, how many rows it had, and the seconds that it took.
+    rounding. ``observe`` is called after each step with the tower, how many rows it had, and the seconds that
+    it took.
     """
 
     def __init__(

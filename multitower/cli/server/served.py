@@ -167,14 +167,7 @@ class Served:
         *,
         lasting: bool = False,
     ) -> AsyncIterator[AsyncIterator[Piece | Session]]:
-        """Have the engine extend a session; what is under way is ended with the context.
-
-        Args:
-            session: The session.
-            given: What is appended.
-            wanted: What is decoded.
-            lasting: Whether the session is gone on with afterwards.
-        """
+        """Have the engine extend a session; what is under way is ended with the context."""
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[Event]()
         job = Job(
             session,
