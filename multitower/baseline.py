@@ -16,7 +16,7 @@ from .generate.options import OF_ONE_VOCABULARY, Settings, check_named, given, g
 from .generate.turn import decode_rows, pad_left
 from .plugins.modality import Modality
 from .run.output import FusedOutput, token_loss
-from .tower.decode_transformers import why_not_faithful
+from .tower.abilities import why_not_faithful
 from .tower.probe import LENGTH, evaluated, last_position
 from .tower.weights import execution_device
 

@@ -10,19 +10,18 @@ import torch
 from torch import nn
 
 from .batch.collate import Batch, Example, Streams
-from .checkpoint.layout import MAX_SHARD_SIZE
 from .checkpoint.load import load_fusion
-from .checkpoint.manifest import open_checkpoint
+from .checkpoint.manifest import MAX_SHARD_SIZE, open_checkpoint
 from .checkpoint.placement import DeviceMap
 from .checkpoint.save import save_pretrained
 from .declare.graph import FusionGraph
 from .generate.generate import Decoded, Entry, Policy, generate
 from .generate.session import Session
 from .hub import push
-from .inspect.contributions import contributions
 from .inspect.cost import Estimate
 from .inspect.draw import as_svg, draw_graph
 from .inspect.estimate import estimate
+from .inspect.openness import contributions
 from .plugins.modality import Modality
 from .run import surgery
 from .run.fusion import Fusion

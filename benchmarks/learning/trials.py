@@ -25,7 +25,7 @@ from data import Corpus
 from torch import Tensor, nn
 
 import multitower as mt
-from multitower.link import rotary
+from multitower.link.attention import rotate
 from multitower.link.cross_attention import GatedCrossAttention, KeysValues
 
 
@@ -120,7 +120,7 @@ def _normalise_queries_and_keys() -> None:
         heads = self._split(states)
         scale = self.key_scale if self._reading else self.query_scale
         heads = F.rms_norm(heads, heads.shape[-1:]) * scale
-        return heads if rotation is None else rotary.rotate(heads, rotation)
+        return heads if rotation is None else rotate(heads, rotation)
 
     def new_read(self: Any, *args: Any) -> KeysValues:
         self._reading = True

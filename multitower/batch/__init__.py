@@ -1,8 +1,7 @@
 """Examples as lists of segments, and batches of them."""
 
-from .collate import Batch, Example, Segment, collate, to_device
+from .collate import Batch, Example, Segment, collate, count_targets, to_device
 from .corrupt import corrupt_history, corrupt_sources
-from .count import count_targets
 from .pack import pack
 from .places import measure_pace
 

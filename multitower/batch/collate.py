@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypedDict
 
@@ -130,16 +130,35 @@ def to_device(
     return {**batch, "streams": streams}
 
 
-def check_examples(examples: Sequence[Example]) -> None:
-    """Check that each example is a list of segments, or of tuples of them; it may be empty.
+def count_targets(batches: Iterable[Batch]) -> dict[str, Tensor]:
+    """Return, by tower, how many tokens are to be predicted in several batches: ``num_items_in_batch``.
 
-    >>> check_examples([Segment("text", [1])])
-    Traceback (most recent call last):
-    ValueError: example 0 must be a list of multitower.Segment, or of tuples of them, where there is a Segment
+    >>> import multitower as mt
+    >>> examples = [[mt.Segment("text", [0, *[5] * length, 1], target=True)] for length in (2, 6)]
+    >>> batches = [mt.collate([example]) for example in examples]
+    >>> {name: count.item() for name, count in mt.batch.count_targets(batches).items()}
+    {'text': 10}
 
-    Raises:
-        ValueError: One is not.
+    Losses that are divided by these, ``model(**batch, num_items_in_batch=counts)``, add up to the loss of one
+    batch of all the examples.
+
+    Args:
+        batches: As ``collate`` gives them, packed or not; a stream without labels counts as nothing.
+
+    Returns:
+        For each stream that has labels an int64 scalar, on their device.
     """
+    counts: dict[str, Tensor] = {}
+    for batch in batches:
+        for name, stream in batch["streams"].items():
+            if "labels" in stream:
+                here = (stream["labels"][:, 1:] != IGNORE).sum()
+                counts[name] = counts[name] + here if name in counts else here
+    return counts
+
+
+def check_examples(examples: Sequence[Example]) -> None:
+    """Check that each example is a list of segments, or of tuples of them; it may be empty."""
     for number, example in enumerate(examples):
         entries = list(example) if isinstance(example, Sequence) else []
         segments = [each for entry in entries for each in (entry if isinstance(entry, tuple) else (entry,))]
@@ -188,10 +207,6 @@ def place_in_time(example: Example, number: int = 0) -> list[tuple[Segment, int]
     >>> example = [(Segment("a", [1, 2]), Segment("b", [3])), Segment("a", [4])]
     >>> [(segment.tower, time) for segment, time in place_in_time(example)]
     [('a', 0), ('b', 0), ('a', 2)]
-
-    Raises:
-        ValueError: A segment is empty or not of whole numbers, or a tower stands twice in one tuple. The
-            message calls the example by its number.
     """
     timed: list[tuple[Segment, int]] = []
     time = 0
@@ -215,15 +230,7 @@ PADDING = {"tokens": 0, "times": -1, "mask": False, "labels": IGNORE}
 def check_streams(streams: Mapping[str, Mapping[str, Tensor]], vocabularies: Mapping[str, int]) -> None:
     """Check a batch against the towers' vocabulary sizes.
 
-    >>> check_streams({"text": {"tokens": torch.tensor([[9]])}}, {"text": 5})
-    Traceback (most recent call last):
-    ValueError: stream 'text' lacks 'times' and 'mask'; build batches with multitower.collate
-
     The values of tokens are looked at only on the CPU: elsewhere that would wait for the device.
-
-    Raises:
-        ValueError: There is no stream, a stream belongs to no tower, lacks a tensor or has other shapes
-            than the rest, or tokens are outside the vocabulary.
     """
     if not streams:
         raise ValueError("the batch has no streams; build it with multitower.collate")

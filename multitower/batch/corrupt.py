@@ -88,11 +88,7 @@ def corrupt_sources(
 
 
 def _checked(rates: Mapping[str, float], streams: Mapping[str, Stream]) -> Iterator[tuple[str, float]]:
-    """Yield the rates of those streams that a batch has.
-
-    Raises:
-        ValueError: A rate is not between 0 and 1.
-    """
+    """Yield the rates of those streams that a batch has."""
     for name, rate in rates.items():
         if not 0 <= rate <= 1:
             raise ValueError(

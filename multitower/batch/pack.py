@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from .collate import EXAMPLES, IGNORE, PADDING, Batch, Stream
-
-APART = 2**40
-"""How far apart the clocks of two packed examples are set: further than any example is long, in tokens."""
+from .places import positions
 
 
 def pack(batch: Batch, *, one_row: bool = False) -> Batch:
@@ -50,33 +48,6 @@ def pack(batch: Batch, *, one_row: bool = False) -> Batch:
     lengths = torch.stack([stream["mask"].sum(1).cpu() for stream in streams.values()]).sum(0)
     rows = [list(range(len(lengths)))] if one_row else _fitted(lengths)
     return {**batch, "streams": {name: _packed(each, rows) for name, each in streams.items()}}
-
-
-def positions(examples: Tensor) -> Tensor:
-    """Return where in its example each token of packed rows stands.
-
-    >>> positions(torch.tensor([[0, 0, 2, 2, 2], [1, 1, 1, 3, 3]])).tolist()
-    [[0, 1, 0, 1, 2], [0, 1, 2, 0, 1]]
-
-    Args:
-        examples: int64, shape (batch, length), ascending in each row.
-    """
-    places = torch.arange(examples.shape[1], device=examples.device)
-    return places - torch.searchsorted(examples, examples)
-
-
-def moments(stream: Mapping[str, Tensor]) -> Tensor:
-    """Return the time of each token on a clock on which packed examples lie far apart.
-
-    Args:
-        stream: With "times" and, where it is packed, "examples".
-    """
-    return stream["times"] + 2 * APART * stream[EXAMPLES] if EXAMPLES in stream else stream["times"]
-
-
-def reach(window: int | None, stream: Mapping[str, Tensor]) -> int | None:
-    """Return how many ticks of that clock a token sees back: never as far as another example."""
-    return min(window or APART, APART) if EXAMPLES in stream else window
 
 
 def _fitted(lengths: Tensor) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""Where tokens stand in their segments, and these in their example; see ``position="segment"`` of a link."""
+"""Where tokens stand: in packed rows, and in their segments; see ``position="segment"`` of a link."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ APART = 1000.0
 
 LAST = 2**62
 
+CLOCKS = 2**40
+"""How far apart the clocks of two packed examples are set: further than any example is long, in tokens."""
+
 PLACES = "places beside "
 """How the names begin under which a stream brings its places: "places beside text"."""
 
@@ -34,10 +37,6 @@ def places(streams: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     >>> [(place // ROOM, place % ROOM) for place in found["text"][0].tolist()]
     [(1, 0), (1, 1), (1, 2)]
 
-    Args:
-        streams: Those of the two towers of a link, or one of them, each with "times", -1 at padding on either
-            side or "mask", and, where it is packed, "examples". What other towers say is not counted.
-
     Returns:
         By stream ``segment * ROOM + token``, int64, shape (batch, length): segments are counted in the order
         in which they begin; those that begin at the same time have the same number.
@@ -52,7 +51,7 @@ def places(streams: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
         begins = (before < 0) | (times != before + 1)
         index = torch.arange(times.shape[1], device=device)
         first[name] = times.gather(1, (index * begins).cummax(1).values)
-        begin[name] = stream[EXAMPLES].to(device) * 2**40 if EXAMPLES in stream else 0 * times
+        begin[name] = stream[EXAMPLES].to(device) * CLOCKS if EXAMPLES in stream else 0 * times
         keys.append((begin[name] + first[name]).masked_fill(~begins | ~real, LAST))
     every = torch.cat(keys, 1).sort(1).values
     number = (every != _shifted(every)).cumsum(1) - 1
@@ -106,9 +105,28 @@ def positions_in_segments(places: Tensor, stretch: float) -> Tensor:
 
     >>> positions_in_segments(torch.tensor([[0, 1, ROOM + 2]]), 7.5).tolist()
     [[0.0, 7.5, 1015.0]]
-
-    Args:
-        places: As ``places`` gives them.
-        stretch: How many units there are from one token to the next.
     """
     return (places // ROOM) * APART + (places % ROOM) * stretch
+
+
+def positions(examples: Tensor) -> Tensor:
+    """Return where in its example each token of packed rows stands.
+
+    >>> positions(torch.tensor([[0, 0, 2, 2, 2], [1, 1, 1, 3, 3]])).tolist()
+    [[0, 1, 0, 1, 2], [0, 1, 2, 0, 1]]
+
+    Args:
+        examples: int64, shape (batch, length), ascending in each row.
+    """
+    places = torch.arange(examples.shape[1], device=examples.device)
+    return places - torch.searchsorted(examples, examples)
+
+
+def moments(stream: Mapping[str, Tensor]) -> Tensor:
+    """Return the time of each token on a clock on which packed examples lie far apart."""
+    return stream["times"] + 2 * CLOCKS * stream[EXAMPLES] if EXAMPLES in stream else stream["times"]
+
+
+def reach(window: int | None, stream: Mapping[str, Tensor]) -> int | None:
+    """Return how many ticks of that clock a token sees back: never as far as another example."""
+    return min(window or CLOCKS, CLOCKS) if EXAMPLES in stream else window

@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint put into modules: into what is there, or in place of what has no values yet."""
+"""Which modules of a fused model a checkpoint holds, and how their tensors are put in place."""
 
 from __future__ import annotations
 
@@ -7,11 +7,49 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from ..declare.graph import FusionGraph
 from ..errors import CheckpointError
-from ..storage.files import check_fit
+from ..run.fusion import Fusion
 from ..storage.fingerprint import is_packed
-from ..storage.tensors import mapped_tensors
-from ..tower import Tower
+from ..storage.tensors import check_fit, mapped_tensors
+from ..tower import Tower, TransformersTower
+from ..tower.peft_tower import is_peft_model
+
+
+def fusion_state(model: Fusion) -> dict[str, Tensor]:
+    """Return what belongs to no tower: links and input adapters."""
+    return {key: value for key, value in model.state_dict().items() if not key.startswith("towers.")}
+
+
+def check_names(model: Fusion) -> None:
+    """Refuse a model in which layers stand under other names, by which no checkpoint could be loaded."""
+    for name in model.state_dict():
+        if "._orig_mod." in name:
+            module = name.partition("._orig_mod.")[0]
+            raise CheckpointError(
+                f"{module} was replaced by torch.compile(module), which renames its tensors; compile it in "
+                "place, module.compile(), or the fused model as a whole"
+            )
+
+
+def whole(tower: Tower) -> nn.Module:
+    """Return what a tower is made of: a PeftModel, a transformers model, or a ``Tower`` in plain PyTorch."""
+    native = tower.native
+    return native if is_peft_model(native) or isinstance(tower, TransformersTower) else tower
+
+
+def tower_of(graph: FusionGraph, key: str) -> str:
+    """Name the tower that a tensor of a link or an input adapter feeds.
+
+    >>> graph = FusionGraph()
+    >>> for name in ("speech", "text"):
+    ...     graph.add_tower(name, "path/to/decoder")
+    >>> graph.add_link("speech", "text", interleave=1)
+    >>> tower_of(graph, "links.speech->text.1-1.norm.weight"), tower_of(graph, "adapters.speech.gate")
+    ('text', 'speech')
+    """
+    kind, name, _ = key.split(".", 2)
+    return graph.links[name].target if kind == "links" else name
 
 
 def ties(state: Mapping[str, Tensor]) -> dict[str, str]:
@@ -34,15 +72,8 @@ def ties(state: Mapping[str, Tensor]) -> dict[str, str]:
 def fill(file: Path, convert: bool, model: nn.Module) -> nn.Module:
     """Put stored tensors in place of those of a ``Tower``, on the same device; return the model.
 
-    Tied tensors may be stored under any of their names, or all. What is no ``Tower`` stays as it is.
-
-    Args:
-        file: What is stored.
-        convert: Whether the model may have other dtypes.
-        model: The model.
-
-    Raises:
-        CheckpointError: The file does not fit, of which all is listed; or what is not stored has no values.
+    Tied tensors may be stored under any of their names, or all. The model may have other dtypes if
+    ``convert``. What is no ``Tower`` stays as it is.
     """
     if not isinstance(model, Tower):
         return model
@@ -65,9 +96,6 @@ def check_stored(state: Mapping[str, Tensor], file: Path, *, convert: bool = Fal
         state: The tensors of the model.
         file: What is stored.
         convert: Whether the model may have other dtypes.
-
-    Raises:
-        CheckpointError: It does not; all that does not fit is listed.
     """
     tensors, tied = mapped_tensors(file), ties(state)
     firsts = {tied.get(name, name) for name in tensors}

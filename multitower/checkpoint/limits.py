@@ -14,7 +14,7 @@ from ..base.extras import require
 from ..errors import CheckpointError
 from ..storage.files import read_json
 from ..tower.load import kernels_in
-from .layout import ADAPTER_CONFIG
+from .manifest import ADAPTER_CONFIG
 
 COUNTS = re.compile(r"layer|expert|label|block|depth|^num_")
 MODULES, RANK, BUFFERS = 1024, 64, 1 << 24
@@ -30,14 +30,6 @@ def check_model(folder: Path, tensors: int, stored: int) -> None:
 
     Nothing but safetensors in this folder may be read, no code may come from elsewhere, and the model may
     have no more values than the files can hold.
-
-    Args:
-        folder: The tower's.
-        tensors: How many tensors its files hold.
-        stored: How many bytes they have.
-
-    Raises:
-        CheckpointError: It may not; the message names the file.
     """
     file = folder / "config.json"
     if (folder / ADAPTER_CONFIG).exists():
@@ -52,16 +44,7 @@ def check_model(folder: Path, tensors: int, stored: int) -> None:
 
 
 def check_adapter(file: Path, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
-    """Check that a peft config asks for no larger adapters than are stored, and no endless pattern.
-
-    Args:
-        file: Where the config comes from, for errors.
-        config: What ``adapter_config.json`` says.
-        weights: The adapter's tensors.
-
-    Raises:
-        CheckpointError: It does.
-    """
+    """Check that a peft config asks for no larger adapters than are stored, and no endless pattern."""
     most = max([RANK, *(size for tensor in weights.values() for size in tensor.shape)])
     ranks = [
         value

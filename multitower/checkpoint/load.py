@@ -1,27 +1,41 @@
-"""From a folder to a fused model, or to one of its towers."""
+"""From a folder to a fused model, a new one or one that exists, or to one of its towers."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from ..base.extras import require
 from ..declare.graph import FusionGraph
 from ..errors import CheckpointError, GraphError, TowerError
 from ..run.fusion import Fusion
-from ..storage.files import FUSION, check_fit
+from ..storage.files import FUSION
 from ..storage.find import find_checkpoint
-from ..storage.tensors import mapped_tensors
+from ..storage.tensors import check_fit, mapped_tensors
 from ..tower import Tower
+from ..tower.peft_tower import base_state
 from ..tower.rollback import unchanged_on_error
-from .assign import assign
-from .layout import LINKS, fusion_state, tower_of
-from .manifest import Checkpoint, Given, for_all_that_share, open_checkpoint, sources, with_sources
+from .assign import assign, check_stored, fusion_state, tower_of, whole
+from .manifest import (
+    ADAPTER_WEIGHTS,
+    LINKS,
+    TOWERS,
+    WEIGHTS,
+    Checkpoint,
+    Given,
+    adapter_folder,
+    for_all_that_share,
+    open_checkpoint,
+    sources,
+    with_sources,
+)
 from .placement import DeviceMap, as_devices, as_dtype, check_movable, move
-from .towers import load_one
+from .towers import adapter_state, load_one
 
 F = TypeVar("F", bound=Fusion)
 
@@ -145,6 +159,39 @@ def load_tower(
         check_movable(name, loaded, wanted, devices.get(first))
     move(loaded.native, wanted, devices.get(first))
     return loaded.native.eval()
+
+
+def load_weights(model: Fusion, folder: str | os.PathLike[str]) -> None:
+    """Put what a checkpoint stores into a model of the same graph, as a training run is resumed from it.
+
+    Towers that the checkpoint refers to, as frozen ones, are left as they are. All files are compared with
+    the model before anything is changed.
+    """
+    checkpoint = open_checkpoint(Path(folder))
+    declared = {key: [spec["name"] for spec in checkpoint.graph[key]] for key in ("towers", "links")}
+    own = {"towers": list(model.graph.towers), "links": list(model.graph.links)}
+    if declared != own or checkpoint.schedule != model.schedule.fingerprint:
+        raise CheckpointError(f"{checkpoint.root / FUSION} is of another graph: {declared}, not {own}")
+    checkpoint.check(checkpoint.records, links=True, verify=False)
+    file, fused = checkpoint.root / LINKS, fusion_state(model)
+    check_fit(fused, mapped_tensors(file), file)
+    bases, adapters = [], []
+    for name, record in checkpoint.records.items():
+        native, place = whole(model.tower(name)), checkpoint.root / TOWERS / name
+        if record.get("embedded"):
+            state = base_state(native)
+            check_stored(state, place / WEIGHTS)
+            bases.append((state, place / WEIGHTS))
+        for adapter in record.get("adapters", {}):
+            tensors = mapped_tensors(place / adapter_folder(adapter) / ADAPTER_WEIGHTS)
+            check_fit(adapter_state(native, adapter), tensors, place / adapter_folder(adapter))
+            adapters.append((native, tensors, adapter))
+    with torch.no_grad():
+        for state, stored in [(fused, file), *bases]:
+            for key, tensor in mapped_tensors(stored).items():
+                state[key].copy_(tensor)
+    for native, tensors, adapter in adapters:
+        require("peft", "lora").set_peft_model_state_dict(native, tensors, adapter)
 
 
 def _check_names(allowed: bool | Collection[str], names: list[str]) -> None:

@@ -15,12 +15,13 @@ from torch import nn
 from ..declare.graph import FusionGraph
 from ..errors import CheckpointError
 from ..storage.atomic import current
-from ..storage.files import FUSION, differences
+from ..storage.files import FILES, FUSION, Files, check_files, read_manifest
 from ..storage.find import as_declared
-from ..storage.integrity import FILES, Files, check_files, read_manifest
-from ..storage.tensors import Inventory, inventory
-from .layout import ADAPTER_WEIGHTS, LINKS, TOWERS, WEIGHTS, adapter_folder
+from ..storage.tensors import Inventory, differences, inventory
 
+LINKS, TOWERS, MODALITIES, WEIGHTS = "links.safetensors", "towers", "modalities", "model.safetensors"
+ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter", "adapter_config.json", "adapter_model.safetensors"
+MAX_SHARD_SIZE = "5GB"
 Records = dict[str, dict[str, Any]]
 RECORD = {
     "depth": (int,),
@@ -58,11 +59,7 @@ class Checkpoint:
     files: Files
 
     def check(self, towers: Iterable[str], *, links: bool, verify: bool) -> None:
-        """Check the files of some towers, and of the links if asked, by their headers, then by their bytes.
-
-        Raises:
-            CheckpointError: They are not as they were saved; all that is wrong is listed.
-        """
+        """Check the files of some towers, and of the links if asked: their headers, then their bytes."""
         problems: list[str] = []
         towers = list(towers)
         for part in [LINKS] * links + parts_of(self.records, towers):
@@ -84,6 +81,11 @@ class Checkpoint:
         return sum(self.files[name]["bytes"] for name in names)
 
 
+def adapter_folder(name: str) -> str:
+    """Return the folder in ``towers/<name>/`` where peft keeps the adapters of a name."""
+    return ADAPTER if name == "default" else f"{ADAPTER}/{name}"
+
+
 def parts_of(records: Mapping[str, Mapping[str, Any]], towers: Iterable[str]) -> list[str]:
     """Name the files with tensors that a checkpoint holds for some towers.
 
@@ -99,11 +101,7 @@ def parts_of(records: Mapping[str, Mapping[str, Any]], towers: Iterable[str]) ->
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Read ``fusion.json``, once for all that is done with a checkpoint.
-
-    Raises:
-        CheckpointError: It is missing, damaged, or of a newer version of the format.
-    """
+    """Read ``fusion.json``, once for all that is done with a checkpoint."""
     root = current(folder)
     document = read_manifest(root)
     try:
@@ -138,14 +136,7 @@ def for_all_that_share(
 
 
 def sources(towers: Mapping[str, Given]) -> dict[str, str | nn.Module]:
-    """Return what a caller names as towers, paths as graphs name them.
-
-    >>> sources({"text": Path("/models/text")})
-    {'text': '/models/text'}
-
-    Raises:
-        TypeError: It is something else.
-    """
+    """Return what a caller names as towers, paths as graphs name them."""
     for name, source in towers.items():
         if not isinstance(source, str | os.PathLike | nn.Module):
             raise TypeError(

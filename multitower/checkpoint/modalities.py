@@ -14,24 +14,14 @@ from ..errors import CheckpointError, PluginError
 from ..plugins.entry_points import describe, modality_class
 from ..plugins.modality import Modality
 from ..run.fusion import Fusion
-from ..storage.integrity import check_files
-from .layout import MODALITIES
-from .manifest import Checkpoint, Records, open_checkpoint
+from ..storage.files import check_files
+from .manifest import MODALITIES, Checkpoint, Records, open_checkpoint
 
 
 def check_modalities(model: Fusion, modalities: Mapping[str, Modality]) -> None:
     """Check that modalities are those of a model's towers.
 
-    >>> from multitower.testing import tiny_model
-    >>> check_modalities(tiny_model(), {"smell": None})
-    Traceback (most recent call last):
-    ValueError: modalities: there is no tower 'smell'; the towers are speech, text
-
     A tower may have more ids than its modality, for embeddings are often padded.
-
-    Raises:
-        ValueError: A tower is unknown, or has fewer ids than its modality.
-        TypeError: A modality is none.
     """
     for name, modality in modalities.items():
         if name not in model.towers:
@@ -62,14 +52,6 @@ def keep_modalities(old: Path, new: Path, towers: Collection[str]) -> Records:
     """Copy the modalities of an old checkpoint into a new one, where that has none; return their records.
 
     Those of towers that are gone are left out. What the old one's record does not name is kept, too.
-
-    Args:
-        old: The old checkpoint.
-        new: The new one, with the modalities that it has been given.
-        towers: The names of its towers.
-
-    Raises:
-        CheckpointError: The record of the old one is damaged.
     """
     if not (old / MODALITIES).is_dir():
         return {}
@@ -90,17 +72,7 @@ def keep_modalities(old: Path, new: Path, towers: Collection[str]) -> Records:
 def load_modalities(
     checkpoint: Checkpoint, but: Collection[str] = (), *, verify: bool = False
 ) -> dict[str, Modality]:
-    """Load the modalities that a checkpoint has, through the plugins that are installed.
-
-    Args:
-        checkpoint: The checkpoint.
-        but: Towers whose modalities are not wanted.
-        verify: Whether to compare every byte of their files.
-
-    Raises:
-        PluginError: The plugin of a modality is not installed, or broken.
-        CheckpointError: A file is missing or damaged.
-    """
+    """Load the modalities of a checkpoint, but for some towers, through the plugins that are installed."""
     loaded: dict[str, Modality] = {}
     folder = checkpoint.root
     for name, record in checkpoint.modalities.items():

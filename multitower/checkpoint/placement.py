@@ -17,14 +17,7 @@ DeviceMap = str | int | torch.device | Mapping[str, str | int | torch.device]
 
 
 def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """Return the dtype that was named; None where each tensor is to keep its own.
-
-    >>> as_dtype("bfloat16"), as_dtype("auto")
-    (torch.bfloat16, None)
-
-    Raises:
-        ValueError: It is none for weights.
-    """
+    """Return the dtype that was named; None where each tensor is to keep its own."""
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype is None or dtype == "auto":
         return None
@@ -34,14 +27,7 @@ def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def as_devices(device_map: DeviceMap | None, towers: list[str]) -> dict[str, torch.device]:
-    """Return the device of each tower that is to have one.
-
-    >>> as_devices({"text": "cpu"}, ["speech", "text"])
-    {'text': device(type='cpu')}
-
-    Raises:
-        ValueError: A tower is unknown, or a device, or it is not there.
-    """
+    """Return the device of each tower that is to have one."""
     if device_map is None:
         return {}
     places = device_map if isinstance(device_map, Mapping) else dict.fromkeys(towers, device_map)
@@ -57,11 +43,7 @@ def as_devices(device_map: DeviceMap | None, towers: list[str]) -> dict[str, tor
 
 
 def check_movable(name: str, tower: Tower, dtype: torch.dtype | None, device: torch.device | None) -> None:
-    """Check that a tower can be given a device and a dtype.
-
-    Raises:
-        CheckpointError: It is offloaded, or quantised.
-    """
+    """Check that a tower can be given a device and a dtype."""
     kind = quantisation_of(tower.native)
     if kind and dtype is not None:
         raise CheckpointError(
@@ -73,15 +55,10 @@ def check_movable(name: str, tower: Tower, dtype: torch.dtype | None, device: to
 
 @torch.no_grad()
 def move(module: nn.Module, dtype: torch.dtype | None, device: torch.device | None) -> None:
-    """Put a model on a device and into a dtype, one tensor after the other.
+    """Put a model on a device and into a dtype, one tensor after the other; None leaves them as they are.
 
     Tensors that are not saved, as tables of rotary positions, keep their dtype, and so does what a model of
     transformers keeps in float32.
-
-    Args:
-        module: The model.
-        dtype: Its new dtype; None for that which it has.
-        device: Its new device; None for where it is.
     """
     if dtype is not None:
         saved, kept = set(module.state_dict()), _kept_in_float32(module, dtype)

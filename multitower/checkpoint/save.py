@@ -18,22 +18,18 @@ from ..errors import CheckpointError
 from ..plugins.modality import Modality
 from ..run.fusion import Fusion
 from ..storage.atomic import replacing
-from ..storage.files import FUSION
+from ..storage.files import FUSION, is_part, write_manifest
 from ..storage.find import is_path
 from ..storage.fingerprint import fingerprint, sampled_fingerprint
-from ..storage.integrity import is_part, write_manifest
 from ..storage.tensors import inventory, size_in_bytes, write_tensors
 from ..tower import Tower
 from ..tower.load import revision_of
 from ..tower.peft_tower import base_model, base_state, is_peft_model
 from ..tower.weights import can_be_stored, is_offloaded, quantisation_of
-from .adapters import save_adapters
-from .assign import ties
-from .layout import ADAPTER, LINKS, MAX_SHARD_SIZE, TOWERS, WEIGHTS, check_names, fusion_state, whole
-from .manifest import Records, parts_of
+from .assign import check_names, fusion_state, ties, whole
+from .manifest import ADAPTER, LINKS, MAX_SHARD_SIZE, TOWERS, WEIGHTS, Records, parts_of
 from .modalities import check_modalities, keep_modalities, write_modalities
-from .origins import is_to_be_stored
-from .probe_record import write_proof
+from .towers import is_to_be_stored, save_adapters, write_proof
 
 
 def save_pretrained(

@@ -1,25 +1,95 @@
-"""One tower of a checkpoint: from where it is to be had, and whether it is the one that was saved."""
+"""One tower of a checkpoint: whether it is stored, whence it is had, and what it need not prove anew."""
 
 from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from types import NoneType
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from ..base.extras import require
 from ..declare.spec import TowerSpec
-from ..errors import CheckpointError, TowerError
+from ..errors import CheckpointError, PluginError, TowerError
+from ..run.fusion import Fusion
+from ..storage.files import FUSION, read_json
+from ..storage.find import hub_id, is_path
 from ..storage.fingerprint import fingerprint, sampled_fingerprint
+from ..storage.tensors import check_fit, mapped_tensors
 from ..tower import Tower, TransformersTower, as_tower
-from ..tower.peft_tower import base_state
-from .adapters import load_adapters
-from .assign import fill, restore_dtypes
-from .layout import ADAPTER, TOWERS, WEIGHTS, whole
-from .limits import check_model
-from .manifest import Checkpoint
-from .origins import ways_out
-from .probe_record import read_proof
+from ..tower.load import from_source, revision_of
+from ..tower.peft_tower import add_adapter, base_model, base_state, is_peft_model, make_config
+from ..tower.probe import Proof
+from ..tower.weights import quantisation_of
+from .assign import fill, restore_dtypes, whole
+from .limits import check_adapter, check_model
+from .manifest import ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS, TOWERS, WEIGHTS, Checkpoint, adapter_folder
+
+KINDS = {"path": (str,), "width": (int,), "beyond": (int,), "masked": (bool,), "positions": (int, NoneType)}
+
+
+def is_to_be_stored(model: Fusion, name: str, embed_towers: bool) -> bool:
+    """Return whether a checkpoint is to hold the weights of a tower.
+
+    Referred to are commits of the Hub and what plugins load, and these only where they give, read anew, each
+    tensor that the tower has now. Quantised towers can be neither trained nor converted, so are not read.
+    """
+    spec, native = model.graph.towers[name], whole(model.tower(name))
+    source, revision = spec.source, revision_of(base_model(native))
+    if embed_towers or spec.train == "all" or source is None or is_path(source):
+        return True
+    if hub_id(source) and revision is None:
+        return True
+    if quantisation_of(base_model(native)):
+        return False
+    try:
+        origin = from_source(name, source, revision=revision, cached=True)
+    except (TowerError, PluginError):
+        return True
+    found = base_state(whole(origin) if isinstance(origin, Tower) else origin)
+    state = base_state(native)
+    return found.keys() != state.keys() or not all(_same(found[key], state[key]) for key in state)
+
+
+def ways_out(name: str) -> str:
+    """Return what to do where a tower is not found."""
+    return (
+        f"say where it is with towers={{{name!r}: ...}}, or have it in the checkpoint: save with "
+        "embed_towers=True where it can be loaded"
+    )
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(_bits(one), _bits(other))
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8)
+
+
+def write_proof(tower: Tower) -> dict[str, Any] | None:
+    """Return what a manifest says of how a tower runs; None where it is to prove that at each loading."""
+    proof = tower.proof if isinstance(tower, TransformersTower) else None
+    return None if proof is None else {**proof._asdict(), "versions": _versions()}
+
+
+def read_proof(record: Mapping[str, Any]) -> Proof | None:
+    """Return what a tower need not prove again: the same releases of torch and transformers have seen it."""
+    said = record.get("proof")
+    if not isinstance(said, dict) or said.get("versions") != _versions():
+        return None
+    if any(type(said.get(key)) not in kinds for key, kinds in KINDS.items()) or said["beyond"] < 0:
+        return None
+    return Proof(**{key: said[key] for key in KINDS})
+
+
+def _versions() -> dict[str, str]:
+    transformers = require("transformers", "transformers")
+    return {"torch": str(torch.__version__), "transformers": transformers.__version__}
 
 
 def load_one(
@@ -32,15 +102,7 @@ def load_one(
 ) -> Tower:
     """Load a tower, from what is given, else from the checkpoint, else from where it came from.
 
-    Args:
-        checkpoint: The checkpoint.
-        spec: Its declaration.
-        given: A path, a Hub id or a module, or None.
-        changed: Whether another tower than the one that was saved will do, for all or for those named.
-        verify: Whether to compare all of its values, and not a sample.
-
-    Raises:
-        CheckpointError: It cannot be had, does not fit, or is another one.
+    ``changed`` says whether another tower than the one that was saved will do, for all or for those named.
     """
     name, record = spec.name, checkpoint.records[spec.name]
     place = checkpoint.root / TOWERS / name
@@ -115,3 +177,56 @@ def _refuse(name: str, origin: object, *, own: bool, allowed: bool | Collection[
         f"Give the original with towers={{{name!r}: ...}}"
         + ("" if own else f", or take this one all the same with allow_changed_towers=[{name!r}]")
     )
+
+
+def save_adapters(name: str, model: Any, folder: Path) -> dict[str, Any]:
+    """Write the adapters of a PeftModel; return which there are and which are active."""
+    if any(getattr(module, "merged", False) is True for module in model.modules()):
+        raise CheckpointError(
+            f"tower {name!r} has merged adapters, so that its model is not what it was; before saving, call "
+            f"unimodal({name!r}).unmerge_adapter(), or merge_and_unload({name!r}) of the fused model"
+        )
+    model.save_pretrained(folder, save_embedding_layers=False)
+    return {"adapters": list(model.peft_config), "active_adapters": list(model.active_adapters)}
+
+
+def load_adapters(folder: Path, record: Mapping[str, Any], model: nn.Module) -> nn.Module:
+    """Put the stored adapters on a model; return the PeftModel."""
+    peft = require("peft", "lora")
+    if "adapters" not in record:
+        raise CheckpointError(f"{FUSION} is damaged: it does not say which peft adapters there are")
+    if is_peft_model(model):
+        raise CheckpointError("it has peft adapters, but the checkpoint brings its own; give it without")
+    adapted: Any = model
+    active = record["active_adapters"]
+    for adapter in record["adapters"]:
+        place = folder.parent / adapter_folder(adapter)
+        file, tensors = place / ADAPTER_WEIGHTS, mapped_tensors(place / ADAPTER_WEIGHTS)
+        settings = read_json(place / ADAPTER_CONFIG)
+        check_adapter(place / ADAPTER_CONFIG, settings, tensors)
+        config = make_config(settings)
+        if hasattr(config, "init_lora_weights"):
+            config.init_lora_weights = True  # others may change the model; the values come from the file
+        in_single = any(tensor.dtype == torch.float32 for tensor in tensors.values())
+        adapted = add_adapter(adapted, config, adapter, autocast=in_single)
+        check_fit(adapter_state(adapted, adapter), tensors, file)
+        peft.set_peft_model_state_dict(adapted, tensors, adapter)
+        rebuilt = getattr(config, "save_only_topk_weights", False)  # of VBLoRA: equal up to rounding
+        if not rebuilt and fingerprint(adapter_state(adapted, adapter)) != fingerprint(tensors):
+            raise CheckpointError(f"{file} holds values that peft does not take as they are")
+    try:
+        adapted.set_adapter(active[0])
+        adapted.base_model.set_adapter(active)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{FUSION} is damaged: no adapters {active} to activate") from error
+    assert isinstance(adapted, nn.Module)
+    return adapted
+
+
+def adapter_state(model: nn.Module, adapter: str) -> dict[str, Tensor]:
+    """Return the tensors of one adapter, as peft stores them."""
+    peft = require("peft", "lora")
+    state: dict[str, Tensor] = peft.get_peft_model_state_dict(
+        model, adapter_name=adapter, save_embedding_layers=False
+    )
+    return state

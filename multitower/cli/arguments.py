@@ -47,13 +47,6 @@ def named_values(pairs: Iterable[str], option: str) -> dict[str, Any]:
 
     >>> named_values(["max_new_tokens=5", "do_sample=true", "text=[1, 2]", "mode=fast"], "--option")
     {'max_new_tokens': 5, 'do_sample': True, 'text': [1, 2], 'mode': 'fast'}
-
-    Args:
-        pairs: As typed.
-        option: How the option is called, for the error.
-
-    Raises:
-        typer.BadParameter: One is no pair.
     """
     found: dict[str, Any] = {}
     for pair in pairs:
@@ -68,12 +61,7 @@ def named_values(pairs: Iterable[str], option: str) -> dict[str, Any]:
 
 
 def raw_data(pipe: Pipeline, given: str) -> tuple[str, Any]:
-    """Return a tower and raw data for it of ``TOWER:VALUE``: a text as it stands, or what a file holds.
-
-    Raises:
-        typer.BadParameter: It is not of that form, or the tower is unknown or has no modality.
-        OSError: The file cannot be read.
-    """
+    """Return a tower and raw data for it of ``TOWER:VALUE``: a text as it stands, or what a file holds."""
     tower, colon, value = given.partition(":")
     if not colon or tower not in pipe.modalities:
         raise typer.BadParameter(
@@ -84,11 +72,7 @@ def raw_data(pipe: Pipeline, given: str) -> tuple[str, Any]:
 
 
 def read_raw(pipe: Pipeline, tower: str, value: str) -> Any:
-    """Return raw data for a tower: a text as it stands, or what the file of that name holds.
-
-    Raises:
-        OSError: The file cannot be read.
-    """
+    """Return raw data for a tower: a text as it stands, or what the file of that name holds."""
     modality = pipe.modalities[tower]
     if modality.media == "text":
         return value
@@ -98,11 +82,7 @@ def read_raw(pipe: Pipeline, tower: str, value: str) -> Any:
 
 
 def tower_for(pipe: Pipeline, media: str, chosen: str | None, option: str) -> str:
-    """Return the one tower whose raw data are of some kind, or the one that was chosen.
-
-    Raises:
-        typer.BadParameter: There is none, or several to choose from; or there is no such tower.
-    """
+    """Return the one tower whose raw data are of some kind, or the one that was chosen."""
     fitting = [name for name, modality in pipe.modalities.items() if modality.media == media]
     if chosen is not None:
         if chosen not in pipe.modalities:

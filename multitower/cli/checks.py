@@ -11,8 +11,8 @@ from ..base.extras import require
 from ..batch.collate import Segment
 from ..checkpoint.manifest import open_checkpoint
 from ..model import FusedModel
+from ..storage.files import check_files
 from ..storage.find import find_checkpoint
-from ..storage.integrity import check_files
 from ..testing.model.check_model import MODEL_PROMISES, model_report
 from .arguments import CheckpointArgument, JsonOption, quiet
 

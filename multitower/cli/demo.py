@@ -14,8 +14,7 @@ import torch
 
 from ..base.extras import require
 from ..batch.collate import Segment, collate
-from ..inspect.draw import as_svg, draw_graph
-from ..inspect.plots import draw_attention
+from ..inspect.draw import as_svg, draw_attention, draw_graph
 from ..pipeline.pipeline import Pipeline
 from .arguments import CheckpointArgument, DeviceOption, load
 
@@ -39,20 +38,10 @@ def demo(
 def make_page(pipe: Pipeline) -> Any:
     """Return a Gradio page for a pipeline: a tab for each pair of towers that links join, and the graph.
 
-    >>> from multitower.testing import tiny_model
-    >>> make_page(Pipeline(tiny_model(), {})).launch()                  # doctest: +SKIP
-
     Towers without a modality are left out. What a modality's data look like it says by ``media``.
-
-    Args:
-        pipe: The model with its modalities.
 
     Returns:
         A ``gradio.Blocks``.
-
-    Raises:
-        ValueError: No two towers with modalities are joined.
-        ImportError: Gradio is not installed; the extra "demo" brings it.
     """
     gradio: Any = require("gradio", "demo")
     pairs = joined(pipe)
@@ -88,11 +77,7 @@ def joined(pipe: Pipeline) -> list[tuple[str, str]]:
 
 
 def answers(pipe: Pipeline, source: str, target: str, given: Any, limit: float) -> Iterator[Answer]:
-    """Decode a target from what a page was given; yield text while it comes, and last the attention too.
-
-    Raises:
-        ValueError: Nothing was given.
-    """
+    """Decode a target from what a page was given; yield text while it comes, and last the attention too."""
     if not given:
         raise require("gradio", "demo").Error(f"give some {pipe.modalities[source].media} first")
     modality = pipe.modalities[target]

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import json
+import keyword
+import re
 import shlex
+import tempfile
 from collections.abc import Callable, Sequence
+from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 from ..base.extras import require
+from ..base.version import __version__
 from ..plugins.entry_points import MODALITIES, TOWERS, Plugin, installed
 from .arguments import JsonOption
-from .new_modality import new_modality as write_package
 
 typer: Any = require("typer", "cli")
+
+NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
+
+TEMPLATE = Path(__file__).with_name("template")
+"""A package that works as it is, whose modality is called octets."""
 
 
 def modalities(as_json: JsonOption = False) -> None:
@@ -44,8 +54,40 @@ def new_modality(
     ] = None,
 ) -> None:
     """Write a small package with a modality, to start from."""
-    written = write_package(name, folder)
-    print(f"wrote {written}; next: cd {shlex.quote(str(written))} && pip install -e '.[dev]' && pytest")
+    module = f"multitower_{name}"
+    if not NAME.fullmatch(name) or keyword.iskeyword(name):
+        raise ValueError(
+            f"{name!r} cannot be the name of a modality: give letters a-z, digits and single underscores, "
+            "a letter first, no keyword of Python, as in 'smell' or 'brain_waves'"
+        )
+    for entry in entry_points(group=MODALITIES, name=name):
+        owner = entry.dist.name if entry.dist else entry.value
+        raise ValueError(f"the modality {name!r} is that of {owner}, which is installed: choose another name")
+    if find_spec(module) is not None:
+        raise ValueError(f"there is a module {module} already: choose another name")
+    target = Path(module.replace("_", "-") if folder is None else folder)
+    if target.exists() or target.is_symlink():
+        raise FileExistsError(f"{target} is there already: remove it, or give another folder")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"{target.parent} is no folder: make it first, or give another folder")
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".multitower-") as work:
+        for file in (*TEMPLATE.glob("[!.]*.*"), *TEMPLATE.glob("*/*.py")):  # not what running it leaves
+            copy = Path(work, "new", _renamed(file.relative_to(TEMPLATE).as_posix(), name))
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_text(_renamed(file.read_text(encoding="utf-8"), name), encoding="utf-8")
+        Path(work, "new").rename(target)
+    print(f"wrote {target}; next: cd {shlex.quote(str(target))} && pip install -e '.[dev]' && pytest")
+
+
+def _renamed(text: str, name: str) -> str:
+    """Return a text, or a path, of the template as it is in the package of another modality."""
+    values = {
+        "multitower-octets": f"multitower-{name.replace('_', '-')}",
+        "multitower>=0": f"multitower>={__version__}",
+        "Octets": "".join(part.capitalize() for part in name.split("_")),
+        "octets": name,
+    }
+    return re.sub("|".join(values), lambda found: values[found[0]], text)
 
 
 def _table(kind: str, heading: str, plugins: Sequence[Plugin], offer: Callable[[Plugin], str]) -> str:

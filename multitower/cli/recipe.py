@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import inspect
 import random
 from collections.abc import Callable, Collection, Mapping
@@ -70,12 +69,7 @@ class Recipe:
 
 
 def read_recipe(path: Path) -> Recipe:
-    """Read a recipe.
-
-    Raises:
-        OSError: The file cannot be read.
-        ValueError: It is no YAML, lacks an entry, or has one that means nothing.
-    """
+    """Read a recipe."""
     yaml: Any = require("yaml", "cli")
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -98,39 +92,28 @@ def read_recipe(path: Path) -> Recipe:
 
 
 def make_graph(recipe: Recipe) -> FusionGraph:
-    """Declare the graph of a recipe.
-
-    Raises:
-        ValueError: A tower or link has an option that means nothing; or see ``FusionGraph``.
-    """
+    """Declare the graph of a recipe."""
     graph = FusionGraph()
     for name, tower in recipe.towers.items():
         options = {key: value for key, value in tower.items() if key != "modality"}
-        _add(graph.add_tower, {"name": name, **options}, f"tower {name!r}")
+        _made(graph.add_tower, {"name": name, **options}, f"tower {name!r}")
     for link in recipe.links:
-        _add(graph.add_link, _with_pairs(link), f"link {link.get('source')!r} to {link.get('target')!r}")
+        options, stride = dict(link), link.get("interleave")
+        if isinstance(stride, list):  # YAML has no pairs
+            options["interleave"] = tuple(stride)
+        _made(graph.add_link, options, f"link {link.get('source')!r} to {link.get('target')!r}")
     return graph
 
 
 def make_modalities(recipe: Recipe) -> dict[str, Modality]:
-    """Return the modality of each tower that the data have a column for.
-
-    Raises:
-        PluginError: A modality is not installed.
-        CheckpointError: A folder holds none.
-    """
+    """Return the modality of each tower that the data have a column for."""
     return {
         name: _modality(name, recipe.towers[name]) for name in dict.fromkeys(recipe.data.columns.values())
     }
 
 
 def read_rows(recipe: Recipe, modalities: Mapping[str, Modality]) -> tuple[Any, Any]:
-    """Return the rows to train on, and those that are held out: lists, or data sets of ``datasets``.
-
-    Raises:
-        OSError: There is no ``metadata.csv``, or it names a file that is not there.
-        ValueError: It lacks a column, or there are too few rows.
-    """
+    """Return the rows to train on, and those that are held out: lists, or data sets of ``datasets``."""
     data = recipe.data
     if data.dataset is not None:
         rows = require("datasets", "train").load_dataset(**data.dataset)
@@ -161,43 +144,20 @@ def read_rows(recipe: Recipe, modalities: Mapping[str, Modality]) -> tuple[Any, 
     return rows[data.held_out :], rows[: data.held_out]
 
 
-def _made(kind: type[T], given: Any, where: str) -> T:
-    """Make a dataclass of a mapping, whose entries it must have."""
-    known = {each.name: each for each in dataclasses.fields(kind)}  # type: ignore[arg-type]
+def _made(make: Callable[..., T], given: Any, where: str) -> T:
+    """Make a part of a recipe of the entries that YAML has for it."""
+    known = inspect.signature(make).parameters
     if not isinstance(given, dict):
         raise ValueError(f"{where}: expected the entries {', '.join(known)}")
-    unknown = [str(name) for name in given if name not in known]
-    needed = [
-        name
-        for name, each in known.items()
-        if each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING
-    ]
-    lacking = [name for name in needed if given.get(name) is None]
-    if unknown or lacking:
-        problems = [f"there is no entry {name!r}" for name in unknown] + [
-            f"{name!r} is missing" for name in lacking
-        ]
+    problems = [f"there is no entry {name!r}" for name in map(str, given) if name not in known]
+    needed = (name for name, each in known.items() if each.default is each.empty)
+    problems += [f"{name!r} is missing" for name in needed if given.get(name) is None]
+    if problems:
         raise ValueError(f"{where}: {'; '.join(problems)}; the entries are {', '.join(known)}")
-    return kind(**given)
-
-
-def _add(method: Callable[..., None], options: Mapping[str, Any], where: str) -> None:
-    known = inspect.signature(method).parameters
-    unknown = [name for name in options if name not in known]
-    if unknown:
-        raise ValueError(f"{where}: there is no option {unknown[0]!r}; the options are {', '.join(known)}")
     try:
-        method(**options)
+        return make(**given)
     except TypeError as error:
         raise ValueError(f"{where}: {error}") from error
-
-
-def _with_pairs(link: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of a link with a pair where YAML has a list of two."""
-    options = dict(link)
-    if isinstance(options.get("interleave"), list):
-        options["interleave"] = tuple(options["interleave"])
-    return options
 
 
 def _modality(name: str, tower: Mapping[str, Any]) -> Modality:

@@ -140,11 +140,7 @@ def _origins(summary: dict[str, Any]) -> list[str]:
 
 
 def short(count: int) -> str:
-    """Write a number of parameters in few digits.
-
-    >>> short(999), short(1_115_520), short(70_000_000_000)
-    ('999', '1.1M', '70.0B')
-    """
+    """Write a number of parameters in few digits."""
     for size, letter in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
         if count >= size:
             return f"{count / size:.1f}{letter}"

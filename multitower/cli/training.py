@@ -48,10 +48,11 @@ def train(
     from ..train.trainer import Trainer
 
     def examples(rows: Any) -> Any:
-        encoded = [
-            encode_columns(rows, _in_order(plan.data.columns, task), modalities, targets=task)
-            for task in plan.data.tasks
-        ]
+        columns, encoded = plan.data.columns, []
+        for task in plan.data.tasks:  # what is learnt comes last: it is predicted from the others
+            order = [*(name for name in columns if name not in task), *task]
+            ordered = {name: columns[name] for name in order}
+            encoded.append(encode_columns(rows, ordered, modalities, targets=task))
         if plan.data.dataset is None:
             return [row for task in encoded for row in task]
         return require("datasets", "train").concatenate_datasets(encoded)
@@ -75,9 +76,3 @@ def train(
         Pipeline(model, modalities).save_pretrained(out / FUSED)
         shutil.copyfile(recipe, out / KEPT)
         print(f"wrote {out / FUSED}")
-
-
-def _in_order(columns: Any, task: Any) -> dict[str, str]:
-    """Return the columns with those to learn last: they are predicted from the others."""
-    given = {name: tower for name, tower in columns.items() if name not in task}
-    return {**given, **{name: columns[name] for name in task}}

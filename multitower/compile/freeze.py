@@ -1,4 +1,4 @@
-"""What of a fused model learns: checked, and set on its towers."""
+"""What of a fused model learns: set on its towers, and given to an optimizer."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from ..declare.graph import FusionGraph
 from ..errors import TowerError
+from ..link.cross_attention import GatedCrossAttention
 from ..tower import Tower
 from ..tower.peft_tower import check_trained
 from ..tower.probe import evaluated
 from ..tower.weights import is_offloaded, quantisation_of
+from .schedule import Tap
 from .towers import check_trained_alike
 
 
@@ -24,25 +26,7 @@ def set_trained(
     before: FusionGraph | None = None,
     kept: Mapping[str, Tower] | None = None,
 ) -> None:
-    """Set ``requires_grad`` on the parameters of towers as the graph declares.
-
-    >>> from multitower.testing import tiny_tower
-    >>> graph, tower = FusionGraph(), tiny_tower()
-    >>> graph.add_tower("text", tower)
-    >>> set_trained(graph, {"text": tower})
-    >>> any(parameter.requires_grad for parameter in tower.parameters())
-    False
-
-    Args:
-        graph: The declaration.
-        towers: A tower for each that the graph names.
-        before: The graph of a model that is continued.
-        kept: The towers of that model, which stay as they are.
-
-    Raises:
-        GraphError: Two towers share weights, and are declared to learn in two ways.
-        TowerError: A tower cannot learn as it is declared to.
-    """
+    """Set ``requires_grad`` on the parameters of towers as the graph declares."""
     owners: dict[int, str] = {}
     for name, tower in towers.items():
         for parameter in tower.parameters():
@@ -125,8 +109,7 @@ def _gradient_barrier(tower: Tower) -> str:
         with evaluated(tower), torch.enable_grad():
             hidden, context = tower.embed(torch.zeros(1, 2, dtype=torch.long, device=tower.device))
             hidden = hidden.detach().requires_grad_(True)
-            for index in range(1, tower.depth + 1):
-                hidden = tower.layer(index, hidden, context)
+            hidden = tower.run_layers(hidden, context)
             tower.head(hidden, context)
     finally:
         for handle in handles:
@@ -138,3 +121,43 @@ def _owns_weights(module: nn.Module) -> bool:
     """Whether a module has weights of its own; packed integers may be buffers."""
     own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
     return any(isinstance(each, nn.Parameter) or not each.is_floating_point() for each in own)
+
+
+def named_gates(
+    adapters: Mapping[str, nn.Module], taps: Mapping[Tap, GatedCrossAttention]
+) -> dict[str, nn.Parameter]:
+    """Return the parameter of each tanh gate, by readable name."""
+    found: dict[str, Any] = {f"{name} adapter": module.gate for name, module in adapters.items()}
+    for tap, module in taps.items():
+        found[f"{tap.link} {tap.key} attention"] = module.attention_gate
+        found[f"{tap.link} {tap.key} feed-forward"] = module.ffn_gate
+    return {name: gate for name, gate in found.items() if gate is not None}
+
+
+def parameter_groups(
+    model: nn.Module,
+    lr: float,
+    rates: Mapping[str, float | Mapping[str, float] | None],
+    gate_lr: float | None,
+) -> list[dict[str, Any]]:
+    """Return optimizer groups, one for each learning rate with and without decay; see ``FusedModel``."""
+    unused = {(kind, name) for kind, given in rates.items() if isinstance(given, Mapping) for name in given}
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for path, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        kind, name, *_ = path.split(".")
+        unused.discard((kind, name))
+        given = rates[kind]
+        rate = given.get(name) if isinstance(given, Mapping) else given
+        if kind != "towers" and path.endswith("gate"):
+            rate = 10 * lr if gate_lr is None else gate_lr
+        decays = parameter.dim() > 1
+        groups.setdefault((lr if rate is None else rate, decays), []).append(parameter)
+    if unused:
+        named = ", ".join(f"{kind}: {name!r}" for kind, name in sorted(unused))
+        raise ValueError(f"there is a learning rate for what has no trained parameters ({named})")
+    return [
+        {"params": parameters, "lr": rate, **({} if decays else {"weight_decay": 0.0})}
+        for (rate, decays), parameters in groups.items()
+    ]

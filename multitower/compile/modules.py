@@ -18,18 +18,7 @@ from .schedule import Schedule, Tap
 def make_adapters(
     specs: Mapping[str, TowerSpec], towers: Mapping[str, Tower], kept: Mapping[str, nn.Module]
 ) -> dict[str, nn.Module]:
-    """Return the input adapter of each tower that is declared to have one.
-
-    >>> from multitower.testing import tiny_tower
-    >>> specs = {"text": TowerSpec("text", None, adapter="residual"), "speech": TowerSpec("speech", None)}
-    >>> list(make_adapters(specs, {"text": tiny_tower(), "speech": tiny_tower()}, {}))
-    ['text']
-
-    Args:
-        specs: The towers as declared.
-        towers: The towers.
-        kept: Adapters by tower, which are taken over.
-    """
+    """Return the input adapter of each tower that is declared to have one."""
     return {
         name: kept[name]
         if name in kept
@@ -45,17 +34,7 @@ def make_links(
     towers: Mapping[str, Tower],
     kept: Mapping[Tap, GatedCrossAttention],
 ) -> dict[str, dict[str, nn.Module]]:
-    """Return the modules of each link by the keys of its taps; new ones are the identity.
-
-    Args:
-        specs: The links as declared.
-        schedule: What was made of them.
-        towers: The towers.
-        kept: Taps that are taken over.
-
-    Raises:
-        GraphError: The heads do not fit the target's width.
-    """
+    """Return the modules of each link by the keys of its taps; new ones are the identity."""
     links: dict[str, dict[str, nn.Module]] = {name: {} for name in specs}
     for tap in schedule.taps:
         module = kept[tap] if tap in kept else _make_tap(tap, specs[tap.link], towers)

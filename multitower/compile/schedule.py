@@ -174,13 +174,6 @@ def make_schedule(depths: Mapping[str, int], links: Iterable[LinkSpec]) -> Sched
 
     >>> str(make_schedule({"text": 2}, []))
     'stage 1: embed text\nstage 2: run text layer 1\nstage 3: run text layer 2'
-
-    Args:
-        depths: Number of layers of each tower.
-        links: The links among these towers. Their order does not matter.
-
-    Raises:
-        GraphError: A tap names a layer that does not exist, or layers wait for each other in a circle.
     """
     crossings: dict[Layer, list[Tap]] = {}
     for link in links:

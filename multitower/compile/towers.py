@@ -22,25 +22,9 @@ def load_towers(
 ) -> dict[str, Tower]:
     """Return the tower of each declaration; what is one model is loaded once.
 
-    >>> from multitower.testing import tiny_tower
-    >>> specs, model = {name: TowerSpec(name, None) for name in ("question", "answer")}, tiny_tower()
-    >>> towers = load_towers(specs, {"question": model, "answer": model})
-    >>> towers["question"] is towers["answer"]
-    True
-
     Two towers are one model when the same module was given for both, or when both stay frozen and come from
-    the same path or Hub id.
-
-    Args:
-        specs: The declarations by name.
-        modules: The modules that were given, by name.
-        present: Towers that are there already; they are taken as they are.
-        empty: Whether what a folder or a Hub id holds is made on the meta device, without reading weights.
-
-    Raises:
-        GraphError: One module is to be trained in two ways.
-        TowerError: A source cannot be used as a tower, or does not take the adapters declared for it.
-        ImportError: The extra "lora" is not installed, and a tower asks for it.
+    the same path or Hub id. Those that are present are taken as they are. If ``empty``, what a folder or a
+    Hub id holds is made on the meta device, without reading weights.
     """
     towers = dict(present or {})
     first: dict[object, str] = {}
@@ -78,11 +62,7 @@ def shared_with(towers: Mapping[str, Tower]) -> dict[str, str]:
 
 
 def check_trained_alike(one: TowerSpec, other: TowerSpec) -> None:
-    """Check that two towers that share weights are declared to learn in the same way.
-
-    Raises:
-        GraphError: They are not.
-    """
+    """Check that two towers that share weights are declared to learn in the same way."""
     if (one.train, one.peft) != (other.train, other.peft):
         how = f"train={one.train!r} and train={other.train!r}"
         if one.train == other.train:

@@ -324,14 +324,7 @@ def _unlike_default(link: LinkSpec) -> list[str]:
 
 
 def redeclared(graph: FusionGraph, names: Iterable[str], **changes: Any) -> FusionGraph:
-    """Return a graph in which some towers or links are declared otherwise; it holds no modules.
-
-    >>> graph = FusionGraph()
-    >>> graph.add_tower("text", "path/to/text-decoder")
-    >>> print(redeclared(graph, ["text"], train="all"))
-    FusionGraph: 1 towers, 0 links
-      tower text: path/to/text-decoder, train=all
-    """
+    """Return a graph in which some towers or links are declared otherwise; it holds no modules."""
     names = set(names)
     data = graph.to_dict()
     for spec in (*data["towers"], *data["links"]):

@@ -24,27 +24,14 @@ def is_peft_config(value: object) -> bool:
 
 
 def plain_config(config: Any) -> dict[str, Any]:
-    """Return a ``peft.PeftConfig`` as data that go through JSON and back.
-
-    >>> import peft
-    >>> data = plain_config(peft.LoraConfig(r=4, target_modules=["v_proj", "q_proj"]))
-    >>> data["peft_type"], data["r"], data["target_modules"]
-    ('LORA', 4, ['q_proj', 'v_proj'])
-
-    Raises:
-        ValueError: The adapters of this config have no place in a tower, or it holds other things than data.
-    """
+    """Return a ``peft.PeftConfig`` as data that go through JSON and back."""
     check_config(config)
     plain: dict[str, Any] = _plain(config.to_dict())
     return plain
 
 
 def check_config(config: Any) -> None:
-    """Check that the adapters of a config have a place in a tower.
-
-    Raises:
-        ValueError: They have none.
-    """
+    """Check that the adapters of a config have a place in a tower."""
     for field, why in NOT_IN_A_TOWER.items():
         if getattr(config, field, None):
             raise ValueError(f"{type(config).__name__} ({field}) {why}; use LoRA, IA3, ... without it")

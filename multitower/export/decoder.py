@@ -17,8 +17,8 @@ from ..link.cross_attention import GatedCrossAttention, KeysValues, add
 from ..run.fusion import Fusion
 from ..run.tables import Rotations
 from ..tower import Tower
+from ..tower.abilities import why_not_resumed
 from ..tower.probe import LENGTH, evaluated, rounding
-from ..tower.resume import why_not_resumed
 from ..tower.static_cache import KeptLayer, kept_layers, static_cache
 from ..tower.transformers import TransformersTower
 from .tower import Logits
@@ -268,11 +268,7 @@ def _on_the_left(stream: Stream, length: int) -> tuple[Tensor, Tensor]:
 
 
 def _prove(part: Part, name: str, programs: DecoderPrograms, streams: dict[str, Stream]) -> None:
-    """Decode streams by the programs, the last tokens one by one, and compare with the model.
-
-    Raises:
-        ExportError: The logits differ.
-    """
+    """Decode streams by the programs, the last tokens one by one, and compare with the model."""
     sizes = sizes_of(streams)
     state = run(programs.encode, (streams,), sizes)
     whole = Logits(part.model, name)(streams)

@@ -42,12 +42,7 @@ class Part(NamedTuple):
 
 
 def part_of(model: Fusion, name: str) -> Part:
-    """Return what of a model one tower needs.
-
-    Raises:
-        KeyError: There is no tower of that name.
-        ExportError: A tower is offloaded.
-    """
+    """Return what of a model one tower needs."""
     model.tower(name)
     graph = model.graph
     read = {*nx.ancestors(graph.to_networkx(), name), name}
@@ -65,11 +60,7 @@ def part_of(model: Fusion, name: str) -> Part:
 def traced(
     program: nn.Module, args: tuple[Any, ...], dynamic: tuple[Any, ...], part: Part
 ) -> ExportedProgram:
-    """Trace a module for all sizes.
-
-    Raises:
-        ExportError: That is not possible.
-    """
+    """Trace a module for all sizes."""
     try:
         return torch.export.export(program, args, dynamic_shapes=dynamic, strict=False)
     except Exception as error:  # whatever tracing somebody's model brings up
@@ -85,11 +76,7 @@ def traced(
 
 
 def run(exported: ExportedProgram, args: tuple[Any, ...], sizes: dict[str, tuple[int, ...]]) -> Any:
-    """Run a program on streams of other sizes than those it was traced with.
-
-    Raises:
-        ExportError: It does not take them.
-    """
+    """Run a program on streams of other sizes than those it was traced with."""
     program: Any = exported.module()
     try:
         return program(*args)

@@ -16,11 +16,10 @@ from ..batch.places import PLACES
 from ..compile.schedule import Layer, Tap
 from ..link.attention import Visibility, visibility
 from ..link.cross_attention import KeysValues, add
-from ..run.embed import embed
+from ..run.embed import check_room, embed
 from ..run.fusion import Fusion
-from ..run.max_positions import check_room
 from ..run.tables import Rotations
-from ..tower.resume import plain
+from ..tower.abilities import plain
 from .rows import Row, Said, cache_of, rows_of, stacked
 
 NONE = torch.empty(0, dtype=torch.long)
@@ -66,24 +65,17 @@ class Keeping(NamedTuple):
 
 
 def advance(keeping: Keeping, rows: Sequence[Row], names: Collection[str] | None = None) -> list[Row]:
-    """Run what is pending in some rows, each token once; return the rows with what it left.
+    """Run what is pending of some towers and of what they read, each token once; return the rows then.
 
     A tower that cannot go on from keys and values runs from its first token, if anything of it is pending.
-
-    Args:
-        keeping: What is kept.
-        rows: The rows.
-        names: The towers in question; what they read runs too. All towers unless given.
-
-    Raises:
-        ValueError: A tower has no position for so many tokens.
     """
     names = _pending(keeping.model, rows, names)
     if not names:
         return list(rows)
     for name, (number, row) in itertools.product(names, enumerate(rows)):
         check_room(name, keeping.model.tower(name), row.of(name).times, f"row {number} of the batch")
-    apart = [name for name in names if len(rows) > 1 and keeping.caches(name) and _apart(keeping.model, name)]
+    kept = [name for name in names if len(rows) > 1 and keeping.caches(name)]
+    apart = [name for name in kept if not keeping.model.tower(name).pads_left]  # of one length alone
     alike: dict[tuple[tuple[int, int], ...], list[int]] = {}
     for number, row in enumerate(rows):
         key = tuple((row.of(name).cached, row.of(name).pending) for name in apart)
@@ -114,11 +106,6 @@ def _pending(model: Fusion, rows: Sequence[Row], names: Collection[str] | None) 
             found.add(name)
             waiting += [source for source in sources.get(name, ()) if source in pending]
     return [name for name in pending if name in found]
-
-
-def _apart(model: Fusion, name: str) -> bool:
-    """Whether only rows of one length can be run together after what a tower keeps."""
-    return not model.tower(name).pads_left
 
 
 class _Pass:

@@ -39,12 +39,7 @@ def generate(
     *,
     continues: bool = False,
 ) -> Decoded:
-    """Decode a segment for each entry of ``output``; see ``FusedModel.generate``.
-
-    Raises:
-        ValueError: Nothing is to be decoded, a tower is unknown or has no begin token, an example holds
-            a target, or an option cannot be passed on.
-    """
+    """Decode a segment for each entry of ``output``; see ``FusedModel.generate``."""
     check_given(examples, {name: model.tower(name).vocab_size for name in model.towers})
     targets = list(model.towers) if callable(output) else _names(output)
     rows = [Row().then(example, number) for number, example in enumerate(examples)]
@@ -66,16 +61,8 @@ def go_on(
 ) -> list[Row]:
     """Decode a segment for each entry of ``output``; return the rows with these.
 
-    Args:
-        keeping: What is kept.
-        rows: The rows.
-        output: As ``FusedModel.generate`` takes it.
-        options: See there.
-        lasting: Whether the rows are gone on from afterwards.
-        continues: Whether a segment that has not ended is gone on with, in place of beginning another.
-
-    Raises:
-        ValueError: See there.
+    ``lasting`` says that the rows are gone on from afterwards, ``continues`` that a segment which has not
+    ended is gone on with, in place of beginning another.
     """
     model, rows = keeping.model, list(rows)
     check_named(options, model.graph.towers)
@@ -183,11 +170,7 @@ def _check_call(settings: Settings, vocabulary: int, several: bool, examples: in
 
 
 def check_given(examples: Sequence[Example], vocabularies: Mapping[str, int]) -> None:
-    """Check examples that are to be decoded from, against the vocabulary sizes of all that may stand in them.
-
-    Raises:
-        ValueError: There are none, they are no segments or hold a target, or a name or token is unknown.
-    """
+    """Check examples that are to be decoded from, against the vocabulary sizes of what may stand in them."""
     if len(examples) == 0:
         raise ValueError("there are no examples to decode from")
     check_examples(examples)
@@ -213,10 +196,6 @@ def _names(output: Sequence[Entry]) -> list[str]:
 
 
 def check_name(name: str, towers: Collection[str]) -> None:
-    """Check that there is a tower of a name.
-
-    Raises:
-        ValueError: There is none.
-    """
+    """Check that there is a tower of a name."""
     if name not in towers:
         raise ValueError(f"there is no tower {name!r}; the towers are {', '.join(towers)}")

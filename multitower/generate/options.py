@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -92,48 +92,21 @@ OF_THE_WHOLE_ROW = (
 """Options that take padding on the left of a row for a part of it, as a forced first token does."""
 
 
-class Decodable(Protocol):
-    """What is decoded: a tower, or whatever decodes as one."""
-
-    @property
-    def native(self) -> Any:
-        """What may have a ``generation_config``."""
-
-    @property
-    def begin(self) -> int | None:
-        """The token that opens a segment."""
-
-    @property
-    def end(self) -> tuple[int, ...]:
-        """The tokens that may end it."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where it takes its tokens."""
-
-    @property
-    def max_length(self) -> int | None:
-        """How many tokens a row may have."""
-
-    @property
-    def pads_left(self) -> bool:
-        """Whether rows with padding on the left decode as they do alone."""
-
-
 @dataclass(frozen=True)
 class Settings:
     """With what one tower is decoded; see ``settle``.
 
     Attributes:
         name: The tower.
-        tower: The tower.
+        tower: The tower, or what is asked as one: for ``native``, ``begin``, ``end``, ``device``,
+            ``max_length`` and ``pads_left``.
         options: What ``generate`` is called with.
         config: The ``GenerationConfig`` that comes of these and of what the tower sets for itself.
         continues: Whether a segment that has not ended is gone on with, in place of beginning another.
     """
 
     name: str
-    tower: Decodable
+    tower: Any
     options: Options
     config: Any
     continues: bool = False
@@ -144,11 +117,7 @@ class Settings:
 
     @property
     def begin(self) -> int:
-        """The token that opens a segment.
-
-        Raises:
-            ValueError: Neither the caller nor the tower has one.
-        """
+        """The token that opens a segment."""
         if self.config.bos_token_id is None:
             raise ValueError(
                 f"tower {self.name!r} has no begin token to start a segment with; set "
@@ -163,11 +132,7 @@ class Settings:
         return [] if ends is None else [int(each) for each in torch.as_tensor(ends).reshape(-1)]
 
     def limits(self, prompt: int) -> dict[str, Any]:
-        """Return the options that say how many tokens a segment may get after a prompt of this length.
-
-        Raises:
-            ValueError: The row is as long as it may be.
-        """
+        """Return the options that say how many tokens a segment may get after a prompt of this length."""
         most, whole, last = self.config.max_new_tokens, self.config.max_length, self.tower.max_length
         if most is None and whole is not None:
             most = whole - prompt
@@ -194,24 +159,16 @@ class Settings:
             return False
         if self.config.max_length and not limited:
             return False
-        return (limited or last is None or longest + MAX_NEW_TOKENS <= last) and self.tower.pads_left
+        return (limited or last is None or longest + MAX_NEW_TOKENS <= last) and bool(self.tower.pads_left)
 
 
-def settle(name: str, tower: Decodable, options: Options) -> Settings:
+def settle(name: str, tower: Any, options: Options) -> Settings:
     """Resolve the options of one tower: the caller's first, then the tower's own, then transformers'.
 
     >>> from multitower.testing import tiny_tower
     >>> settings = settle("text", tiny_tower(), {"do_sample": True, "max_new_tokens": {"text": 40}})
     >>> settings.options["do_sample"], settings.config.max_new_tokens, settings.begin
     (True, 40, 1)
-
-    Args:
-        name: The tower.
-        tower: The tower.
-        options: What the caller said, for this tower or for several.
-
-    Raises:
-        ValueError: An option cannot work, or its value is refused by transformers.
     """
     own = getattr(tower.native, "generation_config", None)
     config = require("transformers", "transformers").GenerationConfig() if own is None else copy.deepcopy(own)
@@ -255,12 +212,6 @@ def groups(lengths: Sequence[tuple[Settings, Sequence[int]]]) -> list[list[int]]
     >>> plain, counting = (settle("text", tiny_tower(), {"no_repeat_ngram_size": size}) for size in (0, 2))
     >>> groups([(plain, [5, 2, 5])]), groups([(counting, [5, 2, 5])])
     ([[0, 1, 2]], [[1], [0, 2]])
-
-    Args:
-        lengths: For each tower that is decoded its settings, and how long the prompt of each row is.
-
-    Raises:
-        ValueError: A function among the options has to see all rows together.
     """
     keys = list(zip(*(settings.keys(each) for settings, each in lengths), strict=True))
     together = [[row for row, key in enumerate(keys) if key == each] for each in sorted(set(keys))]
@@ -270,11 +221,7 @@ def groups(lengths: Sequence[tuple[Settings, Sequence[int]]]) -> list[list[int]]
 
 
 def check_batches(count: int, options: Options) -> None:
-    """Check that no function among the options has to see together what is decoded in several batches.
-
-    Raises:
-        ValueError: One has.
-    """
+    """Check that no function among the options has to see together what is decoded in several batches."""
     for key in OF_THE_BATCH:
         if count > 1 and options.get(key):
             raise ValueError(
@@ -284,11 +231,7 @@ def check_batches(count: int, options: Options) -> None:
 
 
 def check_shared(options: Options, names: Collection[str]) -> None:
-    """Check that several towers are not to share what means the tokens of one.
-
-    Raises:
-        ValueError: They are.
-    """
+    """Check that several towers are not to share what means the tokens of one."""
     for key in OF_ONE_VOCABULARY:
         value = given(options, key)
         if len(names) > 1 and value is not None and not is_by_tower(key, value):
@@ -299,11 +242,7 @@ def check_shared(options: Options, names: Collection[str]) -> None:
 
 
 def check_named(options: Options, towers: Collection[str]) -> None:
-    """Check that options by tower name towers.
-
-    Raises:
-        ValueError: There is no tower of a name.
-    """
+    """Check that options by tower name towers."""
     for key, value in options.items():
         for name in value if is_by_tower(key, value) else ():
             if name not in towers:
@@ -342,9 +281,5 @@ def options_of(name: str, options: Options) -> dict[str, Any]:
 
 
 def given(options: Options, key: str) -> Any:
-    """Return an option, by itself or in the caller's ``generation_config``; None where there is none.
-
-    >>> given({"num_beams": 4}, "num_beams"), given({}, "num_beams")
-    (4, None)
-    """
+    """Return an option, by itself or in the caller's ``generation_config``; None where there is none."""
     return options[key] if key in options else getattr(options.get("generation_config"), key, None)

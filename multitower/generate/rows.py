@@ -110,11 +110,6 @@ class Row:
         """Return the places of a tower's tokens beside another's, int64, shape (length,).
 
         See ``batch.places``.
-
-        Args:
-            name: The tower.
-            other: The other one.
-            times: When the tokens of the tower stand, if there are more than have been said.
         """
         both = {name: self.of(name).times if times is None else times, other: self.of(other).times}
         streams = {each: {"times": when[None]} for each, when in both.items() if len(when)}
@@ -129,13 +124,32 @@ class Row:
         return replace(self, said={**self.said, name: short}, read=read)
 
 
-def padding(lengths: Sequence[int]) -> list[int]:
-    """Return how far each of several must be padded to be as long as the longest.
+class Prompt(NamedTuple):
+    """What a tower is decoded after, in some rows, padded on the left.
 
-    >>> padding([2, 5])
-    [3, 0]
+    Attributes:
+        tokens: int64, shape (batch, length).
+        times: When they stand, and when the first token that is decoded does, int64, shape (batch, length +
+            1); -1 at padding.
+        starts: Where in each row the new segment starts: at the last of these tokens, its begin token, or
+            after it.
+        places: Their places beside other towers, of the shape of ``times``, if a link asks.
     """
-    return [max(lengths) - length for length in lengths]
+
+    tokens: Tensor
+    times: Tensor
+    starts: Sequence[int]
+    places: Mapping[str, Tensor]
+
+    @property
+    def length(self) -> int:
+        """How many tokens a row has, padding included."""
+        return self.tokens.shape[1]
+
+    @property
+    def mask(self) -> Tensor:
+        """Where they are not padding, bool, shape (batch, length)."""
+        return self.times[:, :-1] >= 0
 
 
 def stacked(parts: Sequence[Tensor]) -> Tensor:
@@ -146,8 +160,8 @@ def stacked(parts: Sequence[Tensor]) -> Tensor:
     """
     if len(parts) == 1:
         return parts[0]
-    short = padding([part.shape[2] for part in parts])
-    return torch.cat([F.pad(part, (0, 0, fill, 0)) for part, fill in zip(parts, short, strict=True)])
+    longest = max(part.shape[2] for part in parts)
+    return torch.cat([F.pad(part, (0, 0, longest - part.shape[2], 0)) for part in parts])
 
 
 def cache_of(said: Sequence[Said]) -> Any:

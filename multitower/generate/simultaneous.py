@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..batch.collate import Segment
 from ..compile.schedule import Tap
+from ..run.embed import bounded
 from ..run.fusion import Fusion
-from ..run.max_positions import bounded
 from .options import OF_THE_BATCH, Options, Settings, is_by_tower
+from .rows import Prompt
 from .tap_cache import TapCache, TapReader
 
 BESIDE_THE_CONFIG = (*OF_THE_BATCH, "stopping_criteria")
@@ -20,11 +21,7 @@ BESIDE_THE_CONFIG = (*OF_THE_BATCH, "stopping_criteria")
 
 
 def check_stepwise(options: Options, settings: Mapping[str, Settings]) -> None:
-    """Check that towers which are decoded together choose one token after the other, each with a single row.
-
-    Raises:
-        ValueError: One does not.
-    """
+    """Check that towers which are decoded together choose one token after the other, each in a single row."""
     if is_by_tower("max_new_tokens", options.get("max_new_tokens")):
         raise ValueError(
             "max_new_tokens: towers that are decoded at the same time share one limit; give a number"
@@ -42,46 +39,11 @@ def check_stepwise(options: Options, settings: Mapping[str, Settings]) -> None:
             )
 
 
-class Prompt(NamedTuple):
-    """What a tower is decoded after, in some rows, padded on the left.
-
-    Attributes:
-        tokens: int64, shape (batch, length).
-        times: When they stand, and when the first token that is decoded does, int64, shape (batch, length +
-            1); -1 at padding.
-        starts: Where in each row the new segment starts: at the last of these tokens, its begin token, or
-            after it.
-        places: Their places beside other towers, of the shape of ``times``, if a link asks.
-    """
-
-    tokens: Tensor
-    times: Tensor
-    starts: Sequence[int]
-    places: Mapping[str, Tensor]
-
-    @property
-    def length(self) -> int:
-        """How many tokens a row has, padding included."""
-        return self.tokens.shape[1]
-
-    @property
-    def mask(self) -> Tensor:
-        """Where they are not padding, bool, shape (batch, length)."""
-        return self.times[:, :-1] >= 0
-
-
 class Lane:
     """One of the towers: its rows so far, and what transformers' ``generate`` prepares to decode them.
 
-    Args:
-        model: The model.
-        cache: What its taps and those of the others read.
-        prompt: The prompts. Some processors of scores see no mask, so padding is by a token of the row: the
-            begin token.
-        settings: With what to decode it.
-        limit: How many tokens each row may get.
-        past: A cache with the keys and values of the first of these tokens, to which the others are added.
-        notes: As ``TapReader`` takes them.
+    Some processors of scores see no mask, so that padding is by a token of the row, the begin token. ``past``
+    is a cache of the first tokens of the prompts, to which the others are added.
     """
 
     def __init__(
@@ -193,14 +155,6 @@ def decode_together(
 
     At each step every tower takes a token, having read of the others what they gave before: a token never
     sees those of the same time, so that the order of the towers cannot matter.
-
-    Args:
-        model: The model.
-        cache: What was given before; it grows.
-        prompts: For each tower its tokens so far.
-        settings: For each tower with what to decode it. The least of their limits holds for all.
-        pasts: As ``Lane`` takes them, of towers that go on from some.
-        notes: As ``Lane`` takes them, of towers of which something is noted.
 
     Returns:
         A lane for each tower, in the order of ``prompts``.

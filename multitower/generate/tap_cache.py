@@ -51,13 +51,7 @@ class Entry(NamedTuple):
 
 
 class TapCache:
-    """An entry for each tap whose source has tokens.
-
-    Args:
-        model: The model.
-        targets: The towers that are to be decoded: what only others read is not kept.
-        entries: The entries; see ``fill`` for the first ones.
-    """
+    """An entry for each tap whose source has tokens."""
 
     def __init__(self, model: Fusion, targets: Collection[str], entries: Mapping[Tap, Entry]) -> None:
         self.model, self.targets = model, targets
@@ -68,7 +62,11 @@ class TapCache:
     def fill(cls, model: Fusion, streams: Mapping[str, Stream], targets: Collection[str]) -> TapCache:
         """Run the towers once over what is given, up to the last layer that a tap reads."""
         cache = cls(model, targets, {})
-        placed = {name: _placed(model, name, stream) for name, stream in streams.items()}
+        devices = {name: model.tower(name).device for name in streams}
+        placed = {
+            name: {key: value.to(devices[name]) for key, value in stream.items() if key != "labels"}
+            for name, stream in streams.items()
+        }
         taps = [tap for name in placed for tap in cache.readers(name)]
         wanted: dict[str, int] = {}
         for tap in taps:
@@ -242,8 +240,3 @@ class TapReader:
                 "all rows until the last has ended"
             )
         return copies
-
-
-def _placed(model: Fusion, name: str, stream: Stream) -> Stream:
-    device = model.tower(name).device
-    return {key: value.to(device) for key, value in stream.items() if key != "labels"}

@@ -13,18 +13,14 @@ from torch.nn.utils.rnn import pad_sequence
 from ..batch.collate import Segment
 from ..batch.places import PLACES
 from ..link.cross_attention import KeysValues
-from ..run.max_positions import bounded, check_room
+from ..run.embed import bounded, check_room
 from ..run.tables import Rotations
-from ..tower.resume import plain
+from ..tower.abilities import plain
 from .advance import Keeping, advance, kept_of
 from .options import Settings, groups
-from .rows import Row, Said, cache_of, rows_of
-from .simultaneous import Prompt, decode_together
+from .rows import Prompt, Row, Said, cache_of, rows_of
+from .simultaneous import decode_together
 from .tap_cache import Entry, TapCache, TapReader
-
-Entries = str | tuple[str, ...]
-"""A tower to decode, or several to decode at the same time."""
-
 
 FROM_A_CACHE = ("greedy_search", "sample", "beam_search", "beam_sample")
 """The modes of transformers' ``generate`` that run of a prompt what a cache they are given lacks."""
@@ -33,22 +29,15 @@ FROM_A_CACHE = ("greedy_search", "sample", "beam_search", "beam_sample")
 def decode(
     keeping: Keeping,
     rows: Mapping[int, Row],
-    entry: Entries,
+    entry: str | tuple[str, ...],
     settings: Mapping[str, Settings],
     *,
     keep: bool,
 ) -> list[list[Row]]:
-    """Decode rows, together where that does not change what each becomes.
+    """Decode rows, by the numbers by which errors call them, together where that changes none of them.
 
-    Args:
-        keeping: What is kept.
-        rows: The rows, by the numbers by which errors call them.
-        entry: What to decode.
-        settings: For each tower of it with what to decode it.
-        keep: Whether something may follow, for which what is decoded should not run again.
-
-    Returns:
-        What each row becomes: one row, or as many as sequences are returned.
+    If ``keep``, something may follow, for which what is decoded should not run again. Returned is what each
+    row becomes: one row, or as many as sequences are returned.
     """
     lengths: dict[str, list[int]] = {name: [] for name in settings}
     for number, row in rows.items():
@@ -173,11 +162,7 @@ def decode_rows(
 
 
 def pad_left(rows: Sequence[Tensor], value: int) -> Tensor:
-    """Stack rows of shape (length,), padded on the left.
-
-    >>> pad_left([torch.tensor([1, 2]), torch.tensor([3])], 0).tolist()
-    [[1, 2], [0, 3]]
-    """
+    """Stack rows of shape (length,), padded on the left."""
     return pad_sequence(list(rows), batch_first=True, padding_value=value, padding_side="left")
 
 
@@ -211,16 +196,7 @@ def _mode(settings: Settings) -> str:
 def _noted(
     keeping: Keeping, rows: Sequence[Row], name: str, reader: TapReader, cache: Any, before: int
 ) -> list[Row]:
-    """Return rows that were decoded with what that left: in the cache, and in what the reader noted.
-
-    Args:
-        keeping: What is kept.
-        rows: The rows, the new segment included.
-        name: The tower.
-        reader: What followed its layers.
-        cache: The cache, padded on the left as its prompts were.
-        before: How many tokens it held before.
-    """
+    """Return rows that were decoded with what that left: in the cache, and in what the reader noted."""
     length, prompt = int(cache.get_seq_length()), reader.times.shape[1] - 2
     fills = [int((reader.times[row, 1:] < 0).sum()) for row in range(len(rows))]
     done = [min(len(row.of(name).tokens), length - fill) for row, fill in zip(rows, fills, strict=True)]

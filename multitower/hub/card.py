@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..base.extras import require
-from ..checkpoint.origins import is_to_be_stored
+from ..checkpoint.towers import is_to_be_stored
 from ..compile.schedule import Tap
 from ..compile.towers import shared_with
 from ..declare.mermaid import flowchart
@@ -94,13 +94,7 @@ def model_card(
 
 
 def is_generated(card: str) -> bool:
-    """Return whether a card is as ``model_card`` wrote it; one that was edited, or written by hand, is not.
-
-    >>> from multitower.testing import tiny_model
-    >>> card = model_card(tiny_model(), "me/tiny")
-    >>> is_generated(card), is_generated(card.replace("# tiny", "# Our model"))
-    (True, False)
-    """
+    """Return whether a card is as ``model_card`` wrote it; one that was edited or written by hand is not."""
     body = MARK.sub("", card)
     return body != card and _marked(body) == card
 
@@ -217,7 +211,7 @@ def _how_to_load(model: Fusion, repo_id: str, embed_towers: bool, modalities: Ma
     packages = dict.fromkeys(record["package"] for record in found.values() if record["package"])
     ours = {str(each["modality"]) for each in found.values() if each["package"] == "multitower"}
     extras = ["transformers", *sorted({name.partition("_")[0] for name in ours})]
-    extras += ["lora"] if any(map(_has_adapters, model.towers.values())) else []
+    extras += ["lora"] if any(is_peft_model(model.unimodal(name)) for name in model.towers) else []
     others = "".join(f" {package}" for package in packages if package != "multitower")
     missing = [name for name in model.graph.towers if _has_to_be_given(model, name, embed_towers)]
     foreign = [name for name, record in found.items() if record["package"] is None]
@@ -247,10 +241,6 @@ def _has_to_be_given(model: Fusion, name: str, embed_towers: bool) -> bool:
 
 def _to_fill_in(names: Iterable[str]) -> str:
     return "{" + ", ".join(f"{json.dumps(name)}: ..." for name in names) + "}"
-
-
-def _has_adapters(tower: Any) -> bool:
-    return is_peft_model(tower.native)
 
 
 def _of(model: Fusion, link: str) -> list[Tap]:

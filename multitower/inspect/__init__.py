@@ -1,10 +1,9 @@
 """What a fusion looks like, what it costs, and what its links contribute."""
 
 from .cost import Cost, Estimate
-from .draw import draw_graph
+from .draw import draw_attention, draw_estimate, draw_graph, draw_history
 from .estimate import estimate
 from .openness import openness
-from .plots import draw_attention, draw_estimate, draw_history
 from .summary import summarize
 
 __all__ = [

@@ -92,11 +92,7 @@ def _row(name: str, cost: Cost) -> tuple[str, ...]:
 
 
 def _scaled(value: float, step: int, prefixes: str, unit: str) -> str:
-    """Write a number with a prefix of its unit.
-
-    >>> _scaled(1.5e6, 1000, " kM", "FLOP"), _scaled(2048, 1024, " K", "iB"), _scaled(12, 1024, " ", "iB")
-    ('1.50 MFLOP', '2.00 KiB', '12 B')
-    """
+    """Write a number with a prefix of its unit."""
     place = 0
     while value >= step and place < len(prefixes) - 1:
         value, place = value / step, place + 1

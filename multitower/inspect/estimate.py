@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from ..base.extras import require
 from ..batch.collate import Batch, Stream, check_streams
-from ..batch.pack import moments, reach
+from ..batch.places import moments, reach
 from ..compile.towers import load_towers
 from ..declare.graph import FusionGraph
 from ..generate.tap_cache import TapCache
@@ -245,8 +245,7 @@ def _own_cache_bytes(tower: Any, tokens: Tensor) -> int:
     elif tower.caches:
         kept = [require("transformers", "transformers").DynamicCache()]
         hidden, context = tower.embed(tokens, *kept)
-        for index in range(1, tower.depth + 1):
-            hidden = tower.layer(index, hidden, context)
+        hidden = tower.run_layers(hidden, context)
     else:
         return 0
     storages = {
@@ -287,23 +286,13 @@ def _parameters(model: Fusion) -> dict[Part, tuple[int, int, int]]:
     return counts
 
 
-def _attention(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]  # of torch
-
-
-def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-    return int(sdpa_backward_flop_count(grad, query, key, value))  # type: ignore[no-untyped-call]  # of torch
-
-
-def _experts(one: Any, other: Any, *args: Any, **kwargs: Any) -> int:
-    return int(2 * one[-2] * one[-1] * other[-1])
-
-
 _aten = torch.ops.aten
 FORMULAS = {
-    _aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-    _aten._grouped_mm: _experts,
+    _aten._scaled_dot_product_flash_attention_for_cpu: lambda *args, **_: sdpa_flop_count(*args[:3]),  # type: ignore[no-untyped-call]  # of torch
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda *args, **_: sdpa_backward_flop_count(*args[:4])  # type: ignore[no-untyped-call]  # of torch
+    ),
+    _aten._grouped_mm: lambda one, other, *_, **__: 2 * one[-2] * one[-1] * other[-1],
 }
 """FLOPs by shapes, where ``torch.utils.flop_counter`` has no formula of its own."""
 

@@ -1,12 +1,17 @@
-"""How far links and input adapters have left the identity that they were at the start."""
+"""How much links and input adapters count: by their weights, and on a batch."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from ..link.cross_attention import GatedCrossAttention, InputAdapter
+from ..link.attention import Visibility
+from ..link.cross_attention import InputAdapter
 from ..run.fusion import Fusion
 
 
@@ -22,12 +27,11 @@ def openness(model: Fusion) -> dict[str, float]:
     of its gate if it has one. It needs no batch; ``FusedModel.contributions`` says what a tap changes on one.
     """
     found = {f"{name} adapter": _of_adapter(each) for name, each in model.adapters.items()}
-    found |= {f"{tap.link} {tap.key}": _of_tap(module) for tap, module in model.taps().items()}
+    found |= {
+        f"{tap.link} {tap.key}": _relative(each.out) * _gate(each.attention_gate)
+        for tap, each in model.taps().items()
+    }
     return found
-
-
-def _of_tap(tap: GatedCrossAttention) -> float:
-    return _relative(tap.out) * _gate(tap.attention_gate)
 
 
 def _of_adapter(adapter: nn.Module) -> float:
@@ -45,3 +49,38 @@ def _relative(layer: nn.Linear) -> float:
 
 def _gate(gate: nn.Parameter | None) -> float:
     return 1.0 if gate is None else abs(float(gate.detach().float().tanh()))
+
+
+@torch.no_grad()
+def contributions(model: Fusion, streams: Mapping[str, Mapping[str, Tensor]]) -> dict[str, float]:
+    """Return the norm of each update over the norm of the state that it changes; see ``FusedModel``."""
+    found: dict[str, float] = {}
+
+    def of_tap(name: str) -> Callable[..., None]:
+        def note(module: Any, inputs: tuple[Tensor, Any, Visibility], update: Tensor) -> None:
+            x, _, seen, *_ = inputs
+            real = torch.ones_like(x[..., :1], dtype=torch.bool) if seen.sees is None else seen.sees
+            found[name] = _ratio(update, x, real)
+
+        return note
+
+    def of_adapter(name: str) -> Callable[..., None]:
+        def note(module: Any, inputs: tuple[Tensor], adapted: Tensor) -> None:
+            real = streams[name]["mask"].to(adapted.device)[..., None]
+            found[f"{name} adapter"] = _ratio(adapted - inputs[0], inputs[0], real)
+
+        return note
+
+    with ExitStack() as hooks:
+        for name, adapter in model.adapters.items():
+            hooks.callback(adapter.register_forward_hook(of_adapter(name)).remove)
+        for tap in model.schedule.taps:
+            hook = of_tap(f"{tap.link} {tap.key}")
+            hooks.callback(model.tap(tap).register_forward_hook(hook).remove)
+        model.run(streams)
+    return dict(sorted(found.items()))
+
+
+def _ratio(update: Tensor, state: Tensor, real: Tensor) -> float:
+    part, whole = (torch.where(real, each.float(), 0.0).norm() for each in (update, state))
+    return float(part / whole.clamp(min=torch.finfo(torch.float32).tiny))

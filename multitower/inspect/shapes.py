@@ -44,12 +44,7 @@ class ShapesOnly(FakeTensorMode):  # type: ignore[no-untyped-call]  # torch leav
         self._overwritten: dict[int, torch.UntypedStorage] = {}
 
     def copy(self, module: nn.Module, device: torch.device | str = "cpu") -> Any:
-        """Copy a module without its values.
-
-        Args:
-            module: The module.
-            device: Where that is to be which the module has on the meta device.
-        """
+        """Copy a module without its values."""
 
         def empty(tensor: Tensor) -> Tensor:
             fake = self.from_tensor(tensor)
@@ -97,11 +92,7 @@ class ShapesOnly(FakeTensorMode):  # type: ignore[no-untyped-call]  # torch leav
 
 
 def on_meta(module: nn.Module) -> Any:
-    """Copy a module onto the meta device.
-
-    >>> on_meta(nn.Linear(2, 3)).weight.is_meta
-    True
-    """
+    """Copy a module onto the meta device."""
     return _copied(module, lambda tensor: tensor.to("meta"))
 
 

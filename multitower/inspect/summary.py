@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..run.fusion import Fusion
-from ..tower import Tower
+from ..tower.peft_tower import base_model
 from .openness import openness
 
 
@@ -32,7 +32,7 @@ def summarize(model: Fusion) -> dict[str, Any]:
     for name, spec in model.graph.towers.items():
         tower = model.tower(name)
         towers[name] = {
-            "decoder": _class_of(tower),
+            "decoder": type(base_model(tower.native)).__name__,
             "layers": tower.depth,
             "width": tower.width,
             "vocabulary": tower.vocab_size,
@@ -54,12 +54,6 @@ def summarize(model: Fusion) -> dict[str, Any]:
             "taps": {key: opened[f"{name} {key}"] for key in taps},
         }
     return {"towers": towers, "links": links, **_sizes([model])}
-
-
-def _class_of(tower: Tower) -> str:
-    native = tower.native
-    base = getattr(native, "get_base_model", None)
-    return type(native if base is None else base()).__name__
 
 
 def _sizes(modules: Iterable[nn.Module]) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""The kernels by which links attend, and what they need to know of which token sees which."""
+"""How links attend: the kernels, which token sees which, and rotary positions."""
 
 from __future__ import annotations
 
@@ -88,12 +88,6 @@ def block_visibility(
     >>> seen = block_visibility(times, times, torch.ones_like(times, dtype=torch.bool), window=50)
     >>> seen.mask.kv_num_blocks.tolist()                # of 3 blocks of 128 keys, by each block of queries
     [[[1, 2, 2]]]
-
-    Args:
-        query_times: As in ``visibility``, the rest too.
-        key_times: See there.
-        key_mask: See there.
-        window: See there.
     """
     device = query_times.device
     keys, real = key_times.to(device), key_mask.to(device)
@@ -112,11 +106,7 @@ def block_visibility(
 
 
 def has_flex(device: torch.device) -> bool:
-    """Whether links attend by flex_attention there, if they are to.
-
-    >>> has_flex(torch.device("cpu")), has_flex(torch.device("cuda"))
-    (False, True)
-    """
+    """Whether links attend by flex_attention there, if they are to."""
     return device.type not in WITHOUT_FLEX
 
 
@@ -136,3 +126,37 @@ def _flex() -> Callable[..., Any]:
 @functools.cache
 def _compiled() -> Callable[..., Any]:
     return torch.compile(flex_attention)
+
+
+class Rotation(NamedTuple):
+    """Cosines and sines of rotary positions, each of shape (batch, 1, length, half the head width)."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def rotation(positions: Tensor, width: int, dtype: torch.dtype = torch.float32) -> Rotation:
+    """Return the angles by which ``rotate`` turns pairs of channels, in proportion to positions.
+
+    Args:
+        positions: Numbers, shape (batch, length).
+        width: That of a head, even.
+        dtype: Of the table; angles are in float32.
+    """
+    half = width // 2
+    speeds = 10_000.0 ** (-torch.arange(half, device=positions.device) / half)
+    angles = positions[:, None, :, None] * speeds
+    return Rotation(angles.cos().to(dtype), angles.sin().to(dtype))
+
+
+def rotate(heads: Tensor, rotation: Rotation) -> Tensor:
+    """Turn pairs of channels by angles, so that products depend on distances.
+
+    >>> rotate(torch.tensor([[[[1.0, 0.0]]]]), rotation(torch.tensor([[0]]), width=2)).tolist()
+    [[[[1.0, 0.0]]]]
+
+    Source: Su et al., "RoFormer" (arXiv 2104.09864).
+    """
+    cos, sin = rotation.cos.to(heads.dtype), rotation.sin.to(heads.dtype)
+    first, second = heads.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

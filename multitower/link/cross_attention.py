@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
-from .attention import Visibility, attend
-from .rotary import Rotation, rotate
+from .attention import Rotation, Visibility, attend, rotate
 
 
 class KeysValues(NamedTuple):
@@ -189,21 +188,13 @@ def add(x: Tensor, updates: Iterable[Tensor]) -> Tensor:
 
 
 def default_heads(width: int) -> int:
-    """Return a number of heads that divides the width: about 64 channels each, 32 in small towers.
-
-    >>> [default_heads(width) for width in (48, 128, 576, 2048)]
-    [1, 4, 9, 32]
-    """
+    """Return a number of heads that divides the width: about 64 channels each, 32 in small towers."""
     wanted = max(1, width // 64, min(4, width // 32))
     return next(heads for heads in range(wanted, 0, -1) if width % heads == 0)
 
 
 def is_open(module: nn.Module) -> bool:
-    """Whether a tap or an input adapter has left the identity that it was at the start.
-
-    >>> is_open(InputAdapter(8)), is_open(InputAdapter(8, "paper"))
-    (False, True)
-    """
+    """Whether a tap or an input adapter has left the identity that it was at the start."""
     assert isinstance(module, GatedCrossAttention | InputAdapter)
     parameters = module.zero_at_start()
     return not parameters or any(bool(parameter.any()) for parameter in parameters)

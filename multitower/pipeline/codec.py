@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,27 +10,17 @@ from ..batch.collate import Segment
 from ..generate.options import options_of
 from ..model import FusedModel
 from ..plugins.modality import Modality
-from .raw import Raw, by_tower, leaves, read_example, replaced
 
 
 @dataclass(frozen=True)
 class Codec:
-    """A model, and the modalities of its towers.
-
-    >>> from multitower.testing import tiny_model
-    >>> Codec(tiny_model(), {}).encode([[Segment("text", [1, 7])]])
-    [[Segment(tower='text', tokens=[1, 7], target=False)]]
-    """
+    """A model, and the modalities of its towers."""
 
     model: FusedModel
     modalities: Mapping[str, Modality]
 
     def modality(self, name: str, where: str) -> Modality:
-        """Return the modality of a tower; ``where`` says in errors what asks for it.
-
-        Raises:
-            ValueError: There is no such tower, or it has none.
-        """
+        """Return the modality of a tower; ``where`` says in errors what asks for it."""
         if not isinstance(name, str) or name not in self.model.towers:
             raise ValueError(
                 f"{where}: there is no tower {name!r}; the towers are {', '.join(self.model.towers)}"
@@ -43,12 +33,7 @@ class Codec:
         return self.modalities[name]
 
     def encode(self, examples: Sequence[Any]) -> list[list[Any]]:
-        """Return examples of segments, where raw data may stand; see ``Pipeline``.
-
-        Raises:
-            ValueError: A tower is unknown or has no modality; or what modalities raise.
-            TypeError: Something is no example, or raw data are of a type that the modality does not take.
-        """
+        """Return examples of segments, where raw data may stand; see ``Pipeline``."""
         rows = [read_example(example, number) for number, example in enumerate(examples)]
         table: dict[Raw, Segment] = {}
         for name, raws in by_tower(leaf for leaf in leaves(rows) if isinstance(leaf, Raw)).items():
@@ -90,3 +75,73 @@ class Codec:
                 if key not in own:
                     edges.setdefault(key, {})[name] = token
         return {**options, **{key: {**options.get(key, {}), **tokens} for key, tokens in edges.items()}}
+
+
+@dataclass(frozen=True, eq=False)
+class Raw:
+    """Raw data for a tower, and where in the examples it stands."""
+
+    tower: str
+    data: Any
+    where: str
+
+
+def read_example(example: Any, number: int) -> list[Any]:
+    """Return an example with ``Raw`` in place of pairs."""
+    if not isinstance(example, list):
+        raise TypeError(
+            f"example {number} is a {type(example).__name__}: give a list, as in [('text', 'words'), ...]"
+        )
+    return [_read_entry(entry, f"example {number}, entry {place}") for place, entry in enumerate(example)]
+
+
+def _read_entry(entry: Any, where: str) -> Raw | Segment | tuple[Raw | Segment, ...]:
+    if isinstance(entry, tuple) and not _is_pair(entry):
+        return tuple(_read_part(part, where) for part in entry)
+    return _read_part(entry, where)
+
+
+def _read_part(part: Any, where: str) -> Raw | Segment:
+    if isinstance(part, Segment):
+        return part
+    if not _is_pair(part):
+        raise TypeError(
+            f"{where} holds a {type(part).__name__}: give a pair (tower, raw), a multitower.Segment, or a "
+            "tuple of these that begin at the same time"
+        )
+    tower, data = part
+    return Raw(tower, data, where)
+
+
+def _is_pair(part: Any) -> bool:
+    return isinstance(part, tuple) and len(part) == 2 and isinstance(part[0], str)
+
+
+def leaves(rows: Iterable[Any]) -> list[Any]:
+    """Return what stands in rows of entries, and in those entries that are tuples.
+
+    >>> leaves([[1, (2, 3)], [4]])
+    [1, 2, 3, 4]
+    """
+    entries = [entry for row in rows for entry in row]
+    return [leaf for entry in entries for leaf in (entry if isinstance(entry, tuple) else (entry,))]
+
+
+def replaced(rows: Iterable[Any], replace: Callable[[Any], Any]) -> list[list[Any]]:
+    """Return rows of entries with something else in place of each leaf.
+
+    >>> replaced([[1, (2, 3)], [4]], str)
+    [['1', ('2', '3')], ['4']]
+    """
+    return [
+        [tuple(map(replace, entry)) if isinstance(entry, tuple) else replace(entry) for entry in row]
+        for row in rows
+    ]
+
+
+def by_tower(parts: Iterable[Any]) -> dict[str, list[Any]]:
+    """Sort raw data or segments by their towers."""
+    found: dict[str, list[Any]] = {}
+    for part in parts:
+        found.setdefault(part.tower, []).append(part)
+    return found

@@ -119,21 +119,11 @@ def listen(
     policy: LivePolicy,
     options: Mapping[str, Any],
 ) -> Iterator[list[int]]:
-    """Append the pieces of a segment as they come, and decode another meanwhile.
+    """Append the pieces of a segment as they come, int64 of shape (length,), and decode another meanwhile.
 
     What is decoded before the last piece is only tried: the session then goes back and reads on. In the end
-    it holds the segment that was read and the one that was written.
-
-    Args:
-        session: A session of one row.
-        source: The tower that the pieces are of.
-        pieces: Tokens, int64, each of shape (length,), begin and end included.
-        output: The tower to decode.
-        policy: Decides when to write.
-        options: Options of ``FusedModel.generate``.
-
-    Yields:
-        Tokens that are written, without the begin token.
+    it holds the segment that was read and the one that was written. Yielded are the tokens that are written,
+    without the begin token.
     """
     settings = settle(output, session.model.tower(output), options_of(output, options))
     written: list[int] = []

@@ -22,8 +22,7 @@ from ..model import FusedModel
 from ..plugins.entry_points import as_modality
 from ..plugins.modality import Modality
 from ..storage.find import find_checkpoint
-from .codec import Codec
-from .raw import leaves
+from .codec import Codec, leaves
 from .session import RawSession
 from .streaming import in_a_thread, stream
 

@@ -11,9 +11,8 @@ from torch import Tensor
 from ..generate.generate import Policy
 from ..generate.rows import Turn
 from ..generate.session import Mark, Session
-from .codec import Codec
+from .codec import Codec, leaves
 from .live import Agreement, LivePolicy, listen
-from .raw import leaves
 
 
 class RawSession:

@@ -24,20 +24,12 @@ def stream(
     """Return the raw data of a segment piece by piece, while ``generate`` decodes it in a thread.
 
     The thread runs under what this call runs under: ``torch.autocast`` and what chooses a device. When the
-    iterator is closed, decoding ends after the token that is being computed.
-
-    Args:
-        generate: Called with options of transformers' ``generate``.
-        modality: What makes raw data of the tokens.
-        begin: The token that opens the segment.
-        options: The options; what stops and follows the decoding is added.
-
-    Raises:
-        Exception: Whatever ``generate`` raises.
+    iterator is closed, decoding ends after the token that is being computed. The options are those of
+    transformers' ``generate``; what stops and follows the decoding is added.
     """
     transformers = require("transformers", "transformers")
     closed = Event()
-    if says_how(modality):
+    if type(modality).decode_stream is not Modality.decode_stream:
         streamer: Any = TokenStreamer()
         queue, raws = streamer.queue, modality.decode_stream(iter(streamer.queue.get, None))
     else:
@@ -72,11 +64,7 @@ def stream(
 
 
 async def in_a_thread(begin: Callable[[], Iterator[Any]]) -> AsyncIterator[Any]:
-    """Return what an iterator gives, each waited for in a thread, so that the event loop goes on.
-
-    Args:
-        begin: Makes the iterator, a generator, which is closed when this is.
-    """
+    """Return what an iterator gives, each waited for in a thread, so that the event loop goes on."""
     pieces: Any = await asyncio.to_thread(begin)
     waiting: asyncio.Future[Any] | None = None
     try:
@@ -90,11 +78,6 @@ async def in_a_thread(begin: Callable[[], Iterator[Any]]) -> AsyncIterator[Any]:
         if waiting is not None:
             await asyncio.wait([waiting])  # a generator that runs cannot be closed
         await asyncio.to_thread(pieces.close)
-
-
-def says_how(modality: Modality) -> bool:
-    """Whether a modality says how to decode in pieces."""
-    return type(modality).decode_stream is not Modality.decode_stream
 
 
 class TokenStreamer:

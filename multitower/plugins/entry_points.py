@@ -93,12 +93,7 @@ def modality_class(name: str, package: str | None = None) -> type[Modality]:
 
 
 def as_modality(given: Any) -> Any:
-    """Return a tokenizer of transformers as the modality "text" of it, and anything else as it is.
-
-    Raises:
-        PluginError: See ``modality_class``.
-        ValueError: The tokenizer has no token to begin or to end with.
-    """
+    """Return a tokenizer of transformers as the modality "text" of it, and anything else as it is."""
     transformers = sys.modules.get("transformers")  # a tokenizer of it was made, if there is one
     if transformers is None or not isinstance(given, transformers.PreTrainedTokenizerBase):
         return given

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..storage.files import read_json, read_tensors
+from ..storage.files import read_json
+from ..storage.tensors import mapped_tensors
 
 FORMAT = 1
 CONFIG, TENSORS = "modality.json", "modality.safetensors"
@@ -178,7 +179,7 @@ class Modality(ABC):
         path = Path(folder)
         config = cls.read_config(path)
         expected = read_json(path / CONFIG).get("tensors")
-        tensors = read_tensors(path / TENSORS) if expected else {}
+        tensors = mapped_tensors(path / TENSORS) if expected else {}
         if sorted(tensors) != expected:
             raise CheckpointError(
                 f"{path / TENSORS} holds {sorted(tensors)} where {CONFIG} speaks of {expected}; was the "

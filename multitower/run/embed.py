@@ -1,16 +1,18 @@
-"""The tokens of a stream embedded by their tower, packed or not."""
+"""Tokens embedded by their tower, where it has a position for each and can tell packed examples apart."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
-from ..batch.collate import EXAMPLES
-from ..batch.pack import positions
+from ..batch.collate import EXAMPLES, values_at_hand
+from ..batch.places import positions
 from ..tower import Tower
-from .max_positions import check_stream
 
 
 def embed(name: str, tower: Any, stream: Mapping[str, Tensor]) -> tuple[Tensor, Any]:
@@ -26,11 +28,7 @@ def embed(name: str, tower: Any, stream: Mapping[str, Tensor]) -> tuple[Tensor, 
 
 
 def check_packs(name: str, tower: Tower, stream: Mapping[str, Tensor]) -> None:
-    """Check that a tower can take a stream as it is.
-
-    Raises:
-        ValueError: The stream is packed, and the tower cannot tell examples apart.
-    """
+    """Check that a tower can take a stream as it is."""
     if EXAMPLES in stream and not _packs(tower):
         config = getattr(tower.native, "config", None)
         attention = getattr(config, "_attn_implementation", None)
@@ -47,3 +45,69 @@ def _packs(tower: Tower) -> bool:
 
 
 _packs._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch's assume_constant_result; it imports dynamo
+
+
+def check_room(name: str, tower: Tower, times: Tensor, where: str) -> None:
+    """Check that a tower has a position for each of its tokens in one example, whose times are given."""
+    limit = tower.hard_limit
+    if limit is not None and len(times) > limit:
+        raise ValueError(
+            f"{where} has {len(times)} tokens of {_called(name, tower)}, which has positions for {limit} "
+            f"alone; its segment at time {int(times[limit])} goes beyond. {_ADVICE}"
+        )
+
+
+def check_stream(name: str, tower: Tower, stream: Mapping[str, Tensor], places: Tensor | None) -> None:
+    """Check that a tower has a position for each token of a stream.
+
+    Shapes say so, but of packed rows, which may be longer than any of their examples: their values are looked
+    at only on the CPU, since elsewhere that would wait for the device.
+    """
+    limit, tokens, mask = tower.hard_limit, stream["tokens"], stream["mask"]
+    if limit is None or tokens.shape[1] <= limit:
+        return
+    if places is not None:
+        beyond = (places >= limit) & mask if values_at_hand(tokens) else mask[:0]
+        for row, place in beyond.nonzero()[:1].tolist():
+            example = stream[EXAMPLES][row, place]
+            own = (stream[EXAMPLES][row] == example) & mask[row]
+            check_room(name, tower, stream["times"][row, own], f"example {int(example)} of the packed batch")
+        return
+    if not (torch.compiler.is_compiling() or tokens.is_meta or isinstance(mask, FakeTensor)):
+        row = int(mask.sum(1).argmax())  # an error is sure by now, for which a device may be waited for
+        check_room(name, tower, stream["times"][row, mask[row]], f"row {row} of the batch")
+    raise ValueError(
+        f"the stream of {_called(name, tower)} is {tokens.shape[1]} tokens long, padding included, but the "
+        f"tower has positions for {limit} alone. {_ADVICE}"
+    )
+
+
+def bounded(decoder: Any, name: str, tower: Tower) -> Any:
+    """Return a tower's decoder, made to say so when it is to decode beyond the tower's last position.
+
+    A batch is as long as its longest row, and rows that have ended go on, by padding.
+    """
+    limit = tower.hard_limit
+    if limit is None:
+        return decoder
+    prepare = decoder.prepare_inputs_for_generation
+
+    @functools.wraps(prepare)
+    def prepare_inputs(input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if input_ids.shape[1] > limit:
+            raise ValueError(
+                f"{_called(name, tower)} has positions for {limit} tokens, all of which are taken, and is to "
+                "decode further; pass a smaller max_new_tokens, or give shorter examples. Where no limit is "
+                "given, decoding ends at the last position"
+            )
+        return prepare(input_ids, *args, **kwargs)
+
+    decoder.prepare_inputs_for_generation = prepare_inputs
+    return decoder
+
+
+_ADVICE = "Give it shorter or fewer segments, or a tower with more positions"
+
+
+def _called(name: str, tower: Tower) -> str:
+    return f"tower {name!r} ({type(tower.native).__name__})"

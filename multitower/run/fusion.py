@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..batch.collate import Streams, check_streams
-from ..compile.freeze import set_trained
+from ..compile.freeze import named_gates, parameter_groups, set_trained
 from ..compile.modules import make_adapters, make_links
 from ..compile.schedule import Schedule, Tap, make_schedule
 from ..compile.towers import load_towers
@@ -22,7 +22,6 @@ from ..tower import Tower
 from .embed import embed
 from .output import FusedOutput, States, score
 from .parallel import trains_in_parallel, with_all
-from .parameters import named_gates, parameter_groups
 from .request import brings_states, brought_states, check_wanted, with_labels
 from .tables import Rotations, visibilities
 from .transformers_api import Familiar

@@ -14,22 +14,13 @@ HOOKS = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks
 
 
 def is_divided(model: nn.Module) -> bool:
-    """Whether FSDP2 has divided a model, or a part of it, over processes.
-
-    >>> from multitower.testing import tiny_model
-    >>> is_divided(tiny_model())
-    False
-    """
+    """Whether FSDP2 has divided a model, or a part of it, over processes."""
     return bool(_divided(model))
 
 
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
     """Have a divided model whole on each process, as to decode or to save; nothing is sent meanwhile.
-
-    >>> from multitower.testing import tiny_model
-    >>> with gathered(tiny_model()):        # not divided: it stays as it is
-    ...     pass
 
     All processes enter and leave it together. What is changed of the weights meanwhile is lost.
     """

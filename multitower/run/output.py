@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
+from ..base.logs import warn_once
 from ..batch.collate import IGNORE, Streams, values_at_hand
 from ..compile.schedule import Layer
 from ..tower import Tower
-from .targets import watch_targets
+from .request import may_have_labels
 
 
 class FusedOutput(NamedTuple):
@@ -110,16 +112,10 @@ def score(
     training: bool,
     counts: Mapping[str, Tensor | int] | None = None,
 ) -> FusedOutput:
-    """Run the heads of some towers on their last states, and take losses.
+    """Run the heads of the named towers on their last states, and take losses.
 
-    Args:
-        towers: Those of the batch.
-        streams: The batch.
-        states: What the schedule left.
-        names: Which towers are scored.
-        logits: As in ``FusedModel.forward``.
-        training: Whether to watch for batches from which nothing would be learnt.
-        counts: What each loss is divided by; the labels of this batch unless given.
+    A loss is divided by its count, or by its labels here; ``training`` says to watch for batches from which
+    nothing would be learnt.
     """
     final = {name: (towers[name], states.hidden[name], states.contexts[name]) for name in names}
     scores = {name: tower.head(*state) for name, (tower, *state) in final.items()} if logits else {}
@@ -138,3 +134,45 @@ def score(
     device = next(iter(losses.values())).device if losses else None
     loss = torch.stack([loss.to(device) for loss in losses.values()]).sum() if losses else None
     return FusedOutput(loss, losses, scores, states.attentions)
+
+
+def watch_targets(towers: Mapping[str, Tower], streams: Streams, losses: Mapping[str, Tensor]) -> None:
+    """Have losses that nothing stands behind refuse to be learnt from; note segments without begin or end.
+
+    Values are looked at only on the CPU: elsewhere that would wait for the device.
+    """
+    if not any(map(may_have_labels, streams.values())):
+        for loss in losses.values():
+            if loss.requires_grad and not isinstance(loss, FakeTensor):  # of which an estimate learns nothing
+                loss.register_hook(_nothing_to_learn)  # type: ignore[no-untyped-call]  # of torch
+    for name, stream in streams.items():
+        if "labels" in stream and values_at_hand(stream["labels"]) and values_at_hand(stream["tokens"]):
+            _note_edges(name, towers[name], stream["tokens"], stream["labels"])
+
+
+def _nothing_to_learn(gradient: Tensor) -> None:
+    raise ValueError(
+        "no token of this batch is to be predicted, so its loss is 0 and nothing would be learnt: mark what "
+        "a tower is to learn, Segment(..., target=True), two tokens or more; or leave this batch's loss out"
+    )
+
+
+def _note_edges(name: str, tower: Tower, tokens: Tensor, labels: Tensor) -> None:
+    """Warn once where target segments of a tower begin, or end, with unlike tokens: not all with its own.
+
+    Those that share another token than the tower's may have that from a modality.
+    """
+    predicted = labels != IGNORE
+    next_predicted = F.pad(predicted[:, 1:], (0, 1))
+    firsts = set(tokens[~predicted & next_predicted].tolist())
+    lasts = set(labels[predicted & ~next_predicted].tolist())
+    lacking = []
+    if tower.begin is not None and len(firsts) > 1:
+        lacking.append(f"begin with its token {tower.begin}")
+    if tower.end and len(lasts) > 1 and not lasts <= set(tower.end):
+        lacking.append(f"end with its token {' or '.join(map(str, tower.end))}")
+    if lacking:
+        warn_once(
+            f"not all target segments of tower {name!r} {' and '.join(lacking)}, which it needs to start and "
+            "stop when it decodes. A modality's encode adds both; where tokens are your own, add them"
+        )

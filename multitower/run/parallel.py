@@ -61,10 +61,7 @@ def on_first(step: Callable[[], T]) -> T:
 
 
 def all_or_none(step: Callable[[], None]) -> None:
-    """Do something in each process; where one fails, all fail with its error, and none waits for it.
-
-    >>> all_or_none(lambda: None)
-    """
+    """Do something in each process; where one fails, all fail with its error, and none waits for it."""
     if not trains_in_parallel():
         return step()
     own: Exception | None = None

@@ -10,16 +10,10 @@ from ..batch.collate import IGNORE, STATES, Streams, values_at_hand
 from ..compile.schedule import Layer
 from ..declare.graph import FusionGraph
 from ..tower import Tower
-from .targets import may_have_labels
 
 
 def why_not_constant(graph: FusionGraph, name: str) -> str:
-    """Return why training changes the states of a tower, as declared; empty where only its tokens do.
-
-    >>> from multitower.testing import tiny_model
-    >>> why_not_constant(tiny_model().graph, "speech")
-    "is trained (train='all')"
-    """
+    """Return why training changes the states of a tower, as declared; empty where only its tokens do."""
     spec = graph.towers[name]
     if spec.train != "none":
         return f"is trained (train={spec.train!r})"
@@ -30,11 +24,7 @@ def why_not_constant(graph: FusionGraph, name: str) -> str:
 
 
 def brought_states(graph: FusionGraph, towers: Mapping[str, Tower], streams: Streams) -> dict[Layer, Tensor]:
-    """Return the states that a batch brings, "layer 2" of a stream being what layer 2 of its tower gives.
-
-    Raises:
-        ValueError: The tower's states may change, it has no such layer or another width, or is to predict.
-    """
+    """Return the states that a batch brings, "layer 2" of a stream being what layer 2 of its tower gives."""
     brought: dict[Layer, Tensor] = {}
     for name, stream in streams.items():
         states = {key: value for key, value in stream.items() if key.startswith(STATES)}
@@ -63,35 +53,28 @@ def brought_states(graph: FusionGraph, towers: Mapping[str, Tower], streams: Str
 
 
 def brings_states(stream: Mapping[str, Tensor]) -> bool:
-    """Return whether a stream brings states, so that its tower need not run.
-
-    >>> import torch
-    >>> brings_states({"tokens": torch.zeros(1, 2)}), brings_states({"layer 3": torch.zeros(1, 2, 8)})
-    (False, True)
-    """
+    """Return whether a stream brings states, so that its tower need not run."""
     return any(key.startswith(STATES) for key in stream)
 
 
 def has_labels(stream: Mapping[str, Tensor]) -> bool:
-    """Return whether something is to be predicted."""
+    """Whether something is to be predicted."""
     return "labels" in stream and bool((stream["labels"][:, 1:] != IGNORE).any())
 
 
-def with_labels(streams: Streams) -> Collection[str]:
-    """Name the streams with labels to predict, or, if there is none, all that say that there is none.
+def may_have_labels(stream: Mapping[str, Tensor]) -> bool:
+    """Whether something is to be predicted; also where values are not at hand: a device is not waited for."""
+    return "labels" in stream and (not values_at_hand(stream["labels"]) or has_labels(stream))
 
-    Values are looked at only on the CPU: elsewhere that would wait for the device.
-    """
+
+def with_labels(streams: Streams) -> Collection[str]:
+    """Name the streams with labels to predict, or, if there is none, all that say that there is none."""
     labelled = [name for name, stream in streams.items() if "labels" in stream]
-    return [name for name in labelled if may_have_labels(streams[name]["labels"])] or labelled
+    return [name for name in labelled if may_have_labels(streams[name])] or labelled
 
 
 def check_wanted(towers: Mapping[str, Tower], streams: Streams, wanted: Mapping[str, int]) -> None:
-    """Check that layers whose output is wanted are layers of towers in the batch.
-
-    Raises:
-        ValueError: One is not.
-    """
+    """Check that layers whose output is wanted are layers of towers in the batch."""
     for name, layer in wanted.items():
         if name not in streams:
             raise ValueError(

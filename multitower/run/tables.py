@@ -8,28 +8,18 @@ import torch
 from torch import Tensor
 
 from ..batch.collate import Streams
-from ..batch.pack import moments, reach
-from ..batch.places import PLACES, places, positions_in_segments
+from ..batch.places import PLACES, moments, places, positions_in_segments, reach
 from ..compile.schedule import Tap
 from ..declare.spec import LinkSpec
-from ..link.attention import Visibility, block_visibility, has_flex, visibility
+from ..link.attention import Rotation, Visibility, block_visibility, has_flex, rotation, visibility
 from ..link.cross_attention import GatedCrossAttention
-from ..link.rotary import Rotation, rotation
 
 
 class Rotations:
     """Tables of rotary positions, each made once: for a stream, a head width, a dtype and a device.
 
-    >>> from multitower.link.cross_attention import GatedCrossAttention
-    >>> module = GatedCrossAttention(8, 8, heads=2, position="rotary")
-    >>> tap = Tap("speech->text", "speech", 1, "text", 1)
-    >>> made = Rotations({"text": {"times": torch.tensor([[0, 1, 2]])}})
-    >>> made.of_queries(tap, module).cos.shape, made.of_queries(tap, module) is made.of_queries(tap, module)
-    (torch.Size([1, 1, 3, 2]), True)
-
-    Args:
-        streams: By tower when each of its tokens stands, "times", int64, shape (batch, length), and, where
-            other tokens are not at hand, its places beside other towers; see ``batch.places``.
+    Streams say when each token stands, "times", int64, shape (batch, length), and, where other tokens are not
+    at hand, its places beside other towers; see ``batch.places``.
     """
 
     def __init__(self, streams: Streams) -> None:
@@ -76,14 +66,10 @@ def visibilities(
     flex: bool = False,
     blind: bool = False,
 ) -> dict[str, Visibility]:
-    """Return, for each link that has something to do in this batch, what its queries may see.
+    """Return, for each link that has something to do in this batch, what its queries, of that dtype, may see.
 
-    Args:
-        links: The links as declared.
-        dtypes: By link that of its queries.
-        streams: The batch.
-        flex: Whether masks are for flex_attention, where the device has it.
-        blind: Whether links that see nothing are included.
+    Masks are for flex_attention if ``flex``, where the device has it; links that see nothing are included if
+    ``blind``.
     """
     alike: dict[tuple[object, ...], Visibility] = {}
     when = {name: moments(stream) for name, stream in streams.items()}

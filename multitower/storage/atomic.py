@@ -30,12 +30,6 @@ def replacing(target: Path) -> Iterator[Path]:
     removed. A process that is killed between the two leaves both, and nothing at the target: ``current`` then
     finds ``new``, which is whole, and the next save moves it in. One process saves to a target at a time: a
     save removes what others have left, so that one that is still at work fails.
-
-    Args:
-        target: A path whose parent exists. Where it is a link to a folder, that folder is replaced.
-
-    Raises:
-        OSError: A file cannot be written or a folder not be renamed; the target is as it was.
     """
     target = target.resolve()
     if (halfway := current(target)) != target:
@@ -63,11 +57,7 @@ def replacing(target: Path) -> Iterator[Path]:
 
 
 def current(target: Path) -> Path:
-    """Return the folder that holds what ``replacing`` put at a path, also where that was killed halfway.
-
-    >>> current(Path("nowhere")).name
-    'nowhere'
-    """
+    """Return the folder that holds what ``replacing`` put at a path, also where that was killed halfway."""
     if target.exists():
         return target
     halfway = (left / NEW for left in _scratches(target.resolve()) if (left / OLD).exists())

@@ -1,57 +1,135 @@
-"""The files of a checkpoint, read with errors that say which file and what to do."""
+"""The files of a checkpoint, read without trust: ``fusion.json``, and what it says of all others."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
-
+from ..base.version import __version__
 from ..errors import CheckpointError
 
 FUSION = "fusion.json"
 """What a checkpoint says of itself."""
 LARGEST_JSON = 1 << 24
 """How many bytes a JSON file of a checkpoint may have."""
+FORMAT_VERSION = 1
+DIGEST, FILES = "digest", "files"
+SMALL, BLOCK, BLOCKS = 1 << 22, 1 << 12, 64
+"""Up to how many bytes a file is always read whole, and how many blocks of others, of how many bytes each."""
+PART = re.compile(r"(links(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|towers|modalities)(/.*)?")
+
+Files = dict[str, dict[str, Any]]
+"""By path, ``{"bytes", "sha256", "sample"}``, the last of some blocks of the file."""
 
 
-def check_fit(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Check that a file holds the tensors of a model, of the same shapes and dtypes.
+def is_part(name: str) -> bool:
+    """Return whether a path in the folder of a checkpoint is the checkpoint's; all else is the user's."""
+    return PART.fullmatch(name) is not None
 
-    Raises:
-        CheckpointError: It does not; all that does not fit is listed.
+
+def write_manifest(folder: Path, document: Mapping[str, Any]) -> None:
+    """Write ``fusion.json``, with size and checksums of each file of a checkpoint, and of itself."""
+    files = {
+        name: {
+            "bytes": (folder / name).stat().st_size,
+            "sha256": _sha256(folder / name),
+            "sample": _sampled(folder / name),
+        }
+        for name in _parts(folder)
+    }
+    manifest = {"format_version": FORMAT_VERSION, "multitower": __version__, **document, FILES: files}
+    manifest[DIGEST] = _digest(manifest)
+    (folder / FUSION).write_text(json.dumps(manifest, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read ``fusion.json``, whose digest has to be right; no file of the checkpoint may lie outside of it."""
+    check_inside(folder)
+    document, file = read_json(folder / FUSION), folder / FUSION
+    version, release = document.get("format_version"), document.get("multitower")
+    if type(version) is not int or version < 1:
+        raise CheckpointError(f"{file} is damaged: {version!r} is no version of the format")
+    if version > FORMAT_VERSION:
+        wanted = f"'multitower>={release}'" if isinstance(release, str) else "multitower"
+        raise CheckpointError(
+            f"{file} has format version {version}, and this release reads up to {FORMAT_VERSION}; upgrade "
+            f"multitower: pip install -U {wanted}"
+        )
+    if document.get(DIGEST) != _digest(document):
+        raise CheckpointError(
+            f"{file} is damaged: it is not as it was saved (its digest differs). To take a tower from "
+            "elsewhere, give towers={...}; else copy the checkpoint anew"
+        )
+    files = document.get(FILES)
+    if not isinstance(files, dict) or not all(map(_is_entry, files.values())):
+        raise CheckpointError(f"{file} is damaged: it does not say which files the checkpoint has")
+    return document
+
+
+def check_files(folder: Path, files: Files, parts: tuple[str, ...], *, verify: bool) -> None:
+    """Check that files whose paths begin so are there as they were saved, and no others.
+
+    Of large files the size and a sample are compared, or every byte if ``verify``.
     """
-    expected, found = (
-        {key: f"{tuple(tensor.shape)} {tensor.dtype}" for key, tensor in each.items()}
-        for each in (state, tensors)
-    )
-    if problems := differences(expected, found, "but the model has"):
-        raise CheckpointError(f"{file} does not fit the model:\n  " + "\n  ".join(problems))
+    found = [name for name in _parts(folder) if name.startswith(parts)]
+    problems = [f"missing: {name}" for name in files if name.startswith(parts) and name not in found]
+    for name in found:
+        if name not in files:
+            problems.append(f"unexpected: {name}")
+            continue
+        size = (folder / name).stat().st_size
+        if size != files[name]["bytes"]:
+            problems.append(f"damaged: {name} has {size} bytes, not {files[name]['bytes']}")
+        elif verify or size <= SMALL:
+            problems += [f"damaged: {name}"] * (_sha256(folder / name) != files[name]["sha256"])
+        else:
+            problems += [f"damaged: {name}"] * (_sampled(folder / name) != files[name]["sample"])
+    if problems:
+        raise CheckpointError(
+            f"{folder} is not as it was saved; was it wholly copied?\n  " + "\n  ".join(problems)
+        )
 
 
-def differences(expected: Mapping[str, str], found: Mapping[str, str], but: str) -> list[str]:
-    """List what is missing, what should not be there, and what is other than expected.
+def _parts(folder: Path) -> list[str]:
+    """List the files of a checkpoint, but for the manifest."""
+    tops = [top for top in folder.iterdir() if is_part(top.name)]
+    files = (path for top in tops for path in ([top] if top.is_file() else top.rglob("*")))
+    return sorted(path.relative_to(folder).as_posix() for path in files if not path.is_dir())
 
-    >>> differences({"a": "[2]", "b": "[3]"}, {"b": "[4]", "c": "[5]"}, "not")
-    ['missing: a', 'unexpected: c', 'b is [4], not [3]']
-    """
-    problems = [f"missing: {key}" for key in expected if key not in found]
-    problems += [f"unexpected: {key}" for key in found if key not in expected]
-    changed = (key for key in found if key in expected and expected[key] != found[key])
-    return problems + [f"{key} is {found[key]}, {but} {expected[key]}" for key in changed]
+
+def _is_entry(found: Any) -> bool:
+    kinds = {"bytes": int, "sha256": str, "sample": str}
+    return isinstance(found, dict) and all(type(found.get(key)) is kind for key, kind in kinds.items())
+
+
+def _digest(document: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of all that a document says beside its digest."""
+    rest = {key: value for key, value in document.items() if key != DIGEST}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _sampled(file: Path) -> str:
+    """Return the SHA-256 of blocks that lie evenly in a file, from its first to its last byte."""
+    digest, last = hashlib.sha256(), max(file.stat().st_size - BLOCK, 0)
+    with file.open("rb", buffering=0) as stream:
+        for place in range(BLOCKS):
+            stream.seek(last * place // (BLOCKS - 1))
+            digest.update(stream.read(BLOCK))
+    return digest.hexdigest()
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object that is no larger than ``LARGEST_JSON`` and means one thing only.
-
-    Raises:
-        CheckpointError: The file is missing, or is none: it names a key twice, say, or holds NaN.
-    """
+    """Read a JSON object that is no larger than ``LARGEST_JSON`` and means one thing only."""
     try:
         if file.is_file() and file.stat().st_size > LARGEST_JSON:
             raise CheckpointError(f"{file} is damaged: it has more than {LARGEST_JSON} bytes")
@@ -69,28 +147,11 @@ def read_json(file: Path) -> dict[str, Any]:
     return data
 
 
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """Read a safetensors file.
-
-    Raises:
-        CheckpointError: The file is missing or damaged.
-    """
-    try:
-        return load_file(file)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{file} is missing; was the checkpoint wholly copied?") from error
-    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{file} is damaged or half-written: {error}") from error
-
-
 def check_inside(folder: Path) -> None:
     """Check that a checkpoint is plain files and folders, so that reading it reads nothing else.
 
     The cache of the Hub keeps the files of a ``snapshots/<revision>`` as links to ``blobs``, which are let
     pass. What stands beside a checkpoint in its folder is never read, and may be anything.
-
-    Raises:
-        CheckpointError: There is a link that leads elsewhere, or a device or pipe.
     """
     root = folder.resolve()
     blobs = [place.parent / "blobs" for place in root.parents if place.name == "snapshots"]

@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .divided import values_at
-
 SAMPLE = 64
 """How many values a sample takes at the begin, in the middle and at the end of a tensor."""
 
@@ -71,6 +69,35 @@ def _sample(tensor: Tensor) -> Tensor:
     middle = size // 2
     if hasattr(tensor, "full_tensor"):
         runs = ((0, SAMPLE), (middle, middle + SAMPLE), (max(0, size - SAMPLE), size))
-        return values_at(tensor, torch.cat([torch.arange(begin, min(end, size)) for begin, end in runs]))
+        return _values_at(tensor, torch.cat([torch.arange(begin, min(end, size)) for begin, end in runs]))
     flat = tensor.reshape(-1)
     return torch.cat([flat[:SAMPLE], flat[middle : middle + SAMPLE], flat[-SAMPLE:]])
+
+
+def _values_at(tensor: Any, places: Tensor) -> Tensor:
+    """Return values of a DTensor by their places in the flat whole; its processes call this together.
+
+    Each process sends those that it has, so that no more is sent than is asked for. A tensor that is divided
+    otherwise than by rows, as FSDP2 divides unless told otherwise, is made whole for it.
+
+    Returns:
+        (count,), in the dtype of the tensor, on its device.
+    """
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    mesh, by_rows = tensor.device_mesh, Shard(0)
+    if tensor.placements.count(by_rows) != 1 or not all(
+        each == by_rows or each.is_replicate() for each in tensor.placements
+    ):
+        flat: Tensor = tensor.full_tensor().reshape(-1)
+        return flat[places.to(flat.device)]
+    local = tensor.to_local().reshape(-1)
+    _, first = compute_local_shape_and_global_offset(tensor.shape, mesh, tensor.placements)
+    own = places - first[0] * (tensor.numel() // len(tensor))
+    here = (own >= 0) & (own < len(local))
+    values = local.new_zeros(len(places))
+    values[here.to(local.device)] = local[own[here].to(local.device)]
+    sum_of = [Partial() if each == by_rows else Replicate() for each in tensor.placements]
+    summed: Tensor = DTensor.from_local(values.view(torch.uint8), mesh, sum_of).full_tensor()
+    return summed.view(tensor.dtype)

@@ -15,10 +15,6 @@ def to_json(value: Any) -> Any:
     >>> value = {"betas": (0.9, 0.999), 30: None, "best": -math.inf}
     >>> from_json(json.loads(json.dumps(to_json(value)))) == value
     True
-
-    Raises:
-        TypeError: There is something else in it than None, booleans, numbers, strings, lists, tuples and
-            mappings of these.
     """
     if type(value) is float and not math.isfinite(value):
         return {"float": repr(value)}
@@ -35,11 +31,7 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(value: Any) -> Any:
-    """Return back what ``to_json`` took.
-
-    Raises:
-        ValueError: It is not what ``to_json`` gives.
-    """
+    """Return back what ``to_json`` took."""
     if isinstance(value, list):
         return [from_json(each) for each in value]
     if not isinstance(value, dict):

@@ -33,14 +33,6 @@ def write_tensors(tensors: Mapping[str, Tensor], file: Path, max_shard_size: int
     ...     print(inventory(file))
     links.safetensors.index.json
     {'a': 'F32 [2]', 'b': 'F32 [3]'}
-
-    Args:
-        tensors: The tensors by name; none may share memory with another.
-        file: Where to write them, in a folder that exists.
-        max_shard_size: In bytes, or as in "5GB"; a larger tensor has a file of its own.
-
-    Raises:
-        ValueError: The size is none.
     """
     shards = _split(tensors, size_in_bytes(max_shard_size))
     names = [file.name]
@@ -58,11 +50,7 @@ def write_tensors(tensors: Mapping[str, Tensor], file: Path, max_shard_size: int
 
 
 def inventory(file: Path) -> Inventory:
-    """Return which tensors there are, from headers and index alone.
-
-    Raises:
-        CheckpointError: A file is missing or damaged, or the index says other things than the files.
-    """
+    """Return which tensors there are, from headers and index alone."""
     found: Inventory = {}
     for shard, expected in _shards(file).items():
         with _opened(shard) as stored:
@@ -77,11 +65,7 @@ def inventory(file: Path) -> Inventory:
 
 
 def mapped_tensors(file: Path) -> dict[str, Tensor]:
-    """Return all tensors as views of the files, which come into memory when they are used.
-
-    Raises:
-        CheckpointError: A file is missing or damaged.
-    """
+    """Return all tensors as views of the files, which come into memory when they are used."""
     tensors: dict[str, Tensor] = {}
     for shard in _shards(file):
         with _opened(shard) as stored:
@@ -90,14 +74,7 @@ def mapped_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def size_in_bytes(size: int | str) -> int:
-    """Read a size as transformers writes it.
-
-    >>> size_in_bytes("5GB"), size_in_bytes(100)
-    (5000000000, 100)
-
-    Raises:
-        ValueError: It is none.
-    """
+    """Read a size as transformers writes it."""
     found = re.fullmatch(r"(\d+)\s*([KMGT]B)", size.upper()) if isinstance(size, str) else None
     number = int(found[1]) * UNITS[found[2]] if found else size
     if not isinstance(number, int) or isinstance(number, bool) or number <= 0:
@@ -155,3 +132,25 @@ def _opened(file: Path) -> Iterator[Any]:
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{file} is damaged or half-written: {error}") from error
     yield stored
+
+
+def check_fit(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Check that a file holds the tensors of a model, of the same shapes and dtypes."""
+    expected, found = (
+        {key: f"{tuple(tensor.shape)} {tensor.dtype}" for key, tensor in each.items()}
+        for each in (state, tensors)
+    )
+    if problems := differences(expected, found, "but the model has"):
+        raise CheckpointError(f"{file} does not fit the model:\n  " + "\n  ".join(problems))
+
+
+def differences(expected: Mapping[str, str], found: Mapping[str, str], but: str) -> list[str]:
+    """List what is missing, what should not be there, and what is other than expected.
+
+    >>> differences({"a": "[2]", "b": "[3]"}, {"b": "[4]", "c": "[5]"}, "not")
+    ['missing: a', 'unexpected: c', 'b is [4], not [3]']
+    """
+    problems = [f"missing: {key}" for key in expected if key not in found]
+    problems += [f"unexpected: {key}" for key in found if key not in expected]
+    changed = (key for key in found if key in expected and expected[key] != found[key])
+    return problems + [f"{key} is {found[key]}, {but} {expected[key]}" for key in changed]

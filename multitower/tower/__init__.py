@@ -2,8 +2,8 @@
 
 from ..errors import TowerError
 from .base import Tower
-from .inject import Inject
 from .load import as_tower
+from .shell import Inject
 from .transformers import TransformersTower
 
 __all__ = ["Inject", "Tower", "TowerError", "TransformersTower", "as_tower"]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .inject import Inject
+from .shell import Inject
 
 
 class Tower(nn.Module, ABC):
@@ -131,9 +131,13 @@ class Tower(nn.Module, ABC):
     def forward(self, tokens: Tensor) -> Tensor:
         """Run the tower alone: tokens of shape (batch, length) to logits."""
         hidden, context = self.embed(tokens)
+        return self.head(self.run_layers(hidden, context), context)
+
+    def run_layers(self, hidden: Tensor, context: Any) -> Tensor:
+        """Run all layers, one after the other, on what ``embed`` gave."""
         for index in range(1, self.depth + 1):
             hidden = self.layer(index, hidden, context)
-        return self.head(hidden, context)
+        return hidden
 
     @property
     def native(self) -> nn.Module:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..base.extras import require
 from .decode_transformers import FOR_SPEED
-from .inject import Inject
+from .shell import Inject
 
 transformers: Any = require("transformers", "transformers")
 

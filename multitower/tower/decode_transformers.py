@@ -8,15 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .inject import Inject
-from .probe import Layers, evaluated, forward_options, logits_of, probe_tokens, rounding
-from .shell import as_call, as_tuple, make_shell, stand_in
+from .probe import Layers, forward_options
+from .shell import Inject, as_call, as_tuple, make_shell, stand_in
 
 FOR_SPEED = ("cache_implementation", "prefill_chunk_size", "prompt_lookup_num_tokens")
 """Settings that change how a tower decodes by itself, not what."""
-
-OF_THE_CACHE = ("cache_config", "cache_implementation", "compile_config", "disable_compile", "use_cache")
-"""Settings with which a model is asked how it decodes; what else it has set says nothing of that."""
 
 
 def make_decoder(model: nn.Module, found: Layers, inject: Inject) -> Any:
@@ -40,58 +36,6 @@ def make_decoder(model: nn.Module, found: Layers, inject: Inject) -> Any:
 
     shell.prepare_inputs_for_generation = prepare_inputs
     return shell
-
-
-@torch.no_grad()
-def why_not_faithful(model: Any, *, length: int, padding: int = 0) -> str:
-    """Return how a model's generate, with its cache, differs from its forward; empty if not at all.
-
-    Some families take other positions in one than in the other, cannot tell padding on the left, or begin
-    wrongly from prompts that are shorter than their convolutions.
-
-    Args:
-        model: A causal LM.
-        length: How long the prompts are.
-        padding: How many tokens of padding stand on the left of one of two rows.
-    """
-    steps = 6
-    prompts = probe_tokens(model)[:2, :length].clone()
-    prompts[0, :padding] = 0
-    mask = torch.ones_like(prompts)
-    mask[0, :padding] = 0
-    try:
-        with evaluated(model):
-            decoded = model.generate(
-                prompts,
-                attention_mask=mask,
-                **{
-                    **dict.fromkeys(_settings(model) - {*OF_THE_CACHE}),
-                    "max_new_tokens": steps,
-                    "min_new_tokens": steps,
-                    "do_sample": False,
-                    "num_beams": 1,
-                    "num_return_sequences": 1,
-                    "pad_token_id": 0,
-                    "output_logits": True,
-                    "return_dict_in_generate": True,
-                },
-            )
-            tokens = decoded.sequences[:1, padding:-1]
-            whole = logits_of(model(input_ids=tokens, **forward_options(model)))
-    except Exception as error:  # whatever stops it, decoding in this way is out of the question
-        return f"{type(error).__name__}: {error}"
-    expected = whole[0, -steps:]
-    found = torch.stack([step[0].to(expected.dtype) for step in decoded.logits])
-    worst = (found - expected).abs().max().item()
-    return "" if worst <= rounding(expected) else f"its logits differ by {worst:.2g}"
-
-
-def _settings(model: Any) -> set[str]:
-    """Name what a model has set for its decoding, of what ``generate`` takes as options."""
-    own: Any = getattr(model, "generation_config", None)
-    return (
-        set() if own is None else set(own.to_diff_dict()) & set(vars(type(own)())) - {"transformers_version"}
-    )
 
 
 class _Positions:

@@ -82,18 +82,9 @@ def as_tower(
 def from_source(
     name: str, source: str, *, revision: str | None = None, empty: bool = False, cached: bool = False
 ) -> nn.Module:
-    """Load what a path, a Hub id or "loader://..." names, before it becomes a tower.
+    """Load what a path, a Hub id or "loader://..." names, before it becomes a tower; see ``as_tower``.
 
-    Args:
-        name: The tower's name, for errors.
-        source: What was named.
-        revision: See ``as_tower``.
-        empty: See ``as_tower``.
-        cached: Whether only what has been downloaded before will do.
-
-    Raises:
-        TowerError: The source cannot be loaded.
-        PluginError: The source is ``loader://...``, and no plugin of that name works.
+    ``cached`` says that only what has been downloaded before will do.
     """
     if LOADER.match(source):
         return _from_plugin(name, source)
@@ -119,11 +110,7 @@ def _from_plugin(name: str, source: str) -> nn.Module:
 
 
 def revision_of(model: nn.Module) -> str | None:
-    """Return the commit of the Hub from which a model was loaded, where that is known.
-
-    >>> revision_of(nn.Linear(2, 2)) is None
-    True
-    """
+    """Return the commit of the Hub from which a model was loaded, where that is known."""
     commit = getattr(getattr(model, "config", None), "_commit_hash", None)
     return commit if isinstance(commit, str) else None
 
@@ -179,11 +166,7 @@ def _from_config(name: str, source: str, revision: str | None) -> nn.Module:
 
 
 def kernels_in(config: Any) -> Any:
-    """Return what a config asks for, however deep, that transformers would fetch code for; else None.
-
-    >>> kernels_in({"sub": {"attn_implementation": "someone/kernels"}}), kernels_in({"vocab_size": 3})
-    ('someone/kernels', None)
-    """
+    """Return what a config asks for, however deep, that transformers would fetch code for; else None."""
     if isinstance(config, dict):
         asked = [config[key] for key in KERNELS if config.get(key) is not None]
         return next(iter(asked), None) or kernels_in(list(config.values()))
@@ -205,9 +188,6 @@ def merged(tower: Tower) -> Tower:
     """Return a tower whose peft adapters are folded into its weights; the old one can be used no longer.
 
     Where it fails, the model may be merged half-way; see ``unchanged_on_error``.
-
-    Raises:
-        ValueError: The tower has no adapters, or peft cannot merge them.
     """
     native: Any = tower.native
     if not is_peft_model(native):

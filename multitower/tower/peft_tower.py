@@ -16,7 +16,7 @@ from ..declare.peft_config import check_config
 from ..errors import TowerError
 from ..storage.fingerprint import sampled_fingerprint
 from .base import Tower
-from .inject import Inject
+from .shell import Inject
 from .weights import is_offloaded, whole_state
 
 DEFAULT = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "target_modules": "all-linear"}
@@ -30,15 +30,7 @@ def is_peft_model(model: object) -> bool:
 
 
 def make_config(data: Mapping[str, Any]) -> Any:
-    """Rebuild a ``peft.PeftConfig``, ready to be trained, from ``plain_config`` or an adapter_config.json.
-
-    >>> make_config({"peft_type": "IA3"}).peft_type.value
-    'IA3'
-
-    Raises:
-        ValueError: The data are of no config that peft knows, or its adapters have no place in a tower.
-        ImportError: peft is not installed.
-    """
+    """Rebuild a ``peft.PeftConfig``, ready to be trained, from ``plain_config`` or an adapter_config.json."""
     peft = require("peft", "lora")
     try:
         config = peft.PeftConfig.from_peft_type(
@@ -56,10 +48,6 @@ def with_adapters(model: nn.Module, declared: Mapping[str, Any] | None) -> nn.Mo
     Args:
         model: A transformers causal LM, a ``Tower``, or a PeftModel around one of these.
         declared: A config as ``plain_config`` gives it, or None for ``DEFAULT``.
-
-    Raises:
-        ValueError: peft cannot put these adapters on this model, or they would change its own tensors.
-        ImportError: peft is not installed.
     """
     if is_peft_model(model):
         if declared is not None:
@@ -82,14 +70,7 @@ def with_adapters(model: nn.Module, declared: Mapping[str, Any] | None) -> nn.Mo
 def add_adapter(model: nn.Module, config: Any, name: str = "default", *, autocast: bool = True) -> nn.Module:
     """Put one adapter on a model or PeftModel, in place; return the PeftModel.
 
-    Args:
-        model: The model.
-        config: A ``peft.PeftConfig``; it is changed.
-        name: The adapter's name.
-        autocast: Whether the adapter is kept in float32 where the model is in half precision.
-
-    Raises:
-        ValueError: peft cannot put such an adapter on this model.
+    The config is changed. If ``autocast``, the adapter is in float32 where the model is in half precision.
     """
     peft = require("peft", "lora")
     try:
@@ -109,11 +90,7 @@ def add_adapter(model: nn.Module, config: Any, name: str = "default", *, autocas
 
 
 def base_model(model: Any) -> nn.Module:
-    """Return the model inside of a PeftModel; any other model is given back.
-
-    Raises:
-        ValueError: The PeftModel is more than its inner model, which alone runs in a tower.
-    """
+    """Return the model inside of a PeftModel; any other model is given back."""
     if not is_peft_model(model):
         assert isinstance(model, nn.Module)
         return model
@@ -129,16 +106,7 @@ def base_model(model: Any) -> nn.Module:
 
 
 def base_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors that a model has without its adapters, under the names that they have there.
-
-    >>> import peft
-    >>> from multitower.testing import tiny_tower
-    >>> config = peft.LoraConfig(target_modules=["attention"])
-    >>> with warnings.catch_warnings(action="ignore"):
-    ...     model = peft.get_peft_model(tiny_tower(), config)
-    >>> list(base_state(model)) == list(tiny_tower().state_dict())
-    True
-    """
+    """Return the tensors that a model has without its adapters, under the names that they have there."""
     inner = base_model(model)
     state = whole_state(inner)
     return {name: state[key] for key in state if (name := _base_name(inner, key)) is not None}
@@ -162,11 +130,7 @@ def merged_into(model: nn.Module) -> list[Tensor]:
 
 
 def check_mergeable(model: nn.Module) -> None:
-    """Check that folding the adapters into the weights changes no layer that has none.
-
-    Raises:
-        ValueError: A tensor with adapters is tied to another, which would change with it.
-    """
+    """Check that folding the adapters into the weights changes no layer that has none."""
     owners: dict[int, list[str]] = {}
     for name, tensor in base_state(model).items():
         owners.setdefault(tensor.data_ptr(), []).append(name)
@@ -192,11 +156,7 @@ def _one_adapter(modules: list[nn.Module]) -> bool:
 
 
 def check_whole(model: nn.Module) -> None:
-    """Check that no model with peft layers has lost the PeftModel around it.
-
-    Raises:
-        ValueError: The model has peft layers and no PeftModel, so that peft could not save its adapters.
-    """
+    """Check that no model with peft layers has lost the PeftModel around it."""
     if not is_peft_model(model) and any(_kept(module) for module in model.modules()):
         raise ValueError(
             "it has peft layers, but no PeftModel around it (was it compiled before, or did transformers add "
@@ -205,11 +165,7 @@ def check_whole(model: nn.Module) -> None:
 
 
 def check_trained(name: str, model: nn.Module) -> None:
-    """Check that a tower with ``train="lora"`` has something to train.
-
-    Raises:
-        TowerError: The tower has no adapters, or all of them are frozen.
-    """
+    """Check that a tower with ``train="lora"`` has something to train."""
     if not is_peft_model(model):
         raise TowerError(f"tower {name!r} has no adapters for train='lora'; FusionGraph.compile adds them")
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -220,14 +176,7 @@ def check_trained(name: str, model: nn.Module) -> None:
 
 
 class PeftTower(Tower):
-    """A ``Tower`` whose modules have peft adapters, and the PeftModel around it.
-
-    >>> import peft
-    >>> from multitower.testing import tiny_tower
-    >>> tower = PeftTower(with_adapters(tiny_tower(), {"peft_type": "LORA", "target_modules": ["attention"]}))
-    >>> type(tower.native).__name__, tower.depth
-    ('PeftModel', 2)
-    """
+    """A ``Tower`` whose modules have peft adapters, and the PeftModel around it."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

@@ -100,16 +100,7 @@ class Seen(NamedTuple):
 
 
 def probe(model: nn.Module, path: str | None = None) -> tuple[Layers, Tensor]:
-    """Run a model once; return its logits and its layers: the outermost list whose members pass on a state.
-
-    Args:
-        model: The model.
-        path: The list, where it is known.
-
-    Raises:
-        TowerError: The model does not run on tokens alone; there is no list of layers or more than one;
-            layers do not run once and in order; or the model changes the state between them.
-    """
+    """Run a model once; return its layers, the outermost list whose members hand on a state, and logits."""
     name = type(model).__name__
     lists = {key: module for key, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     seen, logits = _run(model, lists)
@@ -151,11 +142,7 @@ def probe(model: nn.Module, path: str | None = None) -> tuple[Layers, Tensor]:
 
 
 def plain_layers(model: nn.Module, path: str, width: int) -> Layers:
-    """Return the layers of a model of which it is known that all in one list run, in order, on a plain state.
-
-    Raises:
-        ValueError: There is no such list.
-    """
+    """Return the layers of a model of which all in one list are known to run, in order, on a plain state."""
     stack = dict(model.named_modules()).get(path)
     if not isinstance(stack, nn.ModuleList) or not len(stack):
         raise ValueError(f"{type(model).__name__} has no layers in {path!r}")
@@ -174,11 +161,7 @@ def probe_tokens(model: nn.Module) -> Tensor:
 
 
 def check_causal(name: str, logits: Tensor) -> None:
-    """Check that the last two rows of a probe, alike but for their last token, are scored alike before it.
-
-    Raises:
-        TowerError: The model sees later tokens.
-    """
+    """Check that the last two rows of a probe, alike but for their last token, are scored alike before it."""
     one, other = logits[-2:, :-1].float()
     leak = (one - other).abs().max().item()
     if leak > torch.finfo(logits.dtype).eps ** (2 / 3) * logits[-2:].float().abs().max().item():

@@ -20,6 +20,13 @@ from torch import Tensor, nn
 
 from ..errors import TowerError
 
+Inject = Callable[[int, Tensor, Tensor], Tensor]
+"""Called with (layer, state after it, positions); gives the state to go on with.
+
+Layer 0 is the embedding. The state has shape (batch, length of this call, width); the positions, int64 of
+shape (length of this call,), say where in their rows the tokens of this call stand.
+"""
+
 
 class Copy(NamedTuple):
     """A copied module, its original, and the name of the child that leads to the layers."""
@@ -40,9 +47,6 @@ class Shell(NamedTuple):
 
         A head, for instance, is replaced when an adapter is put on it. The child that leads to the layers is
         a copy itself, or the list of stand-ins, and stays.
-
-        Raises:
-            TowerError: What leads to the layers was replaced, or there are more layers or fewer.
         """
         below = (*(copy.original for copy in self.copies[1:]), None)
         for (twin, original, child), expected in zip(self.copies, below, strict=True):

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..base.extras import require
+from .abilities import plain
 from .probe import probe_tokens
-from .resume import Resumable, plain
 
 
 class KeptLayer(NamedTuple):
@@ -27,28 +27,16 @@ class KeptLayer(NamedTuple):
         return _room(self.values, rows, length)
 
 
-def kept_layers(tower: Resumable) -> list[KeptLayer]:
-    """Return what each layer of a tower keeps of a token, found by running one.
-
-    Raises:
-        TypeError: A layer keeps something else than keys and values.
-    """
+def kept_layers(tower: Any) -> list[KeptLayer]:
+    """Return what each layer of a tower keeps of a token, found by running one."""
     cache = require("transformers", "transformers").DynamicCache()
     hidden, context = tower.resume(probe_tokens(tower.model)[:1, :1], cache)
-    for index in range(1, tower.depth + 1):
-        hidden = tower.layer(index, hidden, context)
+    hidden = tower.run_layers(hidden, context)
     return [KeptLayer(keys, values) for keys, values in plain(cache)]
 
 
 def static_cache(keys: Sequence[Tensor], values: Sequence[Tensor], length: Tensor) -> Any:
     """Return a cache of transformers that writes into given tensors.
-
-    >>> import torch
-    >>> keys, values = ([torch.zeros(1, 2, 5, 4)] for _ in range(2))
-    >>> cache = static_cache(keys, values, torch.tensor(1))
-    >>> whole, _ = cache.update(torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 4), 0)
-    >>> whole is keys[0], whole[0, 0, :, 0].tolist(), int(cache.get_seq_length())
-    (True, [0.0, 1.0, 1.0, 1.0, 0.0], 4)
 
     Sliding layers keep everything, too: their masks leave out what lies before the window.
 

@@ -13,12 +13,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..errors import TowerError
+from .abilities import count_positions, tells_examples_apart, why_not_faithful, why_not_resumed
 from .base import Tower
-from .decode_transformers import make_decoder, why_not_faithful
-from .inject import Inject
-from .packing import tells_examples_apart
+from .decode_transformers import make_decoder
 from .peft_tower import base_model
-from .positions import count_positions
 from .probe import (
     LENGTH,
     Layers,
@@ -33,9 +31,9 @@ from .probe import (
     probe_tokens,
     vocabulary,
 )
-from .resume import why_not_resumed
 from .shell import (
     Context,
+    Inject,
     LayersReached,
     Script,
     Shell,
@@ -294,8 +292,7 @@ class TransformersTower(Tower):
         with evaluated(self.model):
             hidden, context = self.embed(probe_tokens(self.model))
             width = hidden.shape[-1]
-            for index in range(1, self.depth + 1):
-                hidden = self.layer(index, hidden, context)
+            hidden = self.run_layers(hidden, context)
             logits = self.head(hidden, context)
             self._heads_masked = self._can_head_masked(hidden, context, logits)
             if self.native is not self.model:

@@ -20,14 +20,7 @@ Settings = dict[str, Any]
 
 
 def trained_state(model: Fusion) -> dict[str, Tensor]:
-    """Return the tensors that training may change, each once: of links, input adapters and trained towers.
-
-    >>> from multitower.testing import tiny_model
-    >>> sorted({name.partition(".")[0] for name in trained_state(tiny_model())})
-    ['links', 'towers']
-    >>> any(name.startswith("towers.text.") for name in trained_state(tiny_model()))    # it is frozen
-    False
-    """
+    """Return the tensors that training may change, each once: of links, input adapters and trained towers."""
     trained: dict[int, str] = {}
     state = model.state_dict(keep_vars=True)
     changing = _changing(model)
@@ -69,9 +62,6 @@ def optimizer_state(model: Fusion, optimizer: Optimizer) -> tuple[dict[str, Tens
     """Return what an optimizer keeps: its tensors as "optimizer.<key>.<parameter>", and all else.
 
     torch's ``get_optimizer_state_dict`` would make a step with an optimizer that has made none yet.
-
-    Raises:
-        ValueError: The optimizer trains a parameter that is not the model's.
     """
     names, state = trained_names(model, optimizer), optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
@@ -85,12 +75,7 @@ def optimizer_state(model: Fusion, optimizer: Optimizer) -> tuple[dict[str, Tens
 
 
 def expected_tensors(model: Fusion, listed: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Make room for the tensors of an optimizer, which are divided among processes as their parameters are.
-
-    Args:
-        model: The model.
-        listed: Shape and dtype of each tensor of a checkpoint, as ``described`` gives them.
-    """
+    """Make room for the tensors of an optimizer, divided among processes as their parameters are."""
     parameters, room = {name: each for each, name in _names(model).items()}, {}
     for name, (shape, dtype) in listed.items():
         kind, _, rest = name.partition(".")
@@ -126,11 +111,7 @@ def unlike_settings(model: Fusion, optimizer: Optimizer, settings: Settings) -> 
 
 
 def trained_names(model: Fusion, optimizer: Optimizer) -> list[str]:
-    """Name the parameters that an optimizer trains, in its order.
-
-    Raises:
-        ValueError: The optimizer trains a parameter that is not the model's.
-    """
+    """Name the parameters that an optimizer trains, in its order."""
     names = _names(model)
     trained: list[Tensor] = [each for group in optimizer.param_groups for each in group["params"]]
     for parameter in trained:
@@ -149,11 +130,7 @@ def _names(model: Fusion) -> dict[Tensor, str]:
 
 
 def described(tensor: Tensor) -> list[Any]:
-    """Return shape and dtype as plain data.
-
-    >>> described(torch.zeros(2, 3))
-    [[2, 3], 'float32']
-    """
+    """Return shape and dtype as plain data."""
     return [list(tensor.shape), str(tensor.dtype).removeprefix("torch.")]
 
 

@@ -24,7 +24,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from ..checkpoint.layout import check_names
+from ..checkpoint.assign import check_names
 from ..compile.towers import load_towers
 from ..declare.graph import FusionGraph, redeclared
 from ..errors import CheckpointError

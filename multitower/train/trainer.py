@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..base.extras import require
-from ..batch.collate import IGNORE, Example, Streams, to_device
+from ..batch.collate import IGNORE, Example, Streams, count_targets, to_device
 from ..batch.corrupt import corrupt_history, corrupt_sources
-from ..batch.count import count_targets
-from ..checkpoint.refill import load_weights
+from ..checkpoint.load import load_weights
 from ..checkpoint.save import save_pretrained
 from ..generate.generate import generate
 from ..hub.card import model_card

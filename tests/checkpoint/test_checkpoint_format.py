@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import multitower as mt
 from adapted import fused
 from models import EXAMPLES, causal_lm, pair
-from multitower.storage import integrity
+from multitower.storage import files as storage_files
 from multitower.testing import tiny_tower
 from tampering import rewrite_manifest
 
@@ -234,7 +234,7 @@ def test_damaged_documents_are_refused(tmp_path: Path, change: dict[str, Any]) -
 def test_a_manifest_that_names_no_files_is_refused(tmp_path: Path, files: Any) -> None:
     pair(gates=True, train="all").save_pretrained(tmp_path)
     said = {**document(tmp_path), "files": files}
-    (tmp_path / "fusion.json").write_text(json.dumps({**said, "digest": integrity._digest(said)}))
+    (tmp_path / "fusion.json").write_text(json.dumps({**said, "digest": storage_files._digest(said)}))
     with pytest.raises(mt.errors.CheckpointError, match="does not say which files the checkpoint has"):
         mt.FusedModel.from_pretrained(tmp_path, towers=blanks())
 

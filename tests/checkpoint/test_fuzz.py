@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import multitower as mt
 from fuzzing import mutate
-from multitower.storage import integrity
+from multitower.storage import files as storage_files
 from tampering import rewrite_manifest
 from victims import Base, at_most
 
@@ -47,8 +47,8 @@ def fuzz(base: Base, rounds: int, seed: int) -> Counter[str]:
         whole = chance.random() < 0.5
         try:
             with at_most(60), pytest.MonkeyPatch.context() as patch:
-                patch.setattr(integrity, "SMALL", integrity.SMALL if whole else 0)
-                patch.setattr(integrity, "BLOCK", integrity.BLOCK if whole else 1)
+                patch.setattr(storage_files, "SMALL", storage_files.SMALL if whole else 0)
+                patch.setattr(storage_files, "BLOCK", storage_files.BLOCK if whole else 1)
                 found = base.load()
         except mt.errors.CheckpointError:
             outcomes["agrees, refused" if again else "refused"] += 1

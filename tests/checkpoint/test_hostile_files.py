@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import multitower as mt
 from letters import Letters
 from models import causal_lm
-from multitower.storage import fingerprint, integrity
+from multitower.storage import files, fingerprint
 from multitower.testing import tiny_model, tiny_tower
 from tampering import rewrite_manifest
 from victims import Base, at_most
@@ -120,8 +120,8 @@ def test_one_bit_is_noticed(tmp_path: Path, part: str) -> None:
 def test_of_large_files_samples_are_read_unless_all_is_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
-    monkeypatch.setattr(integrity, "SMALL", 0)
-    monkeypatch.setattr(integrity, "BLOCK", 1)
+    monkeypatch.setattr(files, "SMALL", 0)
+    monkeypatch.setattr(files, "BLOCK", 1)
     monkeypatch.setattr(fingerprint, "SAMPLE", 1)
     folder = tmp_path / "fused"
     small(folder)

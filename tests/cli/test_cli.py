@@ -19,7 +19,6 @@ from fake_hub import Download
 from letters import Letters
 from models import causal_lm
 from multitower.cli import main, plugins
-from multitower.cli.new_modality import new_modality
 from multitower.plugins.entry_points import modality_class
 from multitower.testing import tiny_model
 
@@ -165,8 +164,8 @@ def test_a_name_that_cannot_be_one_is_refused(
 
 
 def test_the_template_leaves_no_name_behind(tmp_path: Path) -> None:
-    folder = new_modality("smell", tmp_path / "smell")
-    texts = {path: path.read_text() for path in folder.rglob("*") if path.is_file()}
+    assert main(["new-modality", "smell", "--folder", str(tmp_path / "smell")]) == 0
+    texts = {path: path.read_text() for path in (tmp_path / "smell").rglob("*") if path.is_file()}
     assert len(texts) == 5
     assert not [path for path, text in texts.items() if "octets" in f"{path}{text}".lower()]
 

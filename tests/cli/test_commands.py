@@ -221,7 +221,7 @@ def test_training_goes_on(parts: Path, tmp_path: Path, capsys: pytest.CaptureFix
     [
         ({"tower": {}}, "there is no entry 'tower'; the entries are output, towers, links, data"),
         ({"links": None}, "'links' is missing"),
-        ({"links": [{"source": "speech", "target": "text", "interleaf": 1}]}, "no option 'interleaf'"),
+        ({"links": [{"source": "speech", "target": "text", "interleaf": 1}]}, "no entry 'interleaf'"),
         ({"links": [{"source": "speech", "target": "smell", "interleave": 1}]}, "there is no tower 'smell'"),
         ({"data": {"folder": "x"}}, "'columns' is missing; 'tasks' is missing"),
         ({"data": {"columns": {"a": "text"}, "tasks": [["a"]]}}, "give either folder or dataset"),

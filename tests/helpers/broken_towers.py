@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from broken import Breakages
 from multitower.testing import TinyTower
-from multitower.tower.inject import Inject
+from multitower.tower.shell import Inject
 
 BROKEN = Breakages()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from multitower.errors import CheckpointError
-from multitower.storage.integrity import DIGEST, FILES, write_manifest
+from multitower.storage.files import DIGEST, FILES, write_manifest
 from multitower.storage.tensors import inventory
 
 

@@ -1,17 +1,24 @@
-"""Answers, whole or in pieces."""
+"""Answers: whole, in pieces, or as server-sent events."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from fastapi import Request
+from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from ...batch.collate import Segment
 from .engine import Decoding, Piece
-from .errors import Refusal
+from .errors import Refusal, as_refusal, body_of
 from .served import Served
+
+DONE = "[DONE]"
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,12 +39,7 @@ class Answer:
 
 
 def whole(pieces: Sequence[Piece]) -> Answer:
-    """Put the pieces of one tower's answer together.
-
-    >>> pieces = [Piece("text", torch.tensor([1, 5]), 1, None), Piece("text", torch.tensor([2]), 1, "stop")]
-    >>> whole(pieces).tokens, whole(pieces).count
-    (tensor([1, 5, 2]), 2)
-    """
+    """Put the pieces of one tower's answer together."""
     finish = pieces[-1].finish
     assert finish is not None, "the last piece is missing"
     tokens = torch.cat([piece.tokens for piece in pieces])
@@ -47,11 +49,7 @@ def whole(pieces: Sequence[Piece]) -> Answer:
 async def answers(
     served: Served, request: Request, given: Sequence[Segment], wanted: Sequence[Decoding]
 ) -> list[Answer]:
-    """Return whole answers, unless the client goes before they are complete.
-
-    Raises:
-        Refusal: The client has gone, or there is too much input.
-    """
+    """Return whole answers, unless the client goes before they are complete."""
     served.check_given(given)
     found: dict[str, list[Piece]] = {}
     async with served.events(served.session(wanted), given, wanted) as events:
@@ -66,11 +64,7 @@ async def answers(
 async def pieces(
     served: Served, given: Sequence[Segment], wanted: Sequence[Decoding]
 ) -> AsyncIterator[tuple[Piece, str]]:
-    """Yield the pieces of answers as they are decoded, each with what it adds to a text.
-
-    Raises:
-        Refusal: There is too much input.
-    """
+    """Yield the pieces of answers as they are decoded, each with what it adds to a text."""
     served.check_given(given)
     text, tokens = Growing(), list[torch.Tensor]()
     async with served.events(served.session(wanted), given, wanted) as events:
@@ -80,14 +74,7 @@ async def pieces(
 
 
 async def new_text(served: Served, piece: Piece, text: Growing, tokens: list[torch.Tensor]) -> str:
-    """Return what a piece adds to a text; nothing if it is of another tower.
-
-    Args:
-        served: What decodes.
-        piece: The piece.
-        text: The text so far.
-        tokens: Its tokens so far, to which those of the piece are added.
-    """
+    """Return what a piece adds to a text; nothing if it is of another tower."""
     if piece.tower != served.offer.text:
         return ""
     tokens.append(piece.tokens)
@@ -111,3 +98,39 @@ class Growing:
         new = known[len(self._text) :] if last or known.startswith(self._text) else ""
         self._text += new
         return new
+
+
+class Events(StreamingResponse):
+    """A stream of server-sent events, which ends what makes them when the client goes."""
+
+    def __init__(self, documents: AsyncIterator[Any], last: str | None = None) -> None:
+        self._documents, self._last = documents, last
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(self._written(), media_type="text/event-stream", headers=headers)
+
+    @classmethod
+    async def begin(cls, documents: AsyncIterator[Any], last: str | None = None) -> Events:
+        """Begin a stream once the first document is there: an error before it is an answer itself."""
+        first = await anext(documents)
+
+        async def all_of_them() -> AsyncIterator[Any]:
+            async with aclosing(documents):  # type: ignore[type-var]  # it is a generator
+                yield first
+                async for document in documents:
+                    yield document
+
+        return cls(all_of_them(), last)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer."""
+        async with aclosing(self._documents):  # type: ignore[type-var]  # it is a generator
+            await super().__call__(scope, receive, send)
+
+    async def _written(self) -> AsyncIterator[str]:
+        try:
+            async for document in self._documents:
+                yield f"data: {json.dumps(document)}\n\n"
+            if self._last:
+                yield f"data: {self._last}\n\n"
+        except Exception as error:
+            yield f"data: {json.dumps(body_of(as_refusal(error)))}\n\n"

@@ -17,10 +17,8 @@ from .gate import Gate
 from .limits import Limits
 from .live import live
 from .metrics import Metrics
-from .offer import offer_of
-from .served import Served
-from .speech import speech
-from .transcriptions import transcriptions
+from .served import Served, offer_of
+from .sounds import speech, transcriptions
 
 CHAT, LIVE = "/v1/chat/completions", "/v1/live"
 HEAR, SPEAK = "/v1/audio/transcriptions", "/v1/audio/speech"

@@ -26,20 +26,7 @@ TYPES = {
 
 
 def check_sound(data: bytes, seconds: float) -> None:
-    """Check that bytes are a sound file that is not too long, by reading it once in blocks.
-
-    >>> check_sound(b"abc", 10)
-    Traceback (most recent call last):
-    ValueError: the 3 bytes cannot be read as a sound file: Format not recognised.
-
-    Args:
-        data: The file.
-        seconds: How long it may be.
-
-    Raises:
-        ValueError: It is none, is empty, is too long or too loud, or holds samples that are not finite.
-        ImportError: The extra "speech" is not installed.
-    """
+    """Check that bytes are a sound file that is not too long, by reading it once in blocks."""
     soundfile = require("soundfile", "speech")
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
@@ -68,11 +55,7 @@ def check_sound(data: bytes, seconds: float) -> None:
 
 
 def raw_of(modality: Modality, data: bytes, seconds: float) -> Any:
-    """Return a sound file as a modality takes it: its bytes, or what ``read_file`` makes of it.
-
-    Raises:
-        ValueError: See ``check_sound``.
-    """
+    """Return a sound file as a modality takes it: its bytes, or what ``read_file`` makes of it."""
     check_sound(data, seconds)
     if bytes in modality.accepts:
         return data
@@ -83,16 +66,7 @@ def raw_of(modality: Modality, data: bytes, seconds: float) -> Any:
 
 
 def bytes_of(modality: Modality, raw: Any, form: str) -> bytes:
-    """Return what a modality decoded as a file, by its ``write_file``.
-
-    Args:
-        modality: The modality.
-        raw: What it decoded.
-        form: One of ``TYPES``.
-
-    Raises:
-        ValueError: The modality does not write this form.
-    """
+    """Return what a modality decoded as a file, by its ``write_file``."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, f"sound.{'wav' if form == 'pcm' else form}")
         modality.write_file(raw, path)

@@ -14,12 +14,11 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from ...batch.collate import Segment
-from .answers import Answer, answers, pieces
+from .answers import DONE, Answer, Events, answers, pieces
 from .engine import Decoding
 from .errors import Refusal
 from .schemas import AudioPart, Chat
 from .served import Served
-from .stream import DONE, Events
 
 FORMS = {"pcm16": "pcm"}
 """Forms of sound that chats call otherwise."""

@@ -16,8 +16,7 @@ from ...generate.options import options_of, settle
 from ...generate.rows import Turn
 from ...generate.session import Session
 from ...generate.simultaneous import check_stepwise
-from ...pipeline.codec import Codec
-from ...pipeline.raw import leaves
+from ...pipeline.codec import Codec, leaves
 
 COUNTED = (
     "begin_suppress_tokens",
@@ -34,11 +33,7 @@ CLOSING = "the server is closing; ask again later"
 
 @dataclass(frozen=True)
 class Decoding:
-    """What is to be decoded: a tower, how many tokens at most, and greedily unless there is a temperature.
-
-    >>> Decoding("text", 40, temperature=0.5).options()
-    {'do_sample': True, 'temperature': 0.5, 'top_p': 1.0}
-    """
+    """What is to be decoded: a tower, how many tokens at most, and greedily unless there is a temperature."""
 
     tower: str
     most: int
@@ -74,16 +69,10 @@ Event = Piece | Session | Exception
 
 
 class Job:
-    """A session that is to grow by what is given and by what is decoded.
+    """A session of one row that is to grow by what is given and by what is decoded.
 
-    Args:
-        session: A session of one row. It stays what it is; the last event is the one that has grown.
-        given: What is appended.
-        wanted: What is decoded, one after the other.
-        seconds: How long it may take.
-        emit: Called with each event, in the thread of the engine.
-        lasting: Whether the session is gone on with afterwards. Of one that is not, the last answer may have
-            been decoded further than was wanted.
+    It stays what it is: the last event that is emitted, in the thread of the engine, is the session that has
+    grown. Of one that is not lasting, the last answer may have been decoded further than was wanted.
     """
 
     def __init__(
@@ -130,16 +119,8 @@ class Engine:
 
     Before each step it takes in what has come, and it lets go of what has ended, took too long or is wanted
     no more. So requests of unlike lengths decode together, and each gets what it would get alone, up to
-    rounding.
-
-    Args:
-        codec: The model, with the modalities that say how towers begin and end.
-        outputs: The towers that may be decoded.
-        chunk: How many tokens are decoded at a step.
-        observe: Called after each step with the tower, how many rows it had, and the seconds that it took.
-
-    Raises:
-        ValueError: A tower has settings that mean nothing where an answer is decoded in pieces.
+    rounding. ``observe`` is called after each step with the tower, how many rows it had, and the seconds that
+    it took.
     """
 
     def __init__(

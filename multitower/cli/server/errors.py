@@ -15,18 +15,7 @@ from ...base.logs import logger
 
 
 class Refusal(HTTPException):
-    """What a client did wrong, or why it cannot be answered now.
-
-    >>> body_of(Refusal(404, "there is no such model", "model", "model_not_found"))["error"]["param"]
-    'model'
-
-    Args:
-        status: The status of HTTP.
-        message: The reason, and what to do.
-        param: The field concerned.
-        code: A word for programs.
-        headers: Further headers.
-    """
+    """What a client did wrong, or why it cannot be answered now."""
 
     def __init__(
         self,
@@ -48,11 +37,7 @@ def body_of(error: HTTPException) -> dict[str, Any]:
 
 
 def refusal_of(errors: Sequence[Mapping[str, Any]], skip: int = 0) -> Refusal:
-    """Return what a client is told of what pydantic found: the error that lies deepest.
-
-    >>> refusal_of([{"loc": ("body", "model"), "msg": "Field required"}], skip=1).detail
-    'model: Field required'
-    """
+    """Return what a client is told of what pydantic found: the error that lies deepest."""
     first = max(errors, key=lambda each: len(each["loc"]))
     place = ".".join(str(each) for each in first["loc"][skip:]) or None
     return Refusal(400, f"{place or 'the message'}: {first['msg']}", place)

@@ -25,15 +25,7 @@ CLOSE = {"Connection": "close"}
 
 
 class Gate:
-    """ASGI middleware that keeps a server within its limits, and counts.
-
-    Args:
-        app: What it stands before.
-        limits: The limits.
-        metrics: What counts.
-        works: The paths of endpoints that need the model, of which so many may be under way.
-        others: Further paths, by which requests are counted; all else is counted as "other".
-    """
+    """ASGI middleware that keeps a server within its limits, and counts."""
 
     def __init__(
         self, app: Any, limits: Limits, metrics: Metrics, works: frozenset[str], others: frozenset[str]

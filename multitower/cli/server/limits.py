@@ -9,9 +9,6 @@ from dataclasses import dataclass
 class Limits:
     """How much a client may ask of a server, and how long things may take.
 
-    >>> Limits(tokens=200).tokens
-    200
-
     Attributes:
         requests: How many requests and live sessions may be under way; others get 503.
         body_bytes: How large a request may be, and a message of a live session.

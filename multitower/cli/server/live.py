@@ -64,11 +64,7 @@ class _Conversation:
         self.listening: _Listening | None = None
 
     async def hold(self) -> None:
-        """Take messages until the client goes.
-
-        Raises:
-            Refusal: A message cannot be used, or none comes.
-        """
+        """Take messages until the client goes."""
         rate = self._rate()
         while True:
             try:
@@ -168,12 +164,7 @@ class _Conversation:
 
 
 class _Listening:
-    """A sound that is encoded as it comes, in a thread of its own.
-
-    Args:
-        encode: ``encode_stream`` of the modality.
-        rate: Samples per second.
-    """
+    """A sound that is encoded as it comes, in a thread of its own."""
 
     def __init__(self, encode: Callable[..., Iterator[torch.Tensor]], rate: int) -> None:
         self.heard = 0.0

@@ -10,11 +10,6 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 class Metrics:
     """What one server counts.
 
-    >>> metrics = Metrics()
-    >>> metrics.answered("/v1/models", 200, 0.01)
-    >>> 'multitower_requests_total{endpoint="/v1/models",status="200"} 1.0' in metrics.text()
-    True
-
     Attributes:
         under_way: Requests and live sessions that are being answered.
     """

@@ -7,8 +7,10 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import networkx as nx
 from torch import Tensor
 
 from ...batch.collate import Segment
@@ -22,24 +24,59 @@ from .engine import Decoding, Engine, Event, Job, Piece
 from .errors import Refusal, as_refusal
 from .limits import Limits
 from .metrics import Metrics
-from .offer import Offer
 
 T = TypeVar("T")
 
 
-class Served:
-    """A pipeline, the engine that decodes, and a thread for each modality that encodes and decodes.
+@dataclass(frozen=True)
+class Offer:
+    """Which towers stand for text and for sound.
 
-    Args:
-        pipe: The model with its modalities.
-        offer: What it offers.
-        limits: What may be asked of it.
-        name: What clients call it.
-        metrics: What counts.
-
-    Raises:
-        ValueError: See ``Engine``.
+    Attributes:
+        text: The tower of text.
+        audio: The tower of sound; None where there is none.
+        hears: Whether text is written after sound: the tower of text reads that of sound.
+        speaks: Whether sound is made after text.
     """
+
+    text: str
+    audio: str | None
+    hears: bool
+    speaks: bool
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The towers that are decoded."""
+        return (self.text, *([self.audio] if self.audio is not None and self.speaks else []))
+
+
+def offer_of(pipe: Pipeline, text: str | None = None, audio: str | None = None) -> Offer:
+    """Find out what a pipeline has to offer."""
+    text, audio = _tower(pipe, "text", text), _tower(pipe, "audio", audio)
+    if text is None:
+        raise ValueError(
+            "no tower has a modality of text, so there is nothing to serve: all endpoints read or write text"
+        )
+    graph = pipe.model.graph.to_networkx()
+    hears, speaks = (audio is not None and nx.has_path(graph, *way) for way in ((audio, text), (text, audio)))
+    return Offer(text, audio, hears, speaks)
+
+
+def _tower(pipe: Pipeline, media: str, chosen: str | None) -> str | None:
+    fitting = [name for name, modality in pipe.modalities.items() if modality.media == media]
+    if chosen is not None and chosen not in fitting:
+        raise ValueError(
+            f"tower {chosen!r} is none of {media}; of {media} are: {', '.join(fitting) or 'none'}"
+        )
+    if chosen is None and len(fitting) > 1:
+        raise ValueError(
+            f"several towers are of {media}: {', '.join(fitting)}; choose one by --{media}-tower"
+        )
+    return chosen or next(iter(fitting), None)
+
+
+class Served:
+    """A pipeline, the engine that decodes, and a thread for each modality that encodes and decodes."""
 
     def __init__(self, pipe: Pipeline, offer: Offer, limits: Limits, name: str, metrics: Metrics) -> None:
         self.pipe, self.offer, self.limits, self.name, self.metrics = pipe, offer, limits, name, metrics
@@ -77,11 +114,7 @@ class Served:
         )
 
     def stream_of_sound(self) -> Callable[..., Iterator[Tensor]]:
-        """Return what encodes a sound as it comes.
-
-        Raises:
-            Refusal: The modality does not.
-        """
+        """Return what encodes a sound as it comes."""
         encode = getattr(self.pipe.modalities[self.audio], "encode_stream", None)
         if encode is None:
             raise Refusal(400, f"the modality of tower {self.audio!r} does not encode sound as it comes")
@@ -134,14 +167,7 @@ class Served:
         *,
         lasting: bool = False,
     ) -> AsyncIterator[AsyncIterator[Piece | Session]]:
-        """Have the engine extend a session; what is under way is ended with the context.
-
-        Args:
-            session: The session.
-            given: What is appended.
-            wanted: What is decoded.
-            lasting: Whether the session is gone on with afterwards.
-        """
+        """Have the engine extend a session; what is under way is ended with the context."""
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[Event]()
         job = Job(
             session,

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...batch.collate import Example, Segment
 from ...model import FusedModel
 from ...run.output import token_loss
-from ...run.targets import may_have_labels
+from ...run.request import may_have_labels
 from ..compare import assert_close, tolerance
 from .case import Streams, opened, rounding, streams_of, visible
 from .definition import defined_logits
@@ -33,7 +33,7 @@ def check_gradients(model: FusedModel, examples: Sequence[Example]) -> None:
     """
     model = opened(model).train()
     streams = streams_of(model, [[_as_targets(entry) for entry in example] for example in examples])
-    if not any(may_have_labels(stream["labels"]) for stream in streams.values()):
+    if not any(may_have_labels(stream) for stream in streams.values()):
         return
     expected = _trained(model, streams)
     model.zero_grad()

@@ -55,8 +55,7 @@ class TowerCase(NamedTuple):
         """Run the tower layer by layer, with what else its ``embed`` takes, if anything."""
         tower: Any = self.tower
         hidden, context = tower.embed(tokens, *cache, **positions)
-        for index in range(1, self.tower.depth + 1):
-            hidden = self.tower.layer(index, hidden, context)
+        hidden = self.tower.run_layers(hidden, context)
         return self.tower.head(hidden, context)
 
 

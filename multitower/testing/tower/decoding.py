@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...base.extras import require
 from ...tower import Tower
-from ...tower.inject import Inject
+from ...tower.shell import Inject
 from ..report import call
 from .case import TowerCase, assert_alike
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ...batch.pack import positions
+from ...batch.places import positions
 from ...tower import Tower
 from ..compare import assert_equal
 from ..report import call

@@ -1,4 +1,4 @@
-"""``POST /v1/audio/transcriptions``: what is said in a sound file."""
+"""``/v1/audio/transcriptions`` and ``/v1/audio/speech``: what is said in a sound file; a text, said."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from fastapi import APIRouter, Form, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
 from ...batch.collate import Segment
-from .answers import answers, pieces
+from .answers import Events, answers, pieces
+from .audio import TYPES
 from .engine import Decoding
-from .schemas import Transcription
+from .schemas import Speech, Transcription
 from .served import Served
-from .stream import Events
 
 
 def transcriptions(served: Served) -> APIRouter:
@@ -51,3 +51,20 @@ def _usage(given: list[Segment], decoded: int) -> dict[str, Any]:
     count = sum(len(segment.tokens) for segment in given)
     total = count + decoded
     return {"type": "tokens", "input_tokens": count, "output_tokens": decoded, "total_tokens": total}
+
+
+def speech(served: Served) -> APIRouter:
+    """Return the endpoint."""
+    router = APIRouter()
+
+    @router.post("/v1/audio/speech", response_model=None)
+    async def speak(request: Request, body: Speech) -> Response:
+        """Say a text."""
+        served.check_model(body.model)
+        given = [await served.text(body.input)]
+        wanted = Decoding(served.audio, served.limits.tokens)
+        (answer,) = await answers(served, request, given, [wanted])
+        sound = await served.sound_file(answer.tokens, body.response_format)
+        return Response(sound, media_type=TYPES[body.response_format])
+
+    return router
