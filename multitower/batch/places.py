@@ -47,8 +47,7 @@ def places(streams: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
         times = stream["times"].to(device)
         real = stream["mask"].to(device) if "mask" in stream else times >= 0
         times = times.where(real, -1)
-        before = _shifted(times)
-        begins = (before < 0) | (times != before + 1)
+        begins = run_begins({**stream, "times": times})
         index = torch.arange(times.shape[1], device=device)
         first[name] = times.gather(1, (index * begins).cummax(1).values)
         begin[name] = stream[EXAMPLES].to(device) * CLOCKS if EXAMPLES in stream else 0 * times
@@ -66,6 +65,21 @@ def places(streams: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
         token = (stream["times"].to(device) - first[name]).clamp(min=0)
         found[name] = (segment.clamp(min=0) * ROOM + token).to(stream["times"].device)
     return found
+
+
+def run_begins(stream: Mapping[str, Tensor]) -> Tensor:
+    """Return where tokens of a tower begin that follow each other, bool, shape (batch, length).
+
+    >>> run_begins({"times": torch.tensor([[0, 1, 2, 6, 7]])}).tolist()
+    [[True, False, False, True, False]]
+    """
+    times = stream["times"]
+    before = _shifted(times)
+    begins = (before < 0) | (times != before + 1)
+    if EXAMPLES in stream:  # whose clocks all begin at 0
+        examples = stream[EXAMPLES].to(times.device)
+        begins = begins | (examples != _shifted(examples))
+    return begins
 
 
 def _shifted(rows: Tensor) -> Tensor:
