@@ -75,6 +75,7 @@ class FusionGraph:
         *,
         train: str | PeftConfig = "none",
         adapter: str | None = None,
+        memory: str = "all",
     ) -> None:
         """Add a pretrained decoder.
 
@@ -95,6 +96,8 @@ class FusionGraph:
                 ``h + tanh(g) * mlp(h)`` with g = 0 at the start; "paper" for ``relu(mlp(h))`` as Zipper
                 prints it (not the identity at the start). With an adapter every training step runs backward
                 through the tower, frozen or not, and its states cannot be kept (``KeptStates``).
+            memory: What the tower attends to of its own past: "all", or "segment" for the current segment
+                alone, at whose start its positions begin anew. Links read all of it either way.
 
         Raises:
             GraphError: The name is taken or not a name, an option is unknown, or the adapters of a config
@@ -115,7 +118,7 @@ class FusionGraph:
                 train, peft = "lora", plain_config(train)
             except ValueError as error:
                 raise GraphError(f"tower {name!r}: {error}") from error
-        self._towers[name] = TowerSpec(name, origin, train, adapter, peft)  # type: ignore[arg-type]  # TowerSpec checks train
+        self._towers[name] = TowerSpec(name, origin, train, adapter, peft, memory)  # type: ignore[arg-type]  # TowerSpec checks train
         if isinstance(source, nn.Module):
             self._modules[name] = source
 
@@ -301,6 +304,7 @@ class FusionGraph:
         for tower in self._towers.values():
             kind = f" ({tower.peft['peft_type']})" if tower.peft else ""
             kind += f", adapter={tower.adapter}" if tower.adapter else ""
+            kind += f", memory={tower.memory}" if tower.memory != "all" else ""
             lines.append(f"  tower {tower.name}: {tower.source or 'a module'}, train={tower.train}{kind}")
         for link in self._links.values():
             options = "".join(f", {each}" for each in _unlike_default(link))

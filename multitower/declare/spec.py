@@ -17,6 +17,7 @@ ADAPTERS = ("residual", "gated", "paper", None)
 PROJECTIONS = ("mlp", "linear", "relu", "none")
 GATES = ("tanh", None)
 POSITIONS = ("rotary", "segment", None)
+MEMORIES = ("all", "segment")
 
 Taps = tuple[tuple[int, int], ...]
 
@@ -30,6 +31,7 @@ class TowerSpec:
     train: str = "none"
     adapter: str | None = None
     peft: Mapping[str, Any] | None = None
+    memory: str = "all"
 
     def __post_init__(self) -> None:
         if not is_name(self.name):
@@ -37,6 +39,7 @@ class TowerSpec:
         _not_reserved("tower", self.name)
         _one_of(f"tower {self.name!r}: train", self.train, TRAIN)
         _one_of(f"tower {self.name!r}: adapter", self.adapter, ADAPTERS)
+        _one_of(f"tower {self.name!r}: memory", self.memory, MEMORIES)
         if self.peft is not None and self.train != "lora":
             raise GraphError(f"tower {self.name!r}: a peft config needs train='lora', not {self.train!r}")
         if self.peft is not None and not (isinstance(self.peft, Mapping) and "peft_type" in self.peft):

@@ -100,7 +100,7 @@ def export_decoder(model: Fusion, name: str, *, max_length: int) -> DecoderProgr
     tower = part.model.tower(name)
     _check_length(name, tower.hard_limit, max_length)
     with evaluated(model), torch.no_grad():
-        _check_kept(name, tower)
+        _check_kept(name, tower, model.forgets(name))
         assert isinstance(tower, TransformersTower)
         encoder = _Encoder(part.model, name, kept_layers(tower), max_length)
         stepper = _Step(part.model, name)
@@ -209,7 +209,9 @@ def _check_length(name: str, limit: int | None, max_length: int) -> None:
         raise ValueError(f"max_length={max_length}, but tower {name!r} has positions for {limit} tokens")
 
 
-def _check_kept(name: str, tower: Tower) -> None:
+def _check_kept(name: str, tower: Tower, forgets: bool) -> None:
+    if forgets:
+        raise ExportError(f"tower {name!r} has memory='segment', of which no program with caches can be made")
     """Check that a tower keeps keys and values and nothing else, and can be padded on the left."""
     reason = "it is not made of a transformers model"
     if isinstance(tower, TransformersTower):

@@ -67,13 +67,34 @@ class Keeping(NamedTuple):
 def advance(keeping: Keeping, rows: Sequence[Row], names: Collection[str] | None = None) -> list[Row]:
     """Run what is pending of some towers and of what they read, each token once; return the rows then.
 
-    A tower that cannot go on from keys and values runs from its first token, if anything of it is pending.
+    A tower that cannot go on from keys and values runs from its first token, if anything of it is pending. Of
+    towers that forget, a segment runs at a time.
     """
-    names = _pending(keeping.model, rows, names)
-    if not names:
-        return list(rows)
+    rows, names = list(rows), _pending(keeping.model, rows, names)
+    forgetful = [name for name in names if keeping.model.forgets(name)]
+    while names:
+        rows = [row.forgetting(forgetful) for row in rows]
+        ends = [[row.of(name).next_segment() for name in forgetful] for row in rows]
+        times = [min((time for time in each if time is not None), default=None) for each in ends]
+        if any(time is not None for time in times):  # what runs in this pass is read in the next
+            keeping = keeping._replace(open={*keeping.open, *names})
+        short = [row if time is None else row.before(time) for row, time in zip(rows, times, strict=True)]
+        for number, new in enumerate(_advance(keeping, short, names)):
+            whole = rows[number].said
+            said = {
+                name: each._replace(tokens=whole[name].tokens, times=whole[name].times)
+                for name, each in new.said.items()
+            }
+            rows[number] = replace(new, said=said)
+        names = names if any(time is not None for time in times) else []
+    return rows
+
+
+def _advance(keeping: Keeping, rows: Sequence[Row], names: Sequence[str]) -> list[Row]:
+    """Run what is pending of these towers."""
     for name, (number, row) in itertools.product(names, enumerate(rows)):
-        check_room(name, keeping.model.tower(name), row.of(name).times, f"row {number} of the batch")
+        said = row.of(name)
+        check_room(name, keeping.model.tower(name), said.times[said.base :], f"row {number} of the batch")
     kept = [name for name in names if len(rows) > 1 and keeping.caches(name)]
     apart = [name for name in kept if not keeping.model.tower(name).pads_left]  # of one length alone
     alike: dict[tuple[tuple[int, int], ...], list[int]] = {}
@@ -148,8 +169,8 @@ class _Pass:
     def _start(self, name: str, said: Said) -> int:
         """Return the first token of a row that runs: after what is kept, or the very first."""
         if self.keeping.caches(name):
-            return said.cached
-        return 0 if said.pending else len(said.tokens)
+            return said.base + said.cached
+        return said.base if said.pending else len(said.tokens)
 
     def _stream(self, name: str) -> dict[str, Tensor]:
         parts = list(zip((row.of(name) for row in self.rows), self.starts[name], strict=True))
@@ -198,7 +219,9 @@ class _Pass:
     def _embed(self, name: str) -> tuple[Tensor, Any]:
         tower, stream = self.model.tower(name), self.streams[name]
         if name in self.caches:
-            mask = torch.cat([self.earlier[name].to(tower.device) >= 0, stream["mask"]], 1)
+            ones = [torch.ones(count, dtype=torch.bool) for count in self._cached(name)]
+            before = pad_sequence(ones, batch_first=True, padding_side="left")
+            mask = torch.cat([before.to(tower.device), stream["mask"]], 1)
             x, context = tower.resume(
                 stream["tokens"], self.caches[name], mask if self._padded(name) else None
             )
@@ -206,9 +229,14 @@ class _Pass:
             x, context = embed(name, tower, stream)
         return self.model.adapt(name, x), context
 
+    def _cached(self, name: str) -> list[int]:
+        """Return of how many tokens a tower's own keys and values are there, by row."""
+        starts = zip(self.starts[name], self.rows, strict=True)
+        return [start - row.of(name).base for start, row in starts]
+
     def _padded(self, name: str) -> bool:
         """Whether a tower must be told of padding: it is on the left, or there may be no positions for it."""
-        unlike = [len(set(self.starts[name])) > 1]
+        unlike = [len(set(self._cached(name))) > 1]
         if self.model.tower(name).hard_limit is not None:
             unlike.append(len({int(mask.sum()) for mask in self.streams[name]["mask"]}) > 1)
         return any(unlike)
@@ -238,7 +266,12 @@ class _Pass:
                 for row, start in zip(self.rows, self.starts[name], strict=True)
             ]
             layers = plain(self.caches[name]) if name in self.caches and depths[name] else []
-            caches = rows_of(layers, places)
+            apart = before - max(self._cached(name))
+            own = [
+                slice(place.start + row.of(name).base - apart, place.stop - apart)
+                for place, row in zip(places, self.rows, strict=True)
+            ]
+            caches = rows_of(layers, own)
             for number, row in enumerate(self.rows):
                 tokens = row.of(name).tokens
                 if len(tokens):

@@ -6,7 +6,7 @@ row can be kept, gone back to, or gone on from in several ways.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -31,24 +31,63 @@ class Said(NamedTuple):
         tokens: int64, shape (length,), on the CPU.
         times: When they stand, int64, shape (length,).
         done: How many of them have run, so that others can read them.
-        cache: Of these, the keys and values of each layer of the tower, shape (1, heads, done, head width);
-            empty where the tower cannot go on from any.
+        cache: The keys and values of each layer of the tower, of those that have run since ``base``, shape
+            (1, heads, done - base, head width); empty where the tower cannot go on from any.
+        base: The first token that the tower attends to: where its segment begins, if it forgets.
     """
 
     tokens: Tensor
     times: Tensor
     done: int = 0
     cache: tuple[KeysValues, ...] = ()
+    base: int = 0
 
     @property
     def cached(self) -> int:
-        """How many tokens the tower need not run again when it goes on."""
-        return self.done if self.cache else 0
+        """How many tokens since ``base`` the tower need not run again when it goes on."""
+        return self.done - self.base if self.cache else 0
 
     @property
     def pending(self) -> int:
         """How many tokens have not run."""
         return len(self.tokens) - self.done
+
+    @property
+    def length(self) -> int:
+        """How many tokens there are since ``base``."""
+        return len(self.tokens) - self.base
+
+    def begins(self, place: int, time: int) -> bool:
+        """Whether a segment begins with the token at a place, which stands at a time."""
+        return place == 0 or int(self.times[place - 1]) + 1 != time
+
+    def next_segment(self) -> int | None:
+        """Return when the first segment begins that has not run, but for one that begins next."""
+        places = range(self.done + 1, len(self.tokens))
+        times = (int(self.times[place]) for place in places if self.begins(place, int(self.times[place])))
+        return next(times, None)
+
+    def forgetting(self, time: int) -> Said:
+        """Return what there is where all is forgotten if a segment begins next, if need be at a time."""
+        next_time = int(self.times[self.done]) if self.pending else time
+        return self._replace(base=self.done, cache=()) if self.begins(self.done, next_time) else self
+
+    def until(self, count: int, time: int) -> Said:
+        """Return what there was of the first tokens when the row ended at a time.
+
+        Where their segment was forgotten and goes on, it has not run.
+        """
+        short = self._replace(tokens=self.tokens[:count], times=self.times[:count])
+        done = min(self.done, count)
+        if count > self.base or self.base == 0:
+            return short._replace(
+                done=done, cache=tuple(_first(each, done - self.base) for each in self.cache)
+            )
+        if self.begins(count, time):
+            return short._replace(done=count, cache=(), base=count)
+        places = range(count - 1, -1, -1)
+        base = next((each for each in places if self.begins(each, int(self.times[each]))), 0)
+        return short._replace(done=base, cache=(), base=base)
 
 
 NOTHING = Said(torch.empty(0, dtype=torch.long), torch.empty(0, dtype=torch.long))
@@ -98,13 +137,26 @@ class Row:
         before = Row().then(self.history[:entries])
         said = {}
         for name, short in before.said.items():
-            known = self.of(name)
-            done = min(known.done, len(short.tokens))
-            said[name] = short._replace(done=done, cache=tuple(_first(each, done) for each in known.cache))
+            said[name] = self.of(name).until(len(short.tokens), before.time)
         read = {
             tap: _first(each, said[tap.source].done) for tap, each in self.read.items() if tap.source in said
         }
         return replace(before, said=said, read=read)
+
+    def forgetting(self, names: Collection[str]) -> Row:
+        """Return the row where some towers have forgotten all if a segment of theirs begins next."""
+        said = {
+            name: each.forgetting(self.time) if name in names else each for name, each in self.said.items()
+        }
+        return replace(self, said=said)
+
+    def before(self, time: int) -> Row:
+        """Return the row without tokens that have not run and stand at this time or later."""
+        said = {}
+        for name, each in self.said.items():
+            count = max(each.done, int((each.times < time).sum()))
+            said[name] = each._replace(tokens=each.tokens[:count], times=each.times[:count])
+        return replace(self, said=said)
 
     def places(self, name: str, other: str, times: Tensor | None = None) -> Tensor:
         """Return the places of a tower's tokens beside another's, int64, shape (length,).
@@ -119,7 +171,7 @@ class Row:
         """Return the row as if the last token of a tower had not run."""
         said = self.of(name)
         done = min(said.done, len(said.tokens) - 1)
-        short = said._replace(done=done, cache=tuple(_first(each, done) for each in said.cache))
+        short = said._replace(done=done, cache=tuple(_first(each, done - said.base) for each in said.cache))
         read = {tap: _first(each, done) if tap.source == name else each for tap, each in self.read.items()}
         return replace(self, said={**self.said, name: short}, read=read)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -40,11 +41,13 @@ def decode(
     row becomes: one row, or as many as sequences are returned.
     """
     lengths: dict[str, list[int]] = {name: [] for name in settings}
+    rows = _without_forgotten(keeping, rows, settings)
     for number, row in rows.items():
         for name, each in settings.items():
-            times = torch.cat([row.of(name).times, torch.tensor([row.time])])
+            said = row.of(name)
+            times = torch.cat([said.times[said.base :], torch.tensor([row.time])])
             check_room(name, keeping.model.tower(name), times, f"example {number}, with a further token,")
-            lengths[name].append(len(row.of(name).tokens) + _begins(row.of(name), each))
+            lengths[name].append(said.length + _begins(said, each))
     together = groups([(each, lengths[name]) for name, each in settings.items()])
     first = {tap.source for tap in keeping.model.schedule.taps if tap.target in settings}
     now = advance(keeping, list(rows.values()), first if isinstance(entry, str) else {*first, *settings})
@@ -58,6 +61,24 @@ def decode(
         copies = len(new) // len(group)
         became |= {place: new[at * copies :][:copies] for at, place in enumerate(group)}
     return [became[place] for place in range(len(rows))]
+
+
+def _without_forgotten(
+    keeping: Keeping, rows: Mapping[int, Row], settings: Mapping[str, Settings]
+) -> Mapping[int, Row]:
+    """Return the rows where towers that forget have nothing left of segments before the one to decode."""
+    forgetful = [name for name in settings if keeping.model.forgets(name)]
+    if not forgetful:
+        return rows
+    for name, (number, row) in itertools.product(forgetful, rows.items()):
+        said = row.of(name)
+        if not _begins(said, settings[name]) and said.begins(len(said.tokens), row.time):
+            raise ValueError(
+                f"example {number}: tower {name!r} has memory='segment' and forgot the segment that it is to "
+                "continue when another tower's came after it; begin a new one"
+            )
+    now = advance(keeping, list(rows.values()), forgetful)
+    return {number: row.forgetting(forgetful) for number, row in zip(rows, now, strict=True)}
 
 
 def _alone(keeping: Keeping, rows: Sequence[Row], settings: Settings, *, keep: bool) -> list[Row]:
@@ -199,12 +220,12 @@ def _noted(
     """Return rows that were decoded with what that left: in the cache, and in what the reader noted."""
     length, prompt = int(cache.get_seq_length()), reader.times.shape[1] - 2
     fills = [int((reader.times[row, 1:] < 0).sum()) for row in range(len(rows))]
-    done = [min(len(row.of(name).tokens), length - fill) for row, fill in zip(rows, fills, strict=True)]
+    done = [min(row.of(name).length, length - fill) for row, fill in zip(rows, fills, strict=True)]
     assert length >= prompt, "the cache lacks tokens of the prompt"
     whole = [slice(fill, fill + count) for fill, count in zip(fills, done, strict=True)]
     caches = rows_of(plain(cache), whole)
     said = [
-        {**row.said, name: row.of(name)._replace(done=count, cache=each)}
+        {**row.said, name: row.of(name)._replace(done=row.of(name).base + count, cache=each)}
         for row, count, each in zip(rows, done, caches, strict=True)
     ]
     read = [dict(row.read) for row in rows]
@@ -224,7 +245,7 @@ def _noted(
 def _prompts(keeping: Keeping, rows: Sequence[Row], settings: Settings) -> tuple[list[Row], Prompt]:
     """Return a tower's prompts, and the rows of which the last token of each prompt has not run.
 
-    A prompt is what there is of the tower and a begin token, or without one where a segment is gone on with.
+    A prompt is what the tower remembers and a begin token, or without one where a segment is gone on with.
     """
     name, device = settings.name, settings.tower.device
     begins = [_begins(row.of(name), settings) for row in rows]
@@ -232,14 +253,18 @@ def _prompts(keeping: Keeping, rows: Sequence[Row], settings: Settings) -> tuple
     tokens, times = [], []
     for row, begin in zip(rows, begins, strict=True):
         said = row.of(name)
-        tokens.append(torch.cat([said.tokens, torch.tensor([settings.begin] * begin, dtype=torch.long)]))
+        new = torch.tensor([settings.begin] * begin, dtype=torch.long)
+        tokens.append(torch.cat([said.tokens[said.base :], new]))
         times.append(torch.cat([said.times, torch.arange(row.time, row.time + begin + 1)]))
     starts = [max(len(each) for each in tokens) - begin for begin in begins]
     places = {}
     for other in keeping.beside(name):
-        each = [row.places(name, other, when) for row, when in zip(rows, times, strict=True)]
+        each = [
+            row.places(name, other, when)[row.of(name).base :] for row, when in zip(rows, times, strict=True)
+        ]
         places[PLACES + other] = pad_left(each, 0).to(device)
     padded = pad_left(tokens, settings.begin).to(device)
+    times = [when[row.of(name).base :] for row, when in zip(rows, times, strict=True)]
     return rows, Prompt(padded, pad_left(times, -1).to(device), starts, places)
 
 

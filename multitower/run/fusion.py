@@ -9,7 +9,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from ..batch.collate import Streams, check_streams
+from ..batch.collate import EXAMPLES, Streams, check_streams
+from ..batch.places import run_begins
 from ..compile.freeze import named_gates, parameter_groups, set_trained
 from ..compile.modules import make_adapters, make_links
 from ..compile.schedule import Schedule, Tap, make_schedule
@@ -44,8 +45,8 @@ class Fusion(Familiar):
         empty: Whether new input adapters and links are left on the meta device, without values.
 
     Raises:
-        GraphError: A tower is missing, heads do not fit, the layers cannot be scheduled, or a tower shares
-            weights with one that is trained in another way.
+        GraphError: A tower is missing or cannot forget, heads do not fit, the layers cannot be scheduled, or
+            a tower shares weights with one that is trained in another way.
         TowerError: A tower with train="lora" has no adapters that can be trained.
     """
 
@@ -61,6 +62,12 @@ class Fusion(Familiar):
         if set(towers) != set(graph.towers):
             raise GraphError(f"the graph has the towers {list(graph.towers)}, but got {list(towers)}")
         self._graph = FusionGraph.from_dict(graph.to_dict())
+        for name, spec in graph.towers.items():
+            if spec.memory == "segment" and not towers[name].packs:
+                raise GraphError(
+                    f"tower {name!r}: memory='segment' needs a tower that tells examples in one row apart by "
+                    f"their positions, which {type(towers[name].native).__name__} does not"
+                )
         depths = {name: tower.depth for name, tower in towers.items()}
         self.schedule: Schedule = make_schedule(depths, graph.links.values())
         self.towers = nn.ModuleDict(dict(towers))
@@ -178,6 +185,10 @@ class Fusion(Familiar):
         """Apply a tower's input adapter, if it has one."""
         return self.adapters[name](embedded) if name in self.adapters else embedded
 
+    def forgets(self, name: str) -> bool:
+        """Whether a tower attends to its current segment alone (``memory="segment"``)."""
+        return self._graph.towers[name].memory == "segment"
+
     def gates(self) -> dict[str, float]:
         """Return how far each gate is open: tanh of its parameter, by readable name.
 
@@ -290,6 +301,8 @@ class Fusion(Familiar):
 
     def _embedded(self, name: str, tower: Tower, stream: Mapping[str, Tensor]) -> tuple[Tensor, Any]:
         """Return what enters a tower's first layer, input adapter included, and the context of its layers."""
+        if self.forgets(name):  # each of its segments is an example of its own
+            stream = {**stream, EXAMPLES: run_begins(stream).cumsum(1)}
         x, context = embed(name, tower, stream)
         if self._graph.towers[name].train == "none":
             x = x.detach()  # transformers' activation checkpointing asks for its gradient

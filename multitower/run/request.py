@@ -19,6 +19,8 @@ def why_not_constant(graph: FusionGraph, name: str) -> str:
         return f"is trained (train={spec.train!r})"
     if spec.adapter is not None:
         return f"has an input adapter, which is trained (adapter={spec.adapter!r}, not None)"
+    if spec.memory != "all":
+        return f"forgets what came before other towers' segments (memory={spec.memory!r})"
     links = [link.name for link in graph.links.values() if link.target == name]
     return f"reads others through {', '.join(map(repr, links))}" if links else ""
 

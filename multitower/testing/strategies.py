@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from ..batch.collate import Example, Segment
 from ..compile.schedule import make_schedule
 from ..declare.graph import FusionGraph
-from ..declare.spec import ADAPTERS, GATES, PROJECTIONS, LinkSpec
+from ..declare.spec import ADAPTERS, GATES, MEMORIES, PROJECTIONS, LinkSpec
 from ..errors import GraphError
 from ..link.cross_attention import default_heads
 from ..model import FusedModel
@@ -90,7 +90,8 @@ def graphs(
     graph = FusionGraph()
     for name, tower in drawn.items():
         adapter, train = draw(st.sampled_from(ADAPTERS)), draw(st.sampled_from(["none", "all"]))
-        graph.add_tower(name, tower, train=train, adapter=adapter)
+        memory = draw(st.sampled_from(MEMORIES)) if tower.packs else "all"
+        graph.add_tower(name, tower, train=train, adapter=adapter, memory=memory)
     depths = {name: tower.depth for name, tower in drawn.items()}
     for link in draw(_acyclic_links(depths, least=1)):
         width = drawn[link.target].width

@@ -62,7 +62,7 @@ def test_places_are_those_of_a_walk(rows: list, packed: bool, one_row: bool) -> 
 
 
 def test_an_example_that_goes_on_where_another_ended_has_segments_of_its_own() -> None:
-    """Clocks begin anew with each packed example: "b" ends at 6 in the second, and begins at 7 in the first."""
+    """Clocks begin anew with each packed example: "b" ends at 6 in the second, begins at 7 in the first."""
     rows = [[segment("a", *range(1, 6)), segment("b")], [segment("a", 1, 2, 3), segment("b")]]
     for one, other in ((0, 1), (1, 0)):
         packed = mt.pack(mt.collate([rows[one], rows[other]]), one_row=True)["streams"]

@@ -59,14 +59,36 @@ def streams_of(model: FusedModel, examples: Sequence[Example]) -> dict[str, Stre
     }
 
 
-def alone(model: FusedModel, name: str, tokens: Tensor) -> Tensor:
+def remembered(model: FusedModel, name: str, stream: Stream) -> list[tuple[slice, slice]]:
+    """Return the parts of a stream, rows and tokens, each of which its tower attends to by itself."""
+    if model.graph.towers[name].memory == "all":
+        return [(slice(None), slice(None))]
+    parts = []
+    for row, (times, mask) in enumerate(zip(stream["times"].tolist(), stream["mask"].tolist(), strict=True)):
+        start = 0
+        for place in range(1, len(times) + 1):
+            if place == len(times) or not mask[place] or times[place] != times[place - 1] + 1:
+                parts += [(slice(row, row + 1), slice(start, place))] if mask[start] else []
+                start = place
+    return parts
+
+
+def alone(model: FusedModel, name: str, stream: Stream) -> Tensor:
     """Run one tower with its input adapter, and without any link."""
-    tower = model.tower(name)
-    embedded, context = tower.embed(tokens)
+    tower: Any = model.tower(name)
+    tokens = stream["tokens"]
+    if model.graph.towers[name].memory == "all":
+        embedded, context = tower.embed(tokens)
+    else:
+        positions = torch.zeros_like(tokens)
+        for part in remembered(model, name, stream):
+            positions[part] = torch.arange(tokens[part].shape[1], device=tokens.device)
+        embedded, context = tower.embed(tokens, positions=positions)
     hidden = model.adapt(name, embedded)
     for layer in range(1, tower.depth + 1):
         hidden = tower.layer(layer, hidden, context)
-    return tower.head(hidden, context)
+    logits: Tensor = tower.head(hidden, context)
+    return logits
 
 
 def visible(streams: Streams, link: LinkSpec) -> list[list[list[int]]]:

@@ -13,7 +13,7 @@ from ...declare.spec import LinkSpec
 from ...link.cross_attention import GatedCrossAttention
 from ...model import FusedModel
 from ..compare import assert_close
-from .case import Streams, opened, rounding, streams_of, visible
+from .case import Streams, opened, remembered, rounding, streams_of, visible
 
 
 @torch.no_grad()
@@ -45,7 +45,19 @@ def check_definition(model: FusedModel, examples: Sequence[Example]) -> None:
 def defined_logits(model: FusedModel, streams: Streams) -> dict[str, Tensor]:
     """Return each tower's logits by the definition; only those at real tokens count."""
     towers = {name: model.tower(name) for name in streams}
-    embedded = {name: towers[name].embed(streams[name]["tokens"]) for name in streams}
+    parts = {name: remembered(model, name, stream) for name, stream in streams.items()}
+    embedded = {
+        name: [towers[name].embed(streams[name]["tokens"][part]) for part in parts[name]] for name in streams
+    }
+
+    def joined(name: str, states: Sequence[Tensor]) -> Tensor:
+        if len(states) == 1 and states[0].shape[:2] == streams[name]["tokens"].shape:
+            return states[0]
+        whole = states[0].new_zeros(*streams[name]["tokens"].shape, states[0].shape[-1])
+        for part, each in zip(parts[name], states, strict=True):
+            whole[part] = each
+        return whole
+
     links = [each for each in model.graph.links.values() if each.source in streams and each.target in streams]
     taps = [
         (link, source_layer, target_layer)
@@ -56,8 +68,10 @@ def defined_logits(model: FusedModel, streams: Streams) -> dict[str, Tensor]:
     @functools.cache
     def given(name: str, layer: int) -> Tensor:
         if layer == 0:
-            return model.adapt(name, embedded[name][0])
-        return towers[name].layer(layer, updated(name, layer - 1), embedded[name][1])
+            return model.adapt(name, joined(name, [state for state, _ in embedded[name]]))
+        before = updated(name, layer - 1)
+        each = zip(parts[name], embedded[name], strict=True)
+        return joined(name, [towers[name].layer(layer, before[part], context) for part, (_, context) in each])
 
     @functools.cache
     def updated(name: str, layer: int) -> Tensor:
@@ -69,7 +83,11 @@ def defined_logits(model: FusedModel, streams: Streams) -> dict[str, Tensor]:
                 update += _read(module, x, given(link.source, source_layer), streams, link)
         return x + update
 
-    return {name: tower.head(updated(name, tower.depth), embedded[name][1]) for name, tower in towers.items()}
+    def scored(name: str) -> Tensor:
+        last, each = updated(name, towers[name].depth), zip(parts[name], embedded[name], strict=True)
+        return joined(name, [towers[name].head(last[part], context) for part, (_, context) in each])
+
+    return {name: scored(name) for name in towers}
 
 
 def _read(module: GatedCrossAttention, x: Tensor, source: Tensor, streams: Streams, link: LinkSpec) -> Tensor:
