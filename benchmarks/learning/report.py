@@ -160,7 +160,7 @@ def tables(runs: Sequence[Run]) -> dict[str, str]:
     return {
         "methods": by_steps(runs, BEST),
         "rates": by_steps(runs, (name for name in VARIANTS if "expansion" in name), split="dev"),
-        "switches": by_variant(runs, today, steps=400),
+        "switches": by_variant(runs, today, steps=200),
         "switches of shared time": by_variant(runs, ["base", "before", "no positions", *earlier], steps=800),
         "few pairs, chosen by": by_steps(runs, VARIANTS, pairs=250, split="dev"),
         "few pairs": by_steps(runs, VARIANTS, pairs=250),
