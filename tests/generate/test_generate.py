@@ -38,8 +38,13 @@ def lists(decoded: list[list[mt.Segment]]) -> list[list[list[int]]]:
     return [[segment.tokens.tolist() for segment in row] for row in decoded]
 
 
-@pytest.mark.parametrize(("position", "window"), [(None, None), ("rotary", 3), ("segment", None)])
-@pytest.mark.parametrize("kind", ["plain", "llama", "gpt2", "qwen3", "gemma3_text", "bloom"])
+@pytest.mark.parametrize(
+    ("kind", "position", "window"),
+    [
+        *((kind, "segment", None) for kind in ("plain", "llama", "gpt2", "qwen3", "gemma3_text", "bloom")),
+        *((kind, *how) for kind in ("plain", "llama") for how in ((None, None), ("rotary", 3))),
+    ],
+)
 def test_cached_batched_decoding_equals_uncached_row_by_row(
     kind: str, position: str | None, window: int | None
 ) -> None:
