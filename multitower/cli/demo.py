@@ -136,8 +136,5 @@ def _widget(gradio: Any, media: str, label: str, *, given: bool) -> Any:
     """Return what shows raw data of some kind, or takes them."""
     if media == "text":
         return gradio.Textbox(label=label, lines=3, interactive=given)
-    if media == "audio":
-        return gradio.Audio(label=label, type="filepath", interactive=given)
-    if media == "image":
-        return gradio.Image(label=label, type="filepath", interactive=given)
-    return gradio.File(label=label, interactive=given)
+    kind = {"audio": gradio.Audio, "image": gradio.Image}.get(media, gradio.File)
+    return kind(label=label, type="filepath", interactive=given)
