@@ -21,8 +21,14 @@ from ..link.cross_attention import GatedCrossAttention, add, is_open
 from ..tower import Tower
 from .embed import embed
 from .output import FusedOutput, States, score
-from .parallel import trains_in_parallel, with_all
-from .request import brings_states, brought_states, check_wanted, with_labels
+from .request import (
+    brings_states,
+    brought_states,
+    check_wanted,
+    trains_in_parallel,
+    with_all,
+    with_labels,
+)
 from .tables import Rotations, visibilities
 from .transformers_api import Familiar
 

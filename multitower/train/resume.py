@@ -29,7 +29,8 @@ from ..compile.towers import load_towers
 from ..declare.graph import FusionGraph, redeclared
 from ..errors import CheckpointError
 from ..run.fusion import Fusion
-from ..run.parallel import on_first, trains_in_parallel
+from ..run.parallel import on_first
+from ..run.request import trains_in_parallel
 from ..storage.atomic import check_free, current, replacing
 from ..storage.files import read_json
 from ..storage.find import as_declared
