@@ -39,9 +39,6 @@ def make_page(pipe: Pipeline) -> Any:
     """Return a Gradio page for a pipeline: a tab for each pair of towers that links join, and the graph.
 
     Towers without a modality are left out. What a modality's data look like it says by ``media``.
-
-    Returns:
-        A ``gradio.Blocks``.
     """
     gradio: Any = require("gradio", "demo")
     pairs = joined(pipe)

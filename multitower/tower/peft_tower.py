@@ -45,9 +45,7 @@ def make_config(data: Mapping[str, Any]) -> Any:
 def with_adapters(model: nn.Module, declared: Mapping[str, Any] | None) -> nn.Module:
     """Return the PeftModel around a model, changed in place: with new adapters, or those that it has.
 
-    Args:
-        model: A transformers causal LM, a ``Tower``, or a PeftModel around one of these.
-        declared: A config as ``plain_config`` gives it, or None for ``DEFAULT``.
+    What is declared is a config as ``plain_config`` gives it, or None for ``DEFAULT``.
     """
     if is_peft_model(model):
         if declared is not None:
