@@ -128,8 +128,14 @@ def test_bad_examples_are_refused(
         model.generate(examples, output)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "mamba"])
-@pytest.mark.parametrize("limit", [{}, {"max_length": 14}, {"max_new_tokens": 6}])
+@pytest.mark.parametrize(
+    ("family", "limit"),
+    [
+        *((family, {}) for family in ("llama", "gpt2", "opt", "mamba")),
+        ("llama", {"max_length": 14}),
+        ("llama", {"max_new_tokens": 6}),
+    ],
+)
 def test_a_batch_is_its_rows_one_by_one(family: str, limit: dict) -> None:
     config = {"gpt2": {"n_positions": 24}, "opt": {"max_position_embeddings": 24, "word_embed_proj_dim": 16}}
     limit = limit or ({"max_new_tokens": 9} if family in ("llama", "mamba") else {})

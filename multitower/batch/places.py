@@ -37,6 +37,10 @@ def places(streams: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     >>> [(place // ROOM, place % ROOM) for place in found["text"][0].tolist()]
     [(1, 0), (1, 1), (1, 2)]
 
+    Args:
+        streams: Those of the two towers of a link, or one of them, each with "times", -1 at padding on either
+            side or "mask", and, where it is packed, "examples". What other towers say is not counted.
+
     Returns:
         By stream ``segment * ROOM + token``, int64, shape (batch, length): segments are counted in the order
         in which they begin; those that begin at the same time have the same number.

@@ -92,10 +92,7 @@ def fill(file: Path, convert: bool, model: nn.Module) -> nn.Module:
 def check_stored(state: Mapping[str, Tensor], file: Path, *, convert: bool = False) -> None:
     """Check that a file fits a model, where tied tensors may be stored under any of their names, or all.
 
-    Args:
-        state: The tensors of the model.
-        file: What is stored.
-        convert: Whether the model may have other dtypes.
+    The model may have other dtypes if ``convert``.
     """
     tensors, tied = mapped_tensors(file), ties(state)
     firsts = {tied.get(name, name) for name in tensors}

@@ -1,8 +1,4 @@
-"""The modalities of a fused model: checked against its towers, stored beside them, and loaded again.
-
-folder/  fusion.json         "modalities": for each tower the name of its modality, its package and version
-modalities/<name>/  what the modality of a tower wrote
-"""
+"""The modalities of a fused model: checked against its towers, stored beside them, and loaded again."""
 
 from __future__ import annotations
 

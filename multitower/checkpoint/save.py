@@ -17,7 +17,7 @@ from ..compile.towers import shared_with
 from ..errors import CheckpointError
 from ..plugins.modality import Modality
 from ..run.fusion import Fusion
-from ..storage.atomic import replacing
+from ..storage.atomic import check_free, replacing
 from ..storage.files import FUSION, is_part, write_manifest
 from ..storage.find import is_path
 from ..storage.fingerprint import fingerprint, sampled_fingerprint
@@ -80,10 +80,7 @@ def save_pretrained(
     check_modalities(model, modalities)
     limit = size_in_bytes(max_shard_size)
     target = Path(folder).absolute()
-    if target.exists() and not target.is_dir():
-        raise CheckpointError(f"{target} is a file; give a folder to save to")
-    if target.is_dir() and any(target.iterdir()) and not (target / FUSION).exists():
-        raise CheckpointError(f"{target} is not empty and holds no {FUSION}; save to a folder of its own")
+    check_free(target, FUSION)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with replacing(target) as fresh:

@@ -39,9 +39,6 @@ def make_page(pipe: Pipeline) -> Any:
     """Return a Gradio page for a pipeline: a tab for each pair of towers that links join, and the graph.
 
     Towers without a modality are left out. What a modality's data look like it says by ``media``.
-
-    Returns:
-        A ``gradio.Blocks``.
     """
     gradio: Any = require("gradio", "demo")
     pairs = joined(pipe)
@@ -136,8 +133,5 @@ def _widget(gradio: Any, media: str, label: str, *, given: bool) -> Any:
     """Return what shows raw data of some kind, or takes them."""
     if media == "text":
         return gradio.Textbox(label=label, lines=3, interactive=given)
-    if media == "audio":
-        return gradio.Audio(label=label, type="filepath", interactive=given)
-    if media == "image":
-        return gradio.Image(label=label, type="filepath", interactive=given)
-    return gradio.File(label=label, interactive=given)
+    kind = {"audio": gradio.Audio, "image": gradio.Image}.get(media, gradio.File)
+    return kind(label=label, type="filepath", interactive=given)

@@ -11,12 +11,10 @@ from torch import Tensor, nn
 
 from ..declare.graph import FusionGraph
 from ..errors import TowerError
-from ..link.cross_attention import GatedCrossAttention
 from ..tower import Tower
 from ..tower.peft_tower import check_trained
 from ..tower.probe import evaluated
 from ..tower.weights import is_offloaded, quantisation_of
-from .schedule import Tap
 from .towers import check_trained_alike
 
 
@@ -121,17 +119,6 @@ def _owns_weights(module: nn.Module) -> bool:
     """Whether a module has weights of its own; packed integers may be buffers."""
     own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
     return any(isinstance(each, nn.Parameter) or not each.is_floating_point() for each in own)
-
-
-def named_gates(
-    adapters: Mapping[str, nn.Module], taps: Mapping[Tap, GatedCrossAttention]
-) -> dict[str, nn.Parameter]:
-    """Return the parameter of each tanh gate, by readable name."""
-    found: dict[str, Any] = {f"{name} adapter": module.gate for name, module in adapters.items()}
-    for tap, module in taps.items():
-        found[f"{tap.link} {tap.key} attention"] = module.attention_gate
-        found[f"{tap.link} {tap.key} feed-forward"] = module.ffn_gate
-    return {name: gate for name, gate in found.items() if gate is not None}
 
 
 def parameter_groups(

@@ -320,11 +320,8 @@ def _crossing(link: LinkSpec) -> str:
 
 def _unlike_default(link: LinkSpec) -> list[str]:
     """Name what the taps of a link are, where they are not as by default."""
-    options = [each for each in dataclasses.fields(link) if each.name in OPTIONS]
-    values = {
-        each.name: getattr(link, each.name) for each in options if getattr(link, each.name) != each.default
-    }
-    return [f"{name}={value}" for name, value in values.items()]
+    options = [(each, getattr(link, each.name)) for each in dataclasses.fields(link) if each.name in OPTIONS]
+    return [f"{each.name}={value}" for each, value in options if value != each.default]
 
 
 def redeclared(graph: FusionGraph, names: Iterable[str], **changes: Any) -> FusionGraph:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from ..base.extras import require
 from ..batch.collate import Example, Segment, Stream
 from ..batch.places import PLACES, places
 from ..errors import ExportError
@@ -17,9 +19,8 @@ from ..link.cross_attention import GatedCrossAttention, KeysValues, add
 from ..run.fusion import Fusion
 from ..run.tables import Rotations
 from ..tower import Tower
-from ..tower.abilities import why_not_resumed
-from ..tower.probe import LENGTH, evaluated, rounding
-from ..tower.static_cache import KeptLayer, kept_layers, static_cache
+from ..tower.abilities import plain, why_not_resumed
+from ..tower.probe import LENGTH, evaluated, probe_tokens, rounding
 from ..tower.transformers import TransformersTower
 from .tower import Logits
 from .trace import Part, part_of, placed, run, sizes_of, strip, traced
@@ -102,7 +103,7 @@ def export_decoder(model: Fusion, name: str, *, max_length: int) -> DecoderProgr
     with evaluated(model), torch.no_grad():
         _check_kept(name, tower, model.forgets(name))
         assert isinstance(tower, TransformersTower)
-        encoder = _Encoder(part.model, name, kept_layers(tower), max_length)
+        encoder = _Encoder(part.model, name, _kept_layers(tower), max_length)
         stepper = _Step(part.model, name)
         streams = _example(part, name, 2, max_length)
         encode = traced(encoder, (streams,), (part.dynamic(),), part)
@@ -120,7 +121,9 @@ def export_decoder(model: Fusion, name: str, *, max_length: int) -> DecoderProgr
 class _Encoder(nn.Module):
     """What runs once over all that is given."""
 
-    def __init__(self, model: Fusion, name: str, layers: list[KeptLayer], max_length: int) -> None:
+    def __init__(
+        self, model: Fusion, name: str, layers: list[tuple[Tensor, Tensor]], max_length: int
+    ) -> None:
         super().__init__()
         self.model, self.name, self.layers, self.max_length = model, name, layers, max_length
 
@@ -128,6 +131,10 @@ class _Encoder(nn.Module):
         """Return what the taps into the tower read, and an empty cache."""
         entries = TapCache.fill(self.model, streams, [self.name]).entries
         rows, device = streams[self.name]["tokens"].shape[0], self.model.tower(self.name).device
+        keys, values = (
+            [each.new_zeros(rows, each.shape[1], self.max_length, each.shape[3]) for each in part]
+            for part in zip(*self.layers, strict=True)
+        )
         return {
             "taps": {f"{tap.link} {tap.key}": entry.source._asdict() for tap, entry in entries.items()},
             "sources": {
@@ -136,8 +143,8 @@ class _Encoder(nn.Module):
                 if name != self.name
             },
             "cache": {
-                "keys": [layer.empty_keys(rows, self.max_length) for layer in self.layers],
-                "values": [layer.empty_values(rows, self.max_length) for layer in self.layers],
+                "keys": keys,
+                "values": values,
                 "times": torch.full((rows, self.max_length), -1, device=device),
                 "length": torch.zeros((), dtype=torch.long, device=device),
             },
@@ -160,7 +167,7 @@ class _Step(nn.Module):
         cache, count = state["cache"], tokens.shape[1]
         new = cache["length"] + torch.arange(count, device=tokens.device)
         cache["times"].index_copy_(1, new, times)
-        kept = static_cache(cache["keys"], cache["values"], cache["length"])
+        kept = _static_cache(cache["keys"], cache["values"], cache["length"])
         x, context = self.tower.resume(tokens, kept, cache["times"] >= 0)
         x = self.adapter(x)
         stream = {"times": times}
@@ -198,6 +205,28 @@ class _Step(nn.Module):
                 seen[sight] = visibility(times, when["times"], when["mask"], window, dtype)
             updates.append(module(x, source, seen[sight], rotations.of_queries(tap, module)))
         return add(x, updates) if updates else x
+
+
+def _kept_layers(tower: TransformersTower) -> list[tuple[Tensor, Tensor]]:
+    """Return what each layer keeps of a token, found by running one: (1, heads, 1, head width)."""
+    cache = require("transformers", "transformers").DynamicCache()
+    tower.run_layers(*tower.resume(probe_tokens(tower.model)[:1, :1], cache))
+    return plain(cache)
+
+
+def _static_cache(keys: Sequence[Tensor], values: Sequence[Tensor], length: Tensor) -> Any:
+    """Return a cache of transformers that writes into given tensors, which hold so many tokens.
+
+    Sliding layers keep everything, too: their masks leave out what lies before the window.
+    """
+    cache_utils = require("transformers", "transformers").cache_utils
+    layers = []
+    for each_keys, each_values in zip(keys, values, strict=True):
+        layer = cache_utils.StaticLayer(max_cache_len=each_keys.shape[2])
+        layer.keys, layer.values, layer.cumulative_length = each_keys, each_values, length.clone()
+        layer.dtype, layer.device, layer.is_initialized = each_keys.dtype, each_keys.device, True
+        layers.append(layer)
+    return cache_utils.Cache(layers=layers)
 
 
 def _check_length(name: str, limit: int | None, max_length: int) -> None:

@@ -286,10 +286,7 @@ class _Pass:
 def kept_of(rows: Sequence[Row], tap: Tap, starts: Mapping[str, Sequence[int]] | None = None) -> KeysValues:
     """Return what a tap reads of the tokens that have run in some rows, padded on the left.
 
-    Args:
-        rows: The rows, of which one or more have such tokens.
-        tap: The tap.
-        starts: By source, how many of its tokens in each row; all unless given.
+    One or more of the rows have such. ``starts`` says by source how many of its tokens count; all by default.
     """
     known = next(row.read[tap] for row in rows if tap in row.read)
     none = KeysValues(*(part[:, :, :0] for part in known))

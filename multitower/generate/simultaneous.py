@@ -155,9 +155,6 @@ def decode_together(
 
     At each step every tower takes a token, having read of the others what they gave before: a token never
     sees those of the same time, so that the order of the towers cannot matter.
-
-    Returns:
-        A lane for each tower, in the order of ``prompts``.
     """
     limit = min(settings[name].limits(each.length)["max_new_tokens"] for name, each in prompts.items())
     lanes = [

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..batch.collate import EXAMPLES, Streams, check_streams
 from ..batch.places import run_begins
-from ..compile.freeze import named_gates, parameter_groups, set_trained
+from ..compile.freeze import parameter_groups, set_trained
 from ..compile.modules import make_adapters, make_links
 from ..compile.schedule import Schedule, Tap, make_schedule
 from ..compile.towers import load_towers
@@ -22,8 +22,14 @@ from ..link.cross_attention import GatedCrossAttention, add, is_open
 from ..tower import Tower
 from .embed import embed
 from .output import FusedOutput, States, score
-from .parallel import trains_in_parallel, with_all
-from .request import brings_states, brought_states, check_wanted, with_labels
+from .request import (
+    brings_states,
+    brought_states,
+    check_wanted,
+    trains_in_parallel,
+    with_all,
+    with_labels,
+)
 from .tables import Rotations, visibilities
 from .transformers_api import Familiar
 
@@ -204,10 +210,11 @@ class Fusion(Familiar):
         Only links with ``gate="tanh"`` and adapters of the form "gated" have gates. ``contributions`` says
         for every form how much it changes.
         """
-        return {
-            name: gate.detach().tanh().item()
-            for name, gate in named_gates(dict(self.adapters.items()), self.taps()).items()
-        }
+        found: dict[str, Any] = {f"{name} adapter": each.gate for name, each in self.adapters.items()}
+        for tap, module in self.taps().items():
+            found[f"{tap.link} {tap.key} attention"] = module.attention_gate
+            found[f"{tap.link} {tap.key} feed-forward"] = module.ffn_gate
+        return {name: gate.detach().tanh().item() for name, gate in found.items() if gate is not None}
 
     def is_open(self, name: str) -> bool:
         """Whether a link, or the input adapter of a tower, has left the identity that it was at the start.

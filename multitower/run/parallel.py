@@ -1,47 +1,15 @@
-"""Training in several processes: all of them run the same, whatever their batches hold."""
+"""What several processes of a training do together, or not at all."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from ..batch.collate import EXAMPLES, IGNORE, Streams
-from .request import brings_states
+from .request import trains_in_parallel
 
 T = TypeVar("T")
-
-
-def trains_in_parallel() -> bool:
-    """Whether several processes train together."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def with_all(streams: Streams, towers: Iterable[str]) -> dict[str, dict[str, Tensor]]:
-    """Return a batch with a stream of each tower: one token of padding for a tower that it lacks.
-
-    >>> import multitower as mt
-    >>> batch = mt.collate([[mt.Segment("text", [1, 5, 2], target=True)]])
-    >>> found = with_all(batch["streams"], ["speech", "text"])
-    >>> [found["speech"][key].tolist() for key in ("tokens", "mask", "labels")]
-    [[[0]], [[False]], [[-100]]]
-
-    Each stream gets labels, none to predict where it had none, so that its loss is zero, and so are the
-    gradients of all that it depends on alone.
-    """
-    some = next(iter(streams.values()))["tokens"]
-    zeros = some.new_zeros(len(some), 1)
-    padding = {"tokens": zeros, "times": zeros, "mask": zeros.bool()}
-    if any(EXAMPLES in stream for stream in streams.values()):
-        padding[EXAMPLES] = zeros
-    full = {name: dict(streams.get(name, padding)) for name in towers}
-    for stream in full.values():
-        if not brings_states(stream):
-            stream.setdefault("labels", torch.full_like(stream["tokens"], IGNORE))
-    return full
 
 
 def on_first(step: Callable[[], T]) -> T:

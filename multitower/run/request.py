@@ -1,12 +1,14 @@
-"""What a batch asks of a model: layers that are wanted, labels to predict, and states that it brings."""
+"""What a batch asks of a model: layers, labels to predict, states that it brings, and in parallel all."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from ..batch.collate import IGNORE, STATES, Streams, values_at_hand
+from ..batch.collate import EXAMPLES, IGNORE, STATES, Streams, values_at_hand
 from ..compile.schedule import Layer
 from ..declare.graph import FusionGraph
 from ..tower import Tower
@@ -89,3 +91,32 @@ def check_wanted(towers: Mapping[str, Tower], streams: Streams, wanted: Mapping[
                 f"layer {layer} of {name!r} is wanted, which has the layers 1 to {depth} (0 is what enters "
                 f"layer 1, {depth + 1} the state that enters the head)"
             )
+
+
+def trains_in_parallel() -> bool:
+    """Whether several processes train together."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def with_all(streams: Streams, towers: Iterable[str]) -> dict[str, dict[str, Tensor]]:
+    """Return a batch with a stream of each tower: one token of padding for a tower that it lacks.
+
+    >>> import multitower as mt
+    >>> batch = mt.collate([[mt.Segment("text", [1, 5, 2], target=True)]])
+    >>> found = with_all(batch["streams"], ["speech", "text"])
+    >>> [found["speech"][key].tolist() for key in ("tokens", "mask", "labels")]
+    [[[0]], [[False]], [[-100]]]
+
+    Each stream gets labels, none to predict where it had none, so that its loss is zero, and so are the
+    gradients of all that it depends on alone.
+    """
+    some = next(iter(streams.values()))["tokens"]
+    zeros = some.new_zeros(len(some), 1)
+    padding = {"tokens": zeros, "times": zeros, "mask": zeros.bool()}
+    if any(EXAMPLES in stream for stream in streams.values()):
+        padding[EXAMPLES] = zeros
+    full = {name: dict(streams.get(name, padding)) for name in towers}
+    for stream in full.values():
+        if not brings_states(stream):
+            stream.setdefault("labels", torch.full_like(stream["tokens"], IGNORE))
+    return full

@@ -126,9 +126,7 @@ class Familiar(nn.Module):
         """Do as ``activation_checkpointing_enable``, which is its name since transformers 5.23."""
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
 
-    def gradient_checkpointing_disable(self) -> None:
-        """Do as ``activation_checkpointing_disable``, which is its name since transformers 5.23."""
-        self.activation_checkpointing_disable()
+    gradient_checkpointing_disable = activation_checkpointing_disable
 
     def _able_to_checkpoint(self) -> list[Any]:
         natives = [each.native for each in self._each_tower()]

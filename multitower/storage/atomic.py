@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..errors import CheckpointError
+
 NEW, OLD = "new", "old"
 
 
@@ -54,6 +56,14 @@ def replacing(target: Path) -> Iterator[Path]:
     finally:
         if target.exists() or not old.exists():
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+def check_free(target: Path, index: str) -> None:
+    """Check that a folder can be replaced: it is new, empty, or holds the file that says what it is."""
+    if target.exists() and not target.is_dir():
+        raise CheckpointError(f"{target} is a file; give a folder to save to")
+    if target.exists() and any(target.iterdir()) and not (target / index).exists():
+        raise CheckpointError(f"{target} is not empty and holds no {index}; save to a folder of its own")
 
 
 def current(target: Path) -> Path:

@@ -45,9 +45,7 @@ def make_config(data: Mapping[str, Any]) -> Any:
 def with_adapters(model: nn.Module, declared: Mapping[str, Any] | None) -> nn.Module:
     """Return the PeftModel around a model, changed in place: with new adapters, or those that it has.
 
-    Args:
-        model: A transformers causal LM, a ``Tower``, or a PeftModel around one of these.
-        declared: A config as ``plain_config`` gives it, or None for ``DEFAULT``.
+    What is declared is a config as ``plain_config`` gives it, or None for ``DEFAULT``.
     """
     if is_peft_model(model):
         if declared is not None:
@@ -142,17 +140,12 @@ def check_mergeable(model: nn.Module) -> None:
                 adapted.setdefault(weight.data_ptr(), []).append(module)
     for place, modules in adapted.items():
         tied = owners.get(place, [])
-        if len(tied) > 1 and not (len(modules) == len(tied) and _one_adapter(modules)):
+        rows = {id(getattr(module, "trainable_tokens_delta", module)) for module in modules}
+        if len(tied) > 1 and not (len(modules) == len(tied) and len(rows) == 1):  # peft ties what they learn
             raise ValueError(
                 f"{' and '.join(tied)} are tied, so that what is merged into one would change the other; "
                 "keep the adapters apart, or untie them"
             )
-
-
-def _one_adapter(modules: list[nn.Module]) -> bool:
-    """Whether modules of peft train the same rows of their tables, and have the values of these in common."""
-    deltas = {id(getattr(module, "trainable_tokens_delta", module)) for module in modules}
-    return len(deltas) == 1
 
 
 def check_whole(model: nn.Module) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..run.fusion import Fusion
-from ..run.parallel import trains_in_parallel
+from ..run.request import trains_in_parallel
 from ..storage.fingerprint import sampled_fingerprint
 from ..tower.peft_tower import adapter_names, is_peft_model
 

@@ -29,8 +29,9 @@ from ..compile.towers import load_towers
 from ..declare.graph import FusionGraph, redeclared
 from ..errors import CheckpointError
 from ..run.fusion import Fusion
-from ..run.parallel import on_first, trains_in_parallel
-from ..storage.atomic import current, replacing
+from ..run.parallel import on_first
+from ..run.request import trains_in_parallel
+from ..storage.atomic import check_free, current, replacing
 from ..storage.files import read_json
 from ..storage.find import as_declared
 from ..storage.json_data import from_json, to_json
@@ -93,7 +94,7 @@ def save_training(
     """
     target = Path(folder).absolute()
     check_names(model)
-    on_first(lambda: _check_free(target))
+    on_first(lambda: check_free(target, TRAINING))
     tensors, settings = optimizer_state(model, optimizer)
     tensors |= {f"model.{name}": tensor.detach() for name, tensor in trained_state(model).items()}
     try:
@@ -229,11 +230,6 @@ def _read(root: Path) -> dict[str, Any]:
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"{file} is damaged: {error!r}") from error
     return document
-
-
-def _check_free(target: Path) -> None:
-    if target.exists() and any(target.iterdir()) and not (target / TRAINING).exists():
-        raise CheckpointError(f"{target} is not empty and holds no {TRAINING}; save to a folder of its own")
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from ..checkpoint.assign import whole
 from ..errors import CheckpointError
 from ..run.fusion import Fusion
 from ..run.request import has_labels, why_not_constant
-from ..storage.atomic import current, replacing
+from ..storage.atomic import check_free, current, replacing
 from ..storage.files import read_json
 from ..storage.fingerprint import fingerprint
 from ..storage.tensors import mapped_tensors, size_in_bytes
@@ -109,8 +109,7 @@ class KeptStates:
             CheckpointError: The folder holds other things, or the disk is full or may not be written to.
         """
         target = Path(folder).absolute()
-        if target.is_file() or (target.exists() and any(target.iterdir()) and not (target / INDEX).exists()):
-            raise CheckpointError(f"{target} is not empty and holds no {INDEX}; give a folder of its own")
+        check_free(target, INDEX)
         reasons = {name: _why_not_kept(model, name) for name in model.towers}
         reads = {name: layers for name, layers in _read_layers(model).items() if not reasons[name]}
         if not reads:

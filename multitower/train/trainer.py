@@ -31,6 +31,7 @@ transformers: Any = require("transformers", "train")
 gather_object: Any = require("accelerate.utils", "train").gather_object
 
 ARGUMENTS = "training_args.bin"
+TIMES = ("_runtime", "_per_second", "_preparation_time")
 
 Counts = dict[str, Tensor]
 Decoded = Callable[[list[Example], list[Any], list[Example]], Mapping[str, float]]
@@ -331,7 +332,9 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]  # known only when it
         evaluations = [log for log in self.state.log_history if "eval_loss" in log]
         measures = dict(evaluations[-1]) if evaluations else {}
         scores = {
-            key: value for key, value in measures.items() if key.startswith("eval_") and not _is_time(key)
+            key: value
+            for key, value in measures.items()
+            if key.startswith("eval_") and not key.endswith(TIMES)
         }
         card = model_card(
             self._fused(), name, modalities=self.modalities, license=license, training=training, scores=scores
@@ -343,7 +346,3 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]  # known only when it
 
     def _load_best_model(self) -> None:
         load_weights(self._fused(), self.state.best_model_checkpoint)
-
-
-def _is_time(measure: str) -> bool:
-    return measure.endswith(("_runtime", "_per_second", "_preparation_time"))

@@ -59,8 +59,9 @@ def test_one_changed_value_is_noticed_where_all_are_compared(
         mt.FusedModel.from_pretrained(tmp_path / "fused")
 
 
-@pytest.mark.parametrize("allowed", [True, ["text"]])
-@pytest.mark.parametrize("given", ["path", "module", "origin"])
+@pytest.mark.parametrize(
+    ("given", "allowed"), [("path", True), ("module", True), ("origin", True), ("path", ["text"])]
+)
 def test_a_changed_tower_is_taken_when_told_so(
     model: mt.FusedModel, origin: Path, tmp_path: Path, allowed: Any, given: str
 ) -> None:
@@ -130,8 +131,9 @@ def test_the_revision_of_the_hub_is_kept(
     assert asked[-1] == ("main", False)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
-@pytest.mark.parametrize("dtype", ["bfloat16", torch.float16])
+@pytest.mark.parametrize(
+    ("family", "dtype"), [("llama", "bfloat16"), ("llama", torch.float16), ("gemma3_text", "bfloat16")]
+)
 def test_weights_are_converted_as_transformers_does(tmp_path: Path, family: str, dtype: Any) -> None:
     causal_lm(family).save_pretrained(tmp_path / "text-model")
     expected = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "text-model", dtype=dtype)
@@ -273,8 +275,10 @@ def test_tied_weights_are_stored_once_and_stay_tied(tmp_path: Path, meta: bool) 
         mt.FusedModel.from_pretrained(tmp_path, towers={"text": untied})
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("embed", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "embed"),
+    [(torch.float32, False), (torch.bfloat16, False), (torch.float16, True), (torch.float64, False)],
+)
 def test_every_dtype_comes_back_bit_for_bit(tmp_path: Path, dtype: torch.dtype, embed: bool) -> None:
     for name, depth, vocab_size in (("speech", 4, 14), ("text", 2, 20)):
         causal_lm("llama", depth=depth, vocab_size=vocab_size).to(dtype).save_pretrained(tmp_path / name)

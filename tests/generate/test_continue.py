@@ -31,8 +31,10 @@ def by_hand(model: mt.FusedModel, row: list, name: str, steps: int) -> list[int]
     return found
 
 
-@pytest.mark.parametrize("kind", [*FAMILIES, "mamba"])
-@pytest.mark.parametrize("output", ["text", "speech", ("text", "speech")], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "output"),
+    [*((kind, ("text", "speech")) for kind in [*FAMILIES, "mamba"]), ("llama", "speech"), ("mamba", "text")],
+)
 def test_some_tokens_at_a_time(kind: str, output: str | tuple[str, ...]) -> None:
     model = fusion(kind, position="segment")
     whole, session = model.session(rows=2), model.session(rows=2)

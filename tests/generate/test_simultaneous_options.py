@@ -11,7 +11,8 @@ from models import causal_lm, pair, segment
 from test_generate_matrix import GREEDY, SAMPLED, Halve
 
 ONE_BY_ONE = [name for name in GREEDY if "beams" not in name]
-CASES = [(name, own) for name in ONE_BY_ONE for own in (False, True) if (name, own) != ("no end", True)]
+SET_BY_THE_TOWER = ("repetition_penalty", "min_new_tokens", "watermarking", "other ends")
+CASES = [*((name, False) for name in ONE_BY_ONE), *((name, True) for name in SET_BY_THE_TOWER)]
 
 
 def set_own(model: torch.nn.Module, options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,8 +64,9 @@ ONE_TOKEN = [
 ]
 
 
-@pytest.mark.parametrize("family", ["llama", "mamba"])
-@pytest.mark.parametrize("name", ONE_TOKEN)
+@pytest.mark.parametrize(
+    ("family", "name"), [*(("llama", name) for name in ONE_TOKEN), ("mamba", "sampling"), ("mamba", "top_p")]
+)
 def test_a_tower_in_a_tuple_of_its_own_samples_as_it_does_alone(name: str, family: str) -> None:
     model, options = fused(family, gates=True), {"max_new_tokens": STEPS, **SAMPLED[name]}
     alone = decode(model, EVEN, **options)

@@ -150,8 +150,9 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.parametrize("output", ["letters", "signs"])
+@pytest.mark.parametrize(
+    ("name", "output"), [*((name, "letters") for name in OPTIONS), ("greedy", "signs"), ("beams", "signs")]
+)
 def test_cached_decoding_equals_uncached(name: str, output: str) -> None:
     options = OPTIONS[name]
     only_cached = name in ("chunks", "lookup", "no cache")

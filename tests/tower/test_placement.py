@@ -62,11 +62,17 @@ PLACEMENTS = (
 OFFLOADS = PLACEMENTS[3:]
 
 everywhere = pytest.mark.parametrize("place", PLACEMENTS)
+in_each_family = pytest.mark.parametrize(
+    ("family", "place"),
+    [
+        *((FAMILIES[0], place) for place in PLACEMENTS),
+        *((family, place) for family in FAMILIES[1:] for place in (dispatched, offloaded_in_part)),
+    ],
+)
 offloaded = pytest.mark.parametrize("place", OFFLOADS)
 
 
-@everywhere
-@pytest.mark.parametrize("family", FAMILIES)
+@in_each_family
 def test_placed_models_are_bit_equal_towers(
     family: str, place: Callable[[nn.Module, Path], nn.Module], tmp_path: Path
 ) -> None:
@@ -104,8 +110,7 @@ def test_links_of_placed_towers_train(place: Callable[[nn.Module, Path], nn.Modu
             assert torch.equal(parameter.grad, expected[name].grad)
 
 
-@everywhere
-@pytest.mark.parametrize("family", FAMILIES)
+@in_each_family
 def test_placed_towers_generate(
     family: str, place: Callable[[nn.Module, Path], nn.Module], tmp_path: Path
 ) -> None:

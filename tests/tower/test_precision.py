@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -69,9 +71,13 @@ def test_flex_attention() -> None:
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@pytest.mark.parametrize("speech_dtype", DTYPES)
-@pytest.mark.parametrize("text_dtype", DTYPES)
-@pytest.mark.parametrize("family", ["llama", "mamba", "zaya"])
+@pytest.mark.parametrize(
+    ("family", "text_dtype", "speech_dtype"),
+    [
+        *(("llama", *both) for both in itertools.product(DTYPES, DTYPES)),
+        *((family, *both) for family in ("mamba", "zaya") for both in itertools.permutations(DTYPES[:2])),
+    ],
+)
 def test_towers_of_any_two_dtypes(family: str, text_dtype: torch.dtype, speech_dtype: torch.dtype) -> None:
     text = causal_lm(family).to(text_dtype)
     speech = causal_lm("gpt2", width=24, depth=4, vocab_size=14).to(speech_dtype)

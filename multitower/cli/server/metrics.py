@@ -12,6 +12,8 @@ class Metrics:
 
     Attributes:
         under_way: Requests and live sessions that are being answered.
+        given: Tokens that came with requests, by tower.
+        decoded: Tokens that were decoded, by tower.
     """
 
     def __init__(self) -> None:
@@ -23,8 +25,8 @@ class Metrics:
         self._seconds = Histogram(
             "multitower_request_seconds", "Time to the end of the answer.", ["endpoint"], registry=registry
         )
-        self._given = Counter("multitower_given_tokens", "Tokens given.", ["tower"], registry=registry)
-        self._decoded = Counter("multitower_decoded_tokens", "Tokens decoded.", ["tower"], registry=registry)
+        self.given = Counter("multitower_given_tokens", "Tokens given.", ["tower"], registry=registry)
+        self.decoded = Counter("multitower_decoded_tokens", "Tokens decoded.", ["tower"], registry=registry)
         self._rows = Histogram(
             "multitower_rows", "Rows of a step of decoding.", ["tower"], registry=registry, buckets=ROWS
         )
@@ -36,14 +38,6 @@ class Metrics:
         """Count a request."""
         self._requests.labels(endpoint, str(status)).inc()
         self._seconds.labels(endpoint).observe(seconds)
-
-    def given(self, tower: str, tokens: int) -> None:
-        """Count tokens that came with a request."""
-        self._given.labels(tower).inc(tokens)
-
-    def decoded(self, tower: str, tokens: int) -> None:
-        """Count tokens that were decoded."""
-        self._decoded.labels(tower).inc(tokens)
 
     def stepped(self, tower: str, rows: int, seconds: float) -> None:
         """Count a step of decoding."""

@@ -145,7 +145,7 @@ class Served:
                 code="context_length_exceeded",
             )
         for segment in given:
-            self.metrics.given(segment.tower, len(segment.tokens))
+            self.metrics.given.labels(segment.tower).inc(len(segment.tokens))
         return count
 
     def most(self, asked: int | None) -> int:
@@ -184,7 +184,7 @@ class Served:
                 if isinstance(event, Exception):
                     raise as_refusal(event)
                 if isinstance(event, Piece):
-                    self.metrics.decoded(event.tower, event.new)
+                    self.metrics.decoded.labels(event.tower).inc(event.new)
                 yield event
                 if isinstance(event, Session):
                     return

@@ -54,7 +54,7 @@ def test_is_a_modality(any_speech):
     assert any_speech.vocab_size == any_speech.end + 1 + (any_speech.layout.pattern == "delayed")
 
 
-@pytest.mark.parametrize("samples", [1, 319, 320, 321, 16_000, 16_001])
+@pytest.mark.parametrize("samples", [1, 320, 321, 16_001])
 def test_encode_and_decode_shapes(any_speech, samples):
     tokens = any_speech.encode(melody(9, 2)[:samples])
     count = any_speech.codebooks.shape[0]

@@ -94,7 +94,7 @@ def hubert_speech():
 
 
 @pytest.mark.parametrize("pattern", ["flattened", "delayed"])
-@pytest.mark.parametrize("samples", [1, 319, 16_000, 16_001])
+@pytest.mark.parametrize("samples", [1, 16_001])
 def test_encode_and_decode_shapes(codec, pattern, samples):
     speech = CodecModality(codec, codebooks=2, pattern=pattern)
     tokens = speech.encode((melody(0, 2)[:samples], speech.sample_rate))

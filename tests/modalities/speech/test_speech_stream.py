@@ -32,11 +32,11 @@ def joined(stream):
     return torch.cat(list(stream))
 
 
-@pytest.mark.parametrize("size", [1, 100, 320, 1000, 16_000, 10**6])
-@pytest.mark.parametrize("length", [1, 959, 960, 31_000, 61_441, 128_000])
+@pytest.mark.parametrize(
+    ("size", "length"),
+    [(1, 1), (1, 960), (320, 959), (320, 61_441), (1000, 31_000), (16_000, 128_000), (10**6, 128_000)],
+)
 def test_a_stream_is_the_whole(speech, size, length):
-    if length / size > 5_000:
-        length %= 5_000
     clip = CLIP[:length]
     chunks = (clip[start : start + size] for start in range(0, length, size))
     assert torch.equal(joined(speech.encode_stream(chunks)), speech.encode(clip))
