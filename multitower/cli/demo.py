@@ -71,7 +71,12 @@ def make_page(pipe: Pipeline) -> Any:
                 with gradio.Column():
                     answer = _widget(gradio, pipe.modalities[target].media, target, given=False)
                     looked = gradio.Plot(show_label=False)
-            button.click(partial(answers, pipe, source, target), [given, limit], [answer, looked])
+            button.click(
+                partial(answers, pipe, source, target),
+                [given, limit],
+                [answer, looked],
+                api_name=f"{source}_to_{target}",
+            )
         with gradio.Tab("graph"):
             gradio.HTML(as_svg(draw_graph(pipe.model)))
     return page
