@@ -1,4 +1,4 @@
-"""A page to try a checkpoint on: speak or type, read or listen, and see where the model looked."""
+"""A demo page for a checkpoint: speak or type, read or listen, and see the attention."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def demo(
     share: Annotated[bool, typer.Option("--share", help="Get a public link from Gradio.")] = False,
     device: DeviceOption = "cpu",
 ) -> None:
-    """Open a page in the browser: speak or type, read or listen, and see where the model looked."""
+    """Serve a demo page: speak or type, read or listen, and see the attention."""
     make_page(load(checkpoint, device)).launch(server_name=host, server_port=port, share=share)
 
 

@@ -43,7 +43,7 @@ def new_modality(
         typer.Option(help="Where to write it (default: multitower-NAME).", show_default=False),
     ] = None,
 ) -> None:
-    """Write a small package with a modality, to start from."""
+    """Create a small package with a modality, to start from."""
     written = write_package(name, folder)
     print(f"wrote {written}; next: cd {shlex.quote(str(written))} && pip install -e '.[dev]' && pytest")
 
