@@ -50,8 +50,8 @@ class FusedModel(Fusion):
     torch.Size([1, 3, 16])
     >>> out.loss.backward()
 
-    A fused run of towers, links and adapters is what ``forward`` and ``generate`` do; ``unimodal`` gives a
-    tower as it is without them. Frozen towers stay in eval mode and take no gradient.
+    ``forward`` and ``generate`` run towers, links and adapters together; ``unimodal`` returns a tower's model
+    without links. Frozen towers stay in eval mode and get no gradients.
     """
 
     def generate(
@@ -71,55 +71,55 @@ class FusedModel(Fusion):
         >>> text.tower, speech.tower
         ('text', 'speech')
 
-        Towers in a tuple are decoded at the same time, a token of each a step, and so stand in the result:
+        Towers in a tuple are decoded simultaneously, one token of each per step; the result has a tuple, too:
 
         >>> (((text, speech),),) = model.generate([given], output=[("text", "speech")], max_new_tokens=4)
         >>> text.tower, speech.tower
         ('text', 'speech')
 
-        A function may choose what comes next, by the end token of what came last, for instance:
+        A function can choose what comes next, for instance by the last segment's end token:
 
         >>> def answer(row):
         ...     return {"speech": "text", "text": None}[row[-1].tower]
         >>> [[segment.tower for segment in row] for row in model.generate([given], answer, max_new_tokens=4)]
         [['text']]
 
-        The beginning of a segment may be given, to be gone on with:
+        To continue a segment, pass its beginning:
 
         >>> begun = [*given, mt.Segment("text", [1, 7])]
         >>> ((rest,),) = model.generate([begun], ["text"], continue_segment=True, max_new_tokens=4)
 
-        Where FSDP2 has divided the model, all processes decode together, each what it is given.
+        With FSDP2, all processes must call this together, each with its own examples.
 
-        Decoding is done in eval mode, and the mode is given back; several threads may decode at once from a
-        model that is in eval mode already.
+        The model is in eval mode during decoding; its mode is restored. Several threads may decode at once
+        from a model that is in eval mode already.
 
         Args:
-            examples: What is given, each a list of segments (none of them a target).
-            output: The towers to decode, in this order; each reads all that came before. Or a function that
-                is called with an example so far and gives the next tower, a tuple of towers, or None.
-            continue_segment: Whether to go on with the last segment of a tower, where it has not ended, in
-                place of beginning one. What is decoded then stands after all that was given, and what
-                others said since the segment's last token is first read by what follows it.
-            options: Options of transformers' ``generate``: ``max_new_tokens``, ``do_sample``, ... What is
-                not the same for all towers is given by tower: ``max_new_tokens={"text": 40, "speech": 400}``.
-                Where neither these nor a tower set a limit, a segment ends after 1,024 new tokens, or at the
-                tower's last position.
+            examples: The prompts, each a list of segments (none of them a target).
+            output: The towers to decode, in this order; each attends to everything before. Or a function that
+                takes an example so far and returns the next tower, a tuple of towers, or None.
+            continue_segment: Whether to continue a tower's last segment, if it has not ended, instead of
+                starting a new one. New tokens come after the whole prompt. The segment's last token was
+                predicted without the segments that came after it, so these have an effect from the next
+                token on.
+            options: Options of transformers' ``generate``: ``max_new_tokens``, ``do_sample``, ... Each may be
+                a mapping by tower: ``max_new_tokens={"text": 40, "speech": 400}``. Without any limit, a
+                segment ends after 1,024 new tokens, or at the tower's last position.
 
         Returns:
-            For each example (each returned sequence of it) what can be appended to it: the decoded segments,
-            begin and end included, or what was added to one.
+            For each example (and each returned sequence of it) the decoded segments, including begin and end
+            tokens; of a continued segment, only the new tokens.
 
         Raises:
-            ValueError: Nothing is to be decoded, a tower is unknown or has no begin token, an example
-                holds a target, or an option cannot be passed on.
+            ValueError: ``output`` is empty, a tower is unknown or has no begin token, an example has a
+                target, or an option is not supported.
             ImportError: transformers is not installed.
         """
         with gathered(self):
             return generate(self, examples, output, options, continues=continue_segment)
 
     def session(self, rows: int = 1, *, outputs: Collection[str] | None = None) -> Session:
-        """Begin a conversation, of which every turn runs only what is new; see ``Session``.
+        """Start a conversation in which each turn runs only new tokens; see ``Session``.
 
         >>> import multitower as mt
         >>> from multitower.testing import tiny_model
@@ -130,12 +130,12 @@ class FusedModel(Fusion):
         ['speech', 'text']
 
         Args:
-            rows: How many examples go on side by side.
-            outputs: The towers that are to be decoded; all unless given. Of others, layers above the last
-                that is read never run.
+            rows: Number of parallel examples.
+            outputs: The towers that will be decoded; all by default. In other towers, layers above the last
+                one that a link reads never run.
 
         Raises:
-            ValueError: There is no row, or no tower of a name.
+            ValueError: ``rows`` is below 1, or a tower is unknown.
         """
         return Session(self, rows, outputs)
 
@@ -158,12 +158,12 @@ class FusedModel(Fusion):
         >>> tiny_model().contributions(**batch)
         {'speech->text 1-1': 0.0, 'speech->text 3-2': 0.0}
 
-        That is the norm of its update over the norm of the state to which it is added, over all tokens that
-        see something; 0 at the start of training. A gate alone would not say it: an open one in front of
-        small weights changes nothing.
+        This is the norm of the update divided by the norm of the state that it is added to, over all tokens
+        with visible source tokens; 0 before training. A gate alone would not tell: an open gate with small
+        weights changes nothing.
 
         Args:
-            streams: As in ``forward``. Taps that see nothing in them are left out.
+            streams: As in ``forward``. Taps without visible source tokens are left out.
         """
         return contributions(self, streams)
 
@@ -175,7 +175,7 @@ class FusedModel(Fusion):
             return None
 
     def extend(self, graph: FusionGraph) -> Self:
-        """Return the model of a graph that has all that this one has, trained or not, and more.
+        """Return a model with more towers or links, and all modules of this one.
 
         >>> from multitower.testing import tiny_model, tiny_tower
         >>> model = tiny_model()
@@ -186,17 +186,16 @@ class FusedModel(Fusion):
         >>> bigger.tower("text") is model.tower("text"), bigger.is_open("music->text")
         (True, False)
 
-        Towers, input adapters and links of this model are the same modules in both, not copies, so that the
-        model that is not used any further costs nothing. Until something is trained, the logits of the old
-        towers stay as they are, bit for bit, also in batches that hold new towers. An optimizer of this
-        model goes on as it was; new parameters are given to it, or all to a new one. New modules are where
-        the tower is that they belong to, which is where it was loaded.
+        Towers, input adapters and links are shared with this model, not copied. Before further training, the
+        logits of the old towers do not change by a bit, even in batches with new towers. An existing
+        optimizer keeps working: add the new parameters to it, or make a new one. New modules are on the
+        device of their tower.
 
         Args:
-            graph: What the model becomes: begin with ``graph = model.graph``, and add to it.
+            graph: The new graph: start with ``graph = model.graph``, and add to it.
 
         Raises:
-            GraphError: The graph lacks a tower or a link of the model, or declares it otherwise; or see
+            GraphError: The graph lacks a tower or a link of the model, or changes its options; or see
                 ``FusionGraph.compile``.
             TowerError: See ``FusionGraph.compile``.
             ImportError: See ``FusionGraph.compile``.
@@ -214,7 +213,7 @@ class FusedModel(Fusion):
         return surgery.swap(self, name, source, train)
 
     def merge_and_unload(self, name: str) -> nn.Module:
-        """Fold a tower's peft adapters into its weights, as peft does; return the merged model.
+        """Merge a tower's peft adapters into its weights, and return the merged model.
 
         >>> import multitower as mt, peft
         >>> from multitower.testing import tiny_tower
@@ -225,7 +224,7 @@ class FusedModel(Fusion):
         ('PeftModel', 'TinyTower')
 
         Logits stay the same up to rounding. The tower, and any that shares its weights, is then an ordinary
-        frozen one, of no origin that ``graph`` names, and a checkpoint holds the merged model.
+        frozen tower without a source in ``graph``; checkpoints store the merged model.
 
         Raises:
             KeyError: There is no tower of that name.
@@ -243,8 +242,8 @@ class FusedModel(Fusion):
     ) -> None:
         """Write a checkpoint; see ``checkpoint.save``.
 
-        Where FSDP2 has divided the model, all processes call this together: the model is whole on each of
-        them meanwhile, and the first one writes. Otherwise one of them alone does.
+        With FSDP2, all processes must call this together: the model is gathered on each of them, and the
+        first one writes. Otherwise, only one process should call it.
         """
         how: dict[str, Any] = {"embed_towers": embed_towers, "modalities": modalities}
         how["max_shard_size"] = max_shard_size

@@ -39,9 +39,9 @@ class Segment:
 
     Attributes:
         tower: Name of the tower that the tokens belong to.
-        tokens: Token ids as the tower knows them, shape (length,), begin and end tokens included.
-        target: Whether the tower is to learn to predict these tokens (all but the first, which is given). The
-            backward of a batch without any target is an error.
+        tokens: Token ids of the tower's vocabulary, shape (length,), including begin and end tokens.
+        target: Whether these tokens contribute to the loss (all but the first, which is never predicted). A
+            backward pass of a batch without any target raises an error.
     """
 
     tower: str
@@ -50,11 +50,11 @@ class Segment:
 
 
 Example = Sequence[Segment | tuple[Segment, ...]]
-"""Segments one after the other; those in a tuple, of different towers, begin at the same time."""
+"""Segments in order of time; those in a tuple, of different towers, start at the same time."""
 
 
 def collate(examples: Sequence[Example]) -> Batch:
-    """Put examples into one batch: a stream for each tower, padded on the right.
+    """Collate examples into a batch: a stream for each tower, padded on the right.
 
     >>> import multitower as mt
     >>> batch = mt.collate([
@@ -68,7 +68,7 @@ def collate(examples: Sequence[Example]) -> Batch:
     >>> batch["streams"]["text"]["labels"].tolist()
     [[-100, 5, 4], [-100, -100, -100]]
 
-    Segments that run side by side stand in a tuple; the longest says when the next begins:
+    Segments in a tuple run in parallel; the next segment starts when the longest has ended:
 
     >>> duet = (mt.Segment("music", [1, 2, 3]), mt.Segment("dance", [5, 6]))
     >>> batch = mt.collate([[mt.Segment("text", [3, 4]), duet, mt.Segment("text", [7])]])
@@ -76,14 +76,14 @@ def collate(examples: Sequence[Example]) -> Batch:
     [[[0, 1, 5]], [[2, 3, 4]], [[2, 3]]]
 
     Args:
-        examples: Each a sequence of segments in the order in which they are spoken, written, ...; an entry
-            may be a tuple of segments of different towers that begin at the same time.
+        examples: Each a sequence of segments in order of time; an entry may be a tuple of segments of
+            different towers that start at the same time.
 
     Returns:
         ``{"streams": {tower: {"tokens", "times", "mask", "labels"}}}`` with int64 tensors (mask: bool) of
-        shape (batch, length of that tower's longest stream). ``times`` counts ticks of a clock that all
-        towers share from the start of the example, a token a tick, and is -1 at padding; ``labels`` stand at
-        the tokens that they name (the model shifts them) and are -100 where nothing is to be predicted.
+        shape (batch, length of that tower's longest stream). ``times`` are token counts from the
+        start of the example, on a clock that all towers share, and -1 at padding; ``labels`` equal the tokens
+        (the model shifts them), and are -100 at positions that are not predicted.
 
     Raises:
         ValueError: The batch, an example or a segment is empty, or tokens are not a row of whole numbers.

@@ -29,7 +29,7 @@ def check(
     seed: Annotated[int, typer.Option(help="Of the random tokens.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Check on random tokens what a fused model promises: identity, causality, caches, saving, ..."""
+    """Check a fused model's guarantees on random tokens: identity, causality, caches, saving, ..."""
     quiet()
     model = FusedModel.from_pretrained(checkpoint)
     names = promise or list(MODEL_PROMISES)
@@ -44,7 +44,7 @@ def check(
 
 
 def verify(checkpoint: CheckpointArgument) -> None:
-    """Read every byte of a checkpoint, and compare it with its checksum."""
+    """Compare every file of a checkpoint with its checksum."""
     found = open_checkpoint(find_checkpoint(checkpoint))
     found.check(found.records, links=True, verify=True)
     check_files(found.root, found.files, ("modalities/",), verify=True)

@@ -51,7 +51,7 @@ def generate(
     device: DeviceOption = "cpu",
     as_json: JsonOption = False,
 ) -> None:
-    """Decode one tower after what is given of others."""
+    """Generate with one tower, given inputs of any towers."""
     pipe = load(checkpoint, device)
     example = [raw_data(pipe, each) for each in given]
     answer = pipe(example, output=output, **named_values(option, "--option"))
@@ -68,7 +68,7 @@ def transcribe(
     device: DeviceOption = "cpu",
     as_json: JsonOption = False,
 ) -> None:
-    """Write down what is said in sound files, one line for each."""
+    """Transcribe sound files, one line per file."""
     pipe = load(checkpoint, device)
     reads = tower_for(pipe, "audio", source, "--from")
     writes = tower_for(pipe, "text", target, "--to")
@@ -92,7 +92,7 @@ def speak(
     option: OptionOption = [],  # noqa: B006
     device: DeviceOption = "cpu",
 ) -> None:
-    """Say a text, and write the sound to a file."""
+    """Synthesise speech from text, and write it to a file."""
     pipe = load(checkpoint, device)
     reads = tower_for(pipe, "text", source, "--from")
     writes = tower_for(pipe, "audio", target, "--to")

@@ -1,4 +1,4 @@
-"""A page to try a checkpoint on: speak or type, read or listen, and see where the model looked."""
+"""A demo page for a checkpoint: speak or type, read or listen, and see the attention."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def demo(
     share: Annotated[bool, typer.Option("--share", help="Get a public link from Gradio.")] = False,
     device: DeviceOption = "cpu",
 ) -> None:
-    """Open a page in the browser: speak or type, read or listen, and see where the model looked."""
+    """Serve a demo page: speak or type, read or listen, and see the attention."""
     make_page(load(checkpoint, device)).launch(server_name=host, server_port=port, share=share)
 
 
@@ -57,7 +57,12 @@ def make_page(pipe: Pipeline) -> Any:
                 with gradio.Column():
                     answer = _widget(gradio, pipe.modalities[target].media, target, given=False)
                     looked = gradio.Plot(show_label=False)
-            button.click(partial(answers, pipe, source, target), [given, limit], [answer, looked])
+            button.click(
+                partial(answers, pipe, source, target),
+                [given, limit],
+                [answer, looked],
+                api_name=f"{source}_to_{target}",
+            )
         with gradio.Tab("graph"):
             gradio.HTML(as_svg(draw_graph(pipe.model)))
     return page

@@ -53,7 +53,7 @@ def new_modality(
         typer.Option(help="Where to write it (default: multitower-NAME).", show_default=False),
     ] = None,
 ) -> None:
-    """Write a small package with a modality, to start from."""
+    """Create a small package with a modality, to start from."""
     module = f"multitower_{name}"
     if not NAME.fullmatch(name) or keyword.iskeyword(name):
         raise ValueError(

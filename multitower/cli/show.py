@@ -71,7 +71,7 @@ def draw(
         typer.Option("--output", "-o", help="The file to draw: .svg, .png, .pdf, or .mmd (Mermaid)."),
     ] = Path("graph.svg"),
 ) -> None:
-    """Draw towers as columns of layers, and every tap as an arrow in the colour of how open it is."""
+    """Draw the graph: towers as columns of layers, taps as arrows coloured by how open they are."""
     model = _graph_or_model(graph)
     if output.suffix == ".mmd":
         declared = model if isinstance(model, FusionGraph) else model.graph
@@ -95,7 +95,7 @@ def estimate(
     rows: Annotated[int, typer.Option(min=1, help="How many such examples a batch has.")] = 1,
     as_json: JsonOption = False,
 ) -> None:
-    """Estimate parameters, FLOPs and memory of a batch, before any weight is loaded."""
+    """Estimate parameters, FLOPs and memory of a batch, without loading weights."""
     model = _graph_or_model(graph)
     example = []
     for each in tokens:

@@ -23,7 +23,7 @@ def train(
         bool, typer.Option("--resume", help="Go on from the last checkpoint of the run.")
     ] = False,
 ) -> None:
-    """Fuse and train what a recipe says, and save the model with its modalities."""
+    """Fuse and train towers as a recipe says, and save the model with its modalities."""
     torch: Any = require("torch", "train")
     transformers: Any = require("transformers", "train")
     plan = read_recipe(recipe)

@@ -80,22 +80,22 @@ class FusionGraph:
         """Add a pretrained decoder.
 
         Args:
-            name: How links, segments and outputs refer to the tower.
+            name: The tower's name in links, segments and outputs.
             source: A folder or Hub id of a transformers causal LM, such a model itself, or a ``Tower``; or
-                "loader://...", for which the plugin of that name is asked (``multitower.plugins``). A module
-                is used as it is, not copied: compiling sets ``requires_grad`` on its parameters. A checkpoint
-                refers to a Hub id or loader, and holds what comes from a folder or is given as a module. The
-                same module may be given for several towers, which then share its weights, adapters of peft
-                included, and are trained alike. The same path or Hub id is loaded once for all towers with
-                ``train="none"``, and anew for each tower that learns.
-            train: "none" keeps the tower frozen, "all" trains it, "lora" trains peft adapters on it: LoRA on
-                all linear layers, or what another ``peft.PeftConfig`` says that is given instead, or those
-                that a PeftModel given as source has. The model is changed in place.
-            adapter: What stands between the embedding h and layer 1 in a fused run: None for nothing;
+                "loader://...", which calls the plugin of that name (``multitower.plugins``). A module is not
+                copied: compiling sets ``requires_grad`` on its parameters. Checkpoints store Hub ids and
+                loaders by reference, and the weights of everything else. Towers that are given the same
+                module share its weights, adapters of peft included, and must be trained alike. The same path
+                or Hub id is loaded once for all towers with ``train="none"``, and separately for each trained
+                tower.
+            train: "none" freezes the tower; "all" trains it; "lora" trains LoRA adapters of peft on all
+                linear layers, or the adapters of a PeftModel given as source; a ``peft.PeftConfig`` trains
+                other adapters of peft. The model is changed in place.
+            adapter: An input adapter between the embedding h and layer 1, for fused runs only: None;
                 "residual" for ``h + mlp(h)``, whose last layer is zero at the start; "gated" for
-                ``h + tanh(g) * mlp(h)`` with g = 0 at the start; "paper" for ``relu(mlp(h))`` as Zipper
-                prints it (not the identity at the start). With an adapter every training step runs backward
-                through the tower, frozen or not, and its states cannot be kept (``KeptStates``).
+                ``h + tanh(g) * mlp(h)`` with g = 0 at the start; "paper" for ``relu(mlp(h))`` as printed in
+                Zipper (not the identity at the start). With an adapter, every training step backpropagates
+                through the whole tower, frozen or not, and its states cannot be cached (``KeptStates``).
             memory: What the tower attends to of its own past: "all", or "segment" for the current segment
                 alone, at whose start its positions begin anew. Links read all of it either way.
 
@@ -139,33 +139,34 @@ class FusionGraph:
         feed_forward: bool = False,
         name: str | None = None,
     ) -> None:
-        """Let the target tower read the source tower.
+        """Add cross-attention from the target tower to the source tower.
 
         Args:
-            source: Name of the tower that is read.
-            target: Name of the tower that reads.
-            interleave: ``(i, j)`` joins source layer n*i to target layer n*j for n = 1, 2, ... (Zipper);
-                ``j`` joins every j-th target layer to the source layer at the same relative depth.
+            source: Name of the tower that provides keys and values.
+            target: Name of the tower that provides queries and is updated.
+            interleave: ``(i, j)`` connects source layer n*i to target layer n*j for n = 1, 2, ... (Zipper);
+                ``j`` connects every j-th target layer to the source layer at the same relative depth.
             taps: Exactly these pairs (source layer, target layer), counted from 1, instead of interleave.
-                Layer 0 is what enters layer 1: the embedded tokens, after the input adapter if there is one.
-            embeddings: Whether ``interleave`` counts from n = 0, which adds the tap (0, 0): before its first
-                layer the target then reads the source's embedded tokens.
-            gate: How a tap begins as the identity. None: the last linear layers of its attention and of its
-                feed-forward are zero at the start (as B in LoRA, arXiv 2106.09685). "tanh": each is
-                multiplied by ``tanh`` of a learned gate that is zero at the start (Flamingo and Zipper).
-            projection: What stands before keys and values: "mlp" (three layers, Zipper), "linear", "relu" (a
-                linear layer and a ReLU), or "none", where they are made of the source's states as these are.
-            heads: Attention heads; they must divide the target's width. Default: 32 to 64 channels each.
-            position: "segment" lets queries and keys carry rotary positions: the place in the segment, and
-                which segment it is, so that tokens that go along, as a word and its sound, are equally far
-                from each other everywhere. "rotary" are those of the shared time. Both need an even head
-                width; None, as in Zipper, leaves it to the towers to know where their tokens stand.
-            pace: With "segment": how many tokens of the source go along with one of the target, on average;
-                ``batch.measure_pace`` counts them.
-            window: How many ticks of the shared time back a query sees; None for all.
+                Layer 0 is the input of layer 1: the embedded tokens, after the input adapter if there is one.
+            embeddings: Whether ``interleave`` also includes n = 0, the tap (0, 0): the target then attends to
+                the source's token embeddings before its first layer.
+            gate: How a tap starts as the identity. None: the last linear layers of its attention and
+                feed-forward are zero (as B in LoRA, arXiv 2106.09685). "tanh": each update is multiplied by
+                ``tanh`` of a learned scalar that starts at zero (Flamingo and Zipper).
+            projection: Layers between the source's states and the key and value projections: "mlp" (three
+                layers, Zipper), "linear", "relu" (a linear layer and a ReLU), or "none".
+            heads: Number of attention heads; must divide the target's width. Default: such that each has 32
+                to 64 dimensions.
+            position: "segment" gives queries and keys rotary positions of their place in the segment and of
+                the segment's number, so that corresponding tokens of two segments, such as a word and its
+                sound, have the same distance throughout. "rotary" uses positions in the shared time. Both
+                need an even head dimension. None, as in Zipper, uses no positions.
+            pace: With "segment": how many source tokens correspond to one target token, on average;
+                ``batch.measure_pace`` measures it.
+            window: How many ticks of the shared time a query can look back; None for all.
             feed_forward: Whether a feed-forward follows the attention, as in Flamingo and Zipper; a tap then
-                has about three times the parameters.
-            name: Needed only to tell apart several links between the same pair; "source->target" otherwise.
+                has about three times as many parameters.
+            name: Needed only for several links between the same pair; "source->target" by default.
 
         Raises:
             GraphError: A tower is unknown, the name is taken, or an option is malformed.

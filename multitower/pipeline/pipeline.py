@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class Pipeline:
-    """A fused model that takes and gives raw data: texts, sound files, images, what its modalities know.
+    """A fused model with modalities: raw data (text, sound files, images, ...) in, raw data out.
 
     >>> import multitower as mt
     >>> from multitower.testing import tiny_model
@@ -47,18 +47,17 @@ class Pipeline:
 
     Args:
         model: The fused model.
-        modalities: What makes tokens of raw data and raw data of tokens, by tower; a tokenizer of
-            transformers stands for the modality "text" of it. Towers without one take segments of tokens
-            only, and are not decoded.
+        modalities: The modality of each tower, by name; a tokenizer of transformers becomes a modality
+            "text". Towers without one accept only segments of tokens, and cannot be outputs.
 
     Attributes:
         model: The fused model.
         modalities: The modalities by tower.
 
     Raises:
-        ValueError: A modality is given for no tower, or has more ids than its tower; or a tokenizer has no
-            token to begin or to end with.
-        TypeError: What is given as modality is none.
+        ValueError: A modality's tower is unknown or has a smaller vocabulary; or a tokenizer has no begin or
+            end token.
+        TypeError: Something is neither a modality nor a tokenizer.
         PluginError: A tokenizer is given, and the modality "text" is not installed.
     """
 
@@ -96,33 +95,33 @@ class Pipeline:
         return_segments: bool = False,
         **options: Any,
     ) -> Any:
-        """Encode what is given, decode what is asked for, and give it as raw data.
+        """Encode the inputs, generate the outputs, and decode them to raw data.
 
-        A begin or end token that a modality has and its tower has not takes the place of the tower's, unless
-        the options say otherwise.
+        If a modality's begin or end token is not among its tower's, it replaces the tower's, unless the
+        options say otherwise.
 
         Args:
-            inputs: An example, or a list of examples. An example is a list of what is given, in order:
-                pairs ``(tower, raw)``, ``Segment`` of tokens, or tuples of these that begin at the same
-                time, as in ``[("text", "sing"), (("music", "a.wav"), ("dance", steps))]``.
+            inputs: An example, or a list of examples. An example is a list of prompts, in order: pairs
+                ``(tower, raw)``, ``Segment`` of tokens, or tuples of these that start at the same time, as in
+                ``[("text", "sing"), (("music", "a.wav"), ("dance", steps))]``.
             output: The tower to decode; or a tuple of towers, decoded at the same time; or a list of both,
-                decoded one after the other; or a function that chooses, as ``FusedModel.generate`` takes it.
-            batch_size: How many examples are decoded at once; all unless given.
-            return_segments: Whether to give segments of tokens in place of raw data, and of pairs. In the
-                turns of a conversation these can be given back as they are; raw data would be encoded anew,
-                which need not give the same tokens. ``decode`` makes raw data of them.
+                decoded one after the other; or a function that chooses, see ``FusedModel.generate``.
+            batch_size: How many examples are decoded at once; all by default.
+            return_segments: Whether to return segments of tokens instead of raw data. They can be passed to
+                the next turn of a conversation as they are; encoding raw data again may give other tokens.
+                ``decode`` converts them to raw data.
             options: Options of ``FusedModel.generate``.
 
         Returns:
-            For an example its result, for a list of examples the list of their results. A result has the
-            form of ``output``: the raw data of a tower, a tuple of such, or a list of both. Of a function
-            it is a list of what can be appended to the example: pairs ``(tower, raw)``, or tuples of pairs.
-            With ``num_return_sequences`` above one each result is a list of that many.
+            A result for each example; for a single example only its result. A result has the form of
+            ``output``: the raw data of a tower, a tuple of them, or a list of both. If ``output`` is a
+            function, it is a list of pairs ``(tower, raw)``, or tuples of pairs, which can be appended to the
+            example. With ``num_return_sequences`` above one, each result is a list of that many.
 
         Raises:
-            ValueError: A tower is unknown or has no modality; or see ``FusedModel.generate``, and what
-                modalities raise of data that are unfit, with a note that says which.
-            TypeError: Something is no example, or raw data are of a type that the modality does not take.
+            ValueError: A tower is unknown or has no modality; see also ``FusedModel.generate``. Errors that
+                modalities raise for invalid data have a note that says which data.
+            TypeError: Something is not an example, or the modality does not accept the type of raw data.
         """
         if isinstance(inputs, list) and not inputs:
             raise ValueError("there is nothing to decode from: give an example; [[]] is one that is empty")
@@ -154,12 +153,12 @@ class Pipeline:
         >>> turns += [answer, ("text", "louder")]                                   # doctest: +SKIP
 
         Args:
-            segments: What a call with ``return_segments`` gives: a segment, a tuple or a list of such, of
-                one example or of several.
+            segments: The result of a call with ``return_segments``: a segment, or tuples or lists of them, of
+                one example or several.
 
         Raises:
             ValueError: A tower has no modality.
-            TypeError: There is something else than segments.
+            TypeError: Something is not a segment.
         """
         if isinstance(segments, list):
             return [self.decode(entry) for entry in segments]
@@ -169,7 +168,7 @@ class Pipeline:
         return self._codec.decode([[segments]], pairs=False)[0][0]
 
     def session(self, rows: int = 1, *, outputs: Collection[str] | None = None) -> RawSession:
-        """Begin a conversation of raw data, of which every turn runs only what is new; see ``RawSession``.
+        """Start a conversation on raw data in which each turn runs only new tokens; see ``RawSession``.
 
         >>> session = pipe.session()                                                # doctest: +SKIP
         >>> session.append(("speech", "clip.wav"))                                  # doctest: +SKIP
@@ -182,27 +181,27 @@ class Pipeline:
         return RawSession(self._codec, self.model.session(rows, outputs=outputs))
 
     def stream(self, example: list[Any], output: str, **options: Any) -> Iterator[Any]:
-        """Return raw data piece by piece while they are decoded.
+        """Yield raw data piece by piece while they are generated.
 
         >>> for piece in pipe.stream([("speech", "clip.wav")], output="text"):     # doctest: +SKIP
         ...     print(piece, end="", flush=True)
 
-        Text comes word by word, and the pieces together are what the call gives. Other raw data come as their
-        modality says (``Modality.decode_stream``): speech as pieces of its waveform.
+        Text comes word by word; the pieces together equal the result of a call. For other raw data, the
+        modality decides (``Modality.decode_stream``): speech comes as pieces of its waveform.
 
-        Decoding runs in a thread, under the ``torch.autocast`` and the device of this call; it ends when the
-        segment does, or when the iterator is closed. Until then a model in training mode is not to be used
-        elsewhere: decoding puts it into eval mode.
+        Generation runs in a thread, under the caller's ``torch.autocast`` and device. It ends with the
+        segment, or when the iterator is closed. Until then, do not use a model in training mode elsewhere,
+        because generation puts it into eval mode.
 
         Args:
-            example: As for a call; a single one.
+            example: A single example, as for a call.
             output: The tower to decode.
-            options: Options of ``FusedModel.generate``, but no streamer.
+            options: Options of ``FusedModel.generate``, except a streamer.
 
         Raises:
-            ValueError: See a call; or the options hold a streamer.
-            TypeError: See a call; or the output is not a single tower, or one whose raw data are neither text
-                nor had in pieces.
+            ValueError: As for a call; or the options contain a streamer.
+            TypeError: As for a call; or the output is not a single tower, or its modality does not support
+                streaming.
         """
         if not isinstance(output, str):
             raise TypeError(f"a stream is of one tower: give its name as output, not {output!r}")
@@ -219,7 +218,7 @@ class Pipeline:
         return stream(generate, modality, begin, own)
 
     def astream(self, example: list[Any], output: str, **options: Any) -> AsyncIterator[Any]:
-        """Return raw data piece by piece, as ``stream`` does, to ``async for``.
+        """Yield raw data piece by piece, as ``stream`` does, for ``async for``.
 
         >>> async for piece in pipe.astream([("speech", "clip.wav")], output="text"):  # doctest: +SKIP
         ...     await socket.send(piece)
@@ -266,7 +265,7 @@ class Pipeline:
         """Load a checkpoint with its modalities.
 
         Args:
-            folder: The checkpoint, or its id on the Hub, "owner/name"; a folder that exists wins.
+            folder: The checkpoint, or its Hub id, "owner/name"; an existing folder takes precedence.
             towers: Where to take towers from instead, as for ``FusedModel.from_pretrained``.
             modalities: Modalities by tower, in place of those of the checkpoint or in addition.
             allow_changed_towers: See ``checkpoint.load_fusion``.

@@ -22,7 +22,7 @@ CONFIG, TENSORS = "modality.json", "modality.safetensors"
 
 
 class Modality(ABC):
-    """What a modality plugin offers: raw data to the tokens of one tower, and back.
+    """A codec between raw data and the tokens of one tower; the base class of modality plugins.
 
     >>> import multitower as mt, torch
     >>> class Letters(mt.Modality):
@@ -35,21 +35,20 @@ class Modality(ABC):
     >>> Letters().decode(Letters().encode("zip"))
     'zip'
 
-    ``multitower.testing.check_modality`` tells its author whether it is right. What it needs on disk it names
-    in ``config`` and ``tensors``; saving and loading then come by themselves.
+    ``multitower.testing.check_modality`` tests a modality. State that should be saved is returned by
+    ``config`` and ``tensors``; saving and loading are then automatic.
 
     Attributes:
-        name: What kind of data this is, in lower case: the name of its entry point.
-        accepts: The types of raw data that ``encode`` takes.
-        vocab_size: Number of token ids; ``begin``, ``end`` and ``pad`` are among them.
-        begin: Id of the token that opens every encoded segment.
-        end: Id of the token that closes every encoded segment; it may be the same.
-        pad: Id of the token that fills rows up; ``decode`` drops it at the edges. ``end`` unless it is set.
-        default_tower: What ``add_tower`` can be given for these tokens: a Hub id, say. None where there is
-            no decoder to recommend.
-        media: What people see of its raw data: "text", "audio", "image", or "file" for all else. The command
-            line and the demo page ask for it.
-        suffix: How the names of files end that ``write_file`` makes.
+        name: The kind of data, in lower case; also the name of the entry point.
+        accepts: The types of raw data that ``encode`` accepts.
+        vocab_size: Number of token ids, including ``begin``, ``end`` and ``pad``.
+        begin: Id of the first token of every encoded segment.
+        end: Id of the last token of every encoded segment; may equal ``begin``.
+        pad: Id of the padding token, which ``decode`` drops at the edges; ``end`` by default.
+        default_tower: A recommended source for ``add_tower``, such as a Hub id, or None.
+        media: The kind of raw data for the command line and the demo page: "text", "audio", "image", or
+            "file" for anything else.
+        suffix: File name suffix for ``write_file``.
     """
 
     name: str
@@ -68,29 +67,28 @@ class Modality(ABC):
 
     @abstractmethod
     def encode(self, raw: Any) -> Tensor:
-        """Return the tokens of one piece of raw data: int64, shape (length,), begin and end included.
+        """Return the tokens of one piece of raw data: int64, shape (length,), including begin and end.
 
         Raises:
-            TypeError: It is of a type that is not accepted.
-            ValueError: It is empty, damaged or otherwise unfit.
+            TypeError: Its type is not accepted.
+            ValueError: It is empty, damaged or otherwise invalid.
         """
 
     @abstractmethod
     def decode(self, tokens: Tensor) -> Any:
         """Return the raw data of tokens of shape (length,), with or without begin and end.
 
-        Towers emit anything: tokens in an order that no encoder would give, and none at all. What means
-        nothing is dropped.
+        Towers may generate any sequence, even an empty one, or an order that ``encode`` never produces. Drop
+        tokens without meaning.
         """
 
     def decode_stream(self, pieces: Iterable[Tensor]) -> Iterator[Any]:
         """Return raw data piece by piece, while the tokens come in pieces of shape (length,).
 
-        ``Pipeline.stream`` asks for it. Text need not say how: it is given word by word. By default other
-        raw data cannot be had in pieces.
+        ``Pipeline.stream`` calls it. Text modalities need not override it: text is streamed word by word.
 
         Raises:
-            TypeError: It cannot: override this method.
+            TypeError: The modality does not support streaming: override this method.
         """
         raise TypeError(
             f"modality {self.name!r} does not say how to decode in pieces: override decode_stream"
@@ -105,10 +103,10 @@ class Modality(ABC):
         return [self.decode(tokens) for tokens in rows]
 
     def read_file(self, path: str | os.PathLike[str]) -> Any:
-        """Return the raw data that a file holds, as ``encode`` takes them.
+        """Return the raw data in a file, in a form that ``encode`` accepts.
 
-        By default that is its text where ``media`` is "text"; else the path, where paths are accepted; else
-        its bytes.
+        By default, this is its text if ``media`` is "text"; else the path, if paths are accepted; else its
+        bytes.
 
         Raises:
             OSError: The file cannot be read.
@@ -139,7 +137,7 @@ class Modality(ABC):
             )
 
     def config(self) -> dict[str, Any]:
-        """Return what ``restore`` needs beside ``tensors``, as JSON can hold it."""
+        """Return the JSON-serialisable state that ``restore`` needs."""
         return {}
 
     def tensors(self) -> dict[str, Tensor]:
@@ -148,7 +146,7 @@ class Modality(ABC):
 
     @classmethod
     def restore(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
-        """Make the modality anew; by default by calling the class with both, by name."""
+        """Rebuild the modality; by default by calling the class with both as keyword arguments."""
         return cls(**config, **tensors)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:

@@ -38,7 +38,7 @@ Decoded = Callable[[list[Example], list[Any], list[Example]], Mapping[str, float
 
 
 class Trainer(transformers.Trainer):  # type: ignore[misc]  # known only when it runs
-    """``transformers.Trainer`` for a ``FusedModel``, by its ordinary arguments.
+    """``transformers.Trainer`` for a ``FusedModel``, with the same arguments.
 
     >>> import tempfile, multitower as mt, transformers
     >>> from multitower.testing import tiny_model
@@ -52,36 +52,35 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]  # known only when it
     {...}
     2
 
-    A data set holds examples, lists of segments, or rows that ``encode_columns`` made. The loss of a tower is
-    normalised by the tokens that it is to predict in all batches of an optimizer step: of all steps of
-    accumulation and, with ``average_tokens_across_devices`` (the default), of all processes. It is logged by
-    tower ("loss_text", "eval_text_loss"); "eval_loss" is their sum, each the mean over all its tokens in the
-    data set. ``compute_metrics`` gets logits and labels by tower, with labels of -100 where a batch holds
-    nothing of one. Checkpoints are fused checkpoints.
+    A data set holds examples, lists of segments, or rows made by ``encode_columns``. Each tower's loss is
+    normalised by its target tokens in a whole optimizer step, across gradient accumulation and, with
+    ``average_tokens_across_devices`` (the default), processes. It is logged per tower ("loss_text",
+    "eval_text_loss"); "eval_loss" is the sum of the towers' means over the data set. ``compute_metrics`` gets
+    logits and labels by tower; labels are -100 if a batch has no tokens of the tower. Checkpoints are fused
+    checkpoints.
 
     Args:
         model: The model.
         args: The arguments.
-        rates: Learning rates by part, as ``parameter_groups`` takes them beside ``lr``:
-            ``{"towers": {"speech": 1e-4}}``. What is not named has that of ``args``.
-        history_noise: By tower the share of tokens that are replaced by others in what it is given of its
-            own past, in training alone; see ``batch.corrupt_history``.
-        source_noise: By tower the share of tokens that are replaced in segments that are given, in training
-            alone; see ``batch.corrupt_sources``.
-        modalities: What is saved with the model, by tower: modalities, or tokenizers of transformers.
-        score: What makes metrics of decoded answers in an evaluation: called with what was given of each
-            example (the segments before its first target), what the model decoded then, and the examples.
-        decoding: Options of ``generate`` for that.
-        data_collator: Makes a batch of examples; ``Collator()`` unless given.
-        options: What else ``transformers.Trainer`` takes: ``train_dataset``, ``eval_dataset``, ``callbacks``,
-            ``compute_metrics``, ``optimizers``, ...
+        rates: Learning rates per part, the arguments of ``parameter_groups`` other than ``lr``:
+            ``{"towers": {"speech": 1e-4}}``. Other parts have the rate in ``args``.
+        history_noise: By tower, the share of tokens in its own history that are replaced by random ones
+            during training; see ``batch.corrupt_history``.
+        source_noise: By tower, the share of tokens in segments without ``target`` that are replaced during
+            training; see ``batch.corrupt_sources``.
+        modalities: Modalities or tokenizers to save with the model, by tower.
+        score: Computes metrics from generated output in an evaluation. It is called with the prompts (each
+            example's segments before its first target), the outputs, and the examples.
+        decoding: Options of ``generate`` for ``score``.
+        data_collator: Collates examples; ``Collator()`` by default.
+        options: Other arguments of ``transformers.Trainer``: ``train_dataset``, ``eval_dataset``,
+            ``callbacks``, ``compute_metrics``, ``optimizers``, ...
 
     Raises:
         CheckpointError: ``push_to_hub`` would publish a frozen tower that comes from a folder.
-        TypeError: The model is no ``FusedModel``.
-        ValueError: ``args`` ask for NEFTune or label smoothing, which know models of one vocabulary alone; or
-            FSDP divides the model, one process has several GPUs, or there is to be noise for a tower that the
-            model has not.
+        TypeError: The model is not a ``FusedModel``.
+        ValueError: ``args`` enable NEFTune or label smoothing, which assume a single vocabulary; the model is
+            sharded by FSDP; one process has several GPUs; or noise is set for an unknown tower.
     """
 
     loss_is_scaled_for_ga = True

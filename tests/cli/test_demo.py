@@ -12,7 +12,7 @@ import torch
 
 import multitower as mt
 from letters import Letters
-from multitower.cli.demo import answers, attention, joined
+from multitower.cli.demo import answers, attention, joined, make_page
 from multitower.testing import tiny_tower
 
 pytest.importorskip("matplotlib", reason="attention is drawn")
@@ -49,6 +49,14 @@ def test_attention_is_that_of_the_link(pipe: mt.Pipeline) -> None:
     torch.testing.assert_close(torch.as_tensor(image.get_array().data), expected)
 
 
+@pytest.mark.filterwarnings("ignore")  # of loops that Gradio leaves open
+def test_each_direction_is_called_by_its_name_from_other_programs(pipe: mt.Pipeline) -> None:
+    pytest.importorskip("gradio", reason="the page is made by the extra demo")
+    named = make_page(pipe).get_api_info()["named_endpoints"]
+    gc.collect()
+    assert set(named) == {"/speech_to_text", "/text_to_speech"}
+
+
 def test_only_towers_that_read_each_other_have_a_tab() -> None:
     graph = mt.FusionGraph()
     for place, name in enumerate(("a", "b", "c", "d")):
@@ -66,8 +74,6 @@ def page(pipe: mt.Pipeline) -> Iterator[object]:
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("there is no Chromium")
-    from multitower.cli.demo import make_page
-
     blocks = make_page(pipe)
     _, url, _ = blocks.launch(prevent_thread_lock=True, quiet=True, server_name="127.0.0.1")
     with browsers.sync_playwright() as started:

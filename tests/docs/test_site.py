@@ -13,7 +13,7 @@ import pytest
 import multitower
 from paths import ROOT
 
-for needed in ("mkdocs", "material", "mkdocstrings", "latex2mathml"):
+for needed in ("jupytext", "mkdocs", "material", "mkdocstrings", "latex2mathml"):
     pytest.importorskip(needed, reason="the site needs the extra docs")
 
 
@@ -48,4 +48,9 @@ def test_the_site_builds(tmp_path: Path) -> None:
     assert not lacking
     assert "A data set holds examples, lists of segments" in pages  # descriptions, not only arguments
     assert '<span class="gp">&gt;&gt;&gt; </span>' in pages
+    notebook = tmp_path / "site/tutorials/two_models.ipynb"
+    assert notebook.is_file()
+    assert f'href="../{notebook.name}"' in (notebook.with_suffix("") / "index.html").read_text(
+        encoding="utf-8"
+    )
     assert "<math" in (tmp_path / "site/concepts/index.html").read_text(encoding="utf-8")

@@ -55,7 +55,7 @@ def serve(
     ] = 30,
     device: DeviceOption = "cpu",
 ) -> None:
-    """Serve a checkpoint by OpenAI's API: transcriptions, speech, chats, live sessions."""
+    """Serve a checkpoint with an OpenAI-compatible API: transcriptions, speech, chat, live sessions."""
     for module in NEEDED:
         require(module, "serve")
     uvicorn = require("uvicorn", "serve")
