@@ -50,6 +50,9 @@ def places(streams: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
         times = times.where(real, -1)
         before = _shifted(times)
         begins = (before < 0) | (times != before + 1)
+        if EXAMPLES in stream:  # the next example may begin at the time at which this one ends
+            examples = stream[EXAMPLES].to(device)
+            begins |= examples != _shifted(examples)
         index = torch.arange(times.shape[1], device=device)
         first[name] = times.gather(1, (index * begins).cummax(1).values)
         begin[name] = stream[EXAMPLES].to(device) * 2**40 if EXAMPLES in stream else 0 * times

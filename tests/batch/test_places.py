@@ -79,3 +79,15 @@ def test_a_pace_is_of_examples_that_have_both() -> None:
     assert mt.batch.measure_pace(iter(rows), "b", "a") == 7 / 8
     with pytest.raises(ValueError, match="no example has tokens of both 'a' and 'c'"):
         mt.batch.measure_pace(rows, "a", "c")
+
+
+def test_an_example_that_goes_on_in_time_where_the_one_before_it_in_the_row_ended_is_another() -> None:
+    ordered = [segment("speech", 3), segment("text", 2)]
+    turned = [
+        segment("text", 3),
+        segment("speech", 4),
+    ]  # its speech begins at 3, where that of the other ends
+    alone = places(mt.collate([turned])["streams"])
+    packed = places(mt.pack(mt.collate([ordered, turned]), one_row=True)["streams"])
+    assert packed["speech"][0, 3:].tolist() == alone["speech"][0].tolist()
+    assert packed["text"][0, 3:].tolist() == alone["text"][0].tolist()
