@@ -181,6 +181,7 @@ def draw_attention(
     rows, columns = grid.shape
     figure = _figure(min(2.5 + 0.22 * columns, 12), min(1.8 + 0.24 * rows, 10))
     axes = figure.add_subplot(title=title, xlabel="source", ylabel="target")
+    axes.locator_params(integer=True)
     shown = axes.imshow(grid.numpy(), aspect="auto", interpolation="nearest", cmap="cividis", vmin=0)
     if sources:
         axes.set_xticks(range(columns), sources, rotation=90, fontsize="small", parse_math=False)

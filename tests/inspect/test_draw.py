@@ -68,6 +68,13 @@ def test_notebooks_show_a_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert model._repr_html_() is None
 
 
+def test_attention_without_labels_is_counted_in_whole_tokens() -> None:
+    figure = draw_attention(torch.rand(3, 4))
+    figure.canvas.draw()
+    (axes, _) = figure.axes
+    assert all(tick == int(tick) for tick in (*axes.get_xticks(), *axes.get_yticks()))
+
+
 def test_attention_is_drawn_by_token() -> None:
     out = pair(gates=True)(**mt.collate(EXAMPLES[:1]), output_attentions=True)
     weights = out.attentions["speech->text"]["2-1"][0]
