@@ -6,7 +6,7 @@ import json
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from fastapi import Request
@@ -19,6 +19,8 @@ from .errors import Refusal, as_refusal, body_of
 from .served import Served
 
 DONE = "[DONE]"
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,37 +102,44 @@ class Growing:
         return new
 
 
-class Events(StreamingResponse):
-    """A stream of server-sent events, which ends what makes them when the client goes."""
+class Streamed(StreamingResponse):
+    """An answer in parts, which ends what makes them when the client goes."""
 
-    def __init__(self, documents: AsyncIterator[Any], last: str | None = None) -> None:
-        self._documents, self._last = documents, last
+    def __init__(self, parts: AsyncIterator[str | bytes], media_type: str) -> None:
+        self._parts = parts
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(self._written(), media_type="text/event-stream", headers=headers)
-
-    @classmethod
-    async def begin(cls, documents: AsyncIterator[Any], last: str | None = None) -> Events:
-        """Begin a stream once the first document is there: an error before it is an answer itself."""
-        first = await anext(documents)
-
-        async def all_of_them() -> AsyncIterator[Any]:
-            async with aclosing(documents):  # type: ignore[type-var]  # it is a generator
-                yield first
-                async for document in documents:
-                    yield document
-
-        return cls(all_of_them(), last)
+        super().__init__(parts, media_type=media_type, headers=headers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer."""
-        async with aclosing(self._documents):  # type: ignore[type-var]  # it is a generator
+        async with aclosing(self._parts):  # type: ignore[type-var]  # it is a generator
             await super().__call__(scope, receive, send)
 
-    async def _written(self) -> AsyncIterator[str]:
-        try:
-            async for document in self._documents:
-                yield f"data: {json.dumps(document)}\n\n"
-            if self._last:
-                yield f"data: {self._last}\n\n"
-        except Exception as error:
-            yield f"data: {json.dumps(body_of(as_refusal(error)))}\n\n"
+
+async def streamed(parts: AsyncIterator[bytes], media_type: str) -> Streamed:
+    """Begin a stream once the first part is there: an error before it is an answer itself."""
+    return Streamed(_after(await anext(parts, b""), parts), media_type)
+
+
+async def events(documents: AsyncIterator[Any], last: str | None = None) -> Streamed:
+    """Begin a stream of server-sent events once the first document is there."""
+    documents = _after(await anext(documents), documents)
+
+    async def written() -> AsyncIterator[str]:
+        async with aclosing(documents):  # type: ignore[type-var]  # it is a generator
+            try:
+                async for document in documents:
+                    yield f"data: {json.dumps(document)}\n\n"
+                if last:
+                    yield f"data: {last}\n\n"
+            except Exception as error:
+                yield f"data: {json.dumps(body_of(as_refusal(error)))}\n\n"
+
+    return Streamed(written(), "text/event-stream")
+
+
+async def _after(first: T, others: AsyncIterator[T]) -> AsyncIterator[T]:
+    async with aclosing(others):  # type: ignore[type-var]  # it is a generator
+        yield first
+        async for each in others:
+            yield each

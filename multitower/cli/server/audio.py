@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +67,29 @@ def raw_of(modality: Modality, data: bytes, seconds: float) -> Any:
 
 
 def bytes_of(modality: Modality, raw: Any, form: str) -> bytes:
-    """Return what a modality decoded as a file, by its ``write_file``."""
+    """Return what a modality decoded as a file, by its ``write_file``, or as bare samples."""
+    if form == "pcm":
+        return b"".join(pcm_in_pieces(modality, [raw]))
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, f"sound.{'wav' if form == 'pcm' else form}")
+        path = Path(folder, f"sound.{form}")
         modality.write_file(raw, path)
-        if form != "pcm":
-            return path.read_bytes()
-        samples, rate = require("soundfile", "speech").read(path, dtype="float32")
-    whole = samples if rate == PCM_RATE else require("soxr", "speech").resample(samples, rate, PCM_RATE)
-    return bytes(np.clip(np.rint(whole * 32767), -32768, 32767).astype("<i2").tobytes())
+        return path.read_bytes()
+
+
+def pcm_in_pieces(modality: Modality, raws: Iterable[Any]) -> Iterator[bytes]:
+    """Yield what a modality decodes piece by piece as 16-bit samples, mono, at 24 kHz."""
+    resampler: Any = None
+    for raw in raws:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "sound.wav")
+            modality.write_file(raw, path)
+            samples, rate = require("soundfile", "speech").read(path, dtype="float32")
+        if resampler is None:
+            resampler = require("soxr", "speech").ResampleStream(rate, PCM_RATE, 1, dtype="float32")
+        yield _pcm(resampler.resample_chunk(samples))
+    if resampler is not None:
+        yield _pcm(resampler.resample_chunk(np.zeros(0, dtype=np.float32), last=True))
+
+
+def _pcm(samples: np.ndarray) -> bytes:
+    return bytes(np.clip(np.rint(samples * 32767), -32768, 32767).astype("<i2").tobytes())

@@ -14,7 +14,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from ...batch.collate import Segment
-from .answers import DONE, Answer, Events, answers, pieces
+from .answers import DONE, Answer, answers, events, pieces
 from .engine import Decoding
 from .errors import Refusal
 from .schemas import AudioPart, Chat
@@ -35,7 +35,7 @@ def chat(served: Served) -> APIRouter:
         given = await _given(served, body)
         reply = _Reply(served, body, given)
         if body.stream:
-            return await Events.begin(reply.chunks(wanted), DONE)
+            return await events(reply.chunks(wanted), DONE)
         return JSONResponse(await reply.whole(await answers(served, request, given, wanted)))
 
     return router

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import networkx as nx
@@ -19,7 +20,7 @@ from ...generate.session import Session
 from ...pipeline.codec import Codec
 from ...pipeline.pipeline import Pipeline
 from ...plugins.modality import Modality
-from .audio import bytes_of, raw_of
+from .audio import bytes_of, pcm_in_pieces, raw_of
 from .engine import Decoding, Engine, Event, Job, Piece
 from .errors import Refusal, as_refusal
 from .limits import Limits
@@ -130,6 +131,47 @@ class Served:
         return await self._in_thread(
             self.audio, lambda modality: bytes_of(modality, modality.decode(tokens), form)
         )
+
+    @property
+    def speaks_in_pieces(self) -> bool:
+        """Whether the modality of sound can be decoded while its tokens come."""
+        return type(self.pipe.modalities[self.audio]).decode_stream is not Modality.decode_stream
+
+    async def sound_in_pieces(self, given: Sequence[Segment], wanted: Decoding) -> AsyncIterator[bytes]:
+        """Yield what is said after a segment while it is decoded: 16-bit samples, mono, at 24 kHz."""
+        self.check_given(given)
+        loop, modality = asyncio.get_running_loop(), self.pipe.modalities[self.audio]
+        tokens, made = SimpleQueue[Tensor | None](), asyncio.Queue[bytes | Exception | None]()
+
+        def make() -> None:
+            end: Exception | None = None
+            try:
+                for part in pcm_in_pieces(modality, modality.decode_stream(iter(tokens.get, None))):
+                    loop.call_soon_threadsafe(made.put_nowait, part)
+            except Exception as error:
+                end = error
+            loop.call_soon_threadsafe(made.put_nowait, end)
+
+        async def feed() -> None:
+            try:
+                async with self.events(self.session([wanted]), given, [wanted]) as events:
+                    async for event in events:
+                        if isinstance(event, Piece):
+                            tokens.put(event.tokens)
+            finally:
+                tokens.put(None)
+
+        maker = asyncio.create_task(asyncio.to_thread(make))  # a thread of its own, as it waits for tokens
+        feeder = asyncio.create_task(feed())
+        try:
+            while (part := await made.get()) is not None:
+                if isinstance(part, Exception):
+                    raise part
+                yield part
+            await feeder
+        finally:
+            feeder.cancel()
+            await asyncio.wait([feeder, maker])
 
     def session(self, wanted: Sequence[Decoding]) -> Session:
         """Begin a session in which this can be decoded."""

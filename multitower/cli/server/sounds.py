@@ -9,7 +9,7 @@ from fastapi import APIRouter, Form, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
 from ...batch.collate import Segment
-from .answers import Events, answers, pieces
+from .answers import answers, events, pieces, streamed
 from .audio import TYPES
 from .engine import Decoding
 from .schemas import Speech, Transcription
@@ -29,7 +29,7 @@ def transcriptions(served: Served) -> APIRouter:
         given = [await served.sound(await form.file.read())]
         wanted = Decoding(served.offer.text, served.limits.tokens, form.temperature)
         if form.stream:
-            return await Events.begin(_pieces(served, given, wanted))
+            return await events(_pieces(served, given, wanted))
         (answer,) = await answers(served, request, given, [wanted])
         text = await served.decode(answer.tower, answer.tokens)
         if form.response_format == "text":
@@ -63,6 +63,8 @@ def speech(served: Served) -> APIRouter:
         served.check_model(body.model)
         given = [await served.text(body.input)]
         wanted = Decoding(served.audio, served.limits.tokens)
+        if body.response_format == "pcm" and served.speaks_in_pieces:
+            return await streamed(served.sound_in_pieces(given, wanted), TYPES["pcm"])
         (answer,) = await answers(served, request, given, [wanted])
         sound = await served.sound_file(answer.tokens, body.response_format)
         return Response(sound, media_type=TYPES[body.response_format])
