@@ -1,8 +1,8 @@
-"""Run what a table of ``docs/evidence.md`` still lacks, and write the tables and the curve anew.
+"""Run what a table still lacks, print all tables, and draw the curve beside the results.
 
     export PYTHONPATH=benchmarks/learning:examples
     python benchmarks/evidence/table.py pairs --data runs/evidence/words
-    python benchmarks/evidence/table.py pairs --data runs/evidence/words --no-runs      # the document alone
+    python benchmarks/evidence/table.py pairs --data runs/evidence/words --no-runs      # what is there by now
 
 The methods are the files in ``methods``: to compare another one, add a file. Runs go on where they were
 stopped, two at a time, a thread each, and each is a line of ``results.jsonl``.
@@ -23,13 +23,11 @@ from data import load_corpus
 from train import TASKS, read_results
 
 from judge import word_errors
-from report import HEADS, Run, by_length, cells, filled, group, rate, table
+from report import HEADS, Run, by_length, cells, group, rate, table
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 RESULTS = HERE / "results.jsonl"
-DOCUMENT = ROOT / "docs/evidence.md"
-PICTURE = ROOT / "docs/images/evidence.png"
 METHODS = ("zipper", "zipper-frozen", "expansion", "expansion-lora", "expansion-new")
 COLOURS = dict(zip(METHODS, ("#009e73", "#56b4e9", "#d55e00", "#cc79a7", "#999999"), strict=True))
 TABLES: dict[str, dict[str, Sequence[Any]]] = {
@@ -95,7 +93,7 @@ def draw(runs: Sequence[Run], file: Path) -> None:
 
 
 def main() -> None:
-    """Run and write what the command line says."""
+    """Run and print what the command line says."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -103,9 +101,10 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="a folder that words.py made")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--no-runs", action="store_true", help="only write what is there")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--no-runs", action="store_true", help="only print what is there")
     options = parser.parse_args()
-    runs = read_results(RESULTS)
+    runs = read_results(options.results)
     count = missing(options.name, runs, options.data.name, options.steps, options.seeds)
     if count and not options.no_runs:
         hours = count * options.steps * SECONDS_OF_A_STEP / 2 / 3600
@@ -114,20 +113,21 @@ def main() -> None:
         command = [
             sys.executable,
             str(ROOT / "benchmarks/learning/sweep.py"),
-            *("--data", str(options.data), "--results", str(RESULTS), "--steps", str(options.steps)),
+            *("--data", str(options.data), "--results", str(options.results), "--steps", str(options.steps)),
             *("--variants", *(str(HERE / "methods" / f"{each}.toml") for each in wanted["methods"])),
             *("--pairs", *map(str, wanted["pairs"]), "--seeds", *map(str, options.seeds)),
         ]
         subprocess.run(command, check=True)
-        runs = read_results(RESULTS)
+        runs = read_results(options.results)
     runs = [run for run in runs if run["data"] == options.data.name]
     tables = {
         "floor and ceiling": floor_and_ceiling(options.data),
         **{name: by_pairs(runs, name) for name in TABLES},
         "length": by_length(runs, list(METHODS), data=options.data.name),
     }
-    DOCUMENT.write_text(filled(DOCUMENT.read_text(), tables))
-    draw(runs, PICTURE)
+    for name, text in tables.items():
+        print(f"\n{name}\n\n{text}")
+    draw(runs, options.results.with_suffix(".png"))
 
 
 if __name__ == "__main__":

