@@ -16,21 +16,7 @@ FOLDERS = ("benchmarks/learning", "benchmarks/evidence", "examples", ".", "modal
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / folder) for folder in FOLDERS)}
 METHODS = ROOT / "benchmarks/evidence/methods"
 SMALL = "--pairs 8 --unpaired 6 --dev 2 --test 3 --units 16 --width 16 --depth 1 --pretraining 2"
-WORDS = [
-    "river",
-    "stone",
-    "green",
-    "light",
-    "quick",
-    "brown",
-    "house",
-    "table",
-    "water",
-    "seven",
-    "small",
-    "winter",
-    "road",
-]
+WORDS = ["river", "stone", "green", "light", "quick", "house", "table", "water", "road", "small", "winter"]
 
 
 def run(script: str, *options: object) -> str:
@@ -56,7 +42,8 @@ def wordnet(folder: Path) -> Path:
 
 def test_sentences_and_definitions_are_told_apart(tmp_path: Path) -> None:
     pytest.importorskip("librosa", reason="the bench needs the examples extra")
-    code = "import sys, json, pathlib, wordnet; print(json.dumps(wordnet.read_wordnet(pathlib.Path(sys.argv[1]))))"
+    reading = "wordnet.read_wordnet(pathlib.Path(sys.argv[1]))"
+    code = f"import json, pathlib, sys, wordnet; print(json.dumps({reading}))"
     command = [sys.executable, "-c", code, str(wordnet(tmp_path / "wordnet"))]
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
