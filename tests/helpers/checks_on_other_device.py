@@ -38,7 +38,7 @@ def ready_made() -> mt.FusedModel:
 
 
 UNMOVED = {"saved"}  # its check assigns values of the device to parameters of the CPU, one by one
-SLOW = {"causality", "decoding", "order", "packing", "padding", "prefill", "rows"}
+SLOW = {"causality", "decoding", "gradients", "losses", "order", "packing", "padding", "prefill", "rows"}
 """They run a model again and again; a step and decoding are looked at below, on one batch."""
 
 MODELS = pytest.mark.parametrize("make", [custom, ready_made])
