@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import transformers
+from score import KINDS, score
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 from tqdm import tqdm
@@ -138,6 +139,10 @@ def make_corpus(
             ]
         ),
     }
+    for name, said in heard.items():
+        counts = score([one.transcript for one in judged], said)
+        shares = {kind: round(100 * counts[kind] / sum(counts["words"]), 1) for kind in KINDS}
+        print(f"{name}: WER {counts['wer']} %, of a hundred words {shares}")
     corpus = {
         "dev": entries["pairs"][:dev],
         "test": entries["pairs"][dev:held_out],

@@ -32,7 +32,8 @@ def wordnet(folder: Path) -> Path:
     for number, part in enumerate(("noun", "verb", "adj", "adv")):
         lines = ["  1 This software and database"]
         for place in range(8):
-            words = [WORDS[(number * 8 + place + step * 3) % len(WORDS)] for step in range(4)]
+            line = number * 8 + place
+            words = [WORDS[(line + step * (1 + line // len(WORDS))) % len(WORDS)] for step in range(4)]
             lines.append(
                 f'0000 03 n 01 word 0 000 | a {words[0]} thing; "{" ".join(words)}"; "2 {words[1]}s"'
             )
