@@ -2,9 +2,9 @@
 
 python benchmarks/live.py runs/speech_text/fused runs/speech_text/audio/*-original.wav
 
-Each clip is heard in pieces, as fast as they are taken, under several policies. "Behind" is average lagging
-(arXiv 1810.08398) in seconds of sound that was heard, without the time that computing takes, which "computed"
-gives as a share of the clips' length.
+Each clip comes in pieces, as fast as they are processed, under several policies. "Delay" is average lagging
+(arXiv 1810.08398) in seconds of audio, without the computing time, which the last column gives as a share of
+the clips' duration.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def main() -> None:
     speech, options = pipe.modalities["speech"], {"do_sample": False, "max_new_tokens": 200}
     clips = [soundfile.read(file, dtype="float32", always_2d=True) for file in chosen.clips]
     wholes = [pipe([("speech", file)], "text", **options).split() for file in chosen.clips]
-    print("| pieces, s | policy | clips with the words of the whole | behind, s | computed |")
+    print("| pieces, s | policy | clips with the same words as offline | delay, s | computing / audio time |")
     print("|---:|---|---:|---:|---:|")
     for seconds in chosen.pieces:
         for policy in POLICIES:

@@ -231,7 +231,7 @@ def paper() -> str:
     parts += [(f"link {name}", cost) for name, cost in estimate.links.items()]
     parts += [("loss", estimate.loss), ("all", estimate.total)]
     first = table(
-        ["part", "parameters, 10^9", "trained, 10^9", "TFLOP a row", "saved a row, GB"],
+        ["part", "parameters, 10^9", "trained, 10^9", "TFLOP per row", "saved activations per row, GB"],
         [
             [
                 name,
@@ -243,7 +243,7 @@ def paper() -> str:
     )
     made = plans(sizes)
     second = table(
-        ["plan", "held, GB", "gathered, GB", "a row, GB", "rows that fit"],
+        ["plan", "held, GB", "gathered, GB", "per row, GB", "rows that fit"],
         [
             [
                 plan.name,
@@ -256,7 +256,15 @@ def paper() -> str:
     return "\n\n".join([first, second, table(HEAD, [timing(plan, sizes) for plan in made if plan.rows])])
 
 
-HEAD = ["plan", "received near, GB", "far, GB", "compute, s", "wire, s", "step, s", "rows a second, all GPUs"]
+HEAD = [
+    "plan",
+    "received within node, GB",
+    "between nodes, GB",
+    "compute, s",
+    "communication, s",
+    "step, s",
+    "rows per second, all GPUs",
+]
 
 
 def timing(plan: Plan, sizes: Sizes) -> list[str]:
