@@ -115,11 +115,10 @@ def training_batches(pairs: Sequence[Pair], variant: Variant, seed: int) -> Iter
         for source, target in TASKS.values()
     ]
     batches = in_turn(*supplies)
-    return (
-        trials.with_dropped_links(batches, variant.trials["drop"], seed)
-        if "drop" in variant.trials
-        else batches
-    )
+    if "drop" not in variant.trials:
+        return batches
+    learning = {name for name, kind in variant.train.items() if kind != "none"}
+    return trials.with_dropped_links(batches, variant.trials["drop"], seed, learning)
 
 
 def averaged(history: Sequence[dict[str, float]], every: int = 40) -> dict[str, list[float]]:

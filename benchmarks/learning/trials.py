@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -55,12 +55,12 @@ def start_warm(model: mt.FusedModel) -> None:
 
 
 def with_dropped_links(
-    batches: Iterator[list[list[mt.Segment]]], share: float, seed: int
+    batches: Iterator[list[list[mt.Segment]]], share: float, seed: int, learning: Collection[str]
 ) -> Iterator[list[list[mt.Segment]]]:
-    """Take from some batches all but what is to be predicted."""
+    """Take from some batches all but what is to be predicted, where its tower learns."""
     draw = random.Random(seed)
     for batch in batches:
-        alone = draw.random() < share
+        alone = draw.random() < share and batch[0][-1].tower in learning
         yield [[each for each in example if each.target] for example in batch] if alone else batch
 
 

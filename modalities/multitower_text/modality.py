@@ -21,6 +21,10 @@ from .special import known_ids, resolve, tokenizer_name, unreachable
 TOKENIZER = "tokenizer"
 
 
+TOKENIZER_FILES = ("*token*", "vocab*", "*.model")
+"""What the files of a tokenizer are called, one or the other."""
+
+
 class TextModality(Modality):
     r"""Text to the tokens of a text tower, and back.
 
@@ -306,6 +310,12 @@ def _load(source: str) -> Any:
         from transformers import AutoTokenizer
     except ImportError as error:
         raise ImportError(f"tokenizer {source!r} needs transformers: pip install multitower[text]") from error
+    folder = Path(source)
+    if folder.is_dir() and not any(any(folder.glob(form)) for form in TOKENIZER_FILES):
+        raise ValueError(
+            f"{source} has no tokenizer: name a folder that has one, or use plain bytes, TextModality() "
+            "or, in a recipe, 'modality: text'"
+        )
     return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
 
 

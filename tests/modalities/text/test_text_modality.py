@@ -2,6 +2,7 @@
 
 import builtins
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -229,3 +230,9 @@ def test_long_texts_are_neither_cut_nor_complained_about(caplog):
     raw = "two towers " * 1000
     assert text.decode(text.encode(raw)) == raw
     assert not caplog.records
+
+
+def test_a_decoder_without_a_tokenizer_says_what_to_use(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match=r"has no tokenizer: .* plain bytes, .*'modality: text'"):
+        TextModality(str(tmp_path))
