@@ -1,6 +1,6 @@
 """Run what a table still lacks, print all tables, and draw the curve beside the results.
 
-    export PYTHONPATH=benchmarks/learning:examples
+    export PYTHONPATH=benchmarks/learning:examples      # in this order, as each has a report.py
     python benchmarks/evidence/table.py pairs --data runs/evidence/words
     python benchmarks/evidence/table.py pairs --data runs/evidence/words --no-runs      # what is there by now
 
@@ -34,8 +34,6 @@ TABLES: dict[str, dict[str, Sequence[Any]]] = {
     "pairs": {"methods": METHODS, "pairs": (16_000, 4_800, 1_600, 480, 160)},
     "links": {"methods": ("zipper", "zipper-paper"), "pairs": (16_000,)},
 }
-SECONDS_OF_A_STEP = 1.5
-"""On one thread of an AMD EPYC, to tell beforehand how long a table takes."""
 
 
 def missing(name: str, runs: Sequence[Run], data: str, steps: int, seeds: Sequence[int]) -> int:
@@ -49,6 +47,14 @@ def missing(name: str, runs: Sequence[Run], data: str, steps: int, seeds: Sequen
         for pairs in wanted["pairs"]
         for seed in seeds
     )
+
+
+def foreseen(runs: Sequence[Run], steps: int) -> str:
+    """Return how long so many steps take on two cores, going by the runs that are there."""
+    if not runs:
+        return "; the bar tells how long they take after the first"
+    seconds = np.mean([run["seconds"] / run["steps"] for run in runs])
+    return f", about {steps * seconds / 2 / 3600:.1f} hours of two cores without decoding"
 
 
 def by_pairs(runs: Sequence[Run], name: str) -> str:
@@ -107,8 +113,7 @@ def main() -> None:
     runs = read_results(options.results)
     count = missing(options.name, runs, options.data.name, options.steps, options.seeds)
     if count and not options.no_runs:
-        hours = count * options.steps * SECONDS_OF_A_STEP / 2 / 3600
-        print(f"{count} runs, about {hours:.0f} hours of two cores", file=sys.stderr)
+        print(f"{count} runs{foreseen(runs, count * options.steps)}", file=sys.stderr)
         wanted = TABLES[options.name]
         command = [
             sys.executable,

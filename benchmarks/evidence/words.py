@@ -5,8 +5,8 @@
     python benchmarks/evidence/words.py runs/evidence/words --wordnet /usr/share/wordnet
 
 The sentences are WordNet's examples, read by hibari. The text decoder is pretrained on WordNet's definitions
-and on examples that are not held out; the speech decoder on other sentences, without their transcripts. It
-takes some two hours of one core; stopped, it goes on where it was. The folder has the form of
+and on examples that are not held out; the speech decoder on other sentences, without their transcripts.
+Stopped, it goes on where it was; with other options give another folder. The folder has the form of
 ``benchmarks/learning/data.py``, and ``benchmarks/learning/train.py`` trains on it.
 """
 

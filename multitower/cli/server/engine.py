@@ -236,13 +236,14 @@ class Engine:
         name = job.wanted[0].tower
         limit, tokens = self.model.tower(name).hard_limit, _tokens(job, name)
         job.begun, job.goes_on = False, not tokens or tokens[-1] in self._ends[name]
-        room: float = math.inf if limit is None else limit - len(tokens) - 1
+        taken = 0 if self.model.forgets(name) else len(tokens)
+        room: float = math.inf if limit is None else limit - taken - 1
         job.left = int(min(job.wanted[0].most, room))
         job.room = job.left if job.lasting or len(job.wanted) > 1 else room
         if job.left < 1:
             job.tell(
                 ValueError(
-                    f"tower {name!r} has positions for {limit} tokens, {len(tokens)} of which are taken: "
+                    f"tower {name!r} has positions for {limit} tokens, {taken} of which are taken: "
                     "nothing more can be decoded; send less"
                 )
             )

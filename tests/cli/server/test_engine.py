@@ -16,6 +16,7 @@ from models import causal_lm, pair
 from multitower.cli.server.engine import Decoding, Engine, Job, Piece
 from multitower.generate.session import Session
 from multitower.pipeline.codec import Codec
+from multitower.testing import tiny_tower
 
 OUTPUTS = ("speech", "text")
 
@@ -172,6 +173,23 @@ def test_a_tower_without_room_ends_the_answer() -> None:
         assert len(short.tokens()["text"]) <= 7
         (error,) = full.rest()
         assert "10 tokens, 10 of which are taken" in str(error)
+    finally:
+        engine.close()
+
+
+def test_a_tower_that_forgets_has_room_for_each_segment() -> None:
+    graph = mt.FusionGraph()
+    graph.add_tower("speech", tiny_tower(1))
+    graph.add_tower("text", tiny_tower(2), memory="segment")
+    graph.add_link("speech", "text", interleave=1)
+    model = graph.compile()
+    model.tower("text").hard_limit = 10
+    engine = Engine(Codec(model, {}), OUTPUTS, chunk=4)
+    try:
+        each = asked(model, 1, Decoding("text", 5))
+        each.job.given = [mt.Segment("text", [1, *[5] * 8, 2]), mt.Segment("speech", [1, 6, 2])]
+        engine.submit(each.job)
+        assert 2 <= len(each.tokens()["text"]) <= 6
     finally:
         engine.close()
 
