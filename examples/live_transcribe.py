@@ -24,7 +24,9 @@ import transformers
 
 import multitower as mt
 from multitower.base.extras import require
-from multitower.pipeline.live import Agreement, AtEnd, LivePolicy, WaitK
+from multitower.pipeline.live import Agreement, AtEnd, AtPauses, LivePolicy, WaitK
+
+POLICIES = ("agreement", "wait-k", "at-pauses", "at-end")
 
 
 class Clock:
@@ -78,6 +80,15 @@ def average_lagging(times: list[float], duration: float) -> float:
     return sum(when - place * duration / len(times) for place, when in enumerate(times)) / max(1, len(times))
 
 
+def policy_of(options: argparse.Namespace, speech: Any) -> LivePolicy:
+    if options.policy == "wait-k":
+        return WaitK(options.pieces, options.tokens)
+    if options.policy == "at-pauses":
+        second = speech.encode(np.zeros(speech.sample_rate, dtype=np.float32))[1:-1]
+        return AtPauses(frozenset(second.tolist()), round(options.pause * len(second)))
+    return AtEnd() if options.policy == "at-end" else Agreement()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -86,22 +97,19 @@ def main() -> None:
     parser.add_argument("--file", help="a sound file in place of the microphone")
     parser.add_argument("--chunk", type=float, default=0.4, help="seconds of sound in a piece")
     parser.add_argument("--speed", type=float, default=1.0, help="of a file; 0 does not wait for it")
-    parser.add_argument("--policy", choices=("agreement", "wait-k", "at-end"), default="agreement")
+    parser.add_argument("--policy", choices=POLICIES, default="agreement")
     parser.add_argument("--pieces", type=int, default=3, help="wait-k: pieces that are heard before a token")
     parser.add_argument("--tokens", type=float, default=1.0, help="wait-k: tokens for each further piece")
+    parser.add_argument("--pause", type=float, default=0.3, help="at-pauses: seconds of silence")
     parser.add_argument("--max-new-tokens", type=int, default=200, help="how long the text may grow")
     parser.add_argument("--json", action="store_true", help="print one line of JSON in the end")
     options = parser.parse_args()
-    policies: dict[str, LivePolicy] = {
-        "agreement": Agreement(),
-        "wait-k": WaitK(options.pieces, options.tokens),
-        "at-end": AtEnd(),
-    }
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
     pipe = mt.Pipeline.from_pretrained(options.folder)
     speech: Any = pipe.modalities["speech"]
+    policy = policy_of(options, speech)
     if options.file is None:
         rate, chunks = 16_000, from_microphone(16_000, options.chunk)
     else:
@@ -113,7 +121,7 @@ def main() -> None:
     clock, words, text = Clock(), list[float](), ""
     pieces = speech.encode_stream(clock.timed(chunks, rate), rate)
     session = pipe.session(outputs=["text"])
-    for new in session.listen("speech", pieces, "text", policies[options.policy], **limits):
+    for new in session.listen("speech", pieces, "text", policy, **limits):
         text += new
         words += [clock.now()] * (len(text.split()) - len(words))
         print(new, end="", flush=True)

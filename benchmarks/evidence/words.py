@@ -5,7 +5,9 @@
     python benchmarks/evidence/words.py runs/evidence/words --wordnet /usr/share/wordnet
 
 The sentences are WordNet's examples, read by hibari. The text decoder is pretrained on WordNet's definitions
-and on examples that are not held out; the speech decoder on other sentences, without their transcripts.
+and on examples that nobody reads; the speech decoder on other sentences, without their transcripts. Some
+definitions are held out, to tell what the text decoder still knows after training: their perplexity, and
+which of four words of one length ends them. With ``--asterisk`` human recordings are encoded, to test on.
 Stopped, it goes on where it was; with other options give another folder. The folder has the form of
 ``benchmarks/learning/data.py``, and ``benchmarks/learning/train.py`` trains on it.
 """
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +24,7 @@ from typing import Any
 
 import torch
 import transformers
+from asterisk import read_asterisk
 from data import CORPUS, JUDGED, encoded
 from tqdm import tqdm
 from wordnet import read_wordnet
@@ -28,10 +32,11 @@ from wordnet import read_wordnet
 from judge import Judge
 from multitower_speech import SpeechModality
 from multitower_text import TextModality
-from spoken_corpus import Utterance, speak
+from spoken_corpus import speak
 from training import pretrain_decoders
 
 FIT_ON, CHUNK = 400, 500
+KEPT = 500  # definitions that nobody trains on
 LONGEST_TEXT = 200  # tokens of a definition
 
 
@@ -48,7 +53,9 @@ def make_corpus(
     width: int,
     depth: int,
     pretraining: int,
+    workers: int,
     seed: int,
+    asterisk: Path | None,
 ) -> None:
     """Read WordNet, have it spoken, encode it, and pretrain both decoders."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -60,9 +67,13 @@ def make_corpus(
     text = TextModality()
     text.save_pretrained(folder / "text")
     speech = fitted(sentences[held_out:], folder / "speech", units=units, rate=rate, seed=seed)
-    entries = encode_in_chunks(sentences[:spoken], text, speech, folder / "encoded", seed)
+    entries = encode_in_chunks(
+        sentences[:spoken], text, speech, folder / "encoded", seed=seed, workers=workers
+    )
     heard = floor_and_ceiling(sentences[dev:held_out][:JUDGED], speech, folder / "heard.json", seed)
 
+    random.Random(seed).shuffle(definitions)
+    kept, definitions = definitions[:KEPT], definitions[KEPT:]
     unspoken = [text.encode(line)[:LONGEST_TEXT] for line in [*definitions, *sentences[spoken:]]]
     alone = [torch.tensor(entry["speech"]) for entry in entries[held_out + pairs :]]
     for name, modality, rows in (("text", text, unspoken), ("speech", speech, alone)):
@@ -84,8 +95,31 @@ def make_corpus(
         "train": entries[held_out : held_out + pairs],
         "unpaired": {"text": [], "speech": []},
         "heard": heard,
+        "human": [] if asterisk is None else encoded(read_asterisk(asterisk), text, speech),
+        "kept": {
+            "text": [text.encode(line)[:LONGEST_TEXT].tolist() for line in kept],
+            "speech": [entry["speech"] for entry in entries[:held_out]],
+        },
+        "cloze": [[text.encode(line).tolist() for line in four] for four in last_words(kept, seed)],
     }
     (folder / CORPUS).write_text(json.dumps(corpus))
+
+
+def last_words(definitions: Sequence[str], seed: int) -> list[list[str]]:
+    """Return four endings of each definition, its own first: its last word and three as long.
+
+    >>> last_words(["a wet dog", "a big cat", "a red sun", "a new hat"], seed=0)[0]
+    ['a wet dog', 'a wet hat', 'a wet cat', 'a wet sun']
+    """
+    draw = random.Random(seed)
+    split = [line.rpartition(" ") for line in definitions]
+    words = sorted({last for _, _, last in split})
+    found = []
+    for before, _, last in split:
+        others = [word for word in words if len(word) == len(last) and word != last]
+        if before and len(last) >= 3 and len(others) >= 3:
+            found.append([f"{before} {word}" for word in (last, *draw.sample(others, 3))])
+    return found
 
 
 def fitted(sentences: Sequence[str], folder: Path, *, units: int, rate: float, seed: int) -> SpeechModality:
@@ -99,22 +133,37 @@ def fitted(sentences: Sequence[str], folder: Path, *, units: int, rate: float, s
 
 
 def encode_in_chunks(
-    sentences: Sequence[str], text: TextModality, speech: SpeechModality, folder: Path, seed: int
+    sentences: Sequence[str],
+    text: TextModality,
+    speech: SpeechModality,
+    folder: Path,
+    *,
+    seed: int,
+    workers: int,
 ) -> list[dict[str, Any]]:
     """Speak and encode the sentences, a file for so many at a time; files that are there are read."""
     folder.mkdir(exist_ok=True)
-    entries: list[dict[str, Any]] = []
-    for start in tqdm(range(0, len(sentences), CHUNK), desc="speaking", unit=f"{CHUNK} clips"):
-        file = folder / f"{start:06d}.json"
-        if not file.exists():
-            said: list[Utterance] = speak(
-                sentences[start : start + CHUNK], seed=seed + start, workers=1, progress=False
-            )
-            half = file.with_suffix(".part")
-            half.write_text(json.dumps(encoded(said, text, speech, progress=False)))
-            half.rename(file)
-        entries += json.loads(file.read_text())
-    return entries
+    starts = range(0, len(sentences), CHUNK)
+    jobs = [
+        (sentences[start : start + CHUNK], text, speech, folder / f"{start:06d}.json", seed + start)
+        for start in starts
+    ]
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        done = pool.imap(_encode_chunk, jobs)
+        for _ in tqdm(done, desc="speaking", unit=f"{CHUNK} clips", total=len(jobs)):
+            pass
+    return [entry for job in jobs for entry in json.loads(job[3].read_text())]
+
+
+def _encode_chunk(job: tuple[Sequence[str], TextModality, SpeechModality, Path, int]) -> None:
+    sentences, text, speech, file, seed = job
+    if file.exists():
+        return
+    torch.set_num_threads(1)
+    said = speak(sentences, seed=seed, workers=1, progress=False)
+    half = file.with_suffix(".part")
+    half.write_text(json.dumps(encoded(said, text, speech, progress=False)))
+    half.rename(file)
 
 
 def floor_and_ceiling(
@@ -139,15 +188,17 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--wordnet", type=Path, required=True, help="the folder of data.noun and so on")
-    parser.add_argument("--pairs", type=int, default=16_000)
-    parser.add_argument("--unpaired", type=int, default=16_000, help="clips for the speech decoder alone")
+    parser.add_argument("--asterisk", type=Path, help="/, or where Debian's asterisk sounds are unpacked")
+    parser.add_argument("--pairs", type=int, default=12_000)
+    parser.add_argument("--unpaired", type=int, default=28_000, help="clips for the speech decoder alone")
     parser.add_argument("--dev", type=int, default=100, help="sentences to choose by")
     parser.add_argument("--test", type=int, default=200)
     parser.add_argument("--units", type=int, default=1024)
     parser.add_argument("--rate", type=float, default=25, help="units a second")
-    parser.add_argument("--width", type=int, default=192)
-    parser.add_argument("--depth", type=int, default=6)
-    parser.add_argument("--pretraining", type=int, default=2000, help="steps for each decoder")
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--depth", type=int, default=4)
+    parser.add_argument("--pretraining", type=int, default=3000, help="steps for each decoder")
+    parser.add_argument("--workers", type=int, default=2, help="processes that speak and encode")
     parser.add_argument("--seed", type=int, default=0)
     options = vars(parser.parse_args())
     transformers.logging.set_verbosity_error()

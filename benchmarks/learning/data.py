@@ -15,8 +15,8 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,11 @@ class Pair:
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """Modalities, folders of pretrained decoders, and phrases: to train on, to choose by, to test on."""
+    """Modalities, folders of pretrained decoders, and phrases: to train on, to choose by, to test on.
+
+    ``benchmarks/evidence/words.py`` adds human recordings, unpaired tokens that tell what each decoder still
+    knows, and texts with four endings of which the first is right.
+    """
 
     text: TextModality
     speech: SpeechModality
@@ -62,6 +66,9 @@ class Corpus:
     test: list[Pair]
     unpaired: dict[str, list[Tensor]]
     heard: dict[str, list[str]]
+    human: list[Pair] = field(default_factory=list)
+    kept: dict[str, list[Tensor]] = field(default_factory=dict)
+    cloze: list[list[Tensor]] = field(default_factory=list)
 
     def longest(self, name: str) -> int:
         """Return a generous limit for what is decoded."""
@@ -78,8 +85,11 @@ def load_corpus(folder: str | Path) -> Corpus:
         SpeechModality.from_pretrained(root / "speech"),
         {name: str(root / f"{name}-decoder") for name in ("text", "speech")},
         **splits,
-        unpaired={name: [torch.tensor(row) for row in rows] for name, rows in data["unpaired"].items()},
+        unpaired={name: _tensors(rows) for name, rows in data["unpaired"].items()},
         heard=data["heard"],
+        human=[_pair(entry) for entry in data.get("human", [])],
+        kept={name: _tensors(rows) for name, rows in data.get("kept", {}).items()},
+        cloze=[_tensors(rows) for rows in data.get("cloze", [])],
     )
 
 
@@ -166,6 +176,10 @@ def encoded(
             }
             for one in tqdm(utterances, desc="encoding", unit="clip", disable=not progress)
         ]
+
+
+def _tensors(rows: Iterable[list[int]]) -> list[Tensor]:
+    return [torch.tensor(row) for row in rows]
 
 
 def _pair(entry: dict[str, Any]) -> Pair:

@@ -13,7 +13,9 @@ from __future__ import annotations
 import argparse
 import fcntl
 import json
+import math
 import platform
+import resource
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -61,16 +63,23 @@ def run(
     held_out = getattr(corpus, split)
     found = {
         "seconds": round(seconds, 1),
+        "MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         "trained": sum(each.numel() for each in model.parameters() if each.requires_grad),
         "curve": averaged(done.history),
         "held-out loss": {task: held_out_loss(model, held_out, *ends) for task, ends in TASKS.items()},
         "text perplexity": text_perplexity(model, held_out),
     }
+    if corpus.kept:
+        found["kept"] = what_is_kept(model, corpus)
     if isinstance(model, mt.FusedModel):
         found["contributions"] = contributions(model, held_out)
     truth = [pair.transcript for pair in held_out]
     written = decoded(model, held_out, "speech", "text", corpus.longest("text"))
     found["asr"] = score(truth, [corpus.text.decode(each) for each in written])
+    if corpus.human:
+        written = decoded(model, corpus.human, "speech", "text", corpus.longest("text"))
+        said = [corpus.text.decode(each) for each in written]
+        found["human"] = score([pair.transcript for pair in corpus.human], said)
     options = trials.guidance(model, variant.trials["guidance"]) if "guidance" in variant.trials else {}
     spoken = decoded(model, held_out[:judged], "text", "speech", corpus.longest("speech"), **options)
     waveforms = [corpus.speech.decode(each) for each in spoken]
@@ -145,6 +154,32 @@ def text_perplexity(model: mt.FusedModel | mt.baseline.VocabularyExpansion, pair
     """Return the perplexity of held-out text alone, without anything else to read."""
     batch = mt.collate([[mt.Segment("text", pair.text, target=True)] for pair in pairs])
     return round(float(model(**batch).losses["text"].exp()), 3)
+
+
+@torch.no_grad()
+def what_is_kept(model: mt.FusedModel | mt.baseline.VocabularyExpansion, corpus: Corpus) -> dict[str, float]:
+    """Return what the model knows of each modality alone: perplexities per token, and per cent of the cloze.
+
+    An ending counts as found if its loss is the smallest of the four.
+    """
+    found = {}
+    for name, rows in corpus.kept.items():
+        losses = [_losses(model, name, rows[start : start + BATCH]) for start in range(0, len(rows), BATCH)]
+        total, count = (sum(values) for values in zip(*losses, strict=True))
+        found[f"{name} perplexity"] = math.exp(total / count)
+    right = 0
+    for endings in corpus.cloze:
+        losses = [_losses(model, "text", [ending]) for ending in endings]
+        right += min(losses) == losses[0]
+    found["cloze"] = 100 * right / max(1, len(corpus.cloze))
+    return found
+
+
+def _losses(model: nn.Module, name: str, rows: Sequence[Tensor]) -> tuple[float, int]:
+    """Return the loss of all tokens of some rows of one modality, and their number; the first is given."""
+    batch = mt.collate([[mt.Segment(name, row, target=True)] for row in rows])
+    count = sum(len(row) - 1 for row in rows)
+    return float(model(**batch).losses[name]) * count, count
 
 
 def contributions(model: mt.FusedModel, pairs: Sequence[Pair]) -> dict[str, float]:

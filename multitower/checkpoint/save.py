@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..base.logs import logger
-from ..compile.towers import shared_with
+from ..compile.modules import shared_with
 from ..errors import CheckpointError
 from ..plugins.modality import Modality
 from ..run.fusion import Fusion

@@ -15,7 +15,7 @@ from ..tower import Tower
 from ..tower.peft_tower import check_trained
 from ..tower.probe import evaluated
 from ..tower.weights import is_offloaded, quantisation_of
-from .towers import check_trained_alike
+from .modules import check_trained_alike
 
 
 def set_trained(

@@ -10,7 +10,7 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 
 from ..batch.collate import Example, Stream, collate
-from ..compile.towers import shared_with
+from ..compile.modules import shared_with
 from ..errors import ExportError
 from ..run import surgery
 from ..run.fusion import Fusion

@@ -10,8 +10,8 @@ from typing import Any
 
 from ..base.extras import require
 from ..checkpoint.towers import is_to_be_stored
+from ..compile.modules import shared_with
 from ..compile.schedule import Tap
-from ..compile.towers import shared_with
 from ..declare.mermaid import flowchart
 from ..plugins.entry_points import describe
 from ..plugins.modality import Modality

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from ..base.extras import require
 from ..batch.collate import Batch, Stream, check_streams
 from ..batch.places import moments, reach
-from ..compile.towers import load_towers
+from ..compile.modules import load_towers
 from ..declare.graph import FusionGraph
 from ..generate.tap_cache import TapCache
 from ..link.attention import SDPA, visibility

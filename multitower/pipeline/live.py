@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from ..batch.collate import Segment
@@ -17,11 +18,11 @@ from ..generate.session import Session
 class LivePolicy(Protocol):
     """Decides after every piece that was read what is written; see ``Agreement`` and ``WaitK``."""
 
-    def limit(self, read: int, written: int) -> int | None:
+    def limit(self, read: Sequence[Tensor], written: int) -> int | None:
         """Return how many more tokens to decode: 0 to read on, None for as many as there come.
 
         Args:
-            read: How many pieces have been read.
+            read: The pieces that have been read, int64 of shape (length,).
             written: How many tokens have been written.
         """
 
@@ -50,13 +51,23 @@ class Agreement:
         hold: How many tokens at the end of each answer are not relied on, as more speech may change them:
             about a word, where the model was never trained on speech that is cut off.
         ahead: How many tokens are decoded at most beyond those written, which bounds what a piece costs.
+
+    Raises:
+        ValueError: ``hold`` is not less than ``ahead``, so that nothing would ever be written.
     """
 
     hypotheses: int = 3
     hold: int = 6
     ahead: int = 16
 
-    def limit(self, read: int, written: int) -> int | None:
+    def __post_init__(self) -> None:
+        if self.hypotheses < 1 or not 0 <= self.hold < self.ahead:
+            raise ValueError(
+                f"{self} would write nothing before the end: hypotheses must be at least 1, and hold from 0 "
+                "to less than ahead"
+            )
+
+    def limit(self, read: Sequence[Tensor], written: int) -> int | None:
         """Decode so far ahead."""
         return self.ahead
 
@@ -75,7 +86,8 @@ class Agreement:
 class WaitK:
     """Read some pieces, then write so many tokens for each further one.
 
-    >>> [WaitK(2).limit(read, written=0) for read in (1, 2, 3)]
+    >>> piece = torch.tensor([5])
+    >>> [WaitK(2).limit([piece] * count, written=0) for count in (1, 2, 3)]
     [0, 1, 2]
 
     Source: Ma et al., "STACL: Simultaneous Translation with Implicit Anticipation and Controllable Latency
@@ -89,9 +101,36 @@ class WaitK:
     pieces: int
     tokens: float = 1.0
 
-    def limit(self, read: int, written: int) -> int | None:
+    def limit(self, read: Sequence[Tensor], written: int) -> int | None:
         """Return how many tokens are due."""
-        return max(0, int((read - self.pieces + 1) * self.tokens) - written)
+        return max(0, int((len(read) - self.pieces + 1) * self.tokens) - written)
+
+    def settled(self, hypotheses: Sequence[Sequence[int]]) -> int:
+        """Write all that was decoded."""
+        return len(hypotheses[-1])
+
+
+@dataclass(frozen=True)
+class AtPauses:
+    """Write whenever the speaker pauses: whenever the last tokens that were read are all silence.
+
+    >>> policy = AtPauses(frozenset({3}), tokens=2)
+    >>> pieces = [torch.tensor(each) for each in ([1, 7, 3], [3], [8, 3])]
+    >>> [policy.limit(pieces[:count], written=0) for count in (1, 2, 3)]
+    [0, None, 0]
+
+    Attributes:
+        silence: The tokens of silence, as a modality encodes it.
+        tokens: How many of them in a row are a pause.
+    """
+
+    silence: frozenset[int]
+    tokens: int = 10
+
+    def limit(self, read: Sequence[Tensor], written: int) -> int | None:
+        """Decode all that there is at a pause, and nothing elsewhere."""
+        last = torch.cat(list(read))[-self.tokens :].tolist()
+        return None if len(last) == self.tokens and self.silence.issuperset(last) else 0
 
     def settled(self, hypotheses: Sequence[Sequence[int]]) -> int:
         """Write all that was decoded."""
@@ -100,9 +139,9 @@ class WaitK:
 
 @dataclass(frozen=True)
 class AtEnd:
-    """Read all, then write: at a pause, say, where the caller lets the pieces end."""
+    """Read all, then write."""
 
-    def limit(self, read: int, written: int) -> int | None:
+    def limit(self, read: Sequence[Tensor], written: int) -> int | None:
         """Decode nothing."""
         return 0
 
@@ -142,8 +181,10 @@ def listen(
         assert isinstance(segment, Segment)
         return [*written, *map(int, segment.tokens[0 if written else 1 :])]
 
-    for read, piece in enumerate(pieces, 1):
+    read: list[Tensor] = []
+    for piece in pieces:
         session.append(Segment(source, piece))
+        read.append(piece)
         limit = policy.limit(read, len(written))
         if limit == 0:
             continue

@@ -122,7 +122,8 @@ class RawSession:
             pieces: Tokens, int64, each of shape (length,), as a modality's ``encode_stream`` gives them: the
                 begin token in the first, the end token in the last.
             output: The tower to decode, one whose raw data are text.
-            policy: When to read on and when to write: ``Agreement``, ``WaitK``, ``AtEnd``, or one of yours.
+            policy: When to read on and when to write: ``Agreement``, ``WaitK``, ``AtPauses``, ``AtEnd``, or
+                one of yours.
             options: Options of ``FusedModel.generate``.
 
         Yields:

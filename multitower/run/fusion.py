@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from ..batch.collate import EXAMPLES, Streams, check_streams
 from ..batch.places import run_begins
 from ..compile.freeze import parameter_groups, set_trained
-from ..compile.modules import make_adapters, make_links
+from ..compile.modules import load_towers, make_adapters, make_links
 from ..compile.schedule import Schedule, Tap, make_schedule
-from ..compile.towers import load_towers
 from ..declare.graph import FusionGraph
 from ..errors import GraphError
 from ..link.attention import FLEX, SDPA, Visibility

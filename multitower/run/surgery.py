@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from torch import nn
 
-from ..compile.towers import load_towers
+from ..compile.modules import load_towers
 from ..declare.graph import FusionGraph, redeclared
 from ..declare.spec import LinkSpec, TowerSpec
 from ..errors import GraphError, TowerError

@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..checkpoint.assign import check_names
-from ..compile.towers import load_towers
+from ..compile.modules import load_towers
 from ..declare.graph import FusionGraph, redeclared
 from ..errors import CheckpointError
 from ..run.fusion import Fusion

@@ -11,12 +11,19 @@ import multitower as mt
 from letters import Letters, Tune
 from models import BEGIN, END, causal_lm, pair, segment
 from multitower.generate.session import Session
-from multitower.pipeline.live import Agreement, AtEnd, LivePolicy, WaitK
+from multitower.pipeline.live import Agreement, AtEnd, AtPauses, LivePolicy, WaitK
 from sessions import counted
 
 SPEECH = torch.tensor([BEGIN, 5, 6, 7, 8, 9, 10, 4, 3, END])
 OPTIONS = {"max_new_tokens": 8, "do_sample": False, "repetition_penalty": 3.0}
-POLICIES = [Agreement(2, hold=0), Agreement(3, hold=1, ahead=4), WaitK(2), WaitK(1, 1.5), AtEnd()]
+POLICIES = [
+    Agreement(2, hold=0),
+    Agreement(3, hold=1, ahead=4),
+    WaitK(2),
+    WaitK(1, 1.5),
+    AtPauses(frozenset({7, 8}), 2),
+    AtEnd(),
+]
 
 
 def piped(kind: str) -> mt.Pipeline:
@@ -56,6 +63,23 @@ def test_after_each_piece_as_much_is_written_as_is_due() -> None:
     pieces = session.listen("speech", read, "text", WaitK(3), suppress_tokens=[BEGIN, END], **OPTIONS)
     written = [(len(next(pieces)), sum(len(each.tokens) for each in session.history[0])) for _ in range(4)]
     assert written == [(1, 3), (1, 4), (1, 5), (1, 6)]
+
+
+def test_at_a_pause_all_is_written_that_the_model_says_of_what_was_read() -> None:
+    pipe, policy = piped("llama"), AtPauses(frozenset({7, 8, 9}), tokens=2)
+    options = {**OPTIONS, "max_new_tokens": 3, "suppress_tokens": [BEGIN, END]}
+    session = pipe.session()
+    pieces = session.listen("speech", SPEECH.split(2), "text", policy, **options)
+    ((expected,),) = pipe.model.generate([[mt.Segment("speech", SPEECH[:6])]], ["text"], **options)
+    assert next(pieces) == pipe.modalities["text"].decode(expected.tokens)
+    read = torch.cat([each.tokens for each in session.history[0] if each.tower == "speech"])
+    assert torch.equal(read, SPEECH[:6])  # which ends in 8 and 9; 6 and 7 were no pause
+
+
+def test_a_policy_that_would_never_write_is_refused() -> None:
+    for hold in (-1, 4, 5):
+        with pytest.raises(ValueError, match="would write nothing before the end"):
+            Agreement(hold=hold, ahead=4)
 
 
 def test_a_first_token_is_what_was_decoded_of_what_was_read() -> None:

@@ -1,0 +1,174 @@
+"""Tables and the picture of the comparison on real words: ``docs/evidence.md``, ``docs/images/evidence.png``.
+
+    export PYTHONPATH=benchmarks/learning:examples      # in this order, as each has a report.py
+    python benchmarks/evidence/document.py --data runs/evidence/words
+
+The tables stand in the document between comments that name them, and are written anew; the prose is left
+alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from data import Corpus, load_corpus
+from train import TASKS, read_results, what_is_kept
+
+import multitower as mt
+from judge import word_errors
+from report import Run, filled, group, rate, table
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+RESULTS = HERE / "results.jsonl"
+DOCUMENT = ROOT / "docs/evidence.md"
+IMAGES = ROOT / "docs/images"
+COLOURS = {
+    "zipper": "#009e73",
+    "zipper-frozen": "#56b4e9",
+    "expansion": "#d55e00",
+    "expansion-lora": "#cc79a7",
+    "expansion-new": "#999999",
+}
+LENGTHS = (1, 20, 40, 60, 150)  # characters
+
+
+def tables(runs: Sequence[Run], corpus: Corpus) -> dict[str, str]:
+    """Return each table of the document by its name."""
+    full = [run for run in runs if run["pairs"] == len(corpus.train)]
+    return {
+        "floor and ceiling": floor_and_ceiling(corpus),
+        "pairs": by_pairs([run for run in runs if run["variant"] in COLOURS]),
+        "links": by_pairs(
+            [run for run in full if run["variant"] not in COLOURS or run["variant"] == "zipper"]
+        ),
+        "kept": kept(full, corpus),
+        "length": by_length(full, corpus),
+    }
+
+
+def by_method(runs: Iterable[Run]) -> list[tuple[str, int, int, list[Run]]]:
+    """Return method, pairs, steps and seeds of each row, in the order of the legend, most pairs first."""
+    order = list(COLOURS)
+    found = [(key[4], key[1], key[3], seeds) for key, seeds in group(runs).items() if key[2] == "test"]
+    place = {name: number for number, name in enumerate(order)}
+    return sorted(found, key=lambda row: (place.get(row[0], len(order)), row[0], -row[1], row[2]))
+
+
+def by_pairs(runs: Iterable[Run]) -> str:
+    """Return the errors of each method at each number of pairs."""
+    rows = []
+    for method, pairs, steps, seeds in by_method(runs):
+        rates = ["{:.1f} ({:.1f} to {:.1f})".format(*rate(seeds, task)) for task in TASKS]
+        seconds = np.mean([run["seconds"] for run in seeds])
+        memory = np.mean([run["MiB"] for run in seeds])
+        trained = f"{seeds[0]['trained'] / 1e6:.2f}"
+        rows.append(
+            [
+                method,
+                str(pairs),
+                *rates,
+                str(steps),
+                f"{seconds:.0f}",
+                f"{memory:.0f}",
+                trained,
+                str(len(seeds)),
+            ]
+        )
+    heads = ["", "pairs", "ASR WER %", "TTS WER %", "steps", "s", "MiB", "M trained", "seeds"]
+    return table(heads, rows)
+
+
+def kept(runs: Iterable[Run], corpus: Corpus) -> str:
+    """Return what each method still knows of one modality, beside what the decoders knew before."""
+    before = what_is_kept(unlinked(corpus), corpus)
+    rows = [["before training", *(f"{value:.4f}" for value in before.values()), ""]]
+    for method, _, _, seeds in by_method(runs):
+        means = [np.mean([run["kept"][name] for run in seeds]) for name in before]
+        rows.append([method, *(f"{value:.4f}" for value in means), str(len(seeds))])
+    return table(["", *before, "seeds"], rows)
+
+
+def unlinked(corpus: Corpus) -> mt.FusedModel:
+    """Return the two decoders as they were, side by side."""
+    graph = mt.FusionGraph()
+    for name, folder in corpus.decoders.items():
+        graph.add_tower(name, folder)
+    return graph.compile()
+
+
+def floor_and_ceiling(corpus: Corpus) -> str:
+    """Return what the judge makes of the original audio, and of audio made from the true units."""
+    rows = [
+        [name, str(word_errors([pair.transcript for pair in corpus.test[: len(heard)]], heard))]
+        for name, heard in corpus.heard.items()
+    ]
+    return table(["", "WER %"], rows)
+
+
+def by_length(runs: Iterable[Run], corpus: Corpus) -> str:
+    """Return errors by the length of a transcript in characters, and on human recordings."""
+    rows = []
+    for method, _, _, seeds in by_method(runs):
+        for task in TASKS:
+            words, errors = (np.concatenate([run[task][key] for run in seeds]) for key in ("words", "errors"))
+            count = len(words) // len(seeds)
+            sizes = np.tile([len(pair.transcript) for pair in corpus.test[:count]], len(seeds))
+            chosen = [(sizes > low) & (sizes <= high) for low, high in pairwise(LENGTHS)]
+            rates = [
+                f"{100 * errors[each].sum() / words[each].sum():.1f}" if each.any() else "" for each in chosen
+            ]
+            human = "{:.1f} ({:.1f} to {:.1f})".format(*rate(seeds, "human")) if task == "asr" else ""
+            rows.append([f"{method}, {task.upper()}", *rates, human])
+    spans = [f"to {high} characters" for high in LENGTHS[1:]]
+    return table(["", *spans, "human recordings"], rows)
+
+
+def draw(runs: Iterable[Run], file: Path) -> None:
+    """Draw errors against the number of pairs."""
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
+    found = by_method(runs)
+    for panel, task in zip(panels, TASKS, strict=True):
+        for method, colour in COLOURS.items():
+            points = sorted((pairs, *rate(seeds, task)) for name, pairs, _, seeds in found if name == method)
+            if points:
+                places, rates, low, high = np.array(points).T
+                panel.plot(places, rates, "o-", color=colour, label=method)
+                panel.fill_between(places, low, high, color=colour, alpha=0.2)
+        panel.set(xscale="log", xlabel="pairs", title=task.upper(), ylim=(0, 120))
+    panels[0].set_ylabel("WER %")
+    panels[0].legend(frameon=False)
+    figure.savefig(file, dpi=130)
+
+
+def results_on(data: Path, file: Path) -> list[dict[str, Any]]:
+    """Return the results of runs on one corpus."""
+    return [run for run in read_results(file) if run["data"] == data.name]
+
+
+def write(document: Path, found: Mapping[str, str]) -> None:
+    """Put the tables into a document."""
+    document.write_text(filled(document.read_text(), found))
+
+
+def main() -> None:
+    """Write the tables into the document, and draw the picture."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True, help="a folder that words.py made")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    runs = results_on(options.data, options.results)
+    write(DOCUMENT, tables(runs, load_corpus(options.data)))
+    draw(runs, IMAGES / "evidence.png")
+
+
+if __name__ == "__main__":
+    main()
