@@ -16,7 +16,7 @@ for needed in ("accelerate", "datasets", "peft", "tokenizers", "transformers"):
     pytest.importorskip(needed, reason="the pages fuse and train decoders of transformers")
 
 QUICK = ("index.md", "concepts.md", "own_decoder.md", "troubleshooting.md", "tutorials/reuse.md")
-RUN = (*QUICK, "start.md", "tutorials/two_models.md", "raw_data.md")
+RUN = (*QUICK, "start.md", "tutorials/two_models.md", "tutorials/recordings.md", "raw_data.md")
 ELSEWHERE = ("conversations.md", "own_modality.md", "training.md")
 """Pages that other tests run."""
 FRAGMENTS = ("estimate.md", "hub_and_export.md", "kept_states.md", "serving.md", "speech.md")
@@ -101,22 +101,63 @@ def test_two_models_learn() -> None:
     assert run("tutorials/two_models.md")["measured"]["eval_right"] > 0.9
 
 
-def test_raw_data_go_in_and_come_out() -> None:
-    np = pytest.importorskip("numpy")
-    soundfile = pytest.importorskip("soundfile", reason="the page speaks, which needs the speech extra")
-    pytest.importorskip("librosa", reason="the page speaks, which needs the speech extra")
+def write_tokenizer(folder: str) -> None:
     import tokenizers
     import transformers
-
-    import multitower as mt
 
     vocabulary = {"<s>": 0, "</s>": 1, "<unk>": 2, "four": 3, "two": 4, "nine": 5}
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    transformers.PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(
-        "path/to/text-decoder"
-    )
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
+
+
+@pytest.mark.filterwarnings(NOT_ON_CPU)
+@pytest.mark.filterwarnings("ignore:.*vectors are few")
+def test_recordings_become_a_model_that_speaks() -> None:
+    np = pytest.importorskip("numpy")
+    soundfile = pytest.importorskip("soundfile", reason="the page speaks, which needs the speech extra")
+    for needed in ("librosa", "typer", "yaml"):
+        pytest.importorskip(needed, reason="the page speaks and trains by the command line")
+    from multitower.cli import main
+
+    Path("recordings").mkdir()
+    lines = ["file_name,transcription"]
+    for number in range(6):
+        sound = np.random.default_rng(number).normal(scale=0.1, size=8000)
+        soundfile.write(f"recordings/{number}.wav", sound, 16_000)
+        lines.append(f"{number}.wav,four two")
+    Path("recordings/metadata.csv").write_text("\n".join(lines))
+    causal_lm("llama", vocab_size=80, depth=4).save_pretrained("path/to/text-decoder")
+    write_tokenizer("path/to/text-decoder")
+    quick = {
+        "units=512, rate=25": "units=16, rate=25, refine_steps=0",
+        "max_steps=300": "max_steps=2",
+        "max_steps: 800": "max_steps: 2, use_cpu: true",
+        "train_batch_size: 32": "train_batch_size: 2",
+        "held_out: 50": "held_out: 2",
+        "eval_steps: 200": "eval_steps: 1",
+    }
+    page, names = "tutorials/recordings.md", dict[str, Any]()
+    for block in blocks(DOCS / page):
+        if block.kind == "python":
+            execute(page, block, names, quick)
+        elif block.kind == "yaml":
+            recipe = block.code
+            for before, after in quick.items():
+                recipe = recipe.replace(before, after)
+            Path("recipe.yaml").write_text(recipe)
+            assert main(["train", "recipe.yaml"]) == 0
+    assert Path("units.wav").stat().st_size > 0 < Path("said.wav").stat().st_size
+
+
+def test_raw_data_go_in_and_come_out() -> None:
+    np = pytest.importorskip("numpy")
+    soundfile = pytest.importorskip("soundfile", reason="the page speaks, which needs the speech extra")
+    pytest.importorskip("librosa", reason="the page speaks, which needs the speech extra")
+    import multitower as mt
+
+    write_tokenizer("path/to/text-decoder")
     graph = mt.FusionGraph()
     for tower in ("speech", "text"):
         graph.add_tower(tower, causal_lm("llama", vocab_size=80))
