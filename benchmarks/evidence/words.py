@@ -36,6 +36,9 @@ from spoken_corpus import speak
 from training import pretrain_decoders
 
 FIT_ON, CHUNK = 400, 500
+OTHER = "other-text"
+"""A second decoder of the same text, to which a trained link is moved; see ``reuse.py``."""
+
 KEPT = 500  # definitions that nobody trains on
 LONGEST_TEXT = 200  # tokens of a definition
 
@@ -76,9 +79,14 @@ def make_corpus(
     kept, definitions = definitions[:KEPT], definitions[KEPT:]
     unspoken = [text.encode(line)[:LONGEST_TEXT] for line in [*definitions, *sentences[spoken:]]]
     alone = [torch.tensor(entry["speech"]) for entry in entries[held_out + pairs :]]
-    for name, modality, rows in (("text", text, unspoken), ("speech", speech, alone)):
+    jobs = [
+        ("text", text, unspoken, seed),
+        ("speech", speech, alone, seed),
+        (OTHER, text, unspoken, seed + 1),
+    ]
+    for name, modality, rows, own_seed in jobs:
         if not (folder / f"{name}-decoder" / "config.json").exists():
-            torch.manual_seed(seed)
+            torch.manual_seed(own_seed)
             pretrain_decoders(
                 {name: (modality, rows)},
                 pretraining,
@@ -86,7 +94,7 @@ def make_corpus(
                 width=width,
                 depth=depth,
                 batch=32,
-                seed=seed,
+                seed=own_seed,
                 device="cpu",
             )
     corpus = {
@@ -197,7 +205,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=25, help="units a second")
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--depth", type=int, default=4)
-    parser.add_argument("--pretraining", type=int, default=3000, help="steps for each decoder")
+    parser.add_argument("--pretraining", type=int, default=2000, help="steps for each decoder")
     parser.add_argument("--workers", type=int, default=2, help="processes that speak and encode")
     parser.add_argument("--seed", type=int, default=0)
     options = vars(parser.parse_args())

@@ -81,24 +81,28 @@ def test_growth(tmp_path: Path) -> None:
         assert all(one["median"] > 0 for series in each["ms"].values() for one in series)
 
 
+@pytest.mark.slow
 def test_decode(ran: Path) -> None:
     (found,) = results(ran / "decode")
     assert set(found["ms"]) == {"fused", "native", "links", "alternating"}
     assert found["cache_bytes"] == 2 * 20 * (3 * 2 * 128 * 4 + 8 + 1)  # keys and values of 3 taps, time, mask
 
 
+@pytest.mark.slow
 def test_train_step(ran: Path) -> None:
     assert [(each["kind"], each["train"]) for each in results(ran / "train_step")] == [
         (kind, f"train={train}") for train in ("none", "all") for kind in ("step", "forward")
     ]
 
 
+@pytest.mark.slow
 def test_conversation(ran: Path) -> None:
     found = results(ran / "conversation")
     assert [each["turn"] for each in found] == [1, 2]
     assert (ran / "conversation" / "turns.png").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_serve(ran: Path) -> None:
     *found, memory = results(ran / "serve")
     assert [each["clients"] for each in found] == [1, 3]
@@ -108,6 +112,7 @@ def test_serve(ran: Path) -> None:
     assert memory["memory"]["mib"]
 
 
+@pytest.mark.slow
 def test_saved_bytes(ran: Path) -> None:
     found = results(ran / "saved_bytes")
     assert [each["ratio"] for each in found if "ratio" in each] == pytest.approx([1, 1, 1], abs=0.02)
@@ -115,6 +120,7 @@ def test_saved_bytes(ran: Path) -> None:
     assert counted == sorted(counted, reverse=True)
 
 
+@pytest.mark.slow
 def test_packed(ran: Path) -> None:
     assert [each["real"] for each in results(ran / "packed")] == [0.75, 1]
 

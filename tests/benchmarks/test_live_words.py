@@ -14,6 +14,7 @@ for needed in ("soundfile", "librosa", "tqdm"):
     pytest.importorskip(needed, reason="the bench reads and encodes speech")
 
 
+@pytest.mark.slow
 def test_every_policy_has_its_row(parts: Path, fused: Path) -> None:
     clips = [str(parts / "clips" / f"{number}.wav") for number in range(2)]
     command = [sys.executable, str(ROOT / "benchmarks/live.py"), str(fused), *clips, "--pieces", "0.1"]

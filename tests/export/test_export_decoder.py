@@ -103,6 +103,7 @@ def test_the_programs_decode_without_this_library(tmp_path: Path, family: str) -
         assert not [content for content in contents if content[:2] in (b"PK", b"\x80\x02")]
 
 
+@pytest.mark.slow
 def test_prompts_and_windows_are_those_of_the_model() -> None:
     mistral = causal_lm("mistral", config={"sliding_window": 3})
     model = pair(mistral, gates=True, position="rotary")
@@ -187,6 +188,7 @@ def test_lengths_without_positions_are_refused() -> None:
         export_decoder(model, "txt", max_length=8)
 
 
+@pytest.mark.slow
 def test_programs_that_differ_from_the_model_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def without_window(*args: Any) -> Any:
         *between, _, dtype = args

@@ -115,6 +115,7 @@ def test_a_tower_that_reads_nothing_is_exported_alone() -> None:
     assert torch.equal(run(streams), model(streams).logits["text"])
 
 
+@pytest.mark.slow
 def test_adapters_dtype_and_mode_are_kept() -> None:
     graph = mt.FusionGraph()
     graph.add_tower("speech", tiny_tower(1).bfloat16())

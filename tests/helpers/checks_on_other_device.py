@@ -38,8 +38,8 @@ def ready_made() -> mt.FusedModel:
 
 
 UNMOVED = {"saved"}  # its check assigns values of the device to parameters of the CPU, one by one
-SLOW = {"causality", "decoding", "gradients", "losses", "order", "packing", "padding", "prefill", "rows"}
-"""They run a model again and again; a step and decoding are looked at below, on one batch."""
+QUICK = {"definition", "identity", "schedule", "sight", "unimodal"}
+"""The others run a model again and again; a step and decoding are looked at below, on one batch."""
 
 MODELS = pytest.mark.parametrize("make", [custom, ready_made])
 
@@ -82,7 +82,7 @@ def test_a_look_at_values_is_a_wait(device: OtherDevice, look: Callable[[torch.T
 @pytest.mark.parametrize(
     "promise",
     [
-        pytest.param(promise, marks=pytest.mark.slow if promise in SLOW else ())
+        pytest.param(promise, marks=() if promise in QUICK else pytest.mark.slow)
         for promise in sorted(MODEL_PROMISES.keys() - UNMOVED)
     ],
 )
@@ -109,7 +109,9 @@ def test_a_step_is_that_of_the_cpu(
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("places", ["other:0", {"speech": "other:0", "text": "cpu"}])
+@pytest.mark.parametrize(
+    "places", [pytest.param("other:0", marks=pytest.mark.slow), {"speech": "other:0", "text": "cpu"}]
+)
 def test_a_checkpoint_is_loaded_onto_devices(
     device: OtherDevice, tmp_path: Path, places: str | dict[str, str]
 ) -> None:
@@ -188,7 +190,7 @@ def test_decoding_waits_for_nothing_until_its_end(
     assert few == many == len(EXAMPLES[:2])
 
 
-@MODELS
+@pytest.mark.parametrize("make", [custom, pytest.param(ready_made, marks=pytest.mark.slow)])
 def test_towers_side_by_side_wait_once_a_token_to_see_whether_all_rows_have_ended(
     device: OtherDevice, make: Callable[[], mt.FusedModel]
 ) -> None:

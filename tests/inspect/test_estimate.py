@@ -95,7 +95,8 @@ def test_towers_from_transformers(family, train):
     check(pair(text, speech, train=train, gates=True).train(), mt.collate(EXAMPLES))
 
 
-@pytest.mark.parametrize("family", [pytest.param("gpt2", marks=pytest.mark.slow), "gemma3_text"])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gpt2", "gemma3_text"])
 def test_a_folder_is_estimated_by_its_config_alone(family, tmp_path):
     causal_lm(family).save_pretrained(tmp_path)
     graph = FusionGraph()

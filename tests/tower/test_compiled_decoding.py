@@ -69,7 +69,7 @@ def nothing_is_compiled_before_and_something_after() -> Iterator[None]:
     ("rows", "options", "link"),
     [
         (1, {}, {}),
-        (3, {}, {"position": "rotary"}),
+        pytest.param(3, {}, {"position": "rotary"}, marks=pytest.mark.slow),
         pytest.param(1, {}, {"window": 4}, marks=pytest.mark.slow),
         pytest.param(
             2,
@@ -105,6 +105,7 @@ def test_what_was_compiled_for_one_number_of_rows_serves_any_later() -> None:
         assert found == eagerly(model, examples, max_new_tokens=6)
 
 
+@pytest.mark.slow
 def test_what_else_is_decoded_makes_no_difference_to_what_is_compiled() -> None:
     model = fusion()
     for seed in range(2):
@@ -136,6 +137,7 @@ def test_a_compiled_prefill_in_chunks_reads_its_own_source() -> None:
         assert decode(model, examples, **every) == eagerly(model, examples, max_new_tokens=4)
 
 
+@pytest.mark.slow
 def test_a_call_within_a_call_reads_its_own_source() -> None:
     model = fusion()
     inner: list[Any] = []

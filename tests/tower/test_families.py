@@ -83,6 +83,7 @@ def segment(tower: str, length: int, *, target: bool = False) -> mt.Segment:
 # torch says so of its own parts while it compiles.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("family", COMPILED)
+@pytest.mark.slow
 def test_a_step_of_training_compiles_once_for_all_lengths_and_numbers_of_rows(family: str) -> None:
     torch._dynamo.reset()
     model, graphs = fused(family), CompileCounter()

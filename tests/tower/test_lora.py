@@ -87,6 +87,7 @@ def test_a_deep_copy_stands_alone() -> None:
     assert twin.unimodal("text") is not model.unimodal("text")
 
 
+@pytest.mark.slow
 def test_compiled_as_one_graph() -> None:
     torch._dynamo.reset()
     model = fused(causal_lm("llama"))

@@ -64,6 +64,7 @@ def test_forward_and_generate_take_the_new_module(replace: Callable[[nn.Module],
     assert not torch.equal(logits(model)["text"], before)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_takes_the_new_module() -> None:
     torch._dynamo.reset()
     model, batch = pair(causal_lm("llama"), gates=True), mt.collate(EXAMPLES)

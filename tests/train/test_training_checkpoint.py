@@ -291,6 +291,7 @@ def test_plain_towers_are_given_anew(tmp_path: Path) -> None:
     assert_same(model, mt.FusedModel.from_training(tmp_path / "run", towers=made))
 
 
+@pytest.mark.slow
 def test_where_one_process_cannot_save_all_fail_at_once(tmp_path: Path) -> None:
     together(failing_training.__file__, 2, tmp_path)
 
