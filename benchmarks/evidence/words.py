@@ -77,6 +77,20 @@ def make_corpus(
 
     random.Random(seed).shuffle(definitions)
     kept, definitions = definitions[:KEPT], definitions[KEPT:]
+    corpus = {
+        "dev": entries[:dev],
+        "test": entries[dev:held_out],
+        "train": entries[held_out : held_out + pairs],
+        "unpaired": {"text": [], "speech": []},
+        "heard": heard,
+        "human": [] if asterisk is None else encoded(read_asterisk(asterisk), text, speech),
+        "kept": {
+            "text": [text.encode(line)[:LONGEST_TEXT].tolist() for line in kept],
+            "speech": [entry["speech"] for entry in entries[:held_out]],
+        },
+        "cloze": [[text.encode(line).tolist() for line in four] for four in last_words(kept, seed)],
+    }
+    (folder / CORPUS).write_text(json.dumps(corpus))
     unspoken = [text.encode(line)[:LONGEST_TEXT] for line in [*definitions, *sentences[spoken:]]]
     alone = [torch.tensor(entry["speech"]) for entry in entries[held_out + pairs :]]
     jobs = [
@@ -97,20 +111,6 @@ def make_corpus(
                 seed=own_seed,
                 device="cpu",
             )
-    corpus = {
-        "dev": entries[:dev],
-        "test": entries[dev:held_out],
-        "train": entries[held_out : held_out + pairs],
-        "unpaired": {"text": [], "speech": []},
-        "heard": heard,
-        "human": [] if asterisk is None else encoded(read_asterisk(asterisk), text, speech),
-        "kept": {
-            "text": [text.encode(line)[:LONGEST_TEXT].tolist() for line in kept],
-            "speech": [entry["speech"] for entry in entries[:held_out]],
-        },
-        "cloze": [[text.encode(line).tolist() for line in four] for four in last_words(kept, seed)],
-    }
-    (folder / CORPUS).write_text(json.dumps(corpus))
 
 
 def last_words(definitions: Sequence[str], seed: int) -> list[list[str]]:

@@ -39,33 +39,49 @@ TASKS = {"asr": ("speech", "text"), "tts": ("text", "speech")}
 DECODED = 50
 
 
+Model = mt.FusedModel | mt.baseline.VocabularyExpansion
+
+
 def run(
     corpus: Corpus, variant: Variant, *, steps: int, seed: int, pairs: int | None, split: str, judged: int
-) -> Any:
+) -> dict[str, Any]:
     """Train and score one variant; return what is found."""
     trials.change_library(variant.trials, corpus)
     torch.manual_seed(seed)
     model = make_model(corpus, variant)
-    data = corpus.train[:pairs]
+    found = teach(model, corpus, variant, steps=steps, seed=seed, pairs=pairs)
+    options = trials.guidance(model, variant.trials["guidance"]) if "guidance" in variant.trials else {}
+    return found | scored(model, corpus, split, judged, **options)
+
+
+def teach(
+    model: Model, corpus: Corpus, variant: Variant, *, steps: int, seed: int, pairs: int | None
+) -> dict[str, Any]:
+    """Train a model on the first pairs; return what that took, and the losses on the way."""
     groups = (
         model.parameter_groups(variant.lr, **variant.rates)
         if isinstance(model, mt.FusedModel)
         else [{"params": [each for each in model.parameters() if each.requires_grad], "lr": variant.lr}]
     )
-    trained = model
+    trained: nn.Module = model
     if "alignment" in variant.trials:
         trained = trials.Aligned(model, variant.trials["alignment"], steps)
-    batches = training_batches(data, variant, seed)
+    batches = training_batches(corpus.train[:pairs], variant, seed)
     collate = noisy({"speech": variant.noise, "text": variant.text_noise}, seed, variant.sources)
     began = time.process_time()
     done = train(trained, batches, groups, steps, title=str(steps), collate=collate)
-    seconds = time.process_time() - began
-    held_out = getattr(corpus, split)
-    found = {
-        "seconds": round(seconds, 1),
+    return {
+        "seconds": round(time.process_time() - began, 1),
         "MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         "trained": sum(each.numel() for each in model.parameters() if each.requires_grad),
         "curve": averaged(done.history),
+    }
+
+
+def scored(model: Model, corpus: Corpus, split: str, judged: int, **options: Any) -> dict[str, Any]:
+    """Return what a model gets wrong of held-out pairs; the options are of synthesis."""
+    held_out = getattr(corpus, split)
+    found: dict[str, Any] = {
         "held-out loss": {task: held_out_loss(model, held_out, *ends) for task, ends in TASKS.items()},
         "text perplexity": text_perplexity(model, held_out),
     }
@@ -80,14 +96,13 @@ def run(
         written = decoded(model, corpus.human, "speech", "text", corpus.longest("text"))
         said = [corpus.text.decode(each) for each in written]
         found["human"] = score([pair.transcript for pair in corpus.human], said)
-    options = trials.guidance(model, variant.trials["guidance"]) if "guidance" in variant.trials else {}
     spoken = decoded(model, held_out[:judged], "text", "speech", corpus.longest("speech"), **options)
     waveforms = [corpus.speech.decode(each) for each in spoken]
     found["tts"] = score(truth[:judged], Judge(workers=1).transcribe(waveforms, progress=False))
     return found
 
 
-def make_model(corpus: Corpus, variant: Variant) -> mt.FusedModel | mt.baseline.VocabularyExpansion:
+def make_model(corpus: Corpus, variant: Variant) -> Model:
     """Join the decoders as a variant says."""
     method, _, what = variant.method.partition(" ")
     if method == "expansion":
@@ -150,14 +165,14 @@ def held_out_loss(model: nn.Module, pairs: Sequence[Pair], source: str, target: 
 
 
 @torch.no_grad()
-def text_perplexity(model: mt.FusedModel | mt.baseline.VocabularyExpansion, pairs: Sequence[Pair]) -> float:
+def text_perplexity(model: Model, pairs: Sequence[Pair]) -> float:
     """Return the perplexity of held-out text alone, without anything else to read."""
     batch = mt.collate([[mt.Segment("text", pair.text, target=True)] for pair in pairs])
     return round(float(model(**batch).losses["text"].exp()), 3)
 
 
 @torch.no_grad()
-def what_is_kept(model: mt.FusedModel | mt.baseline.VocabularyExpansion, corpus: Corpus) -> dict[str, float]:
+def what_is_kept(model: Model, corpus: Corpus) -> dict[str, float]:
     """Return what the model knows of each modality alone: perplexities per token, and per cent of the cloze.
 
     An ending counts as found if its loss is the smallest of the four.
@@ -192,7 +207,7 @@ def contributions(model: mt.FusedModel, pairs: Sequence[Pair]) -> dict[str, floa
 
 
 def decoded(
-    model: mt.FusedModel | mt.baseline.VocabularyExpansion,
+    model: Model,
     pairs: Sequence[Pair],
     source: str,
     target: str,

@@ -85,7 +85,7 @@ def _alone(keeping: Keeping, rows: Sequence[Row], settings: Settings, *, keep: b
     """Decode one tower."""
     model, name = keeping.model, settings.name
     tower = model.tower(name)
-    if len({(row.of(name).cached, row.of(name).pending) for row in rows}) > 1 and _begun(rows, settings):
+    if _begun(rows, settings) and not _go_on_alike(rows, settings):
         rows = advance(keeping, rows, {name})  # so that each goes on by one token
     rows, prompt = _prompts(keeping, rows, settings)
     noting = keep and _can_note(keeping, settings)
@@ -190,6 +190,13 @@ def pad_left(rows: Sequence[Tensor], value: int) -> Tensor:
 def _begun(rows: Sequence[Row], settings: Settings) -> bool:
     """Whether something is kept of a tower's rows that ``generate`` goes on from, asked as it is."""
     return _takes_a_cache(settings) and any(row.of(settings.name).cached for row in rows)
+
+
+def _go_on_alike(rows: Sequence[Row], settings: Settings) -> bool:
+    """Whether as many tokens of each row have yet to run: one, or any number after caches of one length."""
+    said = [row.of(settings.name) for row in rows]
+    new = {each.pending + 1 if _begins(each, settings) else max(each.pending, 1) for each in said}
+    return new == {1} or len({(each.cached, each.pending) for each in said}) == 1
 
 
 def _can_note(keeping: Keeping, settings: Settings) -> bool:

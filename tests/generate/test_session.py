@@ -75,6 +75,22 @@ def test_several_outputs_of_one_call_run_nothing_twice() -> None:
     assert {ran["speech", place] for place in range(1, 5)} == {5 + 5}
 
 
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma3_text"])
+def test_rows_of_unlike_length_go_on_without_running_a_token_twice(kind: str) -> None:
+    model = fusion(kind)
+    session, options = model.session(rows=2), {"max_new_tokens": 3, "eos_token_id": None}
+    session.append([[segment("text", 5, 6, 7)], [segment("speech", 5, 6)]])
+    session.generate(["text"], **options)
+    ran = counted(model)
+    session.generate(["text"], continue_segment=True, **options)
+    assert ran == {("text", 1): 3, ("text", 2): 3}
+    (one, other), options["max_new_tokens"] = session.history, 6
+    given = [[segment("text", 5, 6, 7)], [segment("speech", 5, 6)]]
+    for row, (whole,) in zip((one, other), model.generate(given, ["text"], **options), strict=True):
+        pieces = [torch.as_tensor(each.tokens) for each in row[1:]]
+        assert torch.equal(torch.cat(pieces), whole.tokens)
+
+
 def test_layers_that_nothing_reads_do_not_run_for_a_tower_that_is_no_output() -> None:
     graph = mt.FusionGraph()
     graph.add_tower("speech", causal_lm("llama", depth=4, vocab_size=14))

@@ -1,0 +1,89 @@
+"""What a trained link is worth where another decoder takes the place of the one that it learnt with.
+
+    export PYTHONPATH=benchmarks/learning:examples OMP_NUM_THREADS=1
+    python benchmarks/evidence/reuse.py --data runs/evidence/words
+
+A fusion is trained on all pairs (``methods/zipper.toml``) and saved. Its frozen text decoder is then
+replaced, by ``swap``, with one that was pretrained from another seed; the links go on learning from few
+pairs, and beside them new links learn from the same pairs. Each is a line of ``reuse.jsonl``; what is there
+is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import transformers
+from data import Corpus, load_corpus
+from train import append, make_model, read_results, scored, teach
+from variants import Variant, read_variant
+from words import OTHER
+
+import multitower as mt
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "reuse.jsonl"
+SHARES = (0.0, 0.01, 0.1)
+
+
+def pretrained(corpus: Corpus, variant: Variant, folder: Path, *, steps: int, seed: int) -> mt.FusedModel:
+    """Return the fusion that was trained on all pairs; train and save it if it is not there."""
+    if not folder.exists():
+        torch.manual_seed(seed)
+        model = make_model(corpus, variant)
+        assert isinstance(model, mt.FusedModel)
+        teach(model, corpus, variant, steps=steps, seed=seed, pairs=None)
+        model.save_pretrained(folder)
+    return mt.FusedModel.from_pretrained(folder)
+
+
+def main() -> None:
+    """Run what is missing."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True, help="a folder that words.py made")
+    parser.add_argument("--steps", type=int, default=2000, help="of the first training")
+    parser.add_argument("--further-steps", type=int, default=400, help="with the other decoder")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--judged", type=int, default=100)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    corpus = load_corpus(options.data)
+    _, variant = read_variant(str(HERE / "methods/zipper.toml"))
+    folder = options.data / f"fused-{options.steps}-{options.seed}"
+    fused = pretrained(corpus, variant, folder, steps=options.steps, seed=options.seed)
+    other = str(options.data / f"{OTHER}-decoder")
+    elsewhere = replace(corpus, decoders={**corpus.decoders, "text": other})
+    there = {(run["links"], run["pairs"], run["seed"]) for run in read_results(options.results)}
+    for links in ("as trained", "moved", "new"):
+        for share in SHARES if links != "as trained" else SHARES[:1]:
+            pairs = round(share * len(corpus.train))
+            if (links, pairs, options.seed) in there or (links, pairs) == ("new", 0):
+                continue
+            torch.manual_seed(options.seed)
+            model = fused
+            if links == "moved":
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # that the links learnt with another decoder
+                    model = mt.FusedModel.from_pretrained(folder).swap("text", other)
+            elif links == "new":
+                made = make_model(elsewhere, variant)
+                assert isinstance(made, mt.FusedModel)
+                model = made
+            if pairs:
+                teach(model, corpus, variant, steps=options.further_steps, seed=options.seed, pairs=pairs)
+            found = scored(model, corpus, "test", options.judged)
+            entry = {"links": links, "pairs": pairs, "seed": options.seed, "steps": options.further_steps}
+            append(options.results, {**entry, **found})
+            print(links, pairs, found["asr"]["wer"], found["tts"]["wer"])
+
+
+if __name__ == "__main__":
+    main()
