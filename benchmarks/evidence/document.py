@@ -49,22 +49,23 @@ def tables(runs: Sequence[Run], corpus: Corpus) -> dict[str, str]:
             [run for run in full if run["variant"] not in COLOURS or run["variant"] == "zipper"]
         ),
         "kept": kept(full, corpus),
+        "chosen": by_pairs(full, split="dev"),
         "length": by_length(full, corpus),
     }
 
 
-def by_method(runs: Iterable[Run]) -> list[tuple[str, int, int, list[Run]]]:
+def by_method(runs: Iterable[Run], split: str = "test") -> list[tuple[str, int, int, list[Run]]]:
     """Return method, pairs, steps and seeds of each row, in the order of the legend, most pairs first."""
     order = list(COLOURS)
-    found = [(key[4], key[1], key[3], seeds) for key, seeds in group(runs).items() if key[2] == "test"]
+    found = [(key[4], key[1], key[3], seeds) for key, seeds in group(runs).items() if key[2] == split]
     place = {name: number for number, name in enumerate(order)}
     return sorted(found, key=lambda row: (place.get(row[0], len(order)), row[0], -row[1], row[2]))
 
 
-def by_pairs(runs: Iterable[Run]) -> str:
+def by_pairs(runs: Iterable[Run], split: str = "test") -> str:
     """Return the errors of each method at each number of pairs."""
     rows = []
-    for method, pairs, steps, seeds in by_method(runs):
+    for method, pairs, steps, seeds in by_method(runs, split):
         rates = ["{:.1f} ({:.1f} to {:.1f})".format(*rate(seeds, task)) for task in TASKS]
         seconds = np.mean([run["seconds"] for run in seeds])
         memory = np.mean([run["MiB"] for run in seeds])
