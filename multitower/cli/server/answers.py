@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -65,7 +65,7 @@ async def answers(
 
 async def pieces(
     served: Served, given: Sequence[Segment], wanted: Sequence[Decoding]
-) -> AsyncIterator[tuple[Piece, str]]:
+) -> AsyncGenerator[tuple[Piece, str]]:
     """Yield the pieces of answers as they are decoded, each with what it adds to a text."""
     served.check_given(given)
     text, tokens = Growing(), list[torch.Tensor]()

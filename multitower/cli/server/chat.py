@@ -6,7 +6,8 @@ import base64
 import binascii
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from fastapi.responses import JSONResponse, Response
 
 from ...batch.collate import Segment
 from .answers import DONE, Answer, answers, events, pieces
-from .engine import Decoding
+from .engine import Decoding, Piece
 from .errors import Refusal
 from .schemas import AudioPart, Chat
 from .served import Served
@@ -110,25 +111,40 @@ class _Reply:
 
     async def chunks(self, wanted: list[Decoding]) -> AsyncIterator[dict[str, Any]]:
         """Yield the chunks of a stream."""
-        speaks, count, sound = self.body.audio is not None, 0, list[torch.Tensor]()
-        begun = False
-        async for piece, new in pieces(self.served, self.given, wanted):
-            if not begun:  # errors come before
-                begun = True
-                yield self._chunk({"role": "assistant", "content": None if speaks else ""})
-            count += piece.new
-            if piece.tower == self.served.offer.audio:
-                sound.append(piece.tokens)
-                if piece.finish:
-                    data = await self._sound(torch.cat(sound))
-                    yield self._chunk({"audio": {"id": self.sound_id, "data": data}})
-            elif new:
-                said = {"audio": {"id": self.sound_id, "transcript": new}} if speaks else {"content": new}
-                yield self._chunk(said)
-            if piece.finish and piece.tower == wanted[-1].tower:
-                yield self._chunk({}, piece.finish)
+        speaks, begun = self.body.audio is not None, False
+        came = list[Piece]()
+
+        async def heard(coming: AsyncIterator[tuple[Piece, str]]) -> AsyncIterator[torch.Tensor]:
+            yield came[-1].tokens
+            async for piece, _ in coming:
+                came.append(piece)
+                yield piece.tokens
+
+        async with aclosing(pieces(self.served, self.given, wanted)) as coming:
+            async for piece, new in coming:
+                came.append(piece)
+                if not begun:  # errors come before
+                    begun = True
+                    yield self._chunk({"role": "assistant", "content": None if speaks else ""})
+                if piece.tower == self.served.offer.audio:
+                    async with aclosing(self._streamed(heard(coming))) as parts:
+                        async for data in parts:
+                            yield self._chunk({"audio": {"id": self.sound_id, "data": data}})
+                elif new:
+                    said = {"audio": {"id": self.sound_id, "transcript": new}} if speaks else {"content": new}
+                    yield self._chunk(said)
+        yield self._chunk({}, came[-1].finish)
+        count = sum(piece.new for piece in came)
         if self.body.stream_options is not None and self.body.stream_options.include_usage:
             yield {**self._head("chat.completion.chunk"), "choices": [], "usage": self._usage(count)}
+
+    async def _streamed(self, tokens: AsyncIterator[torch.Tensor]) -> AsyncGenerator[str]:
+        """Yield sound in base64, while its tokens come if the modality can."""
+        if self.served.speaks_in_pieces:
+            async for part in self.served.pcm(tokens):
+                yield base64.b64encode(part).decode()
+        else:
+            yield await self._sound(torch.cat([part async for part in tokens]))
 
     async def _sound(self, tokens: torch.Tensor) -> str:
         assert self.body.audio is not None

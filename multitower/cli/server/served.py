@@ -137,9 +137,8 @@ class Served:
         """Whether the modality of sound can be decoded while its tokens come."""
         return type(self.pipe.modalities[self.audio]).decode_stream is not Modality.decode_stream
 
-    async def sound_in_pieces(self, given: Sequence[Segment], wanted: Decoding) -> AsyncIterator[bytes]:
-        """Yield what is said after a segment while it is decoded: 16-bit samples, mono, at 24 kHz."""
-        self.check_given(given)
+    async def pcm(self, parts: AsyncIterator[Tensor]) -> AsyncIterator[bytes]:
+        """Yield the sound of tokens while they come: 16-bit samples, mono, at 24 kHz."""
         loop, modality = asyncio.get_running_loop(), self.pipe.modalities[self.audio]
         tokens, made = SimpleQueue[Tensor | None](), asyncio.Queue[bytes | Exception | None]()
 
@@ -154,10 +153,8 @@ class Served:
 
         async def feed() -> None:
             try:
-                async with self.events(self.session([wanted]), given, [wanted]) as events:
-                    async for event in events:
-                        if isinstance(event, Piece):
-                            tokens.put(event.tokens)
+                async for part in parts:
+                    tokens.put(part)
             finally:
                 tokens.put(None)
 
@@ -166,6 +163,8 @@ class Served:
         try:
             while (part := await made.get()) is not None:
                 if isinstance(part, Exception):
+                    if feeder.done():
+                        feeder.result()
                     raise part
                 yield part
             await feeder
