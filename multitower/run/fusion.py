@@ -322,7 +322,7 @@ class Fusion(Familiar):
         seen: Mapping[str, Visibility],
         output_attentions: bool,
     ) -> Tensor:
-        """Return a tower's state after a layer plus the updates of its taps, which all read the same state."""
+        """Return a tower's state after a layer plus its taps' updates, all computed from the same state."""
         x, updates = states.hidden[taps[0].target], []
         device = rotations.streams[taps[0].target]["times"].device
         for tap in taps:
