@@ -143,7 +143,7 @@ def examples(draw: st.DrawFn, vocabularies: Mapping[str, int], *, most_rows: int
 
 @st.composite
 def cases(draw: st.DrawFn, *, towers: st.SearchStrategy[Tower] | None = None, most_towers: int = 6) -> Case:
-    """Draw a compiled model, as ``graphs`` declares it, and examples for it.
+    """Draw a compiled model, declared by ``graphs``, and examples for it.
 
     >>> from hypothesis import given, settings
     >>> from multitower.testing import check_causality
@@ -154,9 +154,9 @@ def cases(draw: st.DrawFn, *, towers: st.SearchStrategy[Tower] | None = None, mo
     >>> test_causality()
 
     Args:
-        draw: Given by hypothesis.
+        draw: Passed by hypothesis.
         towers: As in ``graphs``.
-        most_towers: How many towers at most.
+        most_towers: Maximal number of towers.
     """
     graph = draw(graphs(towers=towers, most_towers=most_towers))
     with torch.random.fork_rng(devices=[]):
