@@ -1,4 +1,4 @@
-"""The rival method: one decoder whose vocabulary is expanded by the tokens of the other modalities."""
+"""The baseline: one decoder whose vocabulary is expanded by the tokens of other modalities."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class VocabularyExpansion(nn.Module):
-    """One transformers causal LM that also reads and writes other modalities' tokens, as new words.
+    """One transformers causal LM with tokens of other modalities added to its vocabulary.
 
     >>> import multitower as mt
     >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -45,12 +45,12 @@ class VocabularyExpansion(nn.Module):
     data. With ``train="all"`` this is the "Single Decoder" of Zipper (arXiv 2405.18669).
 
     Args:
-        model: The decoder; it is used as it is, and its embeddings are resized.
-        modalities: The modality of each stream. The first one is the model's own: its ids stay as they
-            are; those of the others follow the model's vocabulary.
-        train: What learns: "all" parameters; "new", the embedding and head rows of the new tokens alone; or
-            a ``peft.PeftConfig`` with ``trainable_token_indices`` left open, as ``LoraConfig()``, whose
-            adapters then learn beside these rows. The last two need the extra "lora".
+        model: The decoder, whose embeddings are resized in place.
+        modalities: The modality of each stream. The first one is the model's own and keeps its ids; those of
+            the others follow the model's vocabulary.
+        train: What to train: "all" parameters; "new", the embedding and head rows of the new tokens; or a
+            ``peft.PeftConfig`` without ``trainable_token_indices``, such as ``LoraConfig()``, for adapters
+            and these rows. The last two need the extra "lora".
     """
 
     def __init__(
@@ -78,10 +78,10 @@ class VocabularyExpansion(nn.Module):
             self.model = _with_new_rows(native, list(range(own, size)), train)
 
     def forward(self, streams: Mapping[str, Mapping[str, Tensor]]) -> FusedOutput:
-        """Put the streams into one row by their times and run the decoder over it.
+        """Interleave the streams to one row by their times, and run the decoder.
 
         Returns:
-            Losses by stream as ``FusedModel`` gives them; logits under "row", over the expanded vocabulary.
+            Losses by stream as from ``FusedModel``; logits under "row", over the expanded vocabulary.
         """
         check_streams(streams, {name: modality.vocab_size for name, modality in self.modalities.items()})
         _check_one_at_a_time(streams)
@@ -103,8 +103,8 @@ class VocabularyExpansion(nn.Module):
         each example and name.
 
         Raises:
-            ValueError: An example holds a target or what the modalities do not have, a modality is unknown,
-                or an option cannot be passed on.
+            ValueError: An example has a target or an unknown token or modality, or an option is not
+                supported.
         """
         self._check(examples, output, options)
         settings = {name: self._settle(name, options) for name in output}
@@ -118,7 +118,7 @@ class VocabularyExpansion(nn.Module):
         return decoded
 
     def _settle(self, name: str, options: Mapping[str, Any]) -> Settings:
-        """Resolve the options of one modality, of whose tokens alone is to be decoded."""
+        """Resolve the options for one modality; other modalities' tokens are suppressed."""
         modality, offset = self.modalities[name], self.offsets[name]
         own = range(offset, offset + modality.vocab_size)
         vocabulary = self.model.config.get_text_config().vocab_size
@@ -172,7 +172,7 @@ class VocabularyExpansion(nn.Module):
 
 
 def _with_new_rows(model: Any, new: list[int], train: str | PeftConfig) -> Any:
-    """Have peft train the rows of new tokens in the embedding and, unless it is tied to that, in the head."""
+    """Make peft train the new tokens' rows in the embedding and, unless it is tied, in the head."""
     peft = require("peft", "lora")
     tables = [model.get_input_embeddings(), model.get_output_embeddings()]
     tied = tables[1] is None or tables[0].weight is tables[1].weight
@@ -187,7 +187,7 @@ def _with_new_rows(model: Any, new: list[int], train: str | PeftConfig) -> Any:
 
 
 class _Native:
-    """What ``settle`` asks of a tower, asked of the model by itself."""
+    """The attributes of a tower that ``settle`` needs."""
 
     def __init__(self, model: Any, begin: int, end: tuple[int, ...]) -> None:
         self.native, self.begin, self.end = model, begin, end
@@ -209,7 +209,7 @@ SIMULTANEOUS = "segments run at the same time, for which one row of tokens has n
 
 
 def _check_one_at_a_time(streams: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Check that rows are not packed and, on the CPU alone, that no two tokens of one have the same time."""
+    """Check that rows are not packed, and (on the CPU) that no two tokens of a row have the same time."""
     if any(EXAMPLES in stream for stream in streams.values()):
         raise ValueError("the batch is packed, for which one row has no place; leave out multitower.pack")
     times = torch.cat([stream["times"] for stream in streams.values()], 1)

@@ -1,4 +1,4 @@
-"""The fused model: the front door to all that is done with one."""
+"""The fused model, with methods for everything that can be done with it."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ class FusedModel(Fusion):
         {'speech->text 1-1': 0.0, 'speech->text 3-2': 0.0}
 
         This is the norm of the update divided by the norm of the state that it is added to, over all tokens
-        with visible source tokens; 0 before training. A gate alone would not tell: an open gate with small
+        with visible source tokens; 0 before training. Gates alone do not show it: an open gate with small
         weights changes nothing.
 
         Args:
@@ -168,7 +168,7 @@ class FusedModel(Fusion):
         return contributions(self, streams)
 
     def _repr_html_(self) -> str | None:
-        """Return a drawing for notebooks; None, which stands for the text, where matplotlib is missing."""
+        """Return a drawing for notebooks; None without matplotlib, so that they show text."""
         try:
             return as_svg(draw_graph(self))
         except ImportError:
@@ -287,15 +287,15 @@ class FusedModel(Fusion):
         *,
         towers: Mapping[str, str | os.PathLike[str] | nn.Module] | None = None,
     ) -> Self:
-        """Return the model of a training checkpoint, which ``save_training`` wrote, to save as a fused model.
+        """Load the model from a training checkpoint of ``save_training``, for instance to save it fused.
 
         Args:
             folder: The training checkpoint.
-            towers: Where to take towers from: a path, a Hub id or a module. Needed for those that were
-                declared with a module; what was trained of them is loaded into it.
+            towers: A path, Hub id or module for each tower to load from elsewhere; required for towers
+                declared with a module, into which the trained weights are loaded.
 
         Raises:
             CheckpointError: See ``load_training``.
-            TowerError: A tower cannot be had.
+            TowerError: A tower cannot be loaded.
         """
         return rebuild(cls, folder, towers or {})

@@ -1,4 +1,4 @@
-"""Examples as lists of segments, and batches of them."""
+"""Examples as lists of segments, and their batches."""
 
 from .collate import Batch, Example, Segment, collate, count_targets, to_device
 from .corrupt import corrupt_history, corrupt_sources

@@ -1,4 +1,4 @@
-"""Segments of interleaved examples, and the batches that they are collated into."""
+"""Segments of interleaved examples, and their collated batches."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils.rnn import pad_sequence
 
 IGNORE = -100
-"""The label of a position that is not to be predicted, as in ``torch.nn.functional.cross_entropy``."""
+"""The label of positions that are not predicted, as in ``torch.nn.functional.cross_entropy``."""
 
 STATES = "layer "
-"""How the names begin under which a stream brings states: "layer 2" is what layer 2 of its tower gives."""
+"""Prefix of a stream's keys for cached states: "layer 2" is the output of layer 2 of its tower."""
 
 EXAMPLES = "examples"
-"""In a packed stream: of which example each token is, int64, ascending in each row; see ``pack``."""
+"""Key of a packed stream: the example of each token, int64, ascending in each row; see ``pack``."""
 
 Stream = dict[str, Tensor]
 Streams = Mapping[str, Mapping[str, Tensor]]
 
 
 class Batch(TypedDict):
-    """What ``collate`` makes, and what ``model(**batch)`` takes: a dictionary, typed by its key."""
+    """What ``collate`` returns and ``model(**batch)`` takes."""
 
     streams: dict[str, Stream]
 
@@ -103,7 +103,7 @@ def to_device(
     *,
     non_blocking: bool = False,
 ) -> Batch:
-    """Return a batch with its tensors on a device; what else it holds is kept.
+    """Return a batch with its tensors on a device; everything else in it is kept.
 
     >>> import multitower as mt
     >>> from multitower.testing import tiny_model
@@ -112,12 +112,12 @@ def to_device(
     device(type='cpu')
 
     Args:
-        batch: As ``collate`` gives it, packed or not, with or without states that were kept.
-        device: Where they are to be; by tower, as ``model.devices`` says, where towers are on several.
-        non_blocking: Whether copies from pinned memory need not be waited for, as in ``Tensor.to``.
+        batch: A batch from ``collate``, packed or not, with or without cached states.
+        device: The device; or a device for each tower, as ``model.devices`` returns.
+        non_blocking: See ``Tensor.to``.
 
     Raises:
-        ValueError: There is a stream for a tower of which no device is said.
+        ValueError: There is a stream for a tower without a device.
     """
     places = device if isinstance(device, Mapping) else dict.fromkeys(batch["streams"], device)
     lacking = [name for name in batch["streams"] if name not in places]
@@ -131,7 +131,7 @@ def to_device(
 
 
 def count_targets(batches: Iterable[Batch]) -> dict[str, Tensor]:
-    """Return, by tower, how many tokens are to be predicted in several batches: ``num_items_in_batch``.
+    """Return the number of labels in several batches by tower: ``num_items_in_batch``.
 
     >>> import multitower as mt
     >>> examples = [[mt.Segment("text", [0, *[5] * length, 1], target=True)] for length in (2, 6)]
@@ -139,14 +139,14 @@ def count_targets(batches: Iterable[Batch]) -> dict[str, Tensor]:
     >>> {name: count.item() for name, count in mt.batch.count_targets(batches).items()}
     {'text': 10}
 
-    Losses that are divided by these, ``model(**batch, num_items_in_batch=counts)``, add up to the loss of one
-    batch of all the examples.
+    Losses with this divisor, ``model(**batch, num_items_in_batch=counts)``, add up to the loss of one batch
+    with all examples.
 
     Args:
-        batches: As ``collate`` gives them, packed or not; a stream without labels counts as nothing.
+        batches: Batches from ``collate``, packed or not; streams without labels are skipped.
 
     Returns:
-        For each stream that has labels an int64 scalar, on their device.
+        For each stream with labels an int64 scalar, on their device.
     """
     counts: dict[str, Tensor] = {}
     for batch in batches:
@@ -171,7 +171,7 @@ def check_examples(examples: Sequence[Example]) -> None:
 
 
 def make_streams(examples: Sequence[Example]) -> dict[str, Stream]:
-    """Return the streams of a batch as ``collate`` does; here an example may be empty."""
+    """Return the streams of a batch; unlike in ``collate``, examples may be empty."""
     timed = [place_in_time(example, number) for number, example in enumerate(examples)]
     names = list(dict.fromkeys(segment.tower for row in timed for segment, _ in row))
     rows: dict[str, list[Stream]] = {name: [] for name in names}
@@ -202,7 +202,7 @@ def make_streams(examples: Sequence[Example]) -> dict[str, Stream]:
 
 
 def place_in_time(example: Example, number: int = 0) -> list[tuple[Segment, int]]:
-    """Return the segments of an example, their tokens as tensors, each with the time at which it begins.
+    """Return the segments of an example, with tokens as tensors, and the start time of each.
 
     >>> example = [(Segment("a", [1, 2]), Segment("b", [3])), Segment("a", [4])]
     >>> [(segment.tower, time) for segment, time in place_in_time(example)]
@@ -228,9 +228,9 @@ PADDING = {"tokens": 0, "times": -1, "mask": False, "labels": IGNORE}
 
 
 def check_streams(streams: Mapping[str, Mapping[str, Tensor]], vocabularies: Mapping[str, int]) -> None:
-    """Check a batch against the towers' vocabulary sizes.
+    """Check the format of streams, and their tokens against the towers' vocabulary sizes.
 
-    The values of tokens are looked at only on the CPU: elsewhere that would wait for the device.
+    Values are inspected only on the CPU: elsewhere, that would synchronise with the device.
     """
     if not streams:
         raise ValueError("the batch has no streams; build it with multitower.collate")
@@ -264,7 +264,7 @@ def check_streams(streams: Mapping[str, Mapping[str, Tensor]], vocabularies: Map
 
 
 def values_at_hand(tensor: Tensor) -> bool:
-    """Whether the values of a tensor can be looked at without waiting for a device, or breaking a graph.
+    """Whether a tensor's values can be inspected without synchronising with a device or breaking a graph.
 
     >>> values_at_hand(torch.ones(2)), values_at_hand(torch.ones(2, device="meta"))
     (True, False)

@@ -1,4 +1,4 @@
-"""Noise in the tokens of training batches, so that what pairs there are go further."""
+"""Noise in the tokens of training batches, against overfitting."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .collate import IGNORE, Batch, Stream
 def corrupt_history(
     batch: Batch, rates: Mapping[str, float], *, generator: torch.Generator | None = None
 ) -> Batch:
-    """Replace some tokens of target segments by others; what is to be predicted stays as it is.
+    """Replace some input tokens of target segments at random; labels do not change.
 
     >>> import torch, multitower as mt
     >>> example = [mt.Segment("text", [0, 7, 1]), mt.Segment("speech", [0, 5, 6, 7, 8, 1], target=True)]
@@ -22,16 +22,16 @@ def corrupt_history(
     >>> batch["streams"]["speech"]["tokens"].tolist(), batch["streams"]["speech"]["labels"].tolist()
     ([[0, 6, 8, 7, 5, 1]], [[-100, 5, 6, 7, 8, 1]])
 
-    A tower that is trained on its own true past learns to continue that, and hardly looks at its source;
-    where pairs are few, it learns them by heart. Noise in that past makes the source worth reading. Use it in
-    training alone. The first token of a segment and the last stay. Source: word dropout in Bowman et al.,
+    A tower that is trained with its own true past learns to continue that, and hardly attends to its source;
+    with few examples, it memorises them. Noise in the past makes the source useful. Use this only in
+    training. The first and the last token of a segment never change. Source: word dropout in Bowman et al.,
     "Generating Sentences from a Continuous Space" (arXiv 1511.06349); here tokens are replaced, not dropped.
 
     Args:
-        batch: As ``collate`` gives it, packed or not.
-        rates: By stream the share of tokens that are replaced, from 0 to 1, each by another of the batch's
-            own target tokens of that stream, drawn at random.
-        generator: Draws the noise, on the CPU; torch's own unless given.
+        batch: A batch from ``collate``, packed or not.
+        rates: For each stream, the share of tokens to replace, from 0 to 1, each with a random target token
+            of that stream in the batch.
+        generator: A generator on the CPU; torch's default if None.
 
     Raises:
         ValueError: A rate is not between 0 and 1, or a stream has no labels.
@@ -49,7 +49,7 @@ def corrupt_history(
 def corrupt_sources(
     batch: Batch, rates: Mapping[str, float], *, generator: torch.Generator | None = None
 ) -> Batch:
-    """Replace some tokens of the segments that are given, not learnt, by others.
+    """Replace some tokens of non-target segments at random.
 
     >>> import torch, multitower as mt
     >>> example = [mt.Segment("speech", [0, 5, 6, 7, 8, 1]), mt.Segment("text", [0, 7, 1], target=True)]
@@ -58,17 +58,17 @@ def corrupt_sources(
     >>> batch["streams"]["speech"]["tokens"].tolist()
     [[0, 6, 8, 7, 5, 1]]
 
-    Where pairs are few and a source says a thing in many tokens, as speech does, this keeps a tower from
-    learning pairs by heart: with 250 pairs of spoken digits it halves the errors of recognition
-    (``docs/learning.md``). Where each token of a source counts, as those of a text do when it is read aloud,
-    it harms. Use it in training alone. Tokens equal to the first or the last of a row stay, so that begin and
-    end do. Source: masked inputs in SpecAugment (arXiv 1904.08779); here tokens are replaced.
+    With few examples, and sources with many redundant tokens such as speech, this keeps a tower from
+    memorising them: with 250 pairs of spoken digits it halves the errors of recognition
+    (``docs/learning.md``). It harms where each source token counts, as in a text to be read aloud. Use it
+    only in training. Tokens equal to the first or last token of a row never change, so begin and end tokens
+    are kept. Source: masked inputs in SpecAugment (arXiv 1904.08779); here tokens are replaced.
 
     Args:
-        batch: As ``collate`` gives it, packed or not.
-        rates: By stream the share of its given tokens that are replaced, from 0 to 1, each by another of the
-            batch's own given tokens of that stream, drawn at random.
-        generator: Draws the noise, on the CPU; torch's own unless given.
+        batch: A batch from ``collate``, packed or not.
+        rates: For each stream, the share of non-target tokens to replace, from 0 to 1, each with another one
+            of that stream in the batch, at random.
+        generator: A generator on the CPU; torch's default if None.
 
     Raises:
         ValueError: A rate is not between 0 and 1.
@@ -88,7 +88,7 @@ def corrupt_sources(
 
 
 def _checked(rates: Mapping[str, float], streams: Mapping[str, Stream]) -> Iterator[tuple[str, float]]:
-    """Yield the rates of those streams that a batch has."""
+    """Yield the rates of streams that are in the batch."""
     for name, rate in rates.items():
         if not 0 <= rate <= 1:
             raise ValueError(
@@ -99,12 +99,12 @@ def _checked(rates: Mapping[str, float], streams: Mapping[str, Stream]) -> Itera
 
 
 def _next(flags: Tensor) -> Tensor:
-    """Return for each place of a row what stands at the next one; False at the last."""
+    """Shift rows of flags to the left by one, filling with False."""
     return torch.nn.functional.pad(flags[:, 1:], (0, 1))
 
 
 def _noisy(tokens: Tensor, inner: Tensor, rate: float, generator: torch.Generator | None) -> Tensor:
-    """Replace a share of the inner tokens, each by another inner one."""
+    """Replace a share of the tokens in ``inner``, each by a random one of these."""
     pool = tokens[inner]
     if not len(pool):
         return tokens

@@ -1,4 +1,4 @@
-"""Batches with little or no padding: several examples of a stream one after the other in a row."""
+"""Packed batches: several examples per row, with little or no padding."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .places import positions
 
 
 def pack(batch: Batch, *, one_row: bool = False) -> Batch:
-    """Put several examples into a row, so that there is less padding.
+    """Pack several examples into each row, to reduce padding.
 
     >>> import multitower as mt
     >>> rows = ([3, 5, 4, 6], [3, 4], [3, 7])
@@ -25,19 +25,18 @@ def pack(batch: Batch, *, one_row: bool = False) -> Batch:
     labels [[-100, 5, 4, 6], [-100, 4, -100, 7]]
     examples [[0, 0, 0, 0], [1, 1, 2, 2]]
 
-    No token reads another example's; losses and gradients are those of the padded batch, up to rounding. It
-    saves work where lengths are unlike. Every tower must tell examples apart by their positions
-    (``Tower.packs``).
+    No token attends to another example's; losses and gradients equal those of the padded batch, up to
+    rounding. Packing pays off if lengths differ. Every tower must support it (``Tower.packs``).
 
     Args:
-        batch: As ``collate`` gives it, with or without states that were kept.
-        one_row: Whether all examples come into a single row, without any padding. Attention by sdpa then runs
-            over all pairs of its tokens; flex_attention leaves out most of those that are closed (see
-            ``FusedModel.set_attn_implementation``). Otherwise no row has more tokens, those of all towers
-            together, than the longest example.
+        batch: A batch from ``collate``, with or without cached states.
+        one_row: Whether to put all examples into a single row, without any padding. SDPA then computes scores
+            for all pairs of its tokens; FlexAttention skips most of the masked ones (see
+            ``FusedModel.set_attn_implementation``). Otherwise, no row has more tokens, counted over all
+            towers, than the longest example.
 
     Raises:
-        ValueError: The batch is packed already, or is not one that ``collate`` gives.
+        ValueError: The batch is already packed, or is not from ``collate``.
     """
     if "streams" not in batch:
         raise ValueError(f"pack takes a batch as collate gives it, with 'streams', not {sorted(batch)}")
@@ -51,7 +50,7 @@ def pack(batch: Batch, *, one_row: bool = False) -> Batch:
 
 
 def _fitted(lengths: Tensor) -> list[list[int]]:
-    """Put examples into rows of no more tokens than the longest has, each into the first where it fits."""
+    """Assign examples to rows of at most the longest example's number of tokens, by first fit decreasing."""
     rows: list[list[int]] = [[] for _ in lengths]
     filled, room = torch.zeros_like(lengths), lengths.max()
     for example in lengths.argsort(descending=True, stable=True).tolist():

@@ -1,4 +1,4 @@
-"""Where tokens stand: in packed rows, and in their segments; see ``position="segment"`` of a link."""
+"""Positions of tokens: in packed rows, and in segments for a link's ``position="segment"``."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from torch import Tensor
 from .collate import EXAMPLES, Example, place_in_time
 
 ROOM = 2**20
-"""How many tokens a segment has room for in a place, which is one number."""
+"""A place is ``segment * ROOM + token``, so a segment can have this many tokens."""
 
 APART = 1000.0
-"""How far apart the positions of one segment and of the next begin, in tokens."""
+"""Distance between the positions at which consecutive segments start, in tokens."""
 
 LAST = 2**62
 
 CLOCKS = 2**40
-"""How far apart the clocks of two packed examples are set: further than any example is long, in tokens."""
+"""Distance between the clocks of two packed examples, in tokens: more than any example has."""
 
 PLACES = "places beside "
-"""How the names begin under which a stream brings its places: "places beside text"."""
+"""Prefix of a stream's keys for places with respect to another tower: "places beside text"."""
 
 
 def places(streams: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Return for each token which segment it is in, and which token of it, in one number.
+    """Return each token's segment number, and its index in the segment, combined to one number.
 
-    Tokens of one tower that follow each other are one segment here, in however many ``Segment`` they came.
+    Consecutive tokens of one tower are one segment here, even if they came in several ``Segment``.
 
     >>> times = {"speech": [[0, 1, 2, 6]], "text": [[3, 4, 5]]}
     >>> found = places({name: {"times": torch.tensor(each)} for name, each in times.items()})
@@ -38,12 +38,12 @@ def places(streams: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     [(1, 0), (1, 1), (1, 2)]
 
     Args:
-        streams: Those of the two towers of a link, or one of them, each with "times", -1 at padding on either
-            side or "mask", and, where it is packed, "examples". What other towers say is not counted.
+        streams: The streams of a link's two towers, or of one of them, each with "times" and, if packed,
+            "examples". Padding has time -1, or is masked by "mask". Segments of other towers are not counted.
 
     Returns:
-        By stream ``segment * ROOM + token``, int64, shape (batch, length): segments are counted in the order
-        in which they begin; those that begin at the same time have the same number.
+        For each stream ``segment * ROOM + token``, int64, shape (batch, length). Segments are numbered in the
+        order of their start; those that start at the same time have the same number.
     """
     device = next(iter(streams.values()))["times"].device
     first, begin, keys = {}, {}, []
@@ -72,7 +72,7 @@ def places(streams: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def run_begins(stream: Mapping[str, Tensor]) -> Tensor:
-    """Return where tokens of a tower begin that follow each other, bool, shape (batch, length).
+    """Return which tokens start a segment, that is a run of consecutive tokens: bool, shape (batch, length).
 
     >>> run_begins({"times": torch.tensor([[0, 1, 2, 6, 7]])}).tolist()
     [[True, False, False, True, False]]
@@ -80,19 +80,19 @@ def run_begins(stream: Mapping[str, Tensor]) -> Tensor:
     times = stream["times"]
     before = _shifted(times)
     begins = (before < 0) | (times != before + 1)
-    if EXAMPLES in stream:  # whose clocks all begin at 0
+    if EXAMPLES in stream:  # their clocks all start at 0
         examples = stream[EXAMPLES].to(times.device)
         begins = begins | (examples != _shifted(examples))
     return begins
 
 
 def _shifted(rows: Tensor) -> Tensor:
-    """Return what stands before each number of a row, -1 before the first."""
+    """Shift rows to the right by one, filling with -1."""
     return F.pad(rows, (1, 0), value=-1)[:, :-1]
 
 
 def measure_pace(examples: Iterable[Example], source: str, target: str) -> float:
-    """Return how many tokens of one tower go along with one of another: the ``pace`` of a link.
+    """Return the ratio of two towers' numbers of tokens: the ``pace`` of a link.
 
     >>> import multitower as mt
     >>> pairs = [[mt.Segment("speech", [1] * 30), mt.Segment("text", [1] * 4)] for _ in range(9)]
@@ -100,9 +100,9 @@ def measure_pace(examples: Iterable[Example], source: str, target: str) -> float
     7.5
 
     Args:
-        examples: As ``collate`` takes them; those that lack one of the two are left out.
-        source: Name of the tower that is read.
-        target: Name of the tower that reads.
+        examples: Examples as for ``collate``; those without tokens of both towers are skipped.
+        source: Name of the source tower.
+        target: Name of the target tower.
 
     Raises:
         ValueError: No example has tokens of both.
@@ -119,7 +119,7 @@ def measure_pace(examples: Iterable[Example], source: str, target: str) -> float
 
 
 def positions_in_segments(places: Tensor, stretch: float) -> Tensor:
-    """Return positions, float32, shape (batch, length), on a line on which segments lie far apart.
+    """Return positions for rotary tables, float32, shape (batch, length), with segments far apart.
 
     >>> positions_in_segments(torch.tensor([[0, 1, ROOM + 2]]), 7.5).tolist()
     [[0.0, 7.5, 1015.0]]
@@ -128,23 +128,23 @@ def positions_in_segments(places: Tensor, stretch: float) -> Tensor:
 
 
 def positions(examples: Tensor) -> Tensor:
-    """Return where in its example each token of packed rows stands.
+    """Return each token's index in its example, for packed rows.
 
     >>> positions(torch.tensor([[0, 0, 2, 2, 2], [1, 1, 1, 3, 3]])).tolist()
     [[0, 1, 0, 1, 2], [0, 1, 2, 0, 1]]
 
     Args:
-        examples: int64, shape (batch, length), ascending in each row.
+        examples: Example numbers, int64, shape (batch, length), ascending in each row.
     """
     places = torch.arange(examples.shape[1], device=examples.device)
     return places - torch.searchsorted(examples, examples)
 
 
 def moments(stream: Mapping[str, Tensor]) -> Tensor:
-    """Return the time of each token on a clock on which packed examples lie far apart."""
+    """Return the time of each token on a clock on which packed examples are far apart."""
     return stream["times"] + 2 * CLOCKS * stream[EXAMPLES] if EXAMPLES in stream else stream["times"]
 
 
 def reach(window: int | None, stream: Mapping[str, Tensor]) -> int | None:
-    """Return how many ticks of that clock a token sees back: never as far as another example."""
+    """Return the window on that clock; in packed rows it never reaches another example."""
     return min(window or CLOCKS, CLOCKS) if EXAMPLES in stream else window

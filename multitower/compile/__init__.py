@@ -1,1 +1,1 @@
-"""From a declaration to towers, modules and a schedule of layers and taps."""
+"""Compile a declaration to towers, modules and a schedule of layers and taps."""

@@ -1,4 +1,4 @@
-"""What of a fused model learns: set on its towers, and given to an optimizer."""
+"""Set which parameters of a model are trained, and group them for an optimizer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ def set_trained(
     before: FusionGraph | None = None,
     kept: Mapping[str, Tower] | None = None,
 ) -> None:
-    """Set ``requires_grad`` on the parameters of towers as the graph declares."""
+    """Set ``requires_grad`` on the towers' parameters as the graph declares.
+
+    Towers in ``kept`` are left as they are; warnings that ``before``, their graph, raised are not repeated.
+    """
     owners: dict[int, str] = {}
     for name, tower in towers.items():
         for parameter in tower.parameters():
@@ -48,13 +51,13 @@ def set_trained(
 
 
 def _fed(graph: FusionGraph) -> list[str]:
-    """Name the towers into which an input adapter or a link feeds."""
+    """Return the names of towers with an input adapter or an incoming link."""
     targets = {link.target for link in graph.links.values()}
     return [name for name, spec in graph.towers.items() if spec.adapter is not None or name in targets]
 
 
 def _check_trainable(name: str, tower: Tower) -> None:
-    """Check that the weights of a tower are neither quantised nor offloaded, and so can be trained."""
+    """Check that a tower's weights can be trained: neither quantised nor offloaded."""
     kind = quantisation_of(tower.native)
     if kind:
         raise TowerError(
@@ -69,7 +72,7 @@ def _check_trainable(name: str, tower: Tower) -> None:
 
 
 def _warn_of_lost_gradients(name: str, tower: Tower) -> None:
-    """Warn where what feeds a quantised tower would be trained with wrong gradients."""
+    """Warn if what feeds a quantised tower would get wrong gradients."""
     kind = quantisation_of(tower.native)
     barrier = _gradient_barrier(tower) if kind else ""
     if barrier:
@@ -81,10 +84,10 @@ def _warn_of_lost_gradients(name: str, tower: Tower) -> None:
 
 
 def _gradient_barrier(tower: Tower) -> str:
-    """Name a module of a tower that passes no gradient from what it gives to what it takes; empty if all do.
+    """Return the name of a module that blocks the gradient from its output to its input; empty if none does.
 
-    Kernels that quantise activations as well as weights have no backward pass. Residual connections go round
-    them, so that gradients still arrive, and are wrong.
+    Kernels that also quantise activations have no backward pass. Residual connections bypass them, so
+    gradients still arrive, but wrong ones.
     """
     barriers: list[str] = []
 
@@ -116,7 +119,7 @@ def _gradient_barrier(tower: Tower) -> str:
 
 
 def _owns_weights(module: nn.Module) -> bool:
-    """Whether a module has weights of its own; packed integers may be buffers."""
+    """Whether a module itself has weights; packed integers may be buffers."""
     own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
     return any(isinstance(each, nn.Parameter) or not each.is_floating_point() for each in own)
 
@@ -127,7 +130,7 @@ def parameter_groups(
     rates: Mapping[str, float | Mapping[str, float] | None],
     gate_lr: float | None,
 ) -> list[dict[str, Any]]:
-    """Return optimizer groups, one for each learning rate with and without decay; see ``FusedModel``."""
+    """Return optimizer groups, one per learning rate, with and without weight decay; see ``FusedModel``."""
     unused = {(kind, name) for kind, given in rates.items() if isinstance(given, Mapping) for name in given}
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for path, parameter in model.named_parameters():

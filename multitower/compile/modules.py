@@ -1,4 +1,4 @@
-"""The modules of a graph: its towers, and the links and input adapters that a fusion adds to them."""
+"""The modules of a fused model: its towers, and the links and input adapters that it adds."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def load_towers(
     *,
     empty: bool = False,
 ) -> dict[str, Tower]:
-    """Return the tower of each declaration; what is one model is loaded once.
+    """Return the tower of each declaration, loading each model once.
 
-    Two towers are one model when the same module was given for both, or when both stay frozen and come from
-    the same path or Hub id. Those that are present are taken as they are. If ``empty``, what a folder or a
-    Hub id holds is made on the meta device, without reading weights.
+    Two towers share a model if they were declared with the same module, or if both are frozen and have the
+    same path or Hub id. Towers in ``present`` are not loaded. If ``empty``, models from folders and Hub ids
+    are created on the meta device, without reading weights.
     """
     towers = dict(present or {})
     first: dict[object, str] = {}
@@ -50,7 +50,7 @@ def load_towers(
 
 
 def shared_with(towers: Mapping[str, Tower]) -> dict[str, str]:
-    """Return which towers are the model of an earlier one, and of which.
+    """Return the towers that share the model of an earlier one, and the latter's name.
 
     >>> from multitower.testing import tiny_tower
     >>> one, other = tiny_tower(), tiny_tower()
@@ -66,7 +66,7 @@ def shared_with(towers: Mapping[str, Tower]) -> dict[str, str]:
 
 
 def check_trained_alike(one: TowerSpec, other: TowerSpec) -> None:
-    """Check that two towers that share weights are declared to learn in the same way."""
+    """Check that two towers with shared weights are declared with the same training."""
     if (one.train, one.peft) != (other.train, other.peft):
         how = f"train={one.train!r} and train={other.train!r}"
         if one.train == other.train:
@@ -80,7 +80,7 @@ def check_trained_alike(one: TowerSpec, other: TowerSpec) -> None:
 def make_adapters(
     specs: Mapping[str, TowerSpec], towers: Mapping[str, Tower], kept: Mapping[str, nn.Module]
 ) -> dict[str, nn.Module]:
-    """Return the input adapter of each tower that is declared to have one."""
+    """Return the input adapter of each tower that is declared with one."""
     return {
         name: kept[name]
         if name in kept
@@ -96,7 +96,7 @@ def make_links(
     towers: Mapping[str, Tower],
     kept: Mapping[Tap, GatedCrossAttention],
 ) -> dict[str, dict[str, nn.Module]]:
-    """Return the modules of each link by the keys of its taps; new ones are the identity."""
+    """Return each link's modules by the keys of its taps; new ones are initialised as the identity."""
     links: dict[str, dict[str, nn.Module]] = {name: {} for name in specs}
     for tap in schedule.taps:
         module = kept[tap] if tap in kept else _make_tap(tap, specs[tap.link], towers)
@@ -123,10 +123,10 @@ def _make_tap(tap: Tap, spec: LinkSpec, towers: Mapping[str, Tower]) -> GatedCro
 
 
 def _placement(tower: Tower) -> dict[str, Any]:
-    """Where a tower's own new modules belong: its device, and the dtype in which it computes, or float32.
+    """Return device and dtype for a tower's links and input adapters: the tower's own, but at least float32.
 
-    What is trained needs that: in bfloat16, steps of 1e-4 leave most weights where they are. On the meta
-    device they stay there, to be filled.
+    In bfloat16, steps of 1e-4 would leave most weights unchanged. Under ``torch.device("meta")``, the device
+    is meta, for values that are loaded later.
     """
     dtypes = (each.dtype for each in tower.parameters() if each.is_floating_point() and each.itemsize > 1)
     default = torch.get_default_device()
@@ -136,7 +136,7 @@ def _placement(tower: Tower) -> dict[str, Any]:
 
 
 def _key(spec: TowerSpec, module: nn.Module | None) -> object:
-    """Return what towers that are one model have in common, or None for a model of its own."""
+    """Return a key that towers with a shared model have in common; None for a model of its own."""
     if module is not None:
         return id(module.native if isinstance(module, Tower) else module)
     return spec.source if spec.train == "none" else None

@@ -1,4 +1,4 @@
-"""Compile a graph into the ordered steps that a fused model runs: a pure function."""
+"""Compile a graph to the ordered steps that a fused model runs: a pure function."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ Layer = tuple[str, int]
 
 @dataclass(frozen=True, order=True)
 class Tap:
-    """One crossing of a link: after ``target_layer``, the target reads what ``source_layer`` gave.
+    """One connection of a link: after ``target_layer``, the target attends to the output of ``source_layer``.
 
-    Layer 0 is the embedding: it gives what enters layer 1.
+    Layer 0 is the embedding, whose output is the input of layer 1.
     """
 
     link: str
@@ -38,9 +38,9 @@ class Tap:
 
 @dataclass(frozen=True)
 class Step:
-    """Run one layer of one tower, or, where there are taps, let the state after it read others.
+    """One step: a layer of a tower, or the taps after that layer.
 
-    Layer 0 embeds the tokens, and adapts them if the tower has an input adapter.
+    Layer 0 embeds the tokens and applies the input adapter, if there is one.
     """
 
     tower: str
@@ -56,7 +56,7 @@ class Step:
 
 @dataclass(frozen=True, repr=False)
 class Schedule:
-    """The stages of a fused run; the steps of one stage do not depend on each other.
+    """The stages of a fused forward; the steps of one stage are independent.
 
     >>> from multitower.declare.spec import LinkSpec
     >>> there = LinkSpec("speech", "text", name="speech->text", taps=((1, 2),))
@@ -68,8 +68,8 @@ class Schedule:
     stage 4: after speech layer 1, read text layer 2; after text layer 2, read speech layer 1
     stage 5: run speech layer 2
 
-    A tap reads what a layer gave before any tap updated it, so the two directions of a pair do not
-    wait for each other.
+    A tap reads a layer's output before any tap updates it, so the two directions of a pair do not wait for
+    each other.
     """
 
     depths: tuple[tuple[str, int], ...]
@@ -92,14 +92,14 @@ class Schedule:
 
     @property
     def fingerprint(self) -> str:
-        """A digest of depths and taps: of all that decides what a fused run computes, not in which order."""
+        """A digest of all depths and taps, which determine what is computed; their order does not matter."""
         said = [sorted(self.depths), [astuple(tap) for tap in sorted(self.taps)]]
         return f"sha256:{hashlib.sha256(json.dumps(said).encode()).hexdigest()}"
 
     def needed(
         self, wanted: Mapping[str, int], links: Collection[str], known: Collection[Layer] = ()
     ) -> tuple[Step, ...]:
-        """Return the steps on which the wanted layers depend, in the order in which they run.
+        """Return the steps on which the wanted layers depend, in order.
 
         >>> from multitower.declare.spec import LinkSpec
         >>> schedule = make_schedule({"a": 3, "b": 2}, [LinkSpec("a", "b", name="a->b", taps=((2, 1),))])
@@ -109,10 +109,10 @@ class Schedule:
         embed b; run b layer 1; run b layer 2
 
         Args:
-            wanted: For each tower in question the layer of which the output is wanted, before any tap updates
-                it; one more than there are for the state that enters the head.
-            links: The links that have something to read; taps of others are left out.
-            known: Layers of which the output is there already, for taps to read.
+            wanted: For each tower of interest, the layer whose output is needed, before any tap updates it,
+                or ``depth + 1`` for the input of the head.
+            links: The links with visible source tokens; taps of others are left out.
+            known: Layers whose output is already known to the taps that read it.
         """
         deepest = dict(wanted)
         steps: list[Step] = []
@@ -145,7 +145,7 @@ class Schedule:
         )
 
     def explain(self) -> str:
-        """Return in words what the schedule does; links into one tower with like taps share a line."""
+        """Describe the schedule in words; links into one tower with the same taps share a line."""
         towers = ", ".join(f"{name} ({depth} layers)" for name, depth in self.depths)
         lines = [f"{len(self.depths)} towers: {towers}.", f"They run in {len(self.stages)} stages."]
         links: dict[str, list[Tap]] = {}
@@ -170,7 +170,7 @@ class Schedule:
 
 
 def make_schedule(depths: Mapping[str, int], links: Iterable[LinkSpec]) -> Schedule:
-    r"""Order every layer and every tap so that each comes after all that it needs, in the fewest stages.
+    r"""Sort all layers and taps topologically into the fewest stages.
 
     >>> str(make_schedule({"text": 2}, []))
     'stage 1: embed text\nstage 2: run text layer 1\nstage 3: run text layer 2'
@@ -202,9 +202,9 @@ def make_schedule(depths: Mapping[str, int], links: Iterable[LinkSpec]) -> Sched
 
 
 def _in_turn(stages: Iterable[Iterable[Step]]) -> tuple[Step, ...]:
-    """Order steps so that each tower runs as far as it can before the next.
+    """Order steps so that each tower runs as far as it can before the next one starts.
 
-    A tower that runs alone finds its memory in the caches of the processor.
+    This improves the locality of the CPU's caches.
     """
     waiting: dict[str, deque[Step]] = {}
     for step in itertools.chain.from_iterable(stages):
@@ -245,7 +245,7 @@ def _describe_cycle(steps: nx.DiGraph[Step]) -> str:
 
 
 def _some(parts: Sequence[str], separator: str, most: int = 6) -> str:
-    """Join parts; of more than ``most`` the first ones and the last.
+    """Join parts; if there are more than ``most``, only the first ones and the last.
 
     >>> _some(["a", "b", "c", "d", "e", "f", "g"], ", "), _some(["a", "b"], "; ")
     ('a, b, c, d, ..., g', 'a; b')

@@ -1,1 +1,1 @@
-"""What a fusion is declared to be: plain data, no torch modules run."""
+"""Declarations of fusions: plain data; no torch module is run."""

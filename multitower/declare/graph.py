@@ -1,4 +1,4 @@
-"""Declare which pretrained decoders read which others: plain data, no torch modules run."""
+"""Declare which pretrained decoders attend to which others: plain data; no torch module is run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 OPTIONS = ("gate", "projection", "heads", "position", "pace", "window", "feed_forward")
-"""The options of a link that say what its taps are, not where."""
+"""Options of a link that determine what its taps are, not where."""
 
 
 class FusionGraph:
@@ -199,7 +199,7 @@ class FusionGraph:
         )
 
     def to_networkx(self) -> nx.MultiDiGraph[str]:
-        """Return the graph to networkx: nodes carry their TowerSpec, edges (keyed by name) their LinkSpec."""
+        """Convert to networkx: nodes have a TowerSpec, edges (keyed by name) a LinkSpec, as ``spec``."""
         graph: nx.MultiDiGraph[str] = nx.MultiDiGraph()
         for tower in self._towers.values():
             graph.add_node(tower.name, spec=tower)
@@ -208,7 +208,7 @@ class FusionGraph:
         return graph
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the declaration as plain data that ``from_dict`` and JSON understand."""
+        """Return the declaration as plain data for ``from_dict`` and JSON."""
         return {
             "towers": [dataclasses.asdict(tower) for tower in self._towers.values()],
             "links": [dataclasses.asdict(link) for link in self._links.values()],
@@ -219,7 +219,7 @@ class FusionGraph:
         """Rebuild a graph from ``to_dict``.
 
         Raises:
-            GraphError: The data are not of that form.
+            GraphError: The data do not have this format.
         """
         graph = cls()
         try:
@@ -245,7 +245,7 @@ class FusionGraph:
         """Rebuild a graph from ``to_json``.
 
         Raises:
-            GraphError: The text is not JSON, or not of that form.
+            GraphError: The text is not JSON, or does not have this format.
         """
         try:
             return cls.from_dict(json.loads(text))
@@ -253,7 +253,7 @@ class FusionGraph:
             raise GraphError(f"this is not JSON: {error}") from error
 
     def to_mermaid(self) -> str:
-        """Return the graph as a Mermaid flowchart, which Markdown on GitHub and notebooks show.
+        """Return the graph as a Mermaid flowchart, which GitHub and notebooks display.
 
         >>> graph = FusionGraph()
         >>> for name in ("speech", "text"):
@@ -280,17 +280,17 @@ class FusionGraph:
 
         Raises:
             GraphError: There is no tower, a tap names a layer out of range, or layers wait for each other.
-            TowerError: A source cannot be used as a tower, or does not take the adapters declared for it.
-            ImportError: The extra "lora" is not installed, and a tower asks for it.
+            TowerError: A source cannot be used as a tower, or does not support its declared adapters.
+            ImportError: A tower needs the extra "lora", which is not installed.
         """
-        from ..model import FusedModel  # the one import that runs up: what users type
+        from ..model import FusedModel  # the one upward import, for the user's convenience
 
         if not self._towers:
             raise GraphError("the graph has no towers; call add_tower first")
         return FusedModel.from_graph(self)
 
     def copy(self) -> FusionGraph:
-        """Return a graph that can be added to without changing this one; modules in it are the same."""
+        """Return a copy that can be extended without changing this graph; it has the same modules."""
         twin = FusionGraph()
         twin._towers, twin._links, twin._modules = dict(self._towers), dict(self._links), dict(self._modules)
         return twin
@@ -314,19 +314,19 @@ class FusionGraph:
 
 
 def _crossing(link: LinkSpec) -> str:
-    """Say between which layers a link crosses."""
+    """Describe the layers that a link connects."""
     taps = "taps " + ", ".join(map(str, link.taps)) if link.taps else f"interleave {link.interleave}"
     return f"{taps} and embeddings" if link.embeddings else taps
 
 
 def _unlike_default(link: LinkSpec) -> list[str]:
-    """Name what the taps of a link are, where they are not as by default."""
+    """Describe the options of a link's taps that are not the default."""
     options = [(each, getattr(link, each.name)) for each in dataclasses.fields(link) if each.name in OPTIONS]
     return [f"{each.name}={value}" for each, value in options if value != each.default]
 
 
 def redeclared(graph: FusionGraph, names: Iterable[str], **changes: Any) -> FusionGraph:
-    """Return a graph in which some towers or links are declared otherwise; it holds no modules."""
+    """Return a graph with some options of towers or links changed; it has no modules."""
     names = set(names)
     data = graph.to_dict()
     for spec in (*data["towers"], *data["links"]):

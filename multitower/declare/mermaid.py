@@ -1,4 +1,4 @@
-"""Graphs as Mermaid flowcharts, which Markdown on GitHub, the Hub and notebooks show."""
+"""Graphs as Mermaid flowcharts, which GitHub, the Hub and notebooks display."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SIGNS = {"#": "#35;", '"': "#quot;", "<": "#lt;", ">": "#gt;", "&": "#amp;"}
 def flowchart(
     towers: Mapping[str, tuple[TowerSpec, Iterable[str]]], links: Iterable[tuple[LinkSpec, Iterable[str]]]
 ) -> str:
-    """Return a flowchart: a box for each tower, an arrow for each link, each with lines of words.
+    """Return a flowchart with a box per tower and an arrow per link, each labelled by lines of text.
 
     >>> speech = TowerSpec("speech", "path/to/decoder", train="all")
     >>> text = TowerSpec("text", "path/to/decoder")
@@ -39,5 +39,5 @@ def flowchart(
 
 
 def label(*lines: str) -> str:
-    """Quote a label of Mermaid, in which signs stand as names between # and ;."""
+    """Quote a label for Mermaid, escaping special characters."""
     return '"' + "<br/>".join("".join(SIGNS.get(sign, sign) for sign in line) for line in lines) + '"'

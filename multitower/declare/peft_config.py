@@ -1,4 +1,4 @@
-"""Configs of peft as plain data."""
+"""peft configs as plain data."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ NOT_IN_A_TOWER = {
 
 
 def is_peft_config(value: object) -> bool:
-    """Whether this is a ``peft.PeftConfig``; peft is not imported to find out."""
+    """Whether this is a ``peft.PeftConfig``, without importing peft."""
     peft = sys.modules.get("peft")
     return peft is not None and isinstance(value, peft.PeftConfig)
 
 
 def plain_config(config: Any) -> dict[str, Any]:
-    """Return a ``peft.PeftConfig`` as data that go through JSON and back."""
+    """Convert a ``peft.PeftConfig`` to data that JSON preserves."""
     check_config(config)
     plain: dict[str, Any] = _plain(config.to_dict())
     return plain
 
 
 def check_config(config: Any) -> None:
-    """Check that the adapters of a config have a place in a tower."""
+    """Check that a tower supports the adapters of a config."""
     for field, why in NOT_IN_A_TOWER.items():
         if getattr(config, field, None):
             raise ValueError(f"{type(config).__name__} ({field}) {why}; use LoRA, IA3, ... without it")

@@ -1,4 +1,4 @@
-"""What a fusion graph is made of: towers and links as declared, checked when they are made."""
+"""Towers and links as declared; they validate themselves."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Taps = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class TowerSpec:
-    """One tower as declared: its name, where it comes from, what of it is trained, its peft config."""
+    """A declared tower."""
 
     name: str
     source: str | None
@@ -48,7 +48,7 @@ class TowerSpec:
 
 @dataclass(frozen=True)
 class LinkSpec:
-    """One link as declared: the target tower reads the source tower at the taps."""
+    """A declared link: at its taps, the target tower attends to the source tower."""
 
     source: str
     target: str
@@ -126,9 +126,9 @@ class LinkSpec:
         >>> LinkSpec("a", "b", name="a->b", interleave=(1, 2), embeddings=True).resolve(4, 6)
         ((0, 0), (1, 2), (2, 4), (3, 6))
 
-        Layer 0 is what enters layer 1: the embedded tokens, after the input adapter if there is one. A single
-        number takes the source layer at the same relative depth, rounded down (at least 1), so
-        that links declared in this way can never make a cycle among layers.
+        Layer 0 is the input of layer 1: the embedded tokens, after the input adapter if there is one. If
+        ``interleave`` is a single number, source layers are at the same relative depth, rounded down (at
+        least 1), so that such links never make a cycle among layers.
 
         Raises:
             GraphError: A tap names a layer that a tower does not have, or no tap fits.
@@ -164,7 +164,7 @@ class LinkSpec:
 
 
 def is_name(value: object) -> bool:
-    """Return whether a tower may be called so, which is also what a folder is called.
+    """Whether this is a valid tower name, which is also used as a folder name.
 
     >>> is_name("text"), is_name("../text")
     (True, False)

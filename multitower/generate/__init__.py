@@ -1,1 +1,1 @@
-"""Decoding, one segment after another or several towers at once."""
+"""Autoregressive decoding: one segment after another, or several towers at once."""

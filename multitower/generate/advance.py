@@ -1,4 +1,4 @@
-"""Tokens that have not run yet are run, all towers together, after what is kept of those before them."""
+"""Run pending tokens, all towers together, after the cached keys and values of earlier ones."""
 
 from __future__ import annotations
 
@@ -26,13 +26,14 @@ NONE = torch.empty(0, dtype=torch.long)
 
 
 class Keeping(NamedTuple):
-    """What is to be kept.
+    """What to cache.
 
     Attributes:
         model: The model.
-        open: The towers that may get more tokens; what only others read is not kept.
-        outputs: Those among them that may be decoded: of the others the layers above the last that is read
-            are never run.
+        open: Towers that may get more tokens. Keys and values are cached only for these and for taps into
+            them.
+        outputs: Those of them that may be decoded. In the others, layers above the last one that a tap reads
+            never run.
     """
 
     model: Fusion
@@ -40,35 +41,35 @@ class Keeping(NamedTuple):
     outputs: Collection[str]
 
     def beside(self, name: str) -> set[str]:
-        """Return the towers beside which a link asks where in its segments a tower's tokens stand."""
+        """Return the towers with respect to which links use this tower's places in segments."""
         links = [each for each in self.model._graph.links.values() if each.position == "segment"]
         ends = [(each.source, each.target) for each in links if name in (each.source, each.target)]
         return {other for pair in ends for other in pair if other != name}
 
     def readers(self, name: str) -> list[Tap]:
-        """Return the taps that read a tower for those that may get more tokens."""
+        """Return the taps from this tower into towers that may get more tokens."""
         return [tap for tap in self.model.schedule.taps if tap.source == name and tap.target in self.open]
 
     def read_layers(self, name: str) -> set[int]:
-        """Return the layers of a tower that they read."""
+        """Return the layers of a tower that these taps read."""
         return {tap.source_layer for tap in self.readers(name)}
 
     def depth(self, name: str) -> int | None:
-        """Return the last layer that is run of a tower's tokens; None where nothing of them is wanted."""
+        """Return the last layer to run for a tower's tokens; None if none is needed."""
         if self.caches(name) and name in self.outputs:
             return self.model.tower(name).depth
         return max(self.read_layers(name), default=None)
 
     def caches(self, name: str) -> bool:
-        """Whether the tower's own keys and values are kept."""
+        """Whether to cache the tower's own keys and values."""
         return name in self.open and self.model.tower(name).resumes
 
 
 def advance(keeping: Keeping, rows: Sequence[Row], names: Collection[str] | None = None) -> list[Row]:
-    """Run what is pending of some towers and of what they read, each token once; return the rows then.
+    """Run the pending tokens of some towers, and of their sources, each token once; return the new rows.
 
-    A tower that cannot go on from keys and values runs from its first token, if anything of it is pending. Of
-    towers that forget, a segment runs at a time.
+    A tower that cannot resume from a cache runs from its first token if it has pending tokens. Towers with
+    ``memory="segment"`` run one segment at a time.
     """
     rows, names = list(rows), _pending(keeping.model, rows, names)
     forgetful = [name for name in names if keeping.model.forgets(name)]
@@ -76,7 +77,7 @@ def advance(keeping: Keeping, rows: Sequence[Row], names: Collection[str] | None
         rows = [row.forgetting(forgetful) for row in rows]
         ends = [[row.of(name).next_segment() for name in forgetful] for row in rows]
         times = [min((time for time in each if time is not None), default=None) for each in ends]
-        if any(time is not None for time in times):  # what runs in this pass is read in the next
+        if any(time is not None for time in times):  # the next pass reads the states of this one
             keeping = keeping._replace(open={*keeping.open, *names})
         short = [row if time is None else row.before(time) for row, time in zip(rows, times, strict=True)]
         for number, new in enumerate(_advance(keeping, short, names)):
@@ -91,12 +92,12 @@ def advance(keeping: Keeping, rows: Sequence[Row], names: Collection[str] | None
 
 
 def _advance(keeping: Keeping, rows: Sequence[Row], names: Sequence[str]) -> list[Row]:
-    """Run what is pending of these towers."""
+    """Run the pending tokens of these towers: one pass for each group of rows that can share a cache."""
     for name, (number, row) in itertools.product(names, enumerate(rows)):
         said = row.of(name)
         check_room(name, keeping.model.tower(name), said.times[said.base :], f"row {number} of the batch")
     kept = [name for name in names if len(rows) > 1 and keeping.caches(name)]
-    apart = [name for name in kept if not keeping.model.tower(name).pads_left]  # of one length alone
+    apart = [name for name in kept if not keeping.model.tower(name).pads_left]  # cannot mix lengths
     alike: dict[tuple[tuple[int, int], ...], list[int]] = {}
     for number, row in enumerate(rows):
         key = tuple((row.of(name).cached, row.of(name).pending) for name in apart)
@@ -112,7 +113,7 @@ def _advance(keeping: Keeping, rows: Sequence[Row], names: Sequence[str]) -> lis
 
 
 def _pending(model: Fusion, rows: Sequence[Row], names: Collection[str] | None) -> list[str]:
-    """Name those of some towers, and of all that they read, that have tokens which did not run."""
+    """Return the names of those of these towers, and of all their sources, that have pending tokens."""
     pending = [name for name in model.towers if any(row.of(name).pending for row in rows)]
     if names is None:
         return pending
@@ -130,7 +131,7 @@ def _pending(model: Fusion, rows: Sequence[Row], names: Collection[str] | None) 
 
 
 class _Pass:
-    """One run of what is pending in some rows."""
+    """One forward pass over the pending tokens of a batch of rows."""
 
     def __init__(self, keeping: Keeping, rows: Sequence[Row], names: Collection[str]) -> None:
         self.keeping, self.model, self.rows, self.names = keeping, keeping.model, rows, names
@@ -146,7 +147,7 @@ class _Pass:
         self.keys: dict[Tap, KeysValues] = {}
 
     def run(self) -> list[Row]:
-        """Run the steps that are needed."""
+        """Run the needed steps of the schedule, and return the new rows."""
         model, taps = self.model, self.model.schedule.taps
         depths = {name: self.keeping.depth(name) for name in self.names}
         wanted = {name: depth for name, depth in depths.items() if depth is not None}
@@ -167,7 +168,7 @@ class _Pass:
         return self._rows(depths)
 
     def _start(self, name: str, said: Said) -> int:
-        """Return the first token of a row that runs: after what is kept, or the very first."""
+        """Return the index of the first token to run in a row: after the cached ones, or ``base``."""
         if self.keeping.caches(name):
             return said.base + said.cached
         return said.base if said.pending else len(said.tokens)
@@ -183,11 +184,11 @@ class _Pass:
         return {key: each.to(device) for key, each in stream.items()}
 
     def _times(self, name: str) -> Tensor:
-        """Return when the tokens that run stand, on the CPU, padded on the right by -1."""
+        """Return the times of the tokens to run, on the CPU, padded on the right with -1."""
         return self._new(name, lambda row, name: row.of(name).times)
 
     def _new(self, name: str, known: Callable[[Row, str], Tensor]) -> Tensor:
-        """Return what is known of the tokens that run, padded on the right by -1."""
+        """Return the values of ``known`` for the tokens to run, padded on the right with -1."""
         starts = zip(self.rows, self.starts[name], strict=True)
         new = [
             known(row, name)[start:] if start < len(row.of(name).tokens) else NONE for row, start in starts
@@ -195,13 +196,13 @@ class _Pass:
         return pad_sequence(new, batch_first=True, padding_value=-1)
 
     def _earlier(self, name: str) -> Tensor:
-        """Return when the tokens before those that run stand, on the CPU, padded on the left by -1."""
+        """Return the times of the tokens before those to run, on the CPU, padded on the left with -1."""
         starts = self.starts.get(name, [row.of(name).done for row in self.rows])
         times = [row.of(name).times[:start] for row, start in zip(self.rows, starts, strict=True)]
         return pad_sequence(times, batch_first=True, padding_value=-1, padding_side="left")
 
     def _visibilities(self) -> dict[str, Visibility]:
-        """Return what the queries of each link see, of those that see anything."""
+        """Return the visibility of each link with visible source tokens."""
         model, seen, alike = self.model, dict[str, Visibility](), dict[tuple[Any, ...], Visibility]()
         dtypes = {tap.link: model.tap(tap).query.weight.dtype for tap in model.schedule.taps}
         for link in model.graph.links.values():
@@ -230,12 +231,12 @@ class _Pass:
         return self.model.adapt(name, x), context
 
     def _cached(self, name: str) -> list[int]:
-        """Return of how many tokens a tower's own keys and values are there, by row."""
+        """Return the number of cached tokens of each row."""
         starts = zip(self.starts[name], self.rows, strict=True)
         return [start - row.of(name).base for start, row in starts]
 
     def _padded(self, name: str) -> bool:
-        """Whether a tower must be told of padding: it is on the left, or there may be no positions for it."""
+        """Whether a tower needs a mask: padding is on the left, or could exceed the last position."""
         unlike = [len(set(self._cached(name))) > 1]
         if self.model.tower(name).hard_limit is not None:
             unlike.append(len({int(mask.sum()) for mask in self.streams[name]["mask"]}) > 1)
@@ -247,7 +248,7 @@ class _Pass:
         return update
 
     def _keys(self, tap: Tap) -> KeysValues:
-        """Return the keys and values of a tap: those of earlier tokens, then those of the tokens that run."""
+        """Return the keys and values that a tap reads: cached ones, then those of the tokens that run."""
         if tap not in self.keys:
             parts = [] if self.earlier[tap.source].shape[1] == 0 else [kept_of(self.rows, tap, self.starts)]
             if tap.source in self.names:
@@ -257,7 +258,7 @@ class _Pass:
         return self.keys[tap]
 
     def _rows(self, depths: Mapping[str, int | None]) -> list[Row]:
-        """Return the rows with what this run left, each without padding."""
+        """Return the rows with the keys and values of this pass added, without padding."""
         said, read = [dict(row.said) for row in self.rows], [dict(row.read) for row in self.rows]
         for name in self.names:
             before = self.earlier[name].shape[1]
@@ -284,9 +285,10 @@ class _Pass:
 
 
 def kept_of(rows: Sequence[Row], tap: Tap, starts: Mapping[str, Sequence[int]] | None = None) -> KeysValues:
-    """Return what a tap reads of the tokens that have run in some rows, padded on the left.
+    """Return a tap's cached keys and values for a batch of rows, padded on the left.
 
-    One or more of the rows have such. ``starts`` says by source how many of its tokens count; all by default.
+    At least one row must have some. ``starts`` limits, for each source and row, how many tokens to take; all
+    by default.
     """
     known = next(row.read[tap] for row in rows if tap in row.read)
     none = KeysValues(*(part[:, :, :0] for part in known))

@@ -1,7 +1,7 @@
-"""Decoding by transformers' own generate.
+"""Decoding with transformers' ``generate``.
 
-The other towers run once over what is given; each tap into the decoded tower keeps their keys and values.
-Then a copy of that tower, whose layers are followed by the taps, is to transformers an ordinary causal LM.
+The source towers run once over the prompt, and each tap caches the keys and values that it reads. To
+transformers, the decoded tower is an ordinary causal LM: a copy that runs the taps after its layers.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from .simultaneous import check_stepwise
 from .turn import decode
 
 Entry = str | tuple[str, ...]
-"""A tower to decode, or several to decode at the same time."""
+"""A tower to decode, or several to decode simultaneously."""
 
 Policy = Callable[[Example], Entry | None]
-"""Called with an example as it stands; says what to decode next, or None when it is complete."""
+"""Takes an example so far; returns what to decode next, or None when it is complete."""
 
 Decoded = list[list[Segment | tuple[Segment, ...]]]
 
@@ -59,10 +59,10 @@ def go_on(
     lasting: bool,
     continues: bool,
 ) -> list[Row]:
-    """Decode a segment for each entry of ``output``; return the rows with these.
+    """Decode a segment for each entry of ``output``; return the rows with these added.
 
-    ``lasting`` says that the rows are gone on from afterwards, ``continues`` that a segment which has not
-    ended is gone on with, in place of beginning another.
+    ``lasting``: whether more may be decoded or appended afterwards, so that caches must be complete.
+    ``continues``: whether to continue a segment that has not ended, instead of starting a new one.
     """
     model, rows = keeping.model, list(rows)
     check_named(options, model.graph.towers)
@@ -89,7 +89,7 @@ def go_on(
 def _ask(
     output: Sequence[Entry] | Policy, step: int, rows: Sequence[Row], going: Sequence[int]
 ) -> dict[Entry, list[int]]:
-    """Return what is to be decoded next, each with the rows that want it."""
+    """Return the entries to decode next, each with its rows."""
     if not callable(output):
         return {entry: list(going) for entry in output[step : step + 1]}
     wanted: dict[Entry, list[int]] = {}
@@ -109,7 +109,7 @@ def _plan(
     *,
     several: bool = False,
 ) -> dict[Entry, dict[str, Settings]]:
-    """Return the checked settings of each entry's towers; more entries are to come if ``several``."""
+    """Return the checked settings of each entry's towers; ``several`` if more entries may follow."""
     if (
         isinstance(output, str)
         or not output
@@ -148,7 +148,7 @@ def _check_outputs(keeping: Keeping, entries: Collection[Entry]) -> None:
 
 
 def _check_call(settings: Settings, vocabulary: int, several: bool, examples: int) -> None:
-    """Check that a tower can be decoded with its settings, alone or one of several, from so many examples."""
+    """Check the settings of a tower; ``several`` if it is not the only one to decode."""
     if not 0 <= settings.begin < vocabulary:
         raise ValueError(
             f"the begin token {settings.begin} is outside the vocabulary of {vocabulary} of tower "
@@ -170,7 +170,7 @@ def _check_call(settings: Settings, vocabulary: int, several: bool, examples: in
 
 
 def check_given(examples: Sequence[Example], vocabularies: Mapping[str, int]) -> None:
-    """Check examples that are to be decoded from, against the vocabulary sizes of what may stand in them."""
+    """Check that examples can serve as prompts, with these vocabulary sizes."""
     if len(examples) == 0:
         raise ValueError("there are no examples to decode from")
     check_examples(examples)
@@ -196,6 +196,6 @@ def _names(output: Sequence[Entry]) -> list[str]:
 
 
 def check_name(name: str, towers: Collection[str]) -> None:
-    """Check that there is a tower of a name."""
+    """Check that a tower exists."""
     if name not in towers:
         raise ValueError(f"there is no tower {name!r}; the towers are {', '.join(towers)}")

@@ -1,6 +1,6 @@
-"""The options of transformers' ``generate``: resolved once for each tower, refused where they mean nothing.
+"""Options of transformers' ``generate``: resolved per tower, and refused where they make no sense.
 
-An option may also be a mapping: from the names of towers to what each of them takes.
+An option may be a mapping from tower names to values.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..base.extras import require
 Options = Mapping[str, Any]
 
 MAX_NEW_TOKENS = 1024
-"""How long a segment may grow when neither the caller nor the tower says so."""
+"""Limit of new tokens per segment if neither the caller nor the tower sets one."""
 
 RESERVED = (
     "input_ids",
@@ -28,7 +28,7 @@ RESERVED = (
     "past_key_values",
     "decoder_input_ids",
 )
-"""Options that say what the examples say."""
+"""Arguments that are derived from the examples."""
 
 NO_SCORES = (
     "generate gives segments of tokens; score them with "
@@ -42,7 +42,7 @@ RETURNED = {
     "output_attentions": "generate gives segments of tokens; model(..., output_attentions=True) gives the "
     "attention of the links",
 }
-"""What ``generate`` could return beside tokens, and how to have it instead. A tower may set it in vain."""
+"""Outputs of ``generate`` besides tokens, and how to get them instead. A tower's own setting is ignored."""
 
 ANOTHER_PROMPT = "it runs the tower on a prompt of its own, outside of the fusion; leave it out"
 UNSUPPORTED = {
@@ -53,7 +53,7 @@ UNSUPPORTED = {
     "token_healing": "it rewrites the last token of the prompt, here the one that begins the segment; heal "
     "the tokens before they become a multitower.Segment",
 }
-"""Options that cannot work, whoever sets them, and what to do instead."""
+"""Options that never work, and what to do instead."""
 
 OF_ONE_VOCABULARY = (
     "assistant_model",
@@ -70,16 +70,16 @@ OF_ONE_VOCABULARY = (
     "suppress_tokens",
     "tokenizer",
 )
-"""Options that mean the tokens of one tower."""
+"""Options that depend on one tower's vocabulary or tokenizer."""
 
 MAPPINGS = ("cache_config", "watermarking_config")
-"""Options that are mappings by themselves."""
+"""Options whose value is itself a mapping."""
 
 STOPS = ("stopping_criteria", "stop_strings")
-"""Options that end a row without an end token: in a batch nothing says where it ended."""
+"""Options that end a row without an EOS token: in a batch, the row's end could not be found."""
 
 OF_THE_BATCH = ("logits_processor", "prefix_allowed_tokens_fn")
-"""Functions that may tell the rows of a batch by their place in it."""
+"""Functions that may depend on a row's index in the batch."""
 
 OF_THE_WHOLE_ROW = (
     "bad_words_ids",
@@ -89,20 +89,20 @@ OF_THE_WHOLE_ROW = (
     "sequence_bias",
     "watermarking_config",
 )
-"""Options that take padding on the left of a row for a part of it, as a forced first token does."""
+"""Options that treat left padding as part of the row, as ``forced_bos_token_id`` does."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """With what one tower is decoded; see ``settle``.
+    """The resolved options for decoding one tower; see ``settle``.
 
     Attributes:
-        name: The tower.
-        tower: The tower, or what is asked as one: for ``native``, ``begin``, ``end``, ``device``,
-            ``max_length`` and ``pads_left``.
-        options: What ``generate`` is called with.
-        config: The ``GenerationConfig`` that comes of these and of what the tower sets for itself.
-        continues: Whether a segment that has not ended is gone on with, in place of beginning another.
+        name: The tower's name.
+        tower: The tower, or an object with its ``native``, ``begin``, ``end``, ``device``, ``max_length`` and
+            ``pads_left``.
+        options: Keyword arguments for ``generate``.
+        config: The ``GenerationConfig`` that results from these options and the tower's own config.
+        continues: Whether to continue a segment that has not ended, instead of starting a new one.
     """
 
     name: str
@@ -112,12 +112,12 @@ class Settings:
     continues: bool = False
 
     def get(self, key: str) -> Any:
-        """Return an option as ``generate`` takes it, be it a part of the config or not."""
+        """Return an option, whether it is part of the config or not."""
         return getattr(self.config, key, self.options.get(key))
 
     @property
     def begin(self) -> int:
-        """The token that opens a segment."""
+        """The BOS token, which starts a segment."""
         if self.config.bos_token_id is None:
             raise ValueError(
                 f"tower {self.name!r} has no begin token to start a segment with; set "
@@ -127,12 +127,12 @@ class Settings:
 
     @property
     def ends(self) -> list[int]:
-        """The tokens that may end it, which are given as integers of any kind or as a tensor."""
+        """The EOS tokens; the config may hold integers or a tensor."""
         ends = self.config.eos_token_id
         return [] if ends is None else [int(each) for each in torch.as_tensor(ends).reshape(-1)]
 
     def limits(self, prompt: int) -> dict[str, Any]:
-        """Return the options that say how many tokens a segment may get after a prompt of this length."""
+        """Return the length limits for a segment that follows a prompt of this length."""
         most, whole, last = self.config.max_new_tokens, self.config.max_length, self.tower.max_length
         if most is None and whole is not None:
             most = whole - prompt
@@ -146,7 +146,7 @@ class Settings:
         return {"max_new_tokens": most, "max_length": None}
 
     def keys(self, lengths: Sequence[int]) -> Sequence[int]:
-        """Return for each row, by the length of its prompt, a key: rows of one key are decoded together."""
+        """Return a key for each row by the lengths of the prompts; equal keys are decoded together."""
         if any(self.get(key) for key in STOPS):
             return range(len(lengths))
         alike = len(set(lengths)) == 1 or self._alike_when_padded(max(lengths))
@@ -163,7 +163,7 @@ class Settings:
 
 
 def settle(name: str, tower: Any, options: Options) -> Settings:
-    """Resolve the options of one tower: the caller's first, then the tower's own, then transformers'.
+    """Resolve the options for one tower: the caller's, then the tower's own, then transformers' defaults.
 
     >>> from multitower.testing import tiny_tower
     >>> settings = settle("text", tiny_tower(), {"do_sample": True, "max_new_tokens": {"text": 40}})
@@ -206,7 +206,7 @@ def settle(name: str, tower: Any, options: Options) -> Settings:
 
 
 def groups(lengths: Sequence[tuple[Settings, Sequence[int]]]) -> list[list[int]]:
-    """Return which rows can be decoded together so that each becomes what it would alone.
+    """Group the rows that can be decoded together with the same result as each alone.
 
     >>> from multitower.testing import tiny_tower
     >>> plain, counting = (settle("text", tiny_tower(), {"no_repeat_ngram_size": size}) for size in (0, 2))
@@ -221,7 +221,7 @@ def groups(lengths: Sequence[tuple[Settings, Sequence[int]]]) -> list[list[int]]
 
 
 def check_batches(count: int, options: Options) -> None:
-    """Check that no function among the options has to see together what is decoded in several batches."""
+    """Check that no option depends on the whole batch if decoding is split into several batches."""
     for key in OF_THE_BATCH:
         if count > 1 and options.get(key):
             raise ValueError(
@@ -231,7 +231,7 @@ def check_batches(count: int, options: Options) -> None:
 
 
 def check_shared(options: Options, names: Collection[str]) -> None:
-    """Check that several towers are not to share what means the tokens of one."""
+    """Check that several towers do not share an option that refers to one tower's tokens."""
     for key in OF_ONE_VOCABULARY:
         value = given(options, key)
         if len(names) > 1 and value is not None and not is_by_tower(key, value):
@@ -242,7 +242,7 @@ def check_shared(options: Options, names: Collection[str]) -> None:
 
 
 def check_named(options: Options, towers: Collection[str]) -> None:
-    """Check that options by tower name towers."""
+    """Check that options given by tower refer to existing towers."""
     for key, value in options.items():
         for name in value if is_by_tower(key, value) else ():
             if name not in towers:
@@ -252,7 +252,7 @@ def check_named(options: Options, towers: Collection[str]) -> None:
 
 
 def is_by_tower(key: str, value: Any) -> bool:
-    """Whether a value is a mapping that gives each tower its own.
+    """Whether an option's value is a mapping from tower names to values.
 
     >>> is_by_tower("max_new_tokens", {"text": 40, "speech": 400})
     True
@@ -264,7 +264,7 @@ def is_by_tower(key: str, value: Any) -> bool:
 
 
 def options_of(name: str, options: Options) -> dict[str, Any]:
-    """Return the options for one tower, those in a ``generation_config`` among them.
+    """Return the options for one tower, including those of a ``generation_config``.
 
     >>> options_of("text", {"do_sample": True, "max_new_tokens": {"text": 40}, "top_k": {"speech": 9}})
     {'do_sample': True, 'max_new_tokens': 40}
@@ -281,5 +281,5 @@ def options_of(name: str, options: Options) -> dict[str, Any]:
 
 
 def given(options: Options, key: str) -> Any:
-    """Return an option, by itself or in the caller's ``generation_config``; None where there is none."""
+    """Return an option of the caller's, also from a ``generation_config``; None if it is not set."""
     return options[key] if key in options else getattr(options.get("generation_config"), key, None)

@@ -1,7 +1,7 @@
-"""What is kept of one row of a conversation: its tokens, and the keys and values that they left.
+"""The state of one row of a conversation: its tokens, and their cached keys and values.
 
-Rows are values: whatever is done with one makes another, which shares the tensors that did not change. So a
-row can be kept, gone back to, or gone on from in several ways.
+Rows are immutable: each operation returns a new one, which shares all tensors that did not change. So a row
+can be stored, rolled back to, or continued in several ways.
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ from ..compile.schedule import Tap
 from ..link.cross_attention import KeysValues
 
 Turn = Segment | tuple[Segment, ...]
-"""An entry of an example: a segment, or several that begin at the same time."""
+"""An entry of an example: a segment, or a tuple of segments that start at the same time."""
 
 
 class Said(NamedTuple):
-    """The tokens of one tower in a row, and what is known of them.
+    """One tower's tokens in a row, and the state of its cache.
 
     Attributes:
         tokens: int64, shape (length,), on the CPU.
-        times: When they stand, int64, shape (length,).
-        done: How many of them have run, so that others can read them.
-        cache: The keys and values of each layer of the tower, of those that have run since ``base``, shape
-            (1, heads, done - base, head width); empty where the tower cannot go on from any.
-        base: The first token that the tower attends to: where its segment begins, if it forgets.
+        times: The time of each token, int64, shape (length,).
+        done: Number of tokens that have been run, so that other towers can attend to them.
+        cache: Keys and values of each of the tower's layers for the tokens ``base`` to ``done``, shape (1,
+            heads, done - base, head width); empty if the tower cannot resume from a cache.
+        base: Index of the first token that the tower attends to: the start of the current segment if it
+            forgets earlier ones, else 0.
     """
 
     tokens: Tensor
@@ -44,38 +45,38 @@ class Said(NamedTuple):
 
     @property
     def cached(self) -> int:
-        """How many tokens since ``base`` the tower need not run again when it goes on."""
+        """Number of cached tokens."""
         return self.done - self.base if self.cache else 0
 
     @property
     def pending(self) -> int:
-        """How many tokens have not run."""
+        """Number of tokens that have not been run."""
         return len(self.tokens) - self.done
 
     @property
     def length(self) -> int:
-        """How many tokens there are since ``base``."""
+        """Number of tokens from ``base`` on."""
         return len(self.tokens) - self.base
 
     def begins(self, place: int, time: int) -> bool:
-        """Whether a segment begins with the token at a place, which stands at a time."""
+        """Whether a token at this index and time starts a segment."""
         return place == 0 or int(self.times[place - 1]) + 1 != time
 
     def next_segment(self) -> int | None:
-        """Return when the first segment begins that has not run, but for one that begins next."""
+        """Return the start time of the first pending segment, not counting one that starts at ``done``."""
         places = range(self.done + 1, len(self.tokens))
         times = (int(self.times[place]) for place in places if self.begins(place, int(self.times[place])))
         return next(times, None)
 
     def forgetting(self, time: int) -> Said:
-        """Return what there is where all is forgotten if a segment begins next, if need be at a time."""
+        """Return the state without the past if the next token, pending or at ``time``, starts a segment."""
         next_time = int(self.times[self.done]) if self.pending else time
         return self._replace(base=self.done, cache=()) if self.begins(self.done, next_time) else self
 
     def until(self, count: int, time: int) -> Said:
-        """Return what there was of the first tokens when the row ended at a time.
+        """Return the state as of the first ``count`` tokens, when the row ended at ``time``.
 
-        Where their segment was forgotten and goes on, it has not run.
+        If the tower forgot their last segment, and that segment continues, it counts as not run.
         """
         short = self._replace(tokens=self.tokens[:count], times=self.times[:count])
         done = min(self.done, count)
@@ -95,7 +96,7 @@ NOTHING = Said(torch.empty(0, dtype=torch.long), torch.empty(0, dtype=torch.long
 
 @dataclass(frozen=True)
 class Row:
-    """An example so far.
+    """The state of one example.
 
     >>> row = Row().then([Segment("text", [1, 5]), Segment("speech", [1, 7, 2])])
     >>> row.time, row.of("speech").times.tolist(), row.of("speech").pending
@@ -104,11 +105,11 @@ class Row:
     2
 
     Attributes:
-        history: Its entries.
-        time: When the next begins.
-        said: What each tower has in it, by name.
-        read: By tap, the keys and values that it reads of the tokens of its source that have run, shape (1,
-            heads, how many, head width), on the target's device.
+        history: The entries so far.
+        time: The time at which the next entry starts.
+        said: The tokens of each tower, by name.
+        read: For each tap, the keys and values of the source tokens that have been run, shape (1, heads,
+            number of these, head width), on the target's device.
     """
 
     history: tuple[Turn, ...] = ()
@@ -117,11 +118,11 @@ class Row:
     read: Mapping[Tap, KeysValues] = field(default_factory=dict)
 
     def of(self, name: str) -> Said:
-        """Return what a tower has in the row."""
+        """Return a tower's tokens."""
         return self.said.get(name, NOTHING)
 
     def then(self, entries: Example, number: int = 0) -> Row:
-        """Return the row with further entries, which have not run; errors call it by its number."""
+        """Return the row with more entries, not run yet; ``number`` is the row's number in errors."""
         said, end = dict(self.said), self.time
         for segment, time in place_in_time(entries, number):
             tokens, before = torch.as_tensor(segment.tokens), said.get(segment.tower, NOTHING)
@@ -133,7 +134,7 @@ class Row:
         return replace(self, history=(*self.history, *entries), time=end, said=said)
 
     def until(self, entries: int) -> Row:
-        """Return the row as it was when it had so many entries, with what is kept of these."""
+        """Return the row as it was after its first ``entries`` entries, with the caches for these."""
         before = Row().then(self.history[:entries])
         said = {}
         for name, short in before.said.items():
@@ -144,14 +145,14 @@ class Row:
         return replace(before, said=said, read=read)
 
     def forgetting(self, names: Collection[str]) -> Row:
-        """Return the row where some towers have forgotten all if a segment of theirs begins next."""
+        """Return the row where these towers forget their past if their next token starts a segment."""
         said = {
             name: each.forgetting(self.time) if name in names else each for name, each in self.said.items()
         }
         return replace(self, said=said)
 
     def before(self, time: int) -> Row:
-        """Return the row without tokens that have not run and stand at this time or later."""
+        """Return the row without pending tokens at this time or later."""
         said = {}
         for name, each in self.said.items():
             count = max(each.done, int((each.times < time).sum()))
@@ -159,7 +160,7 @@ class Row:
         return replace(self, said=said)
 
     def places(self, name: str, other: str, times: Tensor | None = None) -> Tensor:
-        """Return the places of a tower's tokens beside another's, int64, shape (length,).
+        """Return the places of a tower's tokens with respect to another tower, int64, shape (length,).
 
         See ``batch.places``.
         """
@@ -168,7 +169,7 @@ class Row:
         return places(streams)[name][0]
 
     def but_last(self, name: str) -> Row:
-        """Return the row as if the last token of a tower had not run."""
+        """Return the row as if a tower's last token had not been run."""
         said = self.of(name)
         done = min(said.done, len(said.tokens) - 1)
         short = said._replace(done=done, cache=tuple(_first(each, done - said.base) for each in said.cache))
@@ -177,15 +178,15 @@ class Row:
 
 
 class Prompt(NamedTuple):
-    """What a tower is decoded after, in some rows, padded on the left.
+    """The prompts of one tower for several rows, padded on the left.
 
     Attributes:
         tokens: int64, shape (batch, length).
-        times: When they stand, and when the first token that is decoded does, int64, shape (batch, length +
-            1); -1 at padding.
-        starts: Where in each row the new segment starts: at the last of these tokens, its begin token, or
-            after it.
-        places: Their places beside other towers, of the shape of ``times``, if a link asks.
+        times: Times of these tokens and of the first new one, int64, shape (batch, length + 1); -1 at
+            padding.
+        starts: For each row, the index at which the returned segment starts: the BOS token, which is the last
+            token of the prompt, or, for a continued segment, the first token after the prompt.
+        places: Places with respect to other towers, shaped like ``times``, if links use them.
     """
 
     tokens: Tensor
@@ -195,17 +196,17 @@ class Prompt(NamedTuple):
 
     @property
     def length(self) -> int:
-        """How many tokens a row has, padding included."""
+        """Length of the padded prompts."""
         return self.tokens.shape[1]
 
     @property
     def mask(self) -> Tensor:
-        """Where they are not padding, bool, shape (batch, length)."""
+        """False at padding, bool, shape (batch, length)."""
         return self.times[:, :-1] >= 0
 
 
 def stacked(parts: Sequence[Tensor]) -> Tensor:
-    """Put tensors of shape (1, heads, length, width) into one, padded on the left; a single one is itself.
+    """Concatenate tensors of shape (1, heads, length, width) along the batch, padded on the left.
 
     >>> stacked([torch.ones(1, 1, 2, 1), torch.ones(1, 1, 1, 1)]).flatten().tolist()
     [1.0, 1.0, 0.0, 1.0]
@@ -217,7 +218,7 @@ def stacked(parts: Sequence[Tensor]) -> Tensor:
 
 
 def cache_of(said: Sequence[Said]) -> Any:
-    """Return a ``DynamicCache`` of what a tower has kept in several rows, padded on the left."""
+    """Return a ``DynamicCache`` of a tower's keys and values for several rows, padded on the left."""
     cache_type, layers = require("transformers", "transformers").DynamicCache, [each.cache for each in said]
     full = next((each for each in layers if each), None)
     if full is None:
@@ -232,7 +233,7 @@ def cache_of(said: Sequence[Said]) -> Any:
 
 
 def rows_of(pairs: Sequence[tuple[Tensor, Tensor]], places: Sequence[slice]) -> list[tuple[KeysValues, ...]]:
-    """Take apart the layers of a cache of several rows: for each what stands at its place."""
+    """Split batched keys and values of several layers into rows, each cut to its slice of the length."""
     return [
         tuple(KeysValues(*(part[row : row + 1, :, place] for part in pair)) for pair in pairs)
         for row, place in enumerate(places)

@@ -1,4 +1,4 @@
-"""A conversation: examples that grow turn by turn, of which each token runs once."""
+"""A conversation: examples that grow turn by turn, with each token run once."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from .rows import Row, Turn
 
 @dataclass(frozen=True, eq=False)
 class Mark:
-    """A point of a session, to go back to; see ``Session.mark``.
+    """A point in a session to roll back to; see ``Session.mark``.
 
     Attributes:
-        history: The examples as they were.
+        history: The examples at that point.
     """
 
     history: tuple[tuple[Turn, ...], ...]
 
 
 class Session:
-    """Examples that grow turn by turn; ``model.session()`` begins one.
+    """Examples that grow turn by turn; ``model.session()`` starts a session.
 
     >>> import multitower as mt
     >>> from multitower.testing import tiny_model
@@ -44,19 +44,19 @@ class Session:
     >>> len(session.history[0])
     4
 
-    What it gives is what ``model.generate`` gives of the whole ``history``, up to rounding. Each tower's keys
-    and values are kept, and those that taps read of it, so that a turn runs its own tokens alone. A tower
-    that cannot go on from an earlier call (``Tower.resumes``) runs from its first token.
+    The result equals that of ``model.generate`` on the whole ``history``, up to rounding. Keys and values of
+    towers and taps are cached, so that each turn runs only its new tokens. A tower that cannot resume from a
+    cache (``Tower.resumes``) runs from its first token.
 
-    What is kept is of the weights as they are: begin a new session after training or changing the model.
+    The caches are not updated with the model: start a new session after training or changing it.
 
     Args:
         model: The model.
-        rows: How many examples go on side by side.
-        outputs: The towers that are to be decoded; all unless given.
+        rows: Number of examples in the batch.
+        outputs: The towers that may be decoded; all by default.
 
     Raises:
-        ValueError: There is no row, or no tower of a name.
+        ValueError: ``rows`` is below 1, or a tower is unknown.
     """
 
     def __init__(self, model: Fusion, rows: int = 1, outputs: Collection[str] | None = None) -> None:
@@ -80,12 +80,12 @@ class Session:
 
     @property
     def history(self) -> list[list[Turn]]:
-        """The examples so far, as ``model.generate`` and ``collate`` take them."""
+        """The examples so far, in the form that ``model.generate`` and ``collate`` take."""
         return [list(row.history) for row in self._rows]
 
     @torch.no_grad()
     def append(self, entries: Turn | Example | Sequence[Example]) -> None:
-        """Add what is given, and run it.
+        """Add segments and run them.
 
         >>> import multitower as mt
         >>> from multitower.testing import tiny_model
@@ -95,16 +95,16 @@ class Session:
         >>> [len(row) for row in session.history]
         [2, 1]
 
-        A segment may come in pieces as it is recorded or typed, ``[1, 5]`` and then ``[6, 2]``: a tower's
-        tokens that follow each other are one run of tokens, however many segments they came in.
+        A segment may come in pieces as it is recorded or typed, ``[1, 5]`` and then ``[6, 2]``: consecutive
+        tokens of a tower form one segment, in however many pieces they came.
 
         Args:
-            entries: A segment, or a tuple of segments that begin at the same time, or a list of these, for
-                every row; or a list with such a list for each row, which may be empty.
+            entries: For all rows: a segment, a tuple of segments that start at the same time, or a list of
+                these. For each row: a list with one such list per row, which may be empty.
 
         Raises:
-            ValueError: A segment is not as ``model.generate`` takes it, there are not as many lists as rows,
-                or a tower has no position for so many tokens. The session is then as it was.
+            ValueError: A segment is not valid for ``model.generate``, the number of lists differs from the
+                number of rows, or a tower has too few positions. The session is then unchanged.
         """
         each = self._by_row(entries)
         check_given(each, {name: self.model.tower(name).vocab_size for name in self.model.towers})
@@ -118,16 +118,17 @@ class Session:
         """Decode a segment for each tower in ``output``, and add it to the session.
 
         Args:
-            output: As ``FusedModel.generate`` takes it.
-            continue_segment: See there. So a segment can be decoded some tokens at a time.
-            options: See there. Rows stay one each: for several answers, decode in several forks.
+            output: See ``FusedModel.generate``.
+            continue_segment: See ``FusedModel.generate``. With it, a segment can be decoded a few tokens at a
+                time.
+            options: See ``FusedModel.generate``. For several answers to one row, decode in several forks.
 
         Returns:
-            For each row what was decoded, which is the end of its history.
+            For each row the decoded segments, which are now the end of its history.
 
         Raises:
-            ValueError: See there; or a tower is not among ``outputs``, or several sequences are to be
-                returned. The session is then as it was.
+            ValueError: See ``FusedModel.generate``; or a tower is not among ``outputs``, or
+                ``num_return_sequences`` is above 1. The session is then unchanged.
         """
         if (given(options, "num_return_sequences") or 1) != 1:
             raise ValueError(
@@ -141,11 +142,11 @@ class Session:
         return [list(row.history[len(old.history) :]) for row, old in zip(self._rows, before, strict=True)]
 
     def mark(self) -> Mark:
-        """Return this point of the session, to go back to by ``rollback``; it keeps no keys and values."""
+        """Return the current point of the session for ``rollback``; it holds no keys and values."""
         return Mark(tuple(row.history for row in self._rows))
 
     def rollback(self, mark: Mark) -> None:
-        """Go back to a point of this session, or of the one that it was forked from; nothing runs.
+        """Go back to an earlier point of this session, or of the one that it was forked from; nothing is run.
 
         >>> import multitower as mt
         >>> from multitower.testing import tiny_model
@@ -158,7 +159,7 @@ class Session:
         1
 
         Raises:
-            ValueError: The session has not been there since it was begun or last went back.
+            ValueError: The mark is not in this session's past.
         """
         now = [row.history for row in self._rows]
         same = len(now) == len(mark.history) and all(
@@ -173,14 +174,14 @@ class Session:
         self._rows = [row.until(len(then)) for row, then in zip(self._rows, mark.history, strict=True)]
 
     def fork(self) -> Session:
-        """Return a session that goes on from here by itself; tensors are shared, and none is copied."""
+        """Return an independent copy of the session, which shares all tensors."""
         return copy.copy(self)
 
     def join(self, *others: Session) -> Session:
-        """Return a session of the rows of this one and of others; nothing runs, and they stay what they are.
+        """Return a session with the rows of this one and of others; nothing is run, and these do not change.
 
-        So rows can come and go while others go on: decode some tokens of all of them, ``split``, and join
-        those that remain with those that came.
+        So rows can come and go while others continue: decode a few tokens of all, ``split``, and join the
+        remaining sessions with new ones.
 
         >>> import multitower as mt
         >>> from multitower.testing import tiny_model
@@ -195,7 +196,7 @@ class Session:
         [2, 2]
 
         Raises:
-            ValueError: One is of another model, or has other ``outputs``.
+            ValueError: A session has another model or other ``outputs``.
         """
         for other in others:
             if (other.model, other._keeping.outputs) != (self.model, self._keeping.outputs):
@@ -208,7 +209,7 @@ class Session:
         return joined
 
     def split(self) -> list[Session]:
-        """Return a session of each row; nothing runs, and this one stays what it is."""
+        """Return one session per row; nothing is run, and this one does not change."""
         parts = [copy.copy(self) for _ in self._rows]
         for part, row in zip(parts, self._rows, strict=True):
             part._rows = [row]

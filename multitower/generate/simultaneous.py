@@ -1,4 +1,4 @@
-"""Several towers decoded at the same time, a token of each a step, on the clock that they share."""
+"""Simultaneous decoding of several towers, one token of each per step, on their shared clock."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from .rows import Prompt
 from .tap_cache import TapCache, TapReader
 
 BESIDE_THE_CONFIG = (*OF_THE_BATCH, "stopping_criteria")
-"""Arguments of ``generate`` that hold token by token, of those that no ``GenerationConfig`` has."""
+"""Arguments of ``generate``, not part of a ``GenerationConfig``, that work token by token."""
 
 
 def check_stepwise(options: Options, settings: Mapping[str, Settings]) -> None:
-    """Check that towers which are decoded together choose one token after the other, each in a single row."""
+    """Check that towers to decode simultaneously use greedy search or sampling."""
     if is_by_tower("max_new_tokens", options.get("max_new_tokens")):
         raise ValueError(
             "max_new_tokens: towers that are decoded at the same time share one limit; give a number"
@@ -40,10 +40,10 @@ def check_stepwise(options: Options, settings: Mapping[str, Settings]) -> None:
 
 
 class Lane:
-    """One of the towers: its rows so far, and what transformers' ``generate`` prepares to decode them.
+    """One of the towers: its rows so far, and what transformers' ``generate`` prepared for decoding them.
 
-    Some processors of scores see no mask, so that padding is by a token of the row, the begin token. ``past``
-    is a cache of the first tokens of the prompts, to which the others are added.
+    Ended rows are padded with the BOS token, because some logits processors ignore the mask. ``past`` is a
+    cache of the first tokens of the prompts; decoding extends it.
     """
 
     def __init__(
@@ -82,16 +82,16 @@ class Lane:
         generation_config: Any,
         **inputs: Any,
     ) -> Tensor:
-        """Keep what ``generate`` hands to its decoding loop, in place of which ``step`` is called."""
+        """Keep what ``generate`` passes to its decoding loop, which ``step`` replaces."""
         self.change_scores, self.stops, self.inputs = logits_processor, stopping_criteria, inputs
         self.samples = bool(generation_config.do_sample)
         return input_ids
 
     def step(self) -> None:
-        """Decode one more token of each row, as transformers' own loop does; rows that ended get padding.
+        """Decode one token of each row, as transformers' loop does; ended rows get padding.
 
-        The row itself may attend to that, for it comes last; no other reads it, as ``mask`` says. One step
-        more is made after the last row has ended, so that others can read how it did.
+        Only the ended row itself attends to this padding; ``mask`` hides it from others. One more step is
+        made after all rows have ended, so that other towers can attend to their last tokens.
         """
         first = self.tokens.shape[1] == self.prompt
         new_alone = not first and self.inputs["use_cache"]
@@ -102,7 +102,7 @@ class Lane:
             **self.inputs,
         )
         out = self.decoder(**inputs, return_dict=True)
-        # Families keep masks, positions and caches in their own ways, and say here how these grow.
+        # Each model class updates its masks, positions and caches in its own way here.
         self.inputs = self.decoder._update_model_kwargs_for_generation(out, self.inputs)
         logits = out.logits[:, -1].to(copy=True, dtype=torch.float32, device=self.tokens.device)
         scores = self.change_scores(self.tokens, logits)
@@ -113,13 +113,13 @@ class Lane:
         self.finished, self.all_ended = self.all_ended, bool(self.ended.all())
 
     def segments(self) -> list[Segment]:
-        """Return the new segment of each row."""
+        """Return each row's new segment."""
         rows = zip(self.tokens.cpu(), self.mask.cpu(), self.starts, strict=True)
         return [Segment(self.name, row[start:][mask[start:]]) for row, mask, start in rows]
 
 
 class GrowingReader(TapReader):
-    """A ``TapReader`` that also lets others read the tower, from the last token of its prompt on."""
+    """A ``TapReader`` that also lets others read its tower, from the last token of the prompt on."""
 
     def __init__(
         self, model: Fusion, name: str, cache: TapCache, prompt: Prompt, lane: Lane, notes: Collection[int]
@@ -131,7 +131,7 @@ class GrowingReader(TapReader):
             self.readers.setdefault(tap.source_layer, []).append(tap)
 
     def update(self, layer: int, x: Tensor, positions: Tensor) -> Tensor:
-        """Note what the layer gave for new tokens; then as ``TapReader``, with what there is by now."""
+        """Cache the states of new tokens for other towers, then run the taps on the current caches."""
         if layer == 0:
             self.reads = self.reads_now()
         last, length = self.lane.prompt - 1, self.lane.tokens.shape[1]
@@ -151,10 +151,10 @@ def decode_together(
     pasts: Mapping[str, Any],
     notes: Mapping[str, Collection[int]],
 ) -> list[Lane]:
-    """Decode several towers, all of which begin at the same time.
+    """Decode several towers whose segments start at the same time.
 
-    At each step every tower takes a token, having read of the others what they gave before: a token never
-    sees those of the same time, so that the order of the towers cannot matter.
+    In each step, every tower predicts one token. It attends to the others' tokens of strictly earlier time,
+    so the order of the towers does not matter.
     """
     limit = min(settings[name].limits(each.length)["max_new_tokens"] for name, each in prompts.items())
     lanes = [

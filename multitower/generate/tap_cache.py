@@ -1,4 +1,4 @@
-"""What taps read while a tower is decoded: keys and values, computed once, growing with their source."""
+"""The cached keys and values that taps read during decoding; they grow while their source is decoded."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from ..run.tables import Rotations
 
 
 class Entry(NamedTuple):
-    """What one tap reads, on its target's device.
+    """The cache of one tap, on its target's device.
 
     Attributes:
         source: Keys and values.
-        times: When each token of the source stands, int64, shape (batch, source length).
-        mask: Whether it is one, bool, shape (batch, source length).
+        times: Times of the source tokens, int64, shape (batch, source length).
+        mask: False at padding, bool, shape (batch, source length).
     """
 
     source: KeysValues
@@ -31,7 +31,7 @@ class Entry(NamedTuple):
     mask: Tensor
 
     def then(self, other: Entry, place: int) -> Entry:
-        """Put what another entry holds at this place of the source, instead of what stands there."""
+        """Return this entry up to index ``place``, followed by another entry."""
         keys, values = (
             torch.cat([old[:, :, :place], new], 2) for old, new in zip(self.source, other.source, strict=True)
         )
@@ -60,7 +60,7 @@ class TapCache:
 
     @classmethod
     def fill(cls, model: Fusion, streams: Mapping[str, Stream], targets: Collection[str]) -> TapCache:
-        """Run the towers once over what is given, up to the last layer that a tap reads."""
+        """Run the towers once over the given streams, up to the last layer that a tap reads."""
         cache = cls(model, targets, {})
         devices = {name: model.tower(name).device for name in streams}
         placed = {
@@ -80,11 +80,11 @@ class TapCache:
         return cls(model, targets, entries)
 
     def readers(self, name: str) -> list[Tap]:
-        """Return the taps that read a tower for those that are to be decoded."""
+        """Return the taps from this tower into the towers to decode."""
         return [tap for tap in self.model.schedule.taps if tap.source == name and tap.target in self.targets]
 
     def grow(self, tap: Tap, states: Tensor, stream: Stream, place: int) -> None:
-        """Add what the source gave for further tokens; ``place`` counts them from those that were given."""
+        """Add the keys and values of new source tokens, from ``place`` tokens after the initial ones."""
         new = self._read(tap, states, stream, Rotations({tap.source: stream}))
         old = self.entries.get(tap)
         self.entries[tap] = new if old is None else old.then(new, self.given.get(tap, 0) + place)
@@ -92,18 +92,18 @@ class TapCache:
     def _read(self, tap: Tap, states: Tensor, stream: Stream, rotations: Rotations) -> Entry:
         device, module = self.model.tower(tap.target).device, self.model.tap(tap)
         source = module.read(states, rotations.of_keys(tap, module))
-        source = KeysValues(*(part.contiguous() for part in source))  # read once for each token to come
+        source = KeysValues(*(part.contiguous() for part in source))  # every later step reads them
         return Entry(source, stream["times"].to(device), stream["mask"].to(device))
 
 
 class Read(NamedTuple):
-    """One tap as each step runs it.
+    """A tap and its cache, as used in each step.
 
     Attributes:
         tap: The tap.
-        module: The tap.
-        entry: What it reads.
-        sight: What its visibility depends on beside the times of the step: source, window and dtype.
+        module: Its module.
+        entry: Its cache.
+        sight: Source, window and dtype: with the times of the step, they determine the visibility.
     """
 
     tap: Tap
@@ -116,9 +116,9 @@ class Step(NamedTuple):
     """What the taps of one decoding step share.
 
     Attributes:
-        times: When its tokens stand, int64, shape (batch, length).
-        rotations: Of these times.
-        seen: What they see, by ``Read.sight``.
+        times: Times of its tokens, int64, shape (batch, length).
+        rotations: Rotary tables for these times.
+        seen: Visibilities by ``Read.sight``.
     """
 
     times: Tensor
@@ -127,19 +127,19 @@ class Step(NamedTuple):
 
 
 class TapReader:
-    """What is done after each layer of one tower while it is decoded: an ``Inject``.
+    """Runs a tower's taps after each of its layers during decoding; an ``Inject``.
 
     Args:
         model: The model.
         name: The tower.
-        cache: What its taps read, all of it earlier than the last token of the prompts.
-        times: When the tokens of its prompts stand, and the first that is decoded, int64, shape (batch,
-            prompt length + 1), padded on the left.
-        notes: Layers of which what they give is noted, for others to read.
-        places: Their places beside other towers, each of the same shape, if a link asks.
+        cache: What its taps read; all of it is earlier than the last token of the prompts.
+        times: Times of the prompts' tokens and of the first new one, int64, shape (batch, prompt length + 1),
+            padded on the left.
+        notes: Layers whose output to record, for other towers to read.
+        places: Places with respect to other towers, shaped like ``times``, if links use them.
 
     Attributes:
-        noted: By layer what each call gave of it, in their order.
+        noted: The recorded outputs by layer, one for each call.
     """
 
     def __init__(
@@ -153,7 +153,7 @@ class TapReader:
     ) -> None:
         self.model, self.name, self.cache = model, name, cache
         self.noted: dict[int, list[Tensor]] = {layer: [] for layer in notes}
-        self.times = F.pad(times, (1, 0), value=-1)  # for torch.compile, to which a length of 1 is a constant
+        self.times = F.pad(times, (1, 0), value=-1)  # torch.compile would specialise on a length of 1
         self.places = {key: F.pad(each, (1, 0)) for key, each in (places or {}).items()}
         self.reads = self.reads_now()
         self.repeated: dict[int, dict[int, list[Read]]] = {}
@@ -165,7 +165,7 @@ class TapReader:
         )
 
     def reads_now(self) -> dict[int, list[Read]]:
-        """Return, by the layer that they follow, the taps whose sources have tokens."""
+        """Return the taps whose sources have tokens, by the target layer that they follow."""
         links, reads = self.model._graph.links, dict[int, list[Read]]()
         for tap in self.model.schedule.taps:
             if tap.target == self.name and tap in self.cache.entries:
@@ -176,11 +176,11 @@ class TapReader:
         return reads
 
     def __call__(self, layer: int, x: Tensor, positions: Tensor) -> Tensor:
-        """Adapt what is embedded, and let the state after a layer read others."""
+        """Apply the input adapter (layer 0) and the taps after a layer."""
         return self.update(layer, x if layer else self.model.adapt(self.name, x), positions)
 
     def update(self, layer: int, x: Tensor, positions: Tensor) -> Tensor:
-        """Let the state that a layer gave read others."""
+        """Record the layer's output if needed, and add the updates of its taps."""
         if layer in self.noted:
             self.noted[layer].append(x)
         if layer == 0:
@@ -199,17 +199,14 @@ class TapReader:
         return add(x, updates)
 
     def stream_of(self, positions: Tensor) -> Stream:
-        """Return the times of tokens, and their places: of the prompt and the next they are known.
-
-        Later ones follow that.
-        """
+        """Return times and places of tokens, consecutive from the first new one on."""
         index = positions.to(self.times.device) + 1
         known = index.clamp(max=self.times.shape[1] - 1)
         every = {"times": self.times, **self.places}
         return {key: each[:, known] + (index - known) for key, each in every.items()}
 
     def _step(self, rows: int, positions: Tensor) -> Step:
-        """Begin a step; late ones, which see all there is, share one as long as nothing depends on when."""
+        """Start a step. Steps after the prompt share one if windows and positions play no role."""
         late = self.settled and values_at_hand(positions) and int(positions[0]) >= self.times.shape[1] - 2
         if late and rows in self.late:
             return self.late[rows]
@@ -221,7 +218,7 @@ class TapReader:
         return step
 
     def _reads(self, rows: int) -> dict[int, list[Read]]:
-        """Return the taps with what they read repeated for as many rows."""
+        """Return the taps with their caches repeated for this many rows."""
         copies = self._copies(rows)
         if copies == 1:
             return self.reads
@@ -233,7 +230,7 @@ class TapReader:
         return self.repeated[copies]
 
     def _copies(self, rows: int) -> int:
-        copies = rows // len(self.times)  # divmod would not do: a compiled step may have any number of rows
+        copies = rows // len(self.times)  # not divmod: the number of rows is symbolic in a compiled step
         if not copies or rows % len(self.times):
             raise ValueError(
                 f"{rows} rows are decoded where {len(self.times)} were prepared; a decoding loop must keep "

@@ -1,4 +1,4 @@
-"""One decoding of some rows, by transformers' own generate, from what is kept of each."""
+"""Decoding of a batch of rows by transformers' ``generate``, starting from cached keys and values."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .simultaneous import decode_together
 from .tap_cache import Entry, TapCache, TapReader
 
 FROM_A_CACHE = ("greedy_search", "sample", "beam_search", "beam_sample")
-"""The modes of transformers' ``generate`` that run of a prompt what a cache they are given lacks."""
+"""Generation modes of transformers that run only the part of a prompt that a given cache lacks."""
 
 
 def decode(
@@ -35,10 +35,10 @@ def decode(
     *,
     keep: bool,
 ) -> list[list[Row]]:
-    """Decode rows, by the numbers by which errors call them, together where that changes none of them.
+    """Decode rows, given by their numbers, batching those whose results this does not change.
 
-    If ``keep``, something may follow, for which what is decoded should not run again. Returned is what each
-    row becomes: one row, or as many as sequences are returned.
+    If ``keep``, also cache the keys and values of new tokens, because decoding may go on. Return for each row
+    the new rows: one, or ``num_return_sequences``.
     """
     lengths: dict[str, list[int]] = {name: [] for name in settings}
     rows = _without_forgotten(keeping, rows, settings)
@@ -66,7 +66,7 @@ def decode(
 def _without_forgotten(
     keeping: Keeping, rows: Mapping[int, Row], settings: Mapping[str, Settings]
 ) -> Mapping[int, Row]:
-    """Return the rows where towers that forget have nothing left of segments before the one to decode."""
+    """Return the rows without the segments that towers with ``memory="segment"`` have forgotten by now."""
     forgetful = [name for name in settings if keeping.model.forgets(name)]
     if not forgetful:
         return rows
@@ -86,7 +86,7 @@ def _alone(keeping: Keeping, rows: Sequence[Row], settings: Settings, *, keep: b
     model, name = keeping.model, settings.name
     tower = model.tower(name)
     if _begun(rows, settings) and not _go_on_alike(rows, settings):
-        rows = advance(keeping, rows, {name})  # so that each goes on by one token
+        rows = advance(keeping, rows, {name})  # then each has one token left to run
     rows, prompt = _prompts(keeping, rows, settings)
     noting = keep and _can_note(keeping, settings)
     past = cache_of([row.of(name) for row in rows]) if noting or _begun(rows, settings) else None
@@ -112,7 +112,7 @@ def _alone(keeping: Keeping, rows: Sequence[Row], settings: Settings, *, keep: b
 def _together(
     keeping: Keeping, rows: Sequence[Row], settings: Mapping[str, Settings], *, keep: bool
 ) -> list[Row]:
-    """Decode several towers at the same time."""
+    """Decode several towers simultaneously."""
     prompts = {}
     for name, each in settings.items():
         rows, prompts[name] = _prompts(keeping, rows, each)
@@ -140,7 +140,7 @@ def _together(
 
 
 def tap_cache(keeping: Keeping, rows: Sequence[Row], targets: Sequence[str]) -> TapCache:
-    """Return what the taps into some towers read in some rows."""
+    """Return the keys and values that taps into these towers read, for a batch of rows."""
     entries = {}
     for tap in keeping.model.schedule.taps:
         if tap.target in targets and any(tap in row.read for row in rows):
@@ -156,19 +156,18 @@ def tap_cache(keeping: Keeping, rows: Sequence[Row], targets: Sequence[str]) -> 
 def decode_rows(
     decoder: Any, tokens: Tensor, mask: Tensor, starts: Sequence[int], settings: Settings, past: Any = None
 ) -> list[Tensor]:
-    """Let transformers decode after prompts of unlike length.
+    """Decode prompts of different lengths with transformers.
 
     Args:
         decoder: A causal LM with ``generate``.
         tokens: The prompts, int64, shape (batch, length), padded on the left.
-        mask: Where they are not padding, bool, shape (batch, length).
-        starts: Where in each row the new segment starts: at its begin token, the last of the prompt, or after
-            the prompt.
-        settings: With what to decode.
-        past: A cache with the keys and values of the first of these tokens, to which the others are added.
+        mask: False at padding, bool, shape (batch, length).
+        starts: The index at which each returned segment starts; see ``Prompt``.
+        settings: The resolved options.
+        past: A cache with the keys and values of the first of these tokens; decoding extends it.
 
     Returns:
-        Each new segment on the CPU, to its end token if it was reached.
+        Each new segment on the CPU, up to and including its EOS token if there is one.
     """
     length = tokens.shape[1]
     options = {**settings.options, **settings.limits(length)}
@@ -188,28 +187,28 @@ def pad_left(rows: Sequence[Tensor], value: int) -> Tensor:
 
 
 def _begun(rows: Sequence[Row], settings: Settings) -> bool:
-    """Whether something is kept of a tower's rows that ``generate`` goes on from, asked as it is."""
+    """Whether ``generate`` can start from cached keys and values of any of the rows."""
     return _takes_a_cache(settings) and any(row.of(settings.name).cached for row in rows)
 
 
 def _go_on_alike(rows: Sequence[Row], settings: Settings) -> bool:
-    """Whether as many tokens of each row have yet to run: one, or any number after caches of one length."""
+    """Whether ``generate`` has to run one token of each row, or equally many after caches of equal length."""
     said = [row.of(settings.name) for row in rows]
     new = {each.pending + 1 if _begins(each, settings) else max(each.pending, 1) for each in said}
     return new == {1} or len({(each.cached, each.pending) for each in said}) == 1
 
 
 def _can_note(keeping: Keeping, settings: Settings) -> bool:
-    """Whether what ``generate`` leaves in its cache is the rows that it returns, token by token."""
+    """Whether the cache that ``generate`` leaves holds exactly the tokens of the returned rows."""
     one_by_one = _mode(settings) in ("greedy_search", "sample")
     single = (settings.config.num_return_sequences or 1) == 1
     return one_by_one and single and _takes_a_cache(settings) and keeping.caches(settings.name)
 
 
 def _takes_a_cache(settings: Settings) -> bool:
-    """Whether ``generate`` goes on from a cache that it is given.
+    """Whether ``generate`` continues from a given cache.
 
-    Where it drafts tokens, by an assistant or by looking them up, it runs all of a prompt after such a cache.
+    With assisted decoding or prompt lookup, it would run the whole prompt after the cache.
     """
     config = settings.config
     plain_cache = config.cache_implementation is None and config.use_cache is not False
@@ -224,7 +223,7 @@ def _mode(settings: Settings) -> str:
 def _noted(
     keeping: Keeping, rows: Sequence[Row], name: str, reader: TapReader, cache: Any, before: int
 ) -> list[Row]:
-    """Return rows that were decoded with what that left: in the cache, and in what the reader noted."""
+    """Return the decoded rows with the keys and values that decoding left in the cache and in the reader."""
     length, prompt = int(cache.get_seq_length()), reader.times.shape[1] - 2
     fills = [int((reader.times[row, 1:] < 0).sum()) for row in range(len(rows))]
     done = [min(row.of(name).length, length - fill) for row, fill in zip(rows, fills, strict=True)]
@@ -250,9 +249,9 @@ def _noted(
 
 
 def _prompts(keeping: Keeping, rows: Sequence[Row], settings: Settings) -> tuple[list[Row], Prompt]:
-    """Return a tower's prompts, and the rows of which the last token of each prompt has not run.
+    """Return a tower's prompts, and the rows, with the last token of each prompt not run yet.
 
-    A prompt is what the tower remembers and a begin token, or without one where a segment is gone on with.
+    A prompt is what the tower remembers, followed by a BOS token unless a segment is continued.
     """
     name, device = settings.name, settings.tower.device
     begins = [_begins(row.of(name), settings) for row in rows]
@@ -276,11 +275,11 @@ def _prompts(keeping: Keeping, rows: Sequence[Row], settings: Settings) -> tuple
 
 
 def _begins(said: Said, settings: Settings) -> bool:
-    """Whether a segment is begun after what there is of a tower."""
+    """Whether decoding starts a new segment after these tokens."""
     return not settings.continues or len(said.tokens) == 0 or int(said.tokens[-1]) in settings.ends
 
 
 def _until_end(tokens: Tensor, prompt: int, end: Sequence[int]) -> Tensor:
-    """Cut a row after the first end token that follows its prompt."""
+    """Cut a row after the first EOS token that follows its prompt."""
     is_end = torch.isin(tokens[prompt:], torch.tensor(end, dtype=tokens.dtype))
     return tokens[: prompt + int(is_end.int().argmax()) + 1] if bool(is_end.any()) else tokens

@@ -1,1 +1,1 @@
-"""Links: cross-attention from one tower to another, and what it is made of."""
+"""Links: cross-attention from one tower to another."""

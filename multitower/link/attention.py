@@ -1,4 +1,4 @@
-"""How links attend: the kernels, which token sees which, and rotary positions."""
+"""Attention of links: kernels, masks and rotary positions."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from ..batch.collate import values_at_hand
 
 SDPA, FLEX = "sdpa", "flex_attention"
-"""The names that transformers gives them."""
+"""The kernels' names in transformers."""
 
 WITHOUT_FLEX = ("cpu", "mps")
-"""Types of devices for which torch's flex_attention has no backward; on the CPU some sizes do not compile."""
+"""Device types without a backward pass of FlexAttention; on the CPU, some sizes do not compile either."""
 
 
 class Visibility(NamedTuple):
-    """Which source tokens each target token may read.
+    """Which source tokens each target token may attend to.
 
     Attributes:
-        mask: Shape (batch, 1, target length, source length), to be added to the scores: 0 where a token is
-            read, else minus infinity. Rows that see nothing are open here, so that their softmax is finite,
-            and closed by ``sees``. None where every token sees all. For flex_attention a BlockMask.
-        sees: bool, shape (batch, target length, 1): whether a target token sees anything at all. None where
-            every token does.
+        mask: Added to the scores, shape (batch, 1, target length, source length): 0 where visible, else minus
+            infinity. Rows without visible tokens are all 0, so that their softmax is finite, and masked by
+            ``sees`` instead. None if everything is visible. A BlockMask for FlexAttention.
+        sees: bool, shape (batch, target length, 1): whether a target token sees any source token. None if all
+            do.
     """
 
     mask: Tensor | BlockMask | None
     sees: Tensor | None
 
     def is_blind(self) -> bool:
-        """Whether no query sees anything; asked only on the CPU: elsewhere one would wait for the answer."""
+        """Whether no query sees anything; False where values cannot be inspected without synchronising."""
         return self.sees is not None and values_at_hand(self.sees) and not bool(self.sees.any())
 
 
@@ -46,7 +46,7 @@ def visibility(
     window: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Visibility:
-    """Let each query see the keys of strictly earlier time.
+    """Return which keys each query sees: those of strictly earlier time.
 
     >>> seen = visibility(torch.tensor([[0, 2]]), torch.tensor([[1, -1]]), torch.tensor([[True, False]]))
     >>> seen.sees.flatten().tolist()
@@ -59,7 +59,7 @@ def visibility(
         key_times: int64, shape (batch, source length).
         key_mask: bool, shape (batch, source length): False at padding.
         window: How many ticks back a query sees; None for all.
-        dtype: That of the scores.
+        dtype: The dtype of the scores.
     """
     key_times, key_mask = key_times.to(query_times.device), key_mask.to(query_times.device)
     if values_at_hand(query_times) and _all_see_all(query_times, key_times, key_mask, window):
@@ -82,7 +82,7 @@ def _all_see_all(query_times: Tensor, key_times: Tensor, key_mask: Tensor, windo
 def block_visibility(
     query_times: Tensor, key_times: Tensor, key_mask: Tensor, window: int | None = None
 ) -> Visibility:
-    """Return the same for flex_attention, which leaves out blocks of which nothing is seen.
+    """Return the same as ``visibility`` for FlexAttention, which skips fully masked blocks.
 
     >>> times = torch.arange(300)[None]
     >>> seen = block_visibility(times, times, torch.ones_like(times, dtype=torch.bool), window=50)
@@ -106,12 +106,12 @@ def block_visibility(
 
 
 def has_flex(device: torch.device) -> bool:
-    """Whether links attend by flex_attention there, if they are to."""
+    """Whether links can use FlexAttention on a device."""
     return device.type not in WITHOUT_FLEX
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | BlockMask | None) -> Tensor:
-    """Attend, each of shape (batch, heads, length, head width), by the kernel that the mask is for."""
+    """Run attention with the kernel for this mask; all of shape (batch, heads, length, head width)."""
     if isinstance(mask, BlockMask):
         attended: Tensor = _flex()(query, keys, values, block_mask=mask)
         return attended
@@ -119,7 +119,7 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | BlockMask
 
 
 def _flex() -> Callable[..., Any]:
-    """Return flex_attention compiled, without which it computes everything; in a graph it will be anyway."""
+    """Return FlexAttention, compiled unless this is traced already: uncompiled, it skips nothing."""
     return flex_attention if torch.compiler.is_compiling() else _compiled()  # type: ignore[return-value]  # it is one
 
 
@@ -136,12 +136,12 @@ class Rotation(NamedTuple):
 
 
 def rotation(positions: Tensor, width: int, dtype: torch.dtype = torch.float32) -> Rotation:
-    """Return the angles by which ``rotate`` turns pairs of channels, in proportion to positions.
+    """Return the angles by which ``rotate`` rotates pairs of channels, proportional to the positions.
 
     Args:
-        positions: Numbers, shape (batch, length).
-        width: That of a head, even.
-        dtype: Of the table; angles are in float32.
+        positions: Integers or floats, shape (batch, length).
+        width: The head width, even.
+        dtype: The dtype of the table; angles are computed in float32.
     """
     half = width // 2
     speeds = 10_000.0 ** (-torch.arange(half, device=positions.device) / half)
@@ -150,7 +150,7 @@ def rotation(positions: Tensor, width: int, dtype: torch.dtype = torch.float32) 
 
 
 def rotate(heads: Tensor, rotation: Rotation) -> Tensor:
-    """Turn pairs of channels by angles, so that products depend on distances.
+    """Rotate pairs of channels, so that dot products depend on relative positions.
 
     >>> rotate(torch.tensor([[[[1.0, 0.0]]]]), rotation(torch.tensor([[0]]), width=2)).tolist()
     [[[[1.0, 0.0]]]]

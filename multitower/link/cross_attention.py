@@ -1,4 +1,4 @@
-"""The modules that a fusion adds to its towers: cross-attention and input adapters."""
+"""The modules that a fusion adds to towers: cross-attention and input adapters."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .attention import Rotation, Visibility, attend, rotate
 
 
 class KeysValues(NamedTuple):
-    """What a tap reads of a source: keys and values of shape (batch, heads, source length, head width)."""
+    """Keys and values of shape (batch, heads, source length, head width)."""
 
     keys: Tensor
     values: Tensor
 
 
 class GatedCrossAttention(nn.Module):
-    """One tap of a link: what a target tower takes from one layer of a source tower.
+    """One tap of a link: cross-attention from a target tower's state to a layer of a source tower.
 
     >>> tap = GatedCrossAttention(source_width=6, target_width=8, heads=2)
     >>> x, h = torch.randn(1, 3, 8), torch.randn(1, 2, 6)
@@ -33,11 +33,11 @@ class GatedCrossAttention(nn.Module):
     >>> bool((update == 0).all())                   # the identity at the start
     True
 
-    With x the target's state and h the source's: ``kv = project(norm(h))``;
-    ``x = x + attention(q=norm(x), kv)``; with ``feed_forward=True`` then ``x = x + ffn(norm(x))``. The last
-    linear layers of attention and ffn are zero at the start; with ``gate="tanh"`` they are not, but what
-    they give is multiplied by ``tanh(a)`` and ``tanh(b)``, a = b = 0 at the start. ``projection="none"``
-    leaves the projection out.
+    With x the target's state and h the source's: ``kv = project(norm(h))``; ``x = x + attention(q=norm(x),
+    kv)``; with ``feed_forward=True`` then ``x = x + ffn(norm(x))``. The last linear layers of attention and
+    ffn are zero at the start; with ``gate="tanh"`` they are not, but their outputs are multiplied by
+    ``tanh(a)`` and ``tanh(b)``, a = b = 0 at the start. ``projection="none"`` leaves out the projection.
+
     Sources: Alayrac et al., "Flamingo" (arXiv 2204.14198), for the block and its gates; Zayats et al.,
     "Zipper" (arXiv 2405.18669), for the projection of the source; Zhang et al., "Fixup" (arXiv 1901.09321),
     for last layers that are zero at the start.
@@ -59,7 +59,7 @@ class GatedCrossAttention(nn.Module):
         self.heads = heads or default_heads(target_width)
         self.head_width = target_width // self.heads
         self.position = position
-        # so that a token of the finer tower is one unit, and those that go along stand side by side
+        # The unit is a token of the finer tower, so that corresponding tokens have close positions.
         self.stretches = (max(1.0, 1 / pace), max(1.0, pace)) if position == "segment" else (1.0, 1.0)
         if target_width % self.heads:
             raise ValueError(
@@ -86,7 +86,7 @@ class GatedCrossAttention(nn.Module):
         _set_to_zero(self.zero_at_start())
 
     def zero_at_start(self) -> list[nn.Parameter]:
-        """Return the parameters that are zero at the start, which makes the tap the identity."""
+        """Return the parameters whose zero initialisation makes the tap the identity."""
         if self.attention_gate is not None:
             return [gate for gate in (self.attention_gate, self.ffn_gate) if gate is not None]
         return [self.out.weight, *(() if self.ffn is None else self.ffn[-1].parameters())]
@@ -96,7 +96,7 @@ class GatedCrossAttention(nn.Module):
 
         Args:
             source: The source's states, shape (batch, source length, source width).
-            rotation: Of the source's positions, where the tap has rotary ones; see ``Rotations``.
+            rotation: The source's rotary table, if the tap has rotary positions; see ``Rotations``.
         """
         states = self.project(self.source_norm(source.to(self.key.weight)))
         return KeysValues(self._turned(self.key(states), rotation), self._split(self.value(states)))
@@ -108,12 +108,13 @@ class GatedCrossAttention(nn.Module):
 
         Args:
             x: The target's states, shape (batch, target length, target width).
-            source: What ``read`` gave.
-            seen: Which source tokens each target token may read.
-            rotation: Of the target's positions, where the tap has rotary ones.
+            source: Keys and values from ``read``.
+            seen: Which source tokens each target token may attend to.
+            rotation: The target's rotary table, if the tap has rotary positions.
 
         Returns:
-            Shape, dtype and device of x; exactly zero where a target token sees nothing.
+            The update, with the shape, dtype and device of x; exactly zero for target tokens that see
+            nothing.
         """
         states = x.to(self.query.weight)
         query = self._turned(self.query(self.norm(states)), rotation)
@@ -147,15 +148,15 @@ class GatedCrossAttention(nn.Module):
 
 
 class InputAdapter(nn.Module):
-    """Stands between a tower's embedding and its first layer in a fused run.
+    """Adapts the embedded tokens of a tower before its first layer, in fused runs only.
 
     >>> adapter = InputAdapter(8)
     >>> h = torch.randn(1, 3, 8)
     >>> torch.equal(adapter(h), h)                  # "residual": h + mlp(h), the last layer zero at the start
     True
 
-    "gated" is ``h + tanh(g) * mlp(h)`` with g = 0 at the start; "paper" is ``relu(mlp(h))``, as Zipper (arXiv
-    2405.18669) prints it: not the identity at the start.
+    "gated" is ``h + tanh(g) * mlp(h)`` with g = 0 at the start; "paper" is ``relu(mlp(h))`` as printed in
+    Zipper (arXiv 2405.18669), which is not the identity at the start.
     """
 
     def __init__(self, width: int, form: str = "residual") -> None:
@@ -166,23 +167,25 @@ class InputAdapter(nn.Module):
         _set_to_zero(self.zero_at_start())
 
     def zero_at_start(self) -> list[nn.Parameter]:
-        """Return the parameters that are zero at the start, which makes the adapter the identity."""
+        """Return the parameters whose zero initialisation makes the adapter the identity, if any."""
         if self.gate is not None:
             return [self.gate]
         return list(self.mlp[-1].parameters()) if self.form == "residual" else []
 
     def forward(self, embedded: Tensor) -> Tensor:
-        """Adapt embedded tokens, shape (batch, length, width)."""
+        """Adapt embedded tokens of shape (batch, length, width)."""
         weight = next(self.mlp.parameters())
         adapted: Tensor = self.mlp(embedded.to(weight.dtype)).to(embedded.dtype)
         return F.relu(adapted) if self.form == "paper" else embedded + _gated(self.gate, adapted)
 
 
 def add(x: Tensor, updates: Iterable[Tensor]) -> Tensor:
-    """Add to a state what several taps made of it: first together, so that no update is lost in a large x.
+    """Add the updates of several taps to a state.
 
     >>> add(torch.ones(1), [torch.ones(1), torch.ones(1)])
     tensor([3.])
+
+    They are summed first, so that less is lost to rounding in a large x.
     """
     return x + functools.reduce(torch.add, updates)
 
@@ -194,7 +197,7 @@ def default_heads(width: int) -> int:
 
 
 def is_open(module: nn.Module) -> bool:
-    """Whether a tap or an input adapter has left the identity that it was at the start."""
+    """Whether a tap or an input adapter no longer is the identity."""
     assert isinstance(module, GatedCrossAttention | InputAdapter)
     parameters = module.zero_at_start()
     return not parameters or any(bool(parameter.any()) for parameter in parameters)
@@ -206,10 +209,10 @@ def _set_to_zero(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def _gated(gate: nn.Parameter | None, update: Tensor) -> Tensor:
-    """Multiply an update by tanh of its gate, if it has one.
+    """Multiply an update by tanh of its gate, if there is one.
 
-    The gate is repeated for each channel, so that its gradient is summed over tokens first. Summed over all
-    numbers at once, it makes inductor tell short batches from long ones, and compile for each.
+    The gate is expanded to all channels so that its gradient is summed over tokens first. If it were summed
+    over everything at once, inductor would specialise on short and long batches.
     """
     return update if gate is None else torch.tanh(gate).expand(update.shape[-1]).to(update.dtype) * update
 

@@ -1,4 +1,4 @@
-"""Tokens embedded by their tower, where it has a position for each and can tell packed examples apart."""
+"""Embed streams, and check that the tower has enough positions and supports packing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def embed(name: str, tower: Any, stream: Mapping[str, Tensor]) -> tuple[Tensor, 
     check_packs(name, tower, stream)
     places = positions(stream[EXAMPLES]) if EXAMPLES in stream else None
     check_stream(name, tower, stream, places)
-    if places is not None and tower.hard_limit is not None:  # padding may be longer than any example
+    if places is not None and tower.hard_limit is not None:  # padding may exceed the last position
         places = places.masked_fill(~stream["mask"], 0)
     placed = {} if places is None else {"positions": places}
     embedded: tuple[Tensor, Any] = tower.embed(stream["tokens"], **placed)
@@ -28,7 +28,7 @@ def embed(name: str, tower: Any, stream: Mapping[str, Tensor]) -> tuple[Tensor, 
 
 
 def check_packs(name: str, tower: Tower, stream: Mapping[str, Tensor]) -> None:
-    """Check that a tower can take a stream as it is."""
+    """Check that a tower supports packing if its stream is packed."""
     if EXAMPLES in stream and not _packs(tower):
         config = getattr(tower.native, "config", None)
         attention = getattr(config, "_attn_implementation", None)
@@ -48,7 +48,7 @@ _packs._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch's a
 
 
 def check_room(name: str, tower: Tower, times: Tensor, where: str) -> None:
-    """Check that a tower has a position for each of its tokens in one example, whose times are given."""
+    """Check that a tower has enough positions for its tokens in one example, given by their times."""
     limit = tower.hard_limit
     if limit is not None and len(times) > limit:
         raise ValueError(
@@ -60,8 +60,8 @@ def check_room(name: str, tower: Tower, times: Tensor, where: str) -> None:
 def check_stream(name: str, tower: Tower, stream: Mapping[str, Tensor], places: Tensor | None) -> None:
     """Check that a tower has a position for each token of a stream.
 
-    Shapes say so, but of packed rows, which may be longer than any of their examples: their values are looked
-    at only on the CPU, since elsewhere that would wait for the device.
+    The shape decides, except in packed rows, which may be longer than each of their examples. Their values
+    are inspected only on the CPU: elsewhere, that would synchronise with the device.
     """
     limit, tokens, mask = tower.hard_limit, stream["tokens"], stream["mask"]
     if limit is None or tokens.shape[1] <= limit:
@@ -74,7 +74,7 @@ def check_stream(name: str, tower: Tower, stream: Mapping[str, Tensor], places: 
             check_room(name, tower, stream["times"][row, own], f"example {int(example)} of the packed batch")
         return
     if not (torch.compiler.is_compiling() or tokens.is_meta or isinstance(mask, FakeTensor)):
-        row = int(mask.sum(1).argmax())  # an error is sure by now, for which a device may be waited for
+        row = int(mask.sum(1).argmax())  # synchronises, but an error is certain by now
         check_room(name, tower, stream["times"][row, mask[row]], f"row {row} of the batch")
     raise ValueError(
         f"the stream of {_called(name, tower)} is {tokens.shape[1]} tokens long, padding included, but the "
@@ -83,9 +83,9 @@ def check_stream(name: str, tower: Tower, stream: Mapping[str, Tensor], places: 
 
 
 def bounded(decoder: Any, name: str, tower: Tower) -> Any:
-    """Return a tower's decoder, made to say so when it is to decode beyond the tower's last position.
+    """Make a tower's decoder raise an error before it decodes beyond the tower's last position.
 
-    A batch is as long as its longest row, and rows that have ended go on, by padding.
+    The length of the padded batch counts, because rows that have ended continue with padding.
     """
     limit = tower.hard_limit
     if limit is None:

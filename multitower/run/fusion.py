@@ -34,7 +34,7 @@ from .transformers_api import Familiar
 
 
 class Fusion(Familiar):
-    """Towers, links and input adapters as one module; see ``FusedModel``, which adds what is done with it.
+    """Towers, links and input adapters as one module; the base of ``FusedModel``.
 
     >>> from multitower.testing import tiny_model
     >>> import multitower as mt
@@ -44,15 +44,14 @@ class Fusion(Familiar):
 
     Args:
         graph: The declaration.
-        towers: A tower for each that the graph names.
-        kept: A model that this one continues: towers, input adapters and taps of it that the graph has too
-            are the same modules in both.
-        empty: Whether new input adapters and links are left on the meta device, without values.
+        towers: A tower for each name in the graph.
+        kept: A model whose towers, input adapters and taps to share, where the graph has them too.
+        empty: Whether to create new input adapters and links on the meta device.
 
     Raises:
         GraphError: A tower is missing or cannot forget, heads do not fit, the layers cannot be scheduled, or
-            a tower shares weights with one that is trained in another way.
-        TowerError: A tower with train="lora" has no adapters that can be trained.
+            two towers share weights but are trained differently.
+        TowerError: A tower with train="lora" has no trainable adapters.
     """
 
     def __init__(
@@ -90,12 +89,12 @@ class Fusion(Familiar):
 
     @classmethod
     def from_graph(cls, graph: FusionGraph) -> Self:
-        """Load the towers of a graph and build their model; see ``FusionGraph.compile``."""
+        """Load the towers of a graph and build the model; see ``FusionGraph.compile``."""
         return cls(graph, load_towers(graph.towers, graph.modules))
 
     @property
     def graph(self) -> FusionGraph:
-        """What the model was declared to be: a copy, to add to and hand to ``FusedModel.extend``."""
+        """A copy of the model's declaration, which can be extended for ``FusedModel.extend``."""
         return self._graph.copy()
 
     def forward(
@@ -107,24 +106,24 @@ class Fusion(Familiar):
         num_items_in_batch: Mapping[str, Tensor | int] | None = None,
         run_all: bool | None = None,
     ) -> FusedOutput:
-        """Run the batch that ``collate`` made; towers that it does not mention do not run.
+        """Run a batch that ``collate`` made; towers that are not in it do not run.
 
         Args:
-            streams: For each tower in the batch its "tokens", "times", "mask" and, for a loss, "labels". A
-                tower whose states are there too (see ``KeptStates``) does not run, and gives no logits.
-            output_attentions: Whether to give the attention weights of every tap as well.
-            logits: Whether to give logits. Without, only what the losses depend on is run: no head, layer or
-                tap that no label needs (unless all are to run), and heads only where a row has a label.
-                Parameters of these get no gradient, instead of one of zeros.
-            num_items_in_batch: By tower, how many labels are to be predicted in all batches whose losses are
-                added up, as over steps of accumulation and over processes: each loss is then the sum over
-                its labels here, divided by that. Without, it is the mean over its labels here.
-            run_all: Whether to run every tower and link whatever the batch holds, one token of padding for a
-                tower that it lacks, so that each parameter that is trained gets a gradient, and all processes
-                of a training do the same. None for whether several processes train.
+            streams: For each tower in the batch "tokens", "times", "mask" and, for a loss, "labels". A tower
+                with cached states in its stream (see ``KeptStates``) does not run and has no logits.
+            output_attentions: Whether to return the attention weights of every tap.
+            logits: Whether to return logits. If not, only what the losses depend on is computed: layers and
+                taps that influence a label, and heads at positions where some row has a label. Parameters
+                without influence get gradient None instead of zeros.
+            num_items_in_batch: For each tower, the number of labels in all batches whose losses are summed,
+                over accumulation steps and processes; each loss is the sum over its labels divided by this
+                number. By default, it is the mean over the labels of this batch.
+            run_all: Whether to run every tower and link even if the batch lacks it, with one padding token
+                for each missing tower. Then every trained parameter gets a gradient, and all processes of a
+                parallel training compute the same. None: if several processes train.
 
         Raises:
-            ValueError: A stream belongs to no tower, is malformed, or holds tokens beyond the vocabulary.
+            ValueError: A stream belongs to no tower, is malformed, or has tokens outside the vocabulary.
         """
         check_streams(streams, {name: self.tower(name).vocab_size for name in self.towers})
         if run_all is None:
@@ -150,10 +149,11 @@ class Fusion(Familiar):
         """Run the schedule up to the heads; see ``forward``.
 
         Args:
-            streams: As in ``forward``.
-            wanted: For each tower in question the layer whose output is wanted, ``depth + 1`` for the state
-                that enters the head; only what these depend on is run. All of every tower unless given.
-            output_attentions: As in ``forward``.
+            streams: See ``forward``.
+            wanted: For each tower of interest, the layer whose output is needed, or ``depth + 1`` for the
+                input of the head; only what these depend on is run. By default, all layers of all towers in
+                the batch.
+            output_attentions: See ``forward``.
         """
         check_streams(streams, {name: self.tower(name).vocab_size for name in self.towers})
         if wanted is None:
@@ -161,7 +161,7 @@ class Fusion(Familiar):
         return self._run(streams, wanted, output_attentions)
 
     def unimodal(self, name: str) -> nn.Module:
-        """Return one tower without links and input adapters: the transformers model or the PeftModel."""
+        """Return one tower's own model, a transformers model or PeftModel, without links and adapters."""
         return self.tower(name).native
 
     def tower(self, name: str) -> Tower:
@@ -195,7 +195,7 @@ class Fusion(Familiar):
         return self._graph.towers[name].memory == "segment"
 
     def gates(self) -> dict[str, float]:
-        """Return how far each gate is open: tanh of its parameter, by readable name.
+        """Return how far each gate is open: the tanh of its parameter, by a readable name.
 
         >>> import multitower as mt
         >>> from multitower.testing import tiny_tower
@@ -206,8 +206,8 @@ class Fusion(Familiar):
         >>> graph.compile().gates()
         {'speech->text 2-2 attention': 0.0}
 
-        Only links with ``gate="tanh"`` and adapters of the form "gated" have gates. ``contributions`` says
-        for every form how much it changes.
+        Only links with ``gate="tanh"`` and adapters of the form "gated" have gates. ``contributions``
+        measures the effect of every form.
         """
         found: dict[str, Any] = {f"{name} adapter": each.gate for name, each in self.adapters.items()}
         for tap, module in self.taps().items():
@@ -216,14 +216,14 @@ class Fusion(Familiar):
         return {name: gate.detach().tanh().item() for name, gate in found.items() if gate is not None}
 
     def is_open(self, name: str) -> bool:
-        """Whether a link, or the input adapter of a tower, has left the identity that it was at the start.
+        """Whether a link, or a tower's input adapter, no longer is the identity.
 
         >>> from multitower.testing import tiny_model
         >>> tiny_model().is_open("speech->text")
         False
 
         Raises:
-            KeyError: There is no link of that name, nor a tower.
+            KeyError: There is no link or tower of that name.
         """
         if name in self.links:
             return any(map(is_open, self._link(name).values()))
@@ -239,7 +239,7 @@ class Fusion(Familiar):
         adapters: float | Mapping[str, float] | None = None,
         gates: float | None = None,
     ) -> list[dict[str, Any]]:
-        """Return what an optimizer should train, with a learning rate for each part.
+        """Return parameter groups for an optimizer, with a learning rate for each part.
 
         >>> from multitower.testing import tiny_model
         >>> groups = tiny_model().parameter_groups(lr=3e-3, towers={"speech": 1e-3})
@@ -247,18 +247,18 @@ class Fusion(Familiar):
         >>> [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
         [(0.001, 0.01), (0.001, 0.0), (0.003, 0.0), (0.003, 0.01)]
 
-        Norms, biases and gates come without weight decay.
+        Norms, biases and gates have no weight decay.
 
         Args:
-            lr: For all that is not named below.
-            towers: For the trained parameters of towers, peft's among them: one rate, or rates by tower.
+            lr: The default learning rate.
+            towers: For trained parameters of towers, including peft's: one rate, or rates by tower.
             links: For links: one rate, or rates by link.
             adapters: For input adapters: one rate, or rates by tower.
-            gates: For the gates of ``gate="tanh"`` and of "gated" adapters. They begin at zero and scale the
-                gradients of all behind them, so they learn at ten times ``lr`` unless this is given.
+            gates: For the gates of ``gate="tanh"`` and of "gated" adapters. By default ``10 * lr``, because
+                they start at zero and scale the gradients of everything behind them.
 
         Raises:
-            ValueError: A name is that of no part which is trained.
+            ValueError: A name has no trained parameters.
         """
         return parameter_groups(self, lr, {"towers": towers, "links": links, "adapters": adapters}, gates)
 
@@ -271,11 +271,11 @@ class Fusion(Familiar):
         return self
 
     def set_attn_implementation(self, implementation: str) -> None:
-        """Choose how links attend when a batch is run: by "sdpa", or by "flex_attention".
+        """Set the attention kernel of links: "sdpa" or "flex_attention".
 
-        The latter leaves out blocks of which nothing is seen, as in packed batches and with short windows;
-        on the CPU and on MPS, where torch has no backward of it, links attend by sdpa all the same. Towers
-        have their own: ``unimodal(name).set_attn_implementation(...)``. Raises a ValueError for any other.
+        FlexAttention skips fully masked blocks, as in packed batches and with short windows. On the CPU and
+        on MPS, where torch has no backward pass for it, links still use SDPA. For a tower, call
+        ``unimodal(name).set_attn_implementation(...)``. Raises ValueError for any other name.
         """
         if implementation not in (SDPA, FLEX):
             raise ValueError(f"links attend by {SDPA!r} or {FLEX!r}, not by {implementation!r}")
@@ -306,12 +306,12 @@ class Fusion(Familiar):
         return states
 
     def _embedded(self, name: str, tower: Tower, stream: Mapping[str, Tensor]) -> tuple[Tensor, Any]:
-        """Return what enters a tower's first layer, input adapter included, and the context of its layers."""
-        if self.forgets(name):  # each of its segments is an example of its own
+        """Return the input of a tower's first layer, input adapter included, and its layers' context."""
+        if self.forgets(name):  # treat each segment as a packed example
             stream = {**stream, EXAMPLES: run_begins(stream).cumsum(1)}
         x, context = embed(name, tower, stream)
         if self._graph.towers[name].train == "none":
-            x = x.detach()  # transformers' activation checkpointing asks for its gradient
+            x = x.detach()  # transformers' activation checkpointing makes embeddings require gradients
         return self.adapt(name, x), context
 
     def _tapped(
@@ -322,7 +322,7 @@ class Fusion(Familiar):
         seen: Mapping[str, Visibility],
         output_attentions: bool,
     ) -> Tensor:
-        """Return the state of a tower after a layer with what its taps add; all of them read it as it is."""
+        """Return a tower's state after a layer plus its taps' updates, all computed from the same state."""
         x, updates = states.hidden[taps[0].target], []
         device = rotations.streams[taps[0].target]["times"].device
         for tap in taps:

@@ -1,4 +1,4 @@
-"""Models that FSDP2 has divided over processes, made whole for a while."""
+"""Gather models that FSDP2 has sharded."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ HOOKS = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks
 
 
 def is_divided(model: nn.Module) -> bool:
-    """Whether FSDP2 has divided a model, or a part of it, over processes."""
+    """Whether FSDP2 has sharded a model or a part of it."""
     return bool(_divided(model))
 
 
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """Have a divided model whole on each process, as to decode or to save; nothing is sent meanwhile.
+    """Gather all parameters of a sharded model on each process, for decoding or saving.
 
-    All processes enter and leave it together. What is changed of the weights meanwhile is lost.
+    All processes must enter and leave together; in between there is no communication. Changes to the weights
+    are lost. Without FSDP2, do nothing.
     """
     divided = _divided(model)
     if not divided:
@@ -50,15 +51,15 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 
 def _divided(model: nn.Module) -> list[Any]:
-    """Return the units of FSDP2, which is not imported to find out."""
+    """Return the FSDP2 modules, without importing FSDP."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return [] if fsdp is None else [each for each in model.modules() if isinstance(each, fsdp.FSDPModule)]
 
 
 def _take_off(module: nn.Module, restore: ExitStack) -> None:
-    """Take off a module the hooks and methods that gather its parameters; copies of it share the hooks."""
+    """Remove the hooks and methods of FSDP2 from a module; shallow copies of it share its hooks."""
     restore.callback(setattr, module, "__class__", type(module))
-    module.__class__ = type(module).__bases__[1]  # which copy.copy can copy, as decoding does
+    module.__class__ = type(module).__bases__[1]  # FSDP2's class breaks copy.copy, which decoding calls
     for name in HOOKS:
         hooks = getattr(module, name)
         restore.callback(hooks.update, dict(hooks))

@@ -1,4 +1,4 @@
-"""What a forward of a fused model gives, and the loss of its logits."""
+"""The output of a fused model's forward, and its losses."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from .request import may_have_labels
 
 
 class FusedOutput(NamedTuple):
-    """What a forward gives.
+    """The output of a forward.
 
     Attributes:
-        loss: The sum of ``losses``, a scalar, or None when no stream has labels.
-        losses: For each tower with labels the mean cross-entropy over its labels, a scalar (0 without any);
-            or their sum over the number that was given for it.
-        logits: For each tower of the batch, shape (batch, length of its stream, its vocabulary), but not
-            for those whose states came with it; empty when not asked for.
-        attentions: For each link and tap ("source layer-target layer"), when asked for, the weights of
-            shape (batch, heads, target length, source length); links that see nothing may be left out.
+        loss: The sum of ``losses``, a scalar; None if no stream has labels.
+        losses: For each tower with labels, the mean cross-entropy over its labels (0 without any), a scalar;
+            or their sum divided by the tower's ``num_items_in_batch``.
+        logits: For each tower in the batch, shape (batch, length of its stream, its vocabulary), except
+            towers whose cached states are in the batch; empty if not requested.
+        attentions: If requested, attention weights for each link and tap ("source layer-target layer"), shape
+            (batch, heads, target length, source length). Links without visible tokens may be missing.
     """
 
     loss: Tensor | None
@@ -37,15 +37,15 @@ class FusedOutput(NamedTuple):
 
 
 class States(NamedTuple):
-    """What the schedule leaves behind before the heads run.
+    """The states after running the schedule, before the heads.
 
     Attributes:
-        hidden: The state of each tower that ran, after the last layer that was needed of it, shape (batch,
-            length of its stream, its width).
-        contexts: What the head of each tower needs beside it.
-        given: What each layer that some tap reads gave, before any tap updated it.
-        attentions: As in ``FusedOutput``.
-        sent: What of ``given`` was read on other devices, there.
+        hidden: The state of each tower that ran, after its last needed layer, shape (batch, length of its
+            stream, its width).
+        contexts: The context of each tower, as ``Tower.embed`` returned it.
+        given: The output of each layer that a tap reads, before any tap updates it.
+        attentions: See ``FusedOutput``.
+        sent: Copies of ``given`` on the devices that read them.
     """
 
     hidden: dict[str, Tensor]
@@ -55,7 +55,7 @@ class States(NamedTuple):
     sent: dict[tuple[Layer, torch.device], Tensor]
 
     def read(self, tower: str, layer: int, device: torch.device) -> Tensor:
-        """Return what a layer gave, on a device, to which it is sent once for all taps that read it there."""
+        """Return the output of a layer on a device, copied there only once."""
         state = self.given[tower, layer]
         if state.device == device:
             return state
@@ -66,10 +66,12 @@ class States(NamedTuple):
 
 
 def token_loss(logits: Tensor, labels: Tensor, count: Tensor | int | None = None) -> Tensor:
-    """Return the mean cross-entropy of labels by the logits one place before them; 0 without any label.
+    """Return the mean cross-entropy of the next token over all labels; 0 without any.
 
     >>> round(token_loss(torch.zeros(1, 3, 4), torch.tensor([[-100, 2, 1]])).item(), 4)     # log 4
     1.3863
+
+    With ``count``, return the sum divided by it.
     """
     return _mean(logits, _next(labels).to(logits.device), count)
 
@@ -77,9 +79,9 @@ def token_loss(logits: Tensor, labels: Tensor, count: Tensor | int | None = None
 def head_loss(
     tower: Tower, hidden: Tensor, context: Any, labels: Tensor, count: Tensor | int | None = None
 ) -> Tensor:
-    """Return the same loss from the state after the last layer, without logits where no row has a label.
+    """Return ``token_loss`` from the last state, with logits only where some row has a label.
 
-    Which these are is asked only on the CPU: elsewhere that would wait for the device.
+    These positions are looked up only on the CPU: elsewhere, that would synchronise with the device.
     """
     following = _next(labels)
     places = (following != IGNORE).any(0).nonzero().flatten() if values_at_hand(labels) else None
@@ -90,7 +92,7 @@ def head_loss(
 
 
 def _next(labels: Tensor) -> Tensor:
-    """Return the label of the token after each: so logits need not be copied."""
+    """Shift labels to the left by one, so that the logits need not be copied."""
     return F.pad(labels[:, 1:], (0, 1), value=IGNORE)
 
 
@@ -112,10 +114,10 @@ def score(
     training: bool,
     counts: Mapping[str, Tensor | int] | None = None,
 ) -> FusedOutput:
-    """Run the heads of the named towers on their last states, and take losses.
+    """Run the heads of the named towers on their last states, and compute the losses.
 
-    A loss is divided by its count, or by its labels here; ``training`` says to watch for batches from which
-    nothing would be learnt.
+    ``counts`` replaces the numbers of labels as divisors. ``training``: whether to check that there is
+    something to learn.
     """
     final = {name: (towers[name], states.hidden[name], states.contexts[name]) for name in names}
     scores = {name: tower.head(*state) for name, (tower, *state) in final.items()} if logits else {}
@@ -137,13 +139,13 @@ def score(
 
 
 def watch_targets(towers: Mapping[str, Tower], streams: Streams, losses: Mapping[str, Tensor]) -> None:
-    """Have losses that nothing stands behind refuse to be learnt from; note segments without begin or end.
+    """Make the backward pass of a batch without labels raise an error; warn of missing begin and end tokens.
 
-    Values are looked at only on the CPU: elsewhere that would wait for the device.
+    Values are inspected only on the CPU: elsewhere, that would synchronise with the device.
     """
     if not any(map(may_have_labels, streams.values())):
         for loss in losses.values():
-            if loss.requires_grad and not isinstance(loss, FakeTensor):  # of which an estimate learns nothing
+            if loss.requires_grad and not isinstance(loss, FakeTensor):  # estimates run on fake tensors
                 loss.register_hook(_nothing_to_learn)  # type: ignore[no-untyped-call]  # of torch
     for name, stream in streams.items():
         if "labels" in stream and values_at_hand(stream["labels"]) and values_at_hand(stream["tokens"]):
@@ -158,9 +160,9 @@ def _nothing_to_learn(gradient: Tensor) -> None:
 
 
 def _note_edges(name: str, tower: Tower, tokens: Tensor, labels: Tensor) -> None:
-    """Warn once where target segments of a tower begin, or end, with unlike tokens: not all with its own.
+    """Warn once if a tower's target segments start, or end, with different tokens and not all with its own.
 
-    Those that share another token than the tower's may have that from a modality.
+    If all share another token than the tower's, it may come from a modality.
     """
     predicted = labels != IGNORE
     next_predicted = F.pad(predicted[:, 1:], (0, 1))

@@ -1,4 +1,4 @@
-"""What several processes of a training do together, or not at all."""
+"""Steps that all processes of a training take together."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def on_first(step: Callable[[], T]) -> T:
-    """Have the first process do something, and all of them get what comes of it, or fail with its error."""
+    """Run a step on the first process; all processes get its result, or raise its error."""
     if not trains_in_parallel():
         return step()
     answer: list[Any] = [None]
@@ -29,7 +29,7 @@ def on_first(step: Callable[[], T]) -> T:
 
 
 def all_or_none(step: Callable[[], None]) -> None:
-    """Do something in each process; where one fails, all fail with its error, and none waits for it."""
+    """Run a step on each process; if one fails, all raise an error, and none waits for it."""
     if not trains_in_parallel():
         return step()
     own: Exception | None = None

@@ -1,4 +1,4 @@
-"""What a batch asks of a model: layers, labels to predict, states that it brings, and in parallel all."""
+"""What a batch needs of a model: labels to predict, cached states, and, in parallel training, everything."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..tower import Tower
 
 
 def why_not_constant(graph: FusionGraph, name: str) -> str:
-    """Return why training changes the states of a tower, as declared; empty where only its tokens do."""
+    """Return why a tower's states may change during training; empty if they depend only on its tokens."""
     spec = graph.towers[name]
     if spec.train != "none":
         return f"is trained (train={spec.train!r})"
@@ -28,7 +28,7 @@ def why_not_constant(graph: FusionGraph, name: str) -> str:
 
 
 def brought_states(graph: FusionGraph, towers: Mapping[str, Tower], streams: Streams) -> dict[Layer, Tensor]:
-    """Return the states that a batch brings, "layer 2" of a stream being what layer 2 of its tower gives."""
+    """Return the cached states in a batch: "layer 2" in a stream is the output of layer 2 of its tower."""
     brought: dict[Layer, Tensor] = {}
     for name, stream in streams.items():
         states = {key: value for key, value in stream.items() if key.startswith(STATES)}
@@ -57,28 +57,28 @@ def brought_states(graph: FusionGraph, towers: Mapping[str, Tower], streams: Str
 
 
 def brings_states(stream: Mapping[str, Tensor]) -> bool:
-    """Return whether a stream brings states, so that its tower need not run."""
+    """Whether a stream has cached states, so that its tower need not run."""
     return any(key.startswith(STATES) for key in stream)
 
 
 def has_labels(stream: Mapping[str, Tensor]) -> bool:
-    """Whether something is to be predicted."""
+    """Whether a stream has a label to predict."""
     return "labels" in stream and bool((stream["labels"][:, 1:] != IGNORE).any())
 
 
 def may_have_labels(stream: Mapping[str, Tensor]) -> bool:
-    """Whether something is to be predicted; also where values are not at hand: a device is not waited for."""
+    """Whether a stream may have a label to predict; True if it has "labels" that cannot be inspected."""
     return "labels" in stream and (not values_at_hand(stream["labels"]) or has_labels(stream))
 
 
 def with_labels(streams: Streams) -> Collection[str]:
-    """Name the streams with labels to predict, or, if there is none, all that say that there is none."""
+    """Return the names of streams that may have labels to predict; if none, of those with "labels"."""
     labelled = [name for name, stream in streams.items() if "labels" in stream]
     return [name for name in labelled if may_have_labels(streams[name])] or labelled
 
 
 def check_wanted(towers: Mapping[str, Tower], streams: Streams, wanted: Mapping[str, int]) -> None:
-    """Check that layers whose output is wanted are layers of towers in the batch."""
+    """Check that the wanted layers exist, in towers that are in the batch."""
     for name, layer in wanted.items():
         if name not in streams:
             raise ValueError(
@@ -99,7 +99,7 @@ def trains_in_parallel() -> bool:
 
 
 def with_all(streams: Streams, towers: Iterable[str]) -> dict[str, dict[str, Tensor]]:
-    """Return a batch with a stream of each tower: one token of padding for a tower that it lacks.
+    """Return a batch with a stream for each tower, of one padding token where it was missing.
 
     >>> import multitower as mt
     >>> batch = mt.collate([[mt.Segment("text", [1, 5, 2], target=True)]])
@@ -107,8 +107,7 @@ def with_all(streams: Streams, towers: Iterable[str]) -> dict[str, dict[str, Ten
     >>> [found["speech"][key].tolist() for key in ("tokens", "mask", "labels")]
     [[[0]], [[False]], [[-100]]]
 
-    Each stream gets labels, none to predict where it had none, so that its loss is zero, and so are the
-    gradients of all that it depends on alone.
+    Streams without labels get labels that are all ignored, so that their loss and its gradients are zero.
     """
     some = next(iter(streams.values()))["tokens"]
     zeros = some.new_zeros(len(some), 1)

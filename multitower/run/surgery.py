@@ -1,7 +1,7 @@
-"""Changes to the graph of a fused model that may be trained already; what stays is not touched.
+"""Changes to the graph of a model, which may be trained already.
 
-Each gives a new model that has its modules in common with the old one, which stays usable. Nothing is copied,
-so a model that nobody refers to any longer costs nothing.
+Each function returns a new model that shares its modules with the old one, which stays usable. Nothing is
+copied.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ F = TypeVar("F", bound=Fusion)
 
 
 def extend(model: F, graph: FusionGraph) -> F:
-    """Return the model of a graph that has all that the model has, and more; see ``FusedModel.extend``."""
+    """Return the model of a graph that contains the model's own; see ``FusedModel.extend``."""
     modules = graph.modules
     for kind, before, after in (
         ("tower", model.graph.towers, graph.towers),
@@ -55,7 +55,7 @@ def extend(model: F, graph: FusionGraph) -> F:
 
 
 def drop(model: F, names: Sequence[str]) -> F:
-    """Return the model without some towers, with all their links, or without some links.
+    """Return the model without some towers, including all their links, or without some links.
 
     >>> from multitower.testing import tiny_model
     >>> model = tiny_model()
@@ -68,10 +68,9 @@ def drop(model: F, names: Sequence[str]) -> F:
     >>> list(model.towers), list(model.links)
     (['text'], [])
 
-    What remains gives the same logits, bit for bit, on batches that hold no dropped tower. A tower that is
-    taken out is the model that it was before the fusion, apart from what it learnt: nothing of the fusion is
-    left on it. A frozen one stays frozen, for other fused models may hold it: ``requires_grad_()`` lets it
-    learn alone, and ``train=...`` says what becomes of it in another fusion.
+    The logits of the rest do not change by a bit on batches without the dropped towers. A dropped tower keeps
+    what it learnt, and nothing else of the fusion. A frozen one stays frozen, because other fused models may
+    use it: call ``requires_grad_()`` to train it alone; in another fusion, ``train=...`` decides.
 
     Args:
         model: The model.
@@ -108,7 +107,7 @@ def swap(
     source: str | os.PathLike[str] | nn.Module,
     train: str | PeftConfig | None = None,
 ) -> F:
-    """Return the model with another pretrained decoder, as a later checkpoint, in place of a tower.
+    """Return the model with another pretrained decoder, such as a later checkpoint, in place of a tower.
 
     >>> from multitower.testing import tiny_model, tiny_tower
     >>> model = tiny_model()
@@ -116,25 +115,25 @@ def swap(
     >>> other.tower("text").vocab_size, other.tap(other.schedule.taps[0]) is model.tap(model.schedule.taps[0])
     (30, True)
 
-    Links and the input adapter stay as they are. Where the depth differs, an interleaved link keeps its taps
-    and is declared with these. Adapters of peft are made anew. The vocabulary may be another.
+    Links and the input adapter stay the same. If the depth differs, interleaved links keep their taps and are
+    declared with these. Adapters of peft are created anew. The vocabulary may differ.
 
     Args:
         model: The model.
-        name: The tower.
-        source: What takes its place, of the same width, and deep enough for every tap; see
+        name: The tower to replace.
+        source: The new decoder, of the same width and deep enough for every tap; see
             ``FusionGraph.add_tower``.
-        train: As in ``add_tower``; None for what was declared for the old tower.
+        train: As in ``add_tower``; by default as declared for the old tower.
 
     Raises:
         KeyError: There is no tower of that name.
         GraphError: The width differs, or a tap names a layer that the new tower does not have.
-        TowerError: The source cannot be used as a tower, or does not take the adapters declared for it.
-        ImportError: The extra "lora" is not installed, and the tower asks for it.
+        TowerError: The source cannot be used as a tower, or does not support its declared adapters.
+        ImportError: The tower needs the extra "lora", which is not installed.
 
     Warns:
-        UserWarning: Gates of links or of the input adapter are open: they learnt to read or to serve the old
-            tower, and should be trained further.
+        UserWarning: Links or the input adapter were trained with the old tower, and should be trained
+            further.
     """
     old, graph = model.tower(name), model.graph
     before = graph.towers[name]
@@ -183,7 +182,7 @@ def _check_width(model: Fusion, name: str, old: Tower, new: Tower) -> None:
 
 
 def _with_exact_taps(model: Fusion, graph: FusionGraph, name: str) -> FusionGraph:
-    """Declare the links of a tower by the taps that they have, whatever its depth."""
+    """Return a graph that declares a tower's links by their present taps, instead of by interleave."""
     for link in graph.links.values():
         if name in (link.source, link.target):
             taps = [
@@ -207,7 +206,7 @@ def _warn_of_open_links(model: Fusion, name: str) -> None:
 
 
 def merge_and_unload(model: Fusion, name: str) -> nn.Module:
-    """Fold a tower's peft adapters into its weights, in place; see ``FusedModel.merge_and_unload``."""
+    """Merge a tower's peft adapters into its weights, in place; see ``FusedModel.merge_and_unload``."""
     old = model.tower(name)
     try:
         with unchanged_on_error([old], merged_into(old.native)):

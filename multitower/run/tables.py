@@ -1,4 +1,4 @@
-"""Tables made once for a batch: rotary positions, and what each link may see."""
+"""Tables that are computed once per batch: rotary positions, and the visibility of each link."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from ..link.cross_attention import GatedCrossAttention
 
 
 class Rotations:
-    """Tables of rotary positions, each made once: for a stream, a head width, a dtype and a device.
+    """Tables of rotary positions, cached by stream, head width, dtype and device.
 
-    Streams say when each token stands, "times", int64, shape (batch, length), and, where other tokens are not
-    at hand, its places beside other towers; see ``batch.places``.
+    Each stream has "times", int64, shape (batch, length). If it lacks the other tower's tokens, it also has
+    its places with respect to that tower; see ``batch.places``.
     """
 
     def __init__(self, streams: Streams) -> None:
@@ -28,11 +28,11 @@ class Rotations:
         self.made: dict[tuple[object, ...], Rotation] = {}
 
     def of_keys(self, tap: Tap, module: GatedCrossAttention) -> Rotation | None:
-        """Return the table of the stream that a tap reads; None where it has no rotary positions."""
+        """Return the table for a tap's source stream; None without rotary positions."""
         return self._of(tap.source, tap.target, module, module.stretches[0])
 
     def of_queries(self, tap: Tap, module: GatedCrossAttention) -> Rotation | None:
-        """Return the table of the stream for which a tap reads; None where it has no rotary positions."""
+        """Return the table for a tap's target stream; None without rotary positions."""
         return self._of(tap.target, tap.source, module, module.stretches[1])
 
     def _of(self, name: str, other: str, module: GatedCrossAttention, stretch: float) -> Rotation | None:
@@ -66,10 +66,10 @@ def visibilities(
     flex: bool = False,
     blind: bool = False,
 ) -> dict[str, Visibility]:
-    """Return, for each link that has something to do in this batch, what its queries, of that dtype, may see.
+    """Return the visibility of each link whose towers are both in the batch.
 
-    Masks are for flex_attention if ``flex``, where the device has it; links that see nothing are included if
-    ``blind``.
+    ``dtypes`` are those of the scores. With ``flex``, masks are for FlexAttention where the device supports
+    it. Links without visible tokens are left out unless ``blind``.
     """
     alike: dict[tuple[object, ...], Visibility] = {}
     when = {name: moments(stream) for name, stream in streams.items()}

@@ -1,4 +1,4 @@
-"""What users of transformers and peft expect of a model, by the names that they know."""
+"""Methods and properties that users of transformers and peft expect of a model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..tower import Tower
 
 
 class Familiar(nn.Module):
-    """A module with ``towers``, and properties and methods as transformers' and peft's models have.
+    """A module with ``towers``, and some of the interface of transformers' and peft's models.
 
     >>> from multitower.testing import tiny_model
     >>> model = tiny_model()
@@ -26,12 +26,12 @@ class Familiar(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the first tower takes its tokens; where all is, unless it was spread over several devices."""
+        """Device of the first tower's input: of the whole model, unless it is spread over several devices."""
         return next(self._each_tower()).device
 
     @property
     def devices(self) -> dict[str, torch.device]:
-        """Where each tower takes its tokens: what ``multitower.batch.to_device`` takes for a batch of them.
+        """Device of each tower's input, as ``multitower.batch.to_device`` takes it.
 
         >>> from multitower.testing import tiny_model
         >>> tiny_model().devices
@@ -41,10 +41,10 @@ class Familiar(nn.Module):
 
     @property
     def hf_device_map(self) -> dict[str, torch.device]:
-        """Where each tower is, if on several devices: by this the Trainer and accelerate leave them there.
+        """Device of each tower if there are several; the Trainer and accelerate then do not move the model.
 
         Raises:
-            AttributeError: All of them are on one, and may be moved.
+            AttributeError: All towers are on one device, so the model can be moved.
         """
         if len(set(self.devices.values())) == 1:
             raise AttributeError("all towers are on one device, which model.device gives")
@@ -52,22 +52,22 @@ class Familiar(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the first parameter that holds floating-point numbers."""
+        """The dtype of the first floating-point parameter."""
         return next(each.dtype for each in self.parameters() if each.is_floating_point())
 
     def num_parameters(self, only_trainable: bool = False) -> int:
-        """Return how many parameters there are; those that towers share count once."""
+        """Return the number of parameters, counting shared ones once."""
         chosen = (each for each in self.parameters() if each.requires_grad or not only_trainable)
         return sum(each.numel() for each in chosen)
 
     def print_trainable_parameters(self) -> None:
-        """Print how many parameters are trained, in peft's words; ``estimate`` says it part by part."""
+        """Print the number of trained parameters in peft's format; see ``estimate`` for each part."""
         trained, all_of_them = self.num_parameters(only_trainable=True), self.num_parameters()
         share = 100 * trained / all_of_them
         print(f"trainable params: {trained:,} || all params: {all_of_them:,} || trainable%: {share:.4f}")
 
     def tie_weights(self) -> None:
-        """Tie again what towers tie, as accelerate does after it has loaded a divided model."""
+        """Tie the towers' weights again; accelerate calls this after loading a model with a device map."""
         natives: list[Any] = [each.native for each in self._each_tower()]
         for native in natives:
             if hasattr(native, "tie_weights"):
@@ -75,7 +75,7 @@ class Familiar(nn.Module):
 
     @property
     def _no_split_modules(self) -> list[str]:
-        """Name the classes of layers of which accelerate makes units."""
+        """Class names of layers that accelerate keeps on one device."""
         classes = {type(module).__name__ for module in self.modules()}
         natives = [each.native for each in self._each_tower()]
         named = {name for each in natives for name in getattr(each, "_no_split_modules", None) or ()}
@@ -83,24 +83,24 @@ class Familiar(nn.Module):
 
     @property
     def is_activation_checkpointing(self) -> bool:
-        """Whether some tower computes layers anew in the backward pass."""
+        """Whether some tower uses activation checkpointing."""
         return any(getattr(each, "gradient_checkpointing", False) for each in self.towers.modules())
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: Mapping[str, Any] | None = None, **options: Any
     ) -> None:
-        """Have towers compute their layers anew in the backward pass, instead of keeping what these save.
+        """Recompute the towers' layers in the backward pass instead of storing their activations.
 
-        That is done by the towers' own models, as they do alone. Frozen towers are in eval mode, in which
-        they do not, and links keep what they save.
+        This uses the towers' own implementation, which has no effect in eval mode, and so on frozen towers.
+        Links always store their activations.
 
         Args:
             activation_checkpointing_kwargs: For ``torch.utils.checkpoint.checkpoint``; ``use_reentrant`` is
-                False unless it is given.
-            options: What else the models' own method takes.
+                False by default.
+            options: Other arguments of the models' own method.
 
         Raises:
-            ValueError: No tower can.
+            ValueError: No tower supports it.
         """
         able = self._able_to_checkpoint()
         if not able:
@@ -113,7 +113,7 @@ class Familiar(nn.Module):
                 native.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings, **options)
 
     def activation_checkpointing_disable(self) -> None:
-        """Have towers keep again what their layers save for the backward pass."""
+        """Store the activations of the towers' layers again."""
         for native in self._able_to_checkpoint():
             if hasattr(native, "activation_checkpointing_disable"):
                 native.activation_checkpointing_disable()
@@ -123,7 +123,7 @@ class Familiar(nn.Module):
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None, **options: Any
     ) -> None:
-        """Do as ``activation_checkpointing_enable``, which is its name since transformers 5.23."""
+        """Call ``activation_checkpointing_enable``, its name since transformers 5.23."""
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
 
     gradient_checkpointing_disable = activation_checkpointing_disable

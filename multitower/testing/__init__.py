@@ -1,7 +1,7 @@
 """Tiny random towers and models, and checks for authors of towers, modalities and models.
 
-None of it needs a download. ``multitower.testing.strategies`` draws towers, graphs and examples
-for hypothesis, which it needs.
+Nothing is downloaded. ``multitower.testing.strategies``, which needs hypothesis, draws towers, graphs and
+examples.
 """
 
 from .modality.check_modality import check_modality, modality_report

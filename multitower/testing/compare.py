@@ -1,4 +1,4 @@
-"""What counts as the same tensor: bit for bit, or up to rounding."""
+"""Comparison of tensors: bit for bit, or up to rounding."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """Return how far two ways to the same numbers may differ, against the largest of them.
+    """Return how much results may differ by rounding, relative to the largest value.
 
     >>> tolerance(torch.float32), tolerance(torch.bfloat16) > 0.02
     (0.0001, True)
@@ -16,13 +16,13 @@ def tolerance(dtype: torch.dtype) -> float:
 
 
 def assert_equal(found: Tensor, expected: Tensor, what: str) -> None:
-    """Raise an AssertionError, saying how far off, where two tensors are not the same bit for bit."""
+    """Raise an AssertionError with the largest difference unless two tensors are equal, bit for bit."""
     if not torch.equal(found, expected):
         raise AssertionError(f"{what} (by {_worst(found, expected)[0]:.2g})")
 
 
 def assert_close(found: Tensor, expected: Tensor, what: str, within: float, *, least: float = 1.0) -> None:
-    """Raise an AssertionError, saying how far off, where two tensors differ by more than rounding.
+    """Raise an AssertionError with the largest difference unless two tensors are equal up to rounding.
 
     >>> assert_close(torch.tensor(2.0), torch.tensor(2.00001), "two is another", 1e-4)
     >>> assert_close(torch.tensor(2.0), torch.tensor(2.1), "two is another", 1e-4)
@@ -30,11 +30,11 @@ def assert_close(found: Tensor, expected: Tensor, what: str, within: float, *, l
     AssertionError: two is another (by 0.1)
 
     Args:
-        found: What is checked.
+        found: The tensor to check.
         expected: What it should be.
-        what: What is wrong where they differ.
-        within: How far they may differ, against the largest value expected.
-        least: What the largest value expected counts as, if it is smaller.
+        what: The error message.
+        within: The tolerance, relative to the largest expected value.
+        least: Lower bound for that largest value.
     """
     worst, largest = _worst(found, expected)
     if not worst <= within * max(least, largest):

@@ -1,4 +1,4 @@
-"""Checks that are run one by one, and what they say is broken."""
+"""Run checks one by one, and report failures."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 def report_of(
     checks: Mapping[str, Callable[..., None]], promises: Iterable[str] | None, *arguments: Any
 ) -> dict[str, str]:
-    """Run checks, each on the same arguments; return by its name what is wrong, empty where nothing is.
+    """Run checks on the same arguments; return an error message for each name, empty if the check passes.
 
     >>> def check_size(number):
     ...     assert number < 3, f"{number} is too large"
@@ -17,12 +17,12 @@ def report_of(
     {'size': '', 'inverse': 'ZeroDivisionError: division by zero'}
 
     Args:
-        checks: The checks by name: each raises an AssertionError that explains what is wrong.
-        promises: The names of those to run; all unless they are given.
-        arguments: What each check is called with.
+        checks: The checks by name; each raises an AssertionError that explains what is wrong.
+        promises: The names of the checks to run; all by default.
+        arguments: The arguments of each check.
 
     Raises:
-        ValueError: There is no check of such a name.
+        ValueError: There is no check of that name.
     """
     chosen = list(checks if promises is None else promises)
     unknown = [name for name in chosen if name not in checks]
@@ -35,13 +35,13 @@ def report_of(
             checks[name](*arguments)
         except AssertionError as error:
             report[name] = str(error)
-        except Exception as error:  # whatever is raised is for the author of what is checked to read
+        except Exception as error:  # code under test may raise anything
             report[name] = f"{type(error).__name__}: {error}"
     return report
 
 
 def demand(report: Mapping[str, str], who: str) -> None:
-    """Raise an AssertionError that lists what a report says is broken, if anything is.
+    """Raise an AssertionError that lists all failures of a report, if there are any.
 
     >>> demand({"size": "", "shape": "it is round"}, "the table")
     Traceback (most recent call last):
@@ -54,7 +54,7 @@ def demand(report: Mapping[str, str], who: str) -> None:
 
 
 def call(what: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function of what is checked; whatever it raises becomes an AssertionError that says where.
+    """Call a function of the code under test; turn any exception into an AssertionError that says where.
 
     >>> call("the inverse", lambda number: 1 / number, 0)
     Traceback (most recent call last):

@@ -1,6 +1,6 @@
-"""Hypothesis strategies: towers, graphs, examples, and models with examples to run them on.
+"""Hypothesis strategies for towers, graphs, examples, and models with examples.
 
-They need hypothesis, which comes with the extra ``testing``.
+They need hypothesis, which is part of the extra ``testing``.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from ..tower import Tower
 from .tiny import TinyTower, tiny_tower
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-"""What towers are drawn in."""
+"""Dtypes of drawn towers."""
 
 
 class Case:
-    """A fused model and examples to run it on; hypothesis prints what was declared, not the modules."""
+    """A fused model and examples; its repr shows the declaration instead of the modules."""
 
     def __init__(self, model: FusedModel, examples: Sequence[Example]) -> None:
         self.model, self.examples = model, examples
@@ -44,15 +44,15 @@ class Case:
 
 @st.composite
 def tiny_towers(draw: st.DrawFn, *, dtypes: Sequence[torch.dtype] = DTYPES) -> TinyTower:
-    """Draw small random towers in plain PyTorch: 1 to 5 layers, widths and vocabularies of all sizes.
+    """Draw small random towers in plain PyTorch: 1 to 5 layers of various widths and vocabulary sizes.
 
     >>> from hypothesis import find
     >>> find(tiny_towers(), lambda tower: tower.depth > 2).depth
     3
 
     Args:
-        draw: Given by hypothesis.
-        dtypes: What dtypes to draw from.
+        draw: Passed by hypothesis.
+        dtypes: The dtypes to draw from.
     """
     tower = tiny_tower(
         draw(st.integers(0, 99)),
@@ -67,7 +67,7 @@ def tiny_towers(draw: st.DrawFn, *, dtypes: Sequence[torch.dtype] = DTYPES) -> T
 def graphs(
     draw: st.DrawFn, *, towers: st.SearchStrategy[Tower] | None = None, most_towers: int = 6
 ) -> FusionGraph:
-    """Draw graphs that compile: 2 to 6 towers, and links of every kind among them.
+    """Draw graphs that compile: 2 to 6 towers, and links of every kind between them.
 
     >>> from hypothesis import given, settings
     >>> @settings(max_examples=3, derandomize=True)
@@ -77,10 +77,10 @@ def graphs(
     >>> test_compiles()
 
     Args:
-        draw: Given by hypothesis.
-        towers: Draws the towers, each a new one; ``tiny_towers()`` unless given. Your own take part with
-            ``st.one_of(tiny_towers(), st.builds(MyTower, depth=st.integers(1, 4)))``.
-        most_towers: How many towers at most.
+        draw: Passed by hypothesis.
+        towers: A strategy that returns a new tower each time; ``tiny_towers()`` by default. To include your
+            own: ``st.one_of(tiny_towers(), st.builds(MyTower, depth=st.integers(1, 4)))``.
+        most_towers: Maximal number of towers.
     """
     names = draw(st.permutations("abcdef"[: draw(st.integers(2, most_towers))]))
     if towers is None:
@@ -117,16 +117,16 @@ def graphs(
 
 @st.composite
 def examples(draw: st.DrawFn, vocabularies: Mapping[str, int], *, most_rows: int = 3) -> list[Example]:
-    """Draw batches of examples: segments of some towers in any order, one by one or at the same time.
+    """Draw batches of examples: segments of some towers in any order, one by one or simultaneous.
 
     >>> from hypothesis import find
     >>> find(examples({"a": 5, "b": 5}), lambda rows: True)
     [[Segment(tower='a', tokens=[0], target=False)]]
 
     Args:
-        draw: Given by hypothesis.
+        draw: Passed by hypothesis.
         vocabularies: The vocabulary size of each tower.
-        most_rows: How many examples at most.
+        most_rows: Maximal number of examples.
     """
     names = st.sampled_from(sorted(vocabularies))
 
@@ -143,7 +143,7 @@ def examples(draw: st.DrawFn, vocabularies: Mapping[str, int], *, most_rows: int
 
 @st.composite
 def cases(draw: st.DrawFn, *, towers: st.SearchStrategy[Tower] | None = None, most_towers: int = 6) -> Case:
-    """Draw a compiled model, as ``graphs`` declares it, and examples for it.
+    """Draw a compiled model, declared by ``graphs``, and examples for it.
 
     >>> from hypothesis import given, settings
     >>> from multitower.testing import check_causality
@@ -154,9 +154,9 @@ def cases(draw: st.DrawFn, *, towers: st.SearchStrategy[Tower] | None = None, mo
     >>> test_causality()
 
     Args:
-        draw: Given by hypothesis.
+        draw: Passed by hypothesis.
         towers: As in ``graphs``.
-        most_towers: How many towers at most.
+        most_towers: Maximal number of towers.
     """
     graph = draw(graphs(towers=towers, most_towers=most_towers))
     with torch.random.fork_rng(devices=[]):
@@ -168,7 +168,7 @@ def cases(draw: st.DrawFn, *, towers: st.SearchStrategy[Tower] | None = None, mo
 
 @st.composite
 def _acyclic_links(draw: st.DrawFn, depths: Mapping[str, int], *, least: int = 0) -> list[LinkSpec]:
-    """Draw links whose layers do not wait for each other, several between a pair among them."""
+    """Draw links whose layers form no cycle; there may be several between the same pair."""
     links: list[LinkSpec] = []
     for link in draw(_links_among(depths, least=least)):
         try:
@@ -181,7 +181,7 @@ def _acyclic_links(draw: st.DrawFn, depths: Mapping[str, int], *, least: int = 0
 
 @st.composite
 def _links_among(draw: st.DrawFn, depths: Mapping[str, int], *, least: int = 0) -> list[LinkSpec]:
-    """Draw links by interleaving, as a pair or a single number, or by taps; their layers may form cycles."""
+    """Draw links with any form of ``interleave`` or with ``taps``; their layers may form cycles."""
     pairs = st.lists(st.sampled_from(sorted(depths)), unique=True, min_size=2, max_size=2)
     links = []
     for number, (source, target) in enumerate(draw(st.lists(pairs, min_size=least, max_size=8))):
@@ -192,7 +192,7 @@ def _links_among(draw: st.DrawFn, depths: Mapping[str, int], *, least: int = 0) 
 
 
 def _crossings(source_depth: int, target_depth: int) -> st.SearchStrategy[dict[str, Any]]:
-    """Draw where a link crosses: ``interleave`` or ``taps``, as ``add_link`` takes them."""
+    """Draw ``interleave`` or ``taps`` of a link, as keyword arguments for ``add_link``."""
     source, target = st.integers(1, source_depth), st.integers(1, target_depth)
     tap = st.tuples(st.integers(0, source_depth), st.integers(0, target_depth))
     taps = st.lists(tap, unique=True, min_size=1, max_size=4).map(tuple)
@@ -205,7 +205,7 @@ def _crossings(source_depth: int, target_depth: int) -> st.SearchStrategy[dict[s
 
 @st.composite
 def structures(draw: st.DrawFn) -> tuple[dict[str, int], list[LinkSpec]]:
-    """Draw depths of 2 to 6 towers, and links among them whose layers may form cycles.
+    """Draw the depths of 2 to 6 towers, and links between them whose layers may form cycles.
 
     >>> from hypothesis import find
     >>> find(structures(), lambda case: len(case[1]) == 0)
@@ -217,7 +217,7 @@ def structures(draw: st.DrawFn) -> tuple[dict[str, int], list[LinkSpec]]:
 
 @st.composite
 def cyclic_structures(draw: st.DrawFn) -> tuple[dict[str, int], list[LinkSpec]]:
-    """Draw depths and links of which some certainly wait for each other: each tower is read above its tap.
+    """Draw depths and links with at least one cycle: a ring of towers, each read above its tap.
 
     >>> from hypothesis import given, settings
     >>> from multitower.testing import check_schedule

@@ -1,4 +1,4 @@
-"""Tiny random towers and models for tests and documentation; they need no download."""
+"""Tiny random towers and models for tests and documentation, without downloads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..tower import Tower
 
 
 class TinyLayer(nn.Module):
-    """One head of causal attention and a feed-forward."""
+    """Causal attention with one head, and a feed-forward."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -22,7 +22,7 @@ class TinyLayer(nn.Module):
         self.out = nn.Linear(2 * width, width)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Run the layer over states of shape (batch, length, width)."""
+        """Run the layer on states of shape (batch, length, width)."""
         query, key, value = self.attention(self.norm(x)).chunk(3, dim=-1)
         x = x + F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None)
         output: Tensor = x + self.out(self.ffn(x))
@@ -30,7 +30,7 @@ class TinyLayer(nn.Module):
 
 
 class TinyTower(Tower):
-    """A small causal decoder in plain PyTorch: id 1 is its begin and 2 its end; 0 pads."""
+    """A small causal decoder in plain PyTorch: BOS is 1, EOS is 2, padding is 0."""
 
     begin = 1
     end = (2,)
@@ -44,7 +44,7 @@ class TinyTower(Tower):
         self.norm = nn.LayerNorm(width)
 
     def embed(self, tokens: Tensor, *, positions: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Look the tokens up; with positions, give a mask that keeps examples apart."""
+        """Look up the embeddings; with positions, also return a mask that separates examples."""
         if positions is None:
             return self.table(tokens), None
         examples = (positions == 0).cumsum(1)
@@ -56,13 +56,13 @@ class TinyTower(Tower):
         return output
 
     def head(self, hidden: Tensor, context: Tensor | None) -> Tensor:
-        """Score the vocabulary by the embedding table."""
+        """Compute logits with the tied embedding table."""
         logits: Tensor = self.norm(hidden) @ self.table.weight.T
         return logits
 
 
 def tiny_tower(seed: int = 0, *, depth: int = 2, width: int = 8, vocab_size: int = 16) -> TinyTower:
-    """Return a random tower, the same for the same seed.
+    """Return a random tower, determined by the seed.
 
     >>> tiny_tower(seed=3, depth=4).depth
     4
@@ -73,7 +73,7 @@ def tiny_tower(seed: int = 0, *, depth: int = 2, width: int = 8, vocab_size: int
 
 
 def tiny_model(seed: int = 0) -> FusedModel:
-    """Return two random towers, "speech" (trained) and "text" (frozen), linked in both directions.
+    """Return a model of two random towers, "speech" (trained) and "text" (frozen), linked in both directions.
 
     >>> [str(link) for link in tiny_model().graph.links]
     ['speech->text', 'text->speech']
@@ -94,8 +94,8 @@ def open_links(model: FusedModel, seed: int = 0, *, scale: float = 1.0) -> Fused
     >>> open_links(tiny_model()).is_open("speech->text")
     True
 
-    What is zero at the start gets random values, of about the size that torch gives to other weights; with
-    ``scale=0.0`` it is zero again.
+    Parameters that are zero at the start get random values, of about the size of torch's default
+    initialisation; ``scale=0.0`` resets them to zero.
     """
     generator = torch.Generator().manual_seed(seed)
     modules = [module for link in model.links.values() for module in link.values()]  # type: ignore[operator]  # ModuleDicts

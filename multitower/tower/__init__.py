@@ -1,4 +1,4 @@
-"""Towers: pretrained decoders, seen layer by layer."""
+"""Towers: pretrained decoders, run layer by layer."""
 
 from ..errors import TowerError
 from .base import Tower

@@ -1,4 +1,4 @@
-"""What a transformers model can do, asked of it: whatever stops it while it is asked, it cannot."""
+"""Tests of what a transformers model supports; any exception counts as no."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from ..base.extras import require
 from .probe import LENGTH, evaluated, forward_options, logits_of, probe_tokens, rounding
 
 OF_THE_CACHE = ("cache_config", "cache_implementation", "compile_config", "disable_compile", "use_cache")
-"""Settings with which a model is asked how it decodes; what else it has set says nothing of that."""
+"""Options that affect how a model caches; they are kept during the tests, all others are reset."""
 
 STEPS = 2
-"""How many tokens are decoded after a kept cache, to see whether it is right."""
+"""Number of tokens to decode after a given cache."""
 
 
 @torch.no_grad()
 def why_not_faithful(model: Any, *, length: int, padding: int = 0) -> str:
-    """Return how a model's generate, with its cache, differs from its forward; empty if not at all.
+    """Return how a model's ``generate``, with its cache, differs from its forward; empty if it does not.
 
-    Some families take other positions in one than in the other, cannot tell padding on the left, or begin
-    wrongly from prompts that are shorter than their convolutions.
+    Some models use different positions in the two, ignore left padding, or fail on prompts that are shorter
+    than their convolutions.
     """
     steps = 6
     prompts = probe_tokens(model)[:2, :length].clone()
@@ -52,7 +52,7 @@ def why_not_faithful(model: Any, *, length: int, padding: int = 0) -> str:
             )
             tokens = decoded.sequences[:1, padding:-1]
             whole = logits_of(model(input_ids=tokens, **forward_options(model)))
-    except Exception as error:  # whatever stops it, decoding in this way is out of the question
+    except Exception as error:  # any error means: not supported
         return f"{type(error).__name__}: {error}"
     expected = whole[0, -steps:]
     found = torch.stack([step[0].to(expected.dtype) for step in decoded.logits])
@@ -61,7 +61,7 @@ def why_not_faithful(model: Any, *, length: int, padding: int = 0) -> str:
 
 
 def _settings(model: Any) -> set[str]:
-    """Name what a model has set for its decoding, of what ``generate`` takes as options."""
+    """Return the names of the options that a model's generation config sets."""
     own: Any = getattr(model, "generation_config", None)
     return (
         set() if own is None else set(own.to_diff_dict()) & set(vars(type(own)())) - {"transformers_version"}
@@ -70,9 +70,9 @@ def _settings(model: Any) -> set[str]:
 
 @torch.no_grad()
 def why_not_resumed(tower: Any, *, padding: int = 0) -> str:
-    """Return how tokens run after a cache differ from all tokens run at once; empty if not at all.
+    """Return how tokens after a cache differ from all tokens at once; empty if they do not.
 
-    Tokens are run in two pieces, layer by layer, and then ``generate`` goes on from what they left.
+    Tokens are run in two pieces, layer by layer; then ``generate`` continues from their cache.
     """
     model = tower.model
     tokens = probe_tokens(model)[:2].clone()
@@ -109,7 +109,7 @@ def why_not_resumed(tower: Any, *, padding: int = 0) -> str:
             )
             after = decoded.sequences[:1, padding:-1]
             longer = logits_of(model(input_ids=after, **forward_options(model)))[0, -STEPS:]
-    except Exception as error:  # whatever stops it, going on in this way is out of the question
+    except Exception as error:  # any error means: not supported
         return f"{type(error).__name__}: {error}"
     found = torch.cat([torch.cat(pieces)[padding:], *(step[:1].to(whole) for step in decoded.logits)])
     expected = torch.cat([whole[:-1], longer])
@@ -118,7 +118,7 @@ def why_not_resumed(tower: Any, *, padding: int = 0) -> str:
 
 
 def plain(cache: Any) -> list[tuple[Tensor, Tensor]]:
-    """Return the keys and values of each layer of a cache."""
+    """Return the keys and values of each layer of a cache; raise TypeError if it holds anything else."""
     layer_type = require("transformers", "transformers").cache_utils.DynamicLayer
     for layer in cache.layers:
         if type(layer) is not layer_type or not layer.is_initialized:
@@ -128,10 +128,10 @@ def plain(cache: Any) -> list[tuple[Tensor, Tensor]]:
 
 @torch.no_grad()
 def tells_examples_apart(tower: Any) -> bool:
-    """Whether a ``TransformersTower`` scores examples that share a row as it scores each alone.
+    """Whether a ``TransformersTower`` gives packed examples the same logits as each alone.
 
-    Families do so that make their masks from "position_ids"; recurrent ones, and those that place tokens in
-    another way, do not. Without values to compare, those that take the argument are believed.
+    It does if the model makes its masks from "position_ids"; recurrent models, and those with other kinds of
+    positions, do not. Without values to compare, having that argument is enough.
     """
     model = tower.model
     if "position_ids" not in inspect.signature(model.forward).parameters:
@@ -151,19 +151,20 @@ def tells_examples_apart(tower: Any) -> bool:
             hidden = tower.run_layers(hidden, context)
             together = tower.head(hidden, context)
             alone = torch.cat([torch.cat([tower(each[None]) for each in row], 1) for row in rows])
-    except Exception:  # whatever stops it, rows of several examples are out of the question
+    except Exception:  # any error means: not supported
         return False
     return bool((together - alone).abs().max() <= rounding(alone))
 
 
 @torch.no_grad()
 def count_positions(tower: Any) -> int | None:
-    """Return for how many tokens a ``TransformersTower`` has positions; None where there is no such table.
+    """Return the number of positions of a ``TransformersTower``; None if it has no finite table.
 
-    The model is watched while it embeds tokens and runs its first layer. A table is one in which the same
-    consecutive places are looked up for all rows: one for each token, behind what the family keeps free. It
-    must be of one size for two lengths, since others are made to measure. Tables of ``index_select`` are left
-    out: families that use it (XGLM) let them grow. A model on the meta device has no places to look at.
+    This observes table lookups while the model embeds tokens and runs its first layer. In a table of
+    positions, the same consecutive indices are looked up for all rows, one per token; entries before them are
+    reserved. Its size must be the same for two lengths, since tables may be computed to fit. Lookups by
+    ``index_select`` are ignored: models that use it (XGLM) let their tables grow. On the meta device, there
+    are no indices to observe.
     """
     tokens = probe_tokens(tower.model)
     if tokens.is_meta:
@@ -176,13 +177,13 @@ def count_positions(tower: Any) -> int | None:
                     hidden, context = tower.embed(tokens[:, :length])
                     tower.layer(1, hidden, context)
                 found.append(lookups.rooms)
-    except Exception:  # a model that cannot be watched, as flex_attention does not let itself, says nothing
+    except Exception:  # some models cannot be observed, for instance with flex_attention
         return None
     return min(set.intersection(*found), default=None)
 
 
 class _Lookups(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
-    """Notes for how many tokens the tables have room in which consecutive places are looked up."""
+    """Records the sizes, minus reserved entries, of tables in which consecutive indices are looked up."""
 
     def __init__(self, length: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # of torch

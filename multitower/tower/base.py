@@ -1,4 +1,4 @@
-"""What the library asks of a tower."""
+"""The interface of a tower."""
 
 from __future__ import annotations
 
@@ -31,31 +31,31 @@ class Tower(nn.Module, ABC):
     >>> Bag()(torch.tensor([[2, 3, 4]])).shape
     torch.Size([1, 3, 10])
 
-    Such a tower decodes each step from the first token. One that sets ``caches`` decodes only new tokens:
-    ``embed(tokens, cache)`` is then given transformers' ``DynamicCache`` and hands it to the layers in the
-    context. The tokens come after ``cache.get_seq_length()`` others, and layer ``index`` gets the keys and
-    values of all by ``cache.update(keys, values, index - 1)``, of shape (batch, heads, length, head width).
+    By default, ``generate`` runs the whole sequence in each step. If ``caches`` is set, it runs only new
+    tokens: ``embed(tokens, cache)`` gets transformers' ``DynamicCache`` and passes it to the layers in the
+    context. The tokens follow ``cache.get_seq_length()`` earlier ones, and layer ``index`` gets all keys and
+    values, of shape (batch, heads, length, head width), from ``cache.update(keys, values, index - 1)``.
 
-    One that sets ``packs`` takes rows of several examples: ``embed(tokens, positions=positions)`` is then
-    given where in its example each token stands, int64, shape (batch, length), 0 for the first of each, and
-    the layers let no token see another example's; padding is one more. Others take padded batches alone.
+    If ``packs`` is set, rows may have several examples: ``embed(tokens, positions=positions)`` gets each
+    token's index in its example, int64, shape (batch, length), and layers must not let a token attend to
+    another example's. Padding counts as one more example.
 
-    Subclasses set the attributes and the three methods. Streams are padded on the right, so a causal
-    tower needs no padding mask.
+    Subclasses set the attributes and implement ``embed``, ``layer`` and ``head``. Streams are padded on the
+    right, so a causal tower needs no padding mask.
 
     Attributes:
         depth: Number of layers.
         width: Width of the state between layers.
         vocab_size: Number of token ids that ``head`` scores.
-        begin: The id that opens a segment, or None: then the tower cannot start one in ``generate``.
-        end: The ids that close a segment; empty when there is none.
-        max_length: How many tokens a row may have, where ``generate`` then stops; None without such a limit.
-        hard_limit: For how many tokens of a row there are positions; longer ones are refused. None where rows
-            of any length run, whatever ``max_length`` says.
+        begin: The BOS id, which starts a segment; None if ``generate`` cannot start one.
+        end: The EOS ids; empty if there are none.
+        max_length: Length of a row at which ``generate`` stops; None for no limit.
+        hard_limit: Number of positions that the tower has; longer rows raise an error. None if rows of any
+            length run, whatever ``max_length`` is.
         caches: Whether ``embed`` takes a cache as its second argument, None by default, and layers use it.
-        packs: Whether ``embed`` takes positions, by which layers tell the examples in a row apart.
-        pads_left: Whether ``decoder`` decodes rows with padding on the left as it does each alone; if not,
-            prompts of unlike length are decoded one after the other. Towers that set ``caches`` do not.
+        packs: Whether ``embed`` takes positions, and layers tell packed examples apart by them.
+        pads_left: Whether ``decoder`` gives the same results for rows with left padding; otherwise, prompts
+            of different lengths are decoded separately. False if ``caches`` is set.
     """
 
     depth: int
@@ -70,38 +70,38 @@ class Tower(nn.Module, ABC):
 
     @property
     def pads_left(self) -> bool:
-        """Whether rows with padding on the left decode as they do alone; see above."""
+        """Whether rows with left padding decode as they do alone; see above."""
         return not self.caches
 
     @property
     def resumes(self) -> bool:
-        """Whether keys and values that a call left can be gone on from by the next, as ``resume`` does."""
+        """Whether ``resume`` can continue from the keys and values of an earlier call."""
         return self.caches
 
     @abstractmethod
     def embed(self, tokens: Tensor) -> tuple[Tensor, Any]:
-        """Return the state that enters layer 1, shape (batch, length, width), and what the layers need.
+        """Return the input of layer 1, shape (batch, length, width), and a context for the layers.
 
         Args:
             tokens: int64, shape (batch, length).
 
         Returns:
-            The state, and a context (masks, rotary tables, ...) that is handed to ``layer`` and ``head``.
+            The state, and a context (masks, rotary tables, ...) that is passed to ``layer`` and ``head``.
         """
 
     def resume(self, tokens: Tensor, cache: Any, mask: Tensor | None = None) -> tuple[Tensor, Any]:
-        """Embed tokens that come after those in a cache, to which the layers add theirs; see ``embed``.
+        """Embed tokens that follow those in a cache, which the layers then extend; see ``embed``.
 
         Args:
             tokens: int64, shape (batch, length).
-            cache: A ``DynamicCache`` of transformers; it may be empty. Towers made of a transformers model
-                take static ones too.
-            mask: Which of the tokens, those in the cache included, are no padding, bool, shape (batch, length
-                of both, or that of a static cache). None where none is, or what there is stands on the right
-                and has positions.
+            cache: A ``DynamicCache`` of transformers, which may be empty. Towers made from transformers
+                models also take static ones.
+            mask: False at padding, for the tokens in the cache and the new ones, bool, shape (batch, length
+                of both, or length of a static cache). None if there is no padding, or only on the right and
+                within the tower's positions.
 
         Raises:
-            ValueError: There is a mask, and the tower does not pad on the left.
+            ValueError: A mask is given, but the tower does not support left padding.
         """
         if mask is not None:
             raise ValueError(f"{type(self).__name__} goes on from caches of rows of one length alone")
@@ -114,46 +114,45 @@ class Tower(nn.Module, ABC):
 
     @abstractmethod
     def head(self, hidden: Tensor, context: Any) -> Tensor:
-        """Return the logits, shape (batch, length, vocab_size), of the state after the last layer."""
+        """Return the logits, shape (batch, length, vocab_size), from the state after the last layer."""
 
     def head_at(self, hidden: Tensor, context: Any, places: Tensor) -> Tensor:
         """Return the logits of some tokens of each row, shape (batch, number of places, vocab_size).
 
-        This default computes all of them; override it where the others can be left out.
+        By default this computes all logits; override it to skip the others.
 
         Args:
-            hidden: The state after the last layer, of all tokens.
-            context: What ``embed`` gave.
-            places: Which tokens, int64, shape (number of places,).
+            hidden: The state of all tokens after the last layer.
+            context: The context from ``embed``.
+            places: Indices of tokens, int64, shape (number of places,).
         """
         return self.head(hidden, context)[:, places]
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Run the tower alone: tokens of shape (batch, length) to logits."""
+        """Run the tower alone: return the logits of tokens of shape (batch, length)."""
         hidden, context = self.embed(tokens)
         return self.head(self.run_layers(hidden, context), context)
 
     def run_layers(self, hidden: Tensor, context: Any) -> Tensor:
-        """Run all layers, one after the other, on what ``embed`` gave."""
+        """Run all layers on the output of ``embed``."""
         for index in range(1, self.depth + 1):
             hidden = self.layer(index, hidden, context)
         return hidden
 
     @property
     def native(self) -> nn.Module:
-        """The model as it was before it became a tower."""
+        """The original model."""
         return self
 
     @property
     def device(self) -> torch.device:
-        """Where the tower takes its tokens."""
+        """Device of the tower's input."""
         return next(self.parameters()).device
 
     def decoder(self, inject: Inject) -> Any:
-        """Return a model with transformers' ``generate`` that runs ``inject`` after each layer.
+        """Return a model with transformers' ``generate`` that calls ``inject`` after each layer.
 
-        This default works for any tower; where it does not have ``caches``, every step is computed from the
-        start.
+        By default, without ``caches``, each step runs the whole sequence.
         """
         from .decode_plain import CachedDecoder, UncachedDecoder
 

@@ -1,4 +1,4 @@
-"""Decoding for towers that are not from transformers, by transformers' own generate."""
+"""Decoding of towers that are not from transformers, with transformers' ``generate``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ transformers: Any = require("transformers", "transformers")
 
 
 class _Decoder(transformers.PreTrainedModel, transformers.GenerationMixin):  # type: ignore[misc]  # known only when it runs
-    """What ``generate`` needs of a causal LM, around a tower."""
+    """A minimal causal LM around a tower, for ``generate``."""
 
     config_class = transformers.PretrainedConfig
     main_input_name = "input_ids"
@@ -33,10 +33,10 @@ class _Decoder(transformers.PreTrainedModel, transformers.GenerationMixin):  # t
 
 
 class CachedDecoder(_Decoder):
-    """Decodes a tower whose ``caches`` is set: each step runs only the new tokens."""
+    """Decodes a tower with ``caches``: each step runs only new tokens."""
 
     def generate(self, inputs: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Any:
-        """Decode as ``transformers`` does, rows of one length."""
+        """Decode as transformers does; all rows must have the same length."""
         if attention_mask is not None and not bool(attention_mask.all()):
             raise ValueError(
                 f"{type(self.tower).__name__} decodes with a cache, where padding has no place; decode rows "
@@ -47,7 +47,7 @@ class CachedDecoder(_Decoder):
     def forward(
         self, input_ids: Tensor, past_key_values: Any = None, attention_mask: Any = None, **unused: Any
     ) -> Any:
-        """Return the logits of the tokens that follow those in the cache."""
+        """Return the logits of tokens that follow those in the cache."""
         cache = transformers.DynamicCache(config=self.config) if past_key_values is None else past_key_values
         if not isinstance(cache, transformers.DynamicCache):
             raise ValueError(
@@ -66,7 +66,7 @@ class CachedDecoder(_Decoder):
 
 
 class UncachedDecoder(_Decoder):
-    """Decodes any tower; each step starts from the first token."""
+    """Decodes any tower; each step runs the whole sequence."""
 
     def __init__(self, tower: Any, inject: Inject) -> None:
         super().__init__(tower, inject)
@@ -76,7 +76,7 @@ class UncachedDecoder(_Decoder):
             setattr(self.generation_config, key, None)
 
     def generate(self, inputs: Tensor, **options: Any) -> Any:
-        """Decode as ``transformers`` does, which must not cut the rows to what a cache would lack."""
+        """Decode as transformers does, but refuse ``use_cache``, with which it would pass only new tokens."""
         if options.get("use_cache") or getattr(options.get("generation_config"), "use_cache", None):
             raise ValueError(
                 f"{type(self.tower.native).__name__} decodes without a cache, each step from the first "
@@ -85,7 +85,7 @@ class UncachedDecoder(_Decoder):
         return super().generate(inputs, **options)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **unused: Any) -> Any:
-        """Return the logits of prompts padded on the left, which a tower expects on the right."""
+        """Return the logits of left-padded rows, which are shifted to right padding for the tower."""
         length = input_ids.shape[1]
         padding = torch.zeros_like(input_ids[:, :1])
         if attention_mask is not None:

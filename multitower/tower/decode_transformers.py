@@ -1,4 +1,4 @@
-"""Have a transformers model decode by its own generate and cache, with something done after each layer."""
+"""Decoding of transformers models with their own ``generate`` and cache, calling a hook after each layer."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from .probe import Layers, forward_options
 from .shell import Inject, as_call, as_tuple, make_shell, stand_in
 
 FOR_SPEED = ("cache_implementation", "prefill_chunk_size", "prompt_lookup_num_tokens")
-"""Settings that change how a tower decodes by itself, not what."""
+"""Options that change only how fast a tower decodes, not what."""
 
 
 def make_decoder(model: nn.Module, found: Layers, inject: Inject) -> Any:
-    """Return a copy of a model, parameters shared, whose layers are followed by ``inject``."""
+    """Return a copy of a model, sharing its parameters, that calls ``inject`` after each layer."""
     positions = _Positions()
     layers = list(model.get_submodule(found.path).children())
     for index, place in enumerate(found.order, 1):
@@ -39,19 +39,19 @@ def make_decoder(model: nn.Module, found: Layers, inject: Inject) -> Any:
 
 
 class _Positions:
-    """Where in their rows the tokens of the present decoding step stand: int64, shape (length,).
+    """Positions of the current step's tokens in their rows, int64, shape (length,).
 
-    None between steps, so that no forward takes those of the step before.
+    None between steps, so that no forward uses those of an earlier step.
     """
 
     now: Tensor | None = None
 
 
 class _Followed:
-    """Stands in for a layer by ``forward``, which runs it, then ``inject``.
+    """Replaces a layer's ``forward``: it runs the layer, then ``inject``.
 
-    A callable object would do, but torch.compile tells one such from another by its identity, a method by
-    the class and the attributes of its object: so what it compiled for one decoder serves the next.
+    A callable object would do, but torch.compile guards on its identity; for a bound method it guards on the
+    object's class and attributes. So what was compiled for one decoder serves the next.
     """
 
     def __init__(
@@ -83,9 +83,9 @@ class _Followed:
 
 
 def _length_so_far(input_ids: Tensor, length: int, inputs: dict[str, Any]) -> int:
-    """Return how many tokens a row has after a decoding step, whatever of them ``generate`` passes on.
+    """Return the length of a row after a decoding step, from whatever ``generate`` passes on.
 
-    A mask of ones it drops; chunks of a prompt come alone, after what the cache holds.
+    It drops a mask of ones, and passes a chunk of a prompt without the tokens in the cache.
     """
     mask, cache = inputs.get("attention_mask"), inputs.get("past_key_values")
     if mask is not None:

@@ -1,4 +1,4 @@
-"""From what a user names as a tower to a Tower."""
+"""Load towers from the sources that users declare."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from .probe import Proof
 from .transformers import TransformersTower
 
 KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
-"""Settings that no model is saved with, and by which transformers would fetch compiled code from the Hub."""
+"""Settings for which transformers would download compiled code; saved models do not have them."""
 LOADER = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*://")
-"""How a source begins that a plugin loads."""
+"""The prefix of a source that a plugin loads."""
 
 
 def as_tower(
@@ -34,7 +34,7 @@ def as_tower(
     empty: bool = False,
     proof: Proof | None = None,
 ) -> Tower:
-    """Return the tower for a folder, a Hub id, what a plugin loads, a transformers causal LM or a ``Tower``.
+    """Return the tower for a folder, Hub id, plugin source, transformers causal LM or ``Tower``.
 
     >>> as_tower("text", None)
     Traceback (most recent call last):
@@ -42,15 +42,15 @@ def as_tower(
 
     Args:
         name: The tower's name, for errors.
-        source: What was named.
-        prepare: Changes the model before it becomes a tower, by adapters for instance, and gives the result.
-        revision: The commit of a Hub id; None for the newest.
-        empty: Whether a folder or a Hub id is made on the meta device by its config, no weights read.
+        source: The source as declared; None raises an error.
+        prepare: Changes the model before it becomes a tower, for instance by adding adapters; returns it.
+        revision: The commit of a Hub id; None for the latest.
+        empty: Whether to create models from folders and Hub ids on the meta device, without reading weights.
         proof: See ``TransformersTower``.
 
     Raises:
-        TowerError: The source cannot be loaded, or is no decoder that can be run layer by layer.
-        PluginError: The source is ``loader://...``, and no plugin of that name works.
+        TowerError: The source cannot be loaded, or is not a decoder that can be run layer by layer.
+        PluginError: The source is ``loader://...``, and there is no working plugin of that name.
     """
     if source is None:
         raise TowerError(
@@ -82,9 +82,9 @@ def as_tower(
 def from_source(
     name: str, source: str, *, revision: str | None = None, empty: bool = False, cached: bool = False
 ) -> nn.Module:
-    """Load what a path, a Hub id or "loader://..." names, before it becomes a tower; see ``as_tower``.
+    """Load the model of a path, Hub id or "loader://..."; see ``as_tower``.
 
-    ``cached`` says that only what has been downloaded before will do.
+    If ``cached``, use only files that are already downloaded.
     """
     if LOADER.match(source):
         return _from_plugin(name, source)
@@ -100,7 +100,7 @@ def _from_plugin(name: str, source: str) -> nn.Module:
     where = f"tower {name!r}: the tower loader {loader!r}"
     try:
         model = load(rest)
-    except Exception as error:  # whatever a loader raises is its author's to read
+    except Exception as error:  # a loader may raise anything
         raise TowerError(f"{where} cannot load {rest!r}: {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise TowerError(
@@ -110,7 +110,7 @@ def _from_plugin(name: str, source: str) -> nn.Module:
 
 
 def revision_of(model: nn.Module) -> str | None:
-    """Return the commit of the Hub from which a model was loaded, where that is known."""
+    """Return the Hub commit from which a model was loaded, if known."""
     commit = getattr(getattr(model, "config", None), "_commit_hash", None)
     return commit if isinstance(commit, str) else None
 
@@ -166,7 +166,7 @@ def _from_config(name: str, source: str, revision: str | None) -> nn.Module:
 
 
 def kernels_in(config: Any) -> Any:
-    """Return what a config asks for, however deep, that transformers would fetch code for; else None."""
+    """Return a setting in a config, however nested, for which transformers would download code; else None."""
     if isinstance(config, dict):
         asked = [config[key] for key in KERNELS if config.get(key) is not None]
         return next(iter(asked), None) or kernels_in(list(config.values()))
@@ -175,7 +175,7 @@ def kernels_in(config: Any) -> Any:
 
 
 def _commit(source: str, revision: str | None) -> str | None:
-    """Return the commit that the cache of the Hub holds under a revision; None for a folder."""
+    """Return the commit of a revision in the Hub's cache; None for a folder."""
     if os.path.isdir(source):
         return None
     hub = require("huggingface_hub", "transformers")
@@ -185,9 +185,9 @@ def _commit(source: str, revision: str | None) -> str | None:
 
 
 def merged(tower: Tower) -> Tower:
-    """Return a tower whose peft adapters are folded into its weights; the old one can be used no longer.
+    """Return a tower with its peft adapters merged; the old tower can no longer be used.
 
-    Where it fails, the model may be merged half-way; see ``unchanged_on_error``.
+    If this fails, the model may be half merged; see ``unchanged_on_error``.
     """
     native: Any = tower.native
     if not is_peft_model(native):
@@ -195,7 +195,7 @@ def merged(tower: Tower) -> Tower:
     check_mergeable(native)
     try:
         model: nn.Module = native.merge_and_unload()
-    except Exception as error:  # each kind of adapters has its own
+    except Exception as error:  # adapter types raise different errors
         raise ValueError(f"peft cannot merge these adapters: {error}") from error
     if isinstance(tower, TransformersTower):
         return TransformersTower(model, layers=tower.path)

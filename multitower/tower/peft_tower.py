@@ -1,4 +1,4 @@
-"""Towers with peft adapters: LoRA, IA3, LoHa, VeRA, ... on a model that stays as it was."""
+"""Towers with peft adapters: LoRA, IA3, LoHa, VeRA, ...; the base model does not change."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from .shell import Inject
 from .weights import is_offloaded, whole_state
 
 DEFAULT = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "target_modules": "all-linear"}
-"""What ``train="lora"`` means; the rest is as peft sets it."""
+"""The config for ``train="lora"``; other options are peft's defaults."""
 
 
 def is_peft_model(model: object) -> bool:
-    """Whether this is a ``peft.PeftModel``; peft is not imported to find out."""
+    """Whether this is a ``peft.PeftModel``, without importing peft."""
     peft = sys.modules.get("peft")
     return peft is not None and isinstance(model, peft.PeftModel)
 
 
 def make_config(data: Mapping[str, Any]) -> Any:
-    """Rebuild a ``peft.PeftConfig``, ready to be trained, from ``plain_config`` or an adapter_config.json."""
+    """Rebuild a trainable ``peft.PeftConfig`` from ``plain_config`` or an adapter_config.json."""
     peft = require("peft", "lora")
     try:
         config = peft.PeftConfig.from_peft_type(
@@ -43,9 +43,9 @@ def make_config(data: Mapping[str, Any]) -> Any:
 
 
 def with_adapters(model: nn.Module, declared: Mapping[str, Any] | None) -> nn.Module:
-    """Return the PeftModel around a model, changed in place: with new adapters, or those that it has.
+    """Return the PeftModel around a model, changed in place: with new adapters, or its existing ones.
 
-    What is declared is a config as ``plain_config`` gives it, or None for ``DEFAULT``.
+    ``declared`` is a config from ``plain_config``, or None for ``DEFAULT`` or existing adapters.
     """
     if is_peft_model(model):
         if declared is not None:
@@ -66,9 +66,10 @@ def with_adapters(model: nn.Module, declared: Mapping[str, Any] | None) -> nn.Mo
 
 
 def add_adapter(model: nn.Module, config: Any, name: str = "default", *, autocast: bool = True) -> nn.Module:
-    """Put one adapter on a model or PeftModel, in place; return the PeftModel.
+    """Add an adapter to a model or PeftModel, in place; return the PeftModel.
 
-    The config is changed. If ``autocast``, the adapter is in float32 where the model is in half precision.
+    peft changes the config. If ``autocast``, the adapter is in float32 even if the model is in half
+    precision.
     """
     peft = require("peft", "lora")
     try:
@@ -88,7 +89,7 @@ def add_adapter(model: nn.Module, config: Any, name: str = "default", *, autocas
 
 
 def base_model(model: Any) -> nn.Module:
-    """Return the model inside of a PeftModel; any other model is given back."""
+    """Return the model inside of a PeftModel; return any other model itself."""
     if not is_peft_model(model):
         assert isinstance(model, nn.Module)
         return model
@@ -104,20 +105,20 @@ def base_model(model: Any) -> nn.Module:
 
 
 def base_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors that a model has without its adapters, under the names that they have there."""
+    """Return a model's tensors without its adapters, under their names in the base model."""
     inner = base_model(model)
     state = whole_state(inner)
     return {name: state[key] for key in state if (name := _base_name(inner, key)) is not None}
 
 
 def adapter_names(model: nn.Module) -> set[str]:
-    """Name the tensors of adapters, as the state of the model inside names them; see ``base_state``."""
+    """Return the names of adapter tensors in the state dict of the model inside; see ``base_state``."""
     inner = base_model(model)
     return {key for key in inner.state_dict() if _base_name(inner, key) is None}
 
 
 def merged_into(model: nn.Module) -> list[Tensor]:
-    """Return the tensors that merging the adapters of a model may change, each once."""
+    """Return the tensors that may change when adapters are merged."""
     found = {
         id(tensor): tensor
         for module in model.modules()
@@ -128,7 +129,7 @@ def merged_into(model: nn.Module) -> list[Tensor]:
 
 
 def check_mergeable(model: nn.Module) -> None:
-    """Check that folding the adapters into the weights changes no layer that has none."""
+    """Check that merging the adapters does not change a layer without adapters, through tied weights."""
     owners: dict[int, list[str]] = {}
     for name, tensor in base_state(model).items():
         owners.setdefault(tensor.data_ptr(), []).append(name)
@@ -149,7 +150,7 @@ def check_mergeable(model: nn.Module) -> None:
 
 
 def check_whole(model: nn.Module) -> None:
-    """Check that no model with peft layers has lost the PeftModel around it."""
+    """Check that a model with peft layers still has its PeftModel."""
     if not is_peft_model(model) and any(_kept(module) for module in model.modules()):
         raise ValueError(
             "it has peft layers, but no PeftModel around it (was it compiled before, or did transformers add "
@@ -158,7 +159,7 @@ def check_whole(model: nn.Module) -> None:
 
 
 def check_trained(name: str, model: nn.Module) -> None:
-    """Check that a tower with ``train="lora"`` has something to train."""
+    """Check that a tower with ``train="lora"`` has trainable parameters."""
     if not is_peft_model(model):
         raise TowerError(f"tower {name!r} has no adapters for train='lora'; FusionGraph.compile adds them")
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -169,7 +170,7 @@ def check_trained(name: str, model: nn.Module) -> None:
 
 
 class PeftTower(Tower):
-    """A ``Tower`` whose modules have peft adapters, and the PeftModel around it."""
+    """A ``Tower`` with peft adapters, and the PeftModel around it."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -197,7 +198,7 @@ class PeftTower(Tower):
         return self.tower.packs
 
     def embed(self, tokens: Tensor, *cache: Any, **positions: Tensor) -> tuple[Tensor, Any]:
-        """See ``Tower.embed``; a cache goes to towers that set ``caches``, positions to those that pack."""
+        """See ``Tower.embed``; a cache needs ``caches``, and positions need ``packs``."""
         tower: Any = self.tower
         embedded: tuple[Tensor, Any] = tower.embed(tokens, *cache, **positions)
         return embedded
@@ -229,7 +230,7 @@ class PeftTower(Tower):
 
 
 def _kept(module: nn.Module | Tensor) -> str | None:
-    """Under what name a module of peft keeps the module that it stands for."""
+    """Return the attribute in which a module of peft keeps the module that it replaces; None for others."""
     if sys.modules.get("peft") is None:
         return None
     if isinstance(module, require("peft.tuners.tuners_utils", "lora").BaseTunerLayer):
@@ -240,7 +241,7 @@ def _kept(module: nn.Module | Tensor) -> str | None:
 
 
 def _base_name(model: nn.Module, key: str) -> str | None:
-    """Return the name that a tensor has without peft; None for a tensor of an adapter."""
+    """Return a tensor's name in the base model; None for a tensor of an adapter."""
     parts: list[str] = []
     node: Any = model
     for part in key.split("."):
@@ -255,7 +256,7 @@ def _base_name(model: nn.Module, key: str) -> str | None:
 
 @contextmanager
 def _expected_warnings() -> Iterator[None]:
-    """Keep quiet about what peft sets right by itself, and about what it asks of transformers."""
+    """Ignore warnings about settings that peft corrects itself, and about peft's use of transformers."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")

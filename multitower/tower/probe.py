@@ -1,4 +1,4 @@
-"""Look at a model while it runs: where its layers are, how they are called, whether it is causal."""
+"""Probe a running model: where its layers are, how they are called, whether it is causal."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from .shell import as_call, as_tuple
 from .weights import execution_device
 
 ROWS, LENGTH = 3, 7
-"""Size of the batch of a probe: numbers that no model is likely to have as its own."""
+"""Size of a probe's batch: numbers that are unlikely among a model's own sizes."""
 
 RECORDED = ("output_hidden_states", "output_attentions", "output_router_logits")
-"""What a config may have a forward record of its layers, by hooks that it puts on them."""
+"""Config flags that make a forward record layer outputs, with hooks on the layers."""
 
 
 class Layout(NamedTuple):
-    """How a model lays out the state between its layers, against (batch, length, width).
+    """The layout of the state between a model's layers, relative to (batch, length, width).
 
-    Some keep several residual streams, which are then one state of the sum of their widths.
+    Several residual streams are flattened to one state.
 
     Attributes:
-        batch: Which axis is that of rows.
-        length: Which axis is that of tokens.
-        sizes: Of all other axes.
+        batch: The batch axis.
+        length: The axis of tokens.
+        sizes: Sizes of all other axes.
     """
 
     batch: int
@@ -43,7 +43,7 @@ class Layout(NamedTuple):
         return state if self.is_plain else state.movedim((self.batch, self.length), (0, 1)).flatten(2)
 
     def to_model(self, state: Tensor) -> Tensor:
-        """Return a state as the model lays it out."""
+        """Return a state in the model's layout."""
         if self.is_plain:
             return state
         unfolded = state.reshape(*state.shape[:2], *self.sizes)
@@ -51,19 +51,19 @@ class Layout(NamedTuple):
 
     @property
     def is_plain(self) -> bool:
-        """Whether the model's layout is the tower's."""
+        """Whether the model's layout is (batch, length, width)."""
         return (self.batch, self.length, len(self.sizes)) == (0, 1, 1)
 
 
 class Layers(NamedTuple):
-    """Where a model has its layers, and how it calls them.
+    """Where a model's layers are, and how it calls them.
 
     Attributes:
         path: Path of the ``ModuleList``.
-        order: For each layer that runs its place in that list, counted from 0.
-        extras: For each layer that runs how many things it gives beside its state; None for a bare tensor.
+        order: Indices in that list of the layers that run, counted from 0.
+        extras: For each of these, the number of outputs besides the state; None for a bare tensor.
         keyword: Name of the first parameter of the layers' forward.
-        layout: How the state between layers is laid out.
+        layout: Layout of the state between layers.
     """
 
     path: str
@@ -74,14 +74,14 @@ class Layers(NamedTuple):
 
 
 class Proof(NamedTuple):
-    """What a model has shown of itself when it became a tower.
+    """The results of the checks when a model became a tower.
 
     Attributes:
-        path: Path of the list of its layers.
-        width: The width of the state between them.
-        beyond: How many more tokens the head scores than its config says.
-        masked: Whether norm and head give the same where they are handed a mask.
-        positions: For how many tokens its table of positions has room; None where it has none.
+        path: Path of the list of layers.
+        width: Width of the state between them.
+        beyond: Number of scored tokens beyond the vocabulary size in the config.
+        masked: Whether norm and head give the same results if the model gets a mask.
+        positions: Number of positions in the model's table; None without a table.
     """
 
     path: str
@@ -92,7 +92,7 @@ class Proof(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """One call of a child of a module list, during a probe."""
+    """One call of a module in a ``ModuleList``, during a probe."""
 
     place: int
     hidden: Any
@@ -100,7 +100,10 @@ class Seen(NamedTuple):
 
 
 def probe(model: nn.Module, path: str | None = None) -> tuple[Layers, Tensor]:
-    """Run a model once; return its layers, the outermost list whose members hand on a state, and logits."""
+    """Run a model once; return its layers and logits.
+
+    The layers are the outermost list whose modules map a state to one of the same shape.
+    """
     name = type(model).__name__
     lists = {key: module for key, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     seen, logits = _run(model, lists)
@@ -142,7 +145,7 @@ def probe(model: nn.Module, path: str | None = None) -> tuple[Layers, Tensor]:
 
 
 def plain_layers(model: nn.Module, path: str, width: int) -> Layers:
-    """Return the layers of a model of which all in one list are known to run, in order, on a plain state."""
+    """Return the layers in a list, if all are known to run in order on a state of (batch, length, width)."""
     stack = dict(model.named_modules()).get(path)
     if not isinstance(stack, nn.ModuleList) or not len(stack):
         raise ValueError(f"{type(model).__name__} has no layers in {path!r}")
@@ -151,7 +154,7 @@ def plain_layers(model: nn.Module, path: str, width: int) -> Layers:
 
 
 def probe_tokens(model: nn.Module) -> Tensor:
-    """Return tokens of shape (ROWS, LENGTH): unlike rows, the last two unlike only in their last token."""
+    """Return tokens of shape (ROWS, LENGTH); the last two rows differ only in their last token."""
     size = vocabulary(model)
     tokens = (torch.arange(ROWS * LENGTH) * 5 + size // 2) % size
     rows = tokens.view(ROWS, LENGTH)
@@ -161,7 +164,7 @@ def probe_tokens(model: nn.Module) -> Tensor:
 
 
 def check_causal(name: str, logits: Tensor) -> None:
-    """Check that the last two rows of a probe, alike but for their last token, are scored alike before it."""
+    """Check that the last two rows of a probe differ only in the logits of their last token."""
     one, other = logits[-2:, :-1].float()
     leak = (one - other).abs().max().item()
     if leak > torch.finfo(logits.dtype).eps ** (2 / 3) * logits[-2:].float().abs().max().item():
@@ -172,21 +175,21 @@ def check_causal(name: str, logits: Tensor) -> None:
 
 
 def vocabulary(model: Any) -> int:
-    """Return how many token ids a model has by its config, which ``resize_token_embeddings`` keeps right."""
+    """Return the vocabulary size in the config, which ``resize_token_embeddings`` keeps up to date."""
     size: int = model.config.get_text_config(decoder=True).vocab_size
     return size
 
 
 def last_position(model: Any) -> int | None:
-    """Return how many tokens a row may have by ``max_position_embeddings``; -1 there means no limit."""
+    """Return ``max_position_embeddings``; None if there is no limit, for which some configs have -1."""
     limit: int | None = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     return limit if limit is not None and limit > 0 else None
 
 
 def rounding(logits: Tensor) -> float:
-    """Return by how much the same logits may differ where they are found in another way.
+    """Return the tolerance for logits that are computed in different ways.
 
-    Whatever the dtype, models take softmax, norms and rotary tables in float32.
+    Whatever the dtype, models compute softmax, norms and rotary tables in float32.
     """
     eps = max(torch.finfo(each).eps for each in (logits.dtype, torch.float32))
     return float(eps**0.5 * logits.abs().max().item())
@@ -194,9 +197,9 @@ def rounding(logits: Tensor) -> float:
 
 @contextmanager
 def evaluated(model: nn.Module) -> Iterator[None]:
-    """Put a model in eval mode for a moment."""
+    """Set a model to eval mode temporarily."""
     modes = {module: module.training for module in model.modules()}
-    if any(modes.values()):  # where none trains, which is quick to find out, none is told again
+    if any(modes.values()):  # skip the slow call if nothing is in training mode
         model.eval()
     try:
         yield
@@ -208,7 +211,7 @@ def evaluated(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def _run(model: nn.Module, lists: dict[str, nn.ModuleList]) -> tuple[dict[str, list[Seen]], Tensor]:
-    """Run a model on a probe and note each call of a member of a list."""
+    """Run a model on the probe, and record each call of a module in a list."""
     seen: dict[str, list[Seen]] = {}
 
     def note(key: str, place: int, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -249,7 +252,7 @@ def _codebooks(model: nn.Module) -> str:
 
 
 def forward_options(model: nn.Module) -> dict[str, bool]:
-    """Return the arguments for a forward that computes logits and no more, whatever its config asks for."""
+    """Return arguments for a forward that computes only logits, whatever the config requests."""
     config: Any = model.config
     text = config.get_text_config(decoder=True)
     configs = (config,) if text is config else (config, text)
@@ -258,13 +261,13 @@ def forward_options(model: nn.Module) -> dict[str, bool]:
 
 
 def logits_of(output: Any) -> Tensor:
-    """Return the logits of what a causal LM returned, a model output or a plain tuple."""
+    """Return the logits from a causal LM's output, a model output or a tuple."""
     logits: Tensor = output[0] if isinstance(output, tuple) else output.logits
     return logits
 
 
 def _layout(hidden: Any) -> Layout | None:
-    """Return how a probe's state is laid out; None if it is none."""
+    """Return the layout of a state; None if this is not one."""
     shape = list(hidden.shape) if isinstance(hidden, Tensor) and hidden.is_floating_point() else []
     if len(shape) < 3 or ROWS not in shape or LENGTH not in shape:
         return None

@@ -1,4 +1,4 @@
-"""Modules of a caller that stay as they were when what is done with them fails."""
+"""Restore modules if an operation on them fails."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 @contextmanager
 def unchanged_on_error(modules: Iterable[nn.Module], tensors: Iterable[Tensor] = ()) -> Iterator[None]:
-    """Undo what is done to modules where an error comes of it, and to the values of some tensors.
+    """Undo all changes to modules, and to the values of some tensors, if an error is raised.
 
     >>> module = nn.Sequential(nn.Linear(2, 2))
     >>> try:
@@ -21,8 +21,8 @@ def unchanged_on_error(modules: Iterable[nn.Module], tensors: Iterable[Tensor] =
     ...     print(module[0])
     Linear(in_features=2, out_features=2, bias=True)
 
-    Submodules, parameters, buffers, hooks, attributes, modes and ``requires_grad`` are those of before. The
-    values of the tensors are copied to the memory of the CPU meanwhile.
+    This restores submodules, parameters, buffers, hooks, attributes, modes and ``requires_grad``. The values
+    of ``tensors`` are copied to CPU memory meanwhile.
     """
     modules = list(modules)
     every = {id(each): each for module in modules for each in module.modules()}.values()

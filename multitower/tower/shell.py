@@ -1,8 +1,8 @@
 """Shallow copies of a model whose layers are replaced.
 
-The model's own forward prepares masks, rotary tables and scales. To have it do so without running its
-layers, a *shell* is made: a copy of the modules on the path to the list of layers, sharing every parameter,
-whose list holds stand-ins.
+A model's own forward prepares masks, rotary tables and scales. To run it without its layers, a *shell* is
+made: a copy of the modules on the path to the list of layers. It shares every parameter, but its list
+contains stand-ins.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from ..errors import TowerError
 
 Inject = Callable[[int, Tensor, Tensor], Tensor]
-"""Called with (layer, state after it, positions); gives the state to go on with.
+"""Called with (layer, state after it, positions); returns the state to continue with.
 
-Layer 0 is the embedding. The state has shape (batch, length of this call, width); the positions, int64 of
-shape (length of this call,), say where in their rows the tokens of this call stand.
+Layer 0 is the embedding. The state has shape (batch, length of this call, width); positions are the tokens'
+indices in their rows, int64, shape (length of this call,).
 """
 
 
@@ -37,16 +37,16 @@ class Copy(NamedTuple):
 
 
 class Shell(NamedTuple):
-    """A shell and, for them to follow their originals, the modules that were copied."""
+    """A shell, and the modules that were copied for it."""
 
     model: Any
     copies: tuple[Copy, ...]
 
     def follow(self) -> None:
-        """Set the copies to the mode, training or not, and the children that their originals have now.
+        """Update the copies to their originals' training mode and current children.
 
-        A head, for instance, is replaced when an adapter is put on it. The child that leads to the layers is
-        a copy itself, or the list of stand-ins, and stays.
+        A head, for instance, is replaced when an adapter is added to it. The child that leads to the layers
+        is a copy itself, or the list of stand-ins, and is kept.
         """
         below = (*(copy.original for copy in self.copies[1:]), None)
         for (twin, original, child), expected in zip(self.copies, below, strict=True):
@@ -71,7 +71,7 @@ class Shell(NamedTuple):
 
 
 class Call(NamedTuple):
-    """The state and the other arguments with which a model calls one of its layers."""
+    """The state and the other arguments of a model's call of one of its layers."""
 
     hidden: Tensor
     args: tuple[Any, ...]
@@ -79,21 +79,21 @@ class Call(NamedTuple):
 
 
 class Carried(NamedTuple):
-    """Marks what a layer gives beside its state, where a later layer is called with it."""
+    """Placeholder for an additional output of a layer, which the model passes to a later layer."""
 
     layer: int
     place: int
 
 
 class Context(NamedTuple):
-    """What the layers and the head of a TransformersTower need.
+    """The context of a TransformersTower for its layers and head.
 
     Attributes:
         tokens: The tokens.
         options: The other arguments of the model's forward.
-        layers: The layers that run, in their order.
-        calls: With what the model would call each layer.
-        carried: What layers gave beside their states so far, by layer.
+        layers: The layers, in order of execution.
+        calls: The model's call of each layer.
+        carried: Additional outputs of the layers that have run, by layer.
     """
 
     tokens: Tensor
@@ -104,12 +104,12 @@ class Context(NamedTuple):
 
 
 def resolve(value: Any, context: Context) -> Any:
-    """Return an argument of a layer, or what an earlier layer gave in its place."""
+    """Replace a placeholder in a layer's arguments by the earlier layer's output."""
     return context.carried[value.layer][value.place] if isinstance(value, Carried) else value
 
 
 class Script:
-    """What stand-ins do in one forward: note their calls or, when there is a final state, hand it on."""
+    """What the stand-ins do in one forward: record their calls, or return the final state if it is given."""
 
     def __init__(self, final: tuple[Any, ...] | None = None) -> None:
         self.calls: list[Call] = []
@@ -120,13 +120,13 @@ _PLAYED: ContextVar[Script] = ContextVar("_PLAYED")
 
 
 class _Traced:
-    """Holds a script under torch.compile, which cannot trace a ContextVar and traces one call at a time."""
+    """The script under torch.compile, which cannot trace a ContextVar and traces one call at a time."""
 
     script: Script | None = None
 
 
 def play(shell: Shell, script: Script, inputs: dict[str, Any]) -> Any:
-    """Run the forward of a shell with stand-ins that follow a script; other callers have their own."""
+    """Run a shell's forward with stand-ins that follow a script, which other threads do not see."""
     if torch.compiler.is_dynamo_compiling():
         _Traced.script = script
         try:
@@ -143,13 +143,13 @@ def play(shell: Shell, script: Script, inputs: dict[str, Any]) -> Any:
 def _played() -> Script:
     if torch.compiler.is_dynamo_compiling() and _Traced.script is not None:
         return _Traced.script
-    script = _PLAYED.get(None) or _Traced.script  # a graph that breaks may leave either to the other
+    script = _PLAYED.get(None) or _Traced.script  # a graph break may switch between the two
     assert script is not None
     return script
 
 
-class LayersReached(Exception):  # noqa: N818  # not an error: it ends a forward before norm and head
-    """Every layer has been called."""
+class LayersReached(Exception):  # noqa: N818  # not an error: it stops a forward before norm and head
+    """All layers have been called."""
 
 
 class StandIn:
@@ -157,16 +157,16 @@ class StandIn:
 
     Args:
         index: The layer, counted from 1.
-        last: Whether no layer follows it.
-        extras: How many things the layer gives beside its state; None when it gives a bare tensor.
-        keyword: The name of the layer's first parameter, by which the state may be passed.
+        last: Whether this is the last layer.
+        extras: Number of outputs besides the state; None if the layer returns a bare tensor.
+        keyword: Name of the layer's first parameter, by which the state may be passed.
     """
 
     def __init__(self, index: int, last: bool, extras: int | None, keyword: str) -> None:
         self.index, self.last, self.extras, self.keyword = index, last, extras, keyword
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Note the call, and hand on its state or the final one."""
+        """Record the call, and return its state, or the final state."""
         call, script = as_call(args, kwargs, self.keyword), _played()
         if script.final is None:
             script.calls.append(call)
@@ -180,30 +180,30 @@ class StandIn:
 
 
 class Unexpected:
-    """The forward of the stand-in for a layer that did not run when the model was probed."""
+    """The forward of a stand-in for a layer that did not run during the probe."""
 
     def __init__(self, layer: int) -> None:
         self.layer = layer
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse to run."""
+        """Raise a TowerError."""
         raise TowerError(f"layer {self.layer} runs now, but did not when the model became a tower")
 
 
 def as_call(args: tuple[Any, ...], kwargs: dict[str, Any], keyword: str) -> Call:
-    """Take the state out of a layer's arguments, where it is the first or has that name."""
+    """Separate the state from a layer's other arguments: it is the first one, or has this keyword."""
     if args:
         return Call(args[0], args[1:], kwargs)
     return Call(kwargs[keyword], (), {key: value for key, value in kwargs.items() if key != keyword})
 
 
 def as_tuple(output: Any) -> tuple[Any, ...]:
-    """Return what a layer returned as a tuple, its state first."""
+    """Return a layer's output as a tuple whose first item is the state."""
     return (output,) if isinstance(output, Tensor) else tuple(output)
 
 
 def stand_in(layer: nn.Module, forward: Callable[..., Any]) -> nn.Module:
-    """Copy a layer shallowly, so that the model finds all its attributes, and give it another forward."""
+    """Return a shallow copy of a layer, with all its attributes, but another forward and no hooks."""
     twin = copy.copy(layer)
     twin.forward = forward
     if hasattr(twin, "gradient_checkpointing"):
@@ -214,7 +214,7 @@ def stand_in(layer: nn.Module, forward: Callable[..., Any]) -> nn.Module:
 
 
 def make_shell(model: nn.Module, path: str, layers: Sequence[nn.Module]) -> Shell:
-    """Copy the modules on the path to the list of layers, and put other layers there."""
+    """Copy the modules on the path to the list of layers, and replace the list."""
     shell = node = _twin(model)
     names = path.split(".")
     copies = [Copy(shell, model, names[0])]
@@ -230,9 +230,9 @@ def make_shell(model: nn.Module, path: str, layers: Sequence[nn.Module]) -> Shel
 
 
 def _twin(original: nn.Module) -> nn.Module:
-    """Copy a module shallowly; a forward that was bound to it, as accelerate's hooks do, is bound anew.
+    """Copy a module shallowly, and rebind a forward that was bound to it, as accelerate's hooks do.
 
-    What ``torch.compile`` made of one runs the original whatever it is bound to, so the copy goes without.
+    A forward from ``torch.compile`` always runs the original, so the copy goes without it.
     """
     twin = copy.copy(original)
     for key, value in vars(original).items():
@@ -244,6 +244,6 @@ def _twin(original: nn.Module) -> nn.Module:
         elif isinstance(value, functools.partial) and any(each is original for each in value.args):
             args = (twin if each is original else each for each in value.args)
             rebound = functools.partial(value.func, *args, **value.keywords)
-            vars(rebound).update(vars(value))  # among them __wrapped__, which tells the signature
+            vars(rebound).update(vars(value))  # includes __wrapped__, needed for the signature
             vars(twin)[key] = rebound
     return twin

@@ -1,4 +1,4 @@
-"""A tower made of any transformers causal LM, without a table of architectures."""
+"""A tower made from any transformers causal LM, without a table of architectures."""
 
 from __future__ import annotations
 
@@ -62,26 +62,25 @@ class TransformersTower(Tower):
     >>> torch.equal(tower(tokens), model(tokens, use_cache=False).logits)
     True
 
-    The model is asked, not looked up in a table: it runs once on a few tokens to show its layers, and once
-    more to prove that layer by layer they give its own logits.
+    The layers are found by running the model once on a few tokens. A second run checks that the
+    layer-by-layer logits equal the model's own.
 
     Args:
-        model: The model. It is used as it is, not copied, and works on alone as before. Its
-            embeddings, norm and head may be resized or exchanged later; quantise it, and change how many
-            layers it has, before it becomes a tower. Of a ``peft.PeftModel`` the model inside runs, adapters
-            and all, and ``native`` is the PeftModel.
-        layers: Path of the ``ModuleList`` of layers, as in "model.layers", for a model that has several
-            that take and give a state.
-        proof: The ``proof`` of a tower of the same model, which then need not run to show and prove it anew.
+        model: The model. It is used as it is, not copied, and still works alone. Its embeddings, norm and
+            head may be resized or replaced later; quantisation and changes to the number of layers must come
+            first. Of a ``peft.PeftModel``, the model inside runs, including adapters, and ``native`` is the
+            PeftModel.
+        layers: Path of the ``ModuleList`` of layers, as in "model.layers", if there are several candidates.
+        proof: The ``proof`` of a tower of the same model, to skip the two runs.
 
     Raises:
-        TowerError: No list of layers is found, the layers do not run once each in their order, the
-            layer-by-layer logits differ from the model's own, or the model is not causal.
+        TowerError: No list of layers is found, the layers do not run once each in order, the layer-by-layer
+            logits differ from the model's own, or the model is not causal.
     """
 
     def __init__(self, model: nn.Module, *, layers: str | None = None, proof: Proof | None = None) -> None:
         super().__init__()
-        # Neither is registered as a submodule: their parameters are the model's and are counted once.
+        # Native model and shell are not registered as submodules: they share the model's parameters.
         self._native = _Unregistered(model)
         self.model = base_model(model)
         self._layers: Layers
@@ -105,7 +104,7 @@ class TransformersTower(Tower):
 
     @property
     def proof(self) -> Proof | None:
-        """What the model has shown of itself, where all layers run in order and pass on a plain state."""
+        """The results of the checks; None if some layers do not run, or states have other axes."""
         if self._layers != plain_layers(self.model, self.path, self.width):
             return None
         return Proof(self.path, self.width, self._scored_beyond, self._heads_masked, self.hard_limit)
@@ -118,7 +117,7 @@ class TransformersTower(Tower):
 
     @property
     def device(self) -> torch.device:
-        """Where the model takes its tokens."""
+        """Device of the model's input."""
         return execution_device(self.model)
 
     @property
@@ -133,13 +132,13 @@ class TransformersTower(Tower):
 
     @property
     def max_length(self) -> int | None:  # type: ignore[override]  # read from the model
-        """The model's ``max_position_embeddings``, or the positions that its table has if these are fewer."""
+        """The model's ``max_position_embeddings``, or ``hard_limit`` if that is smaller."""
         limits = [last_position(self.model), self.hard_limit]
         return min((each for each in limits if each is not None), default=None)
 
     @property
     def vocab_size(self) -> int:  # type: ignore[override]  # read from the model, which may be resized
-        """How many token ids the head scores, by the model's own ``vocab_size``."""
+        """Number of token ids that the head scores."""
         return vocabulary(self.model) + self._scored_beyond
 
     @property
@@ -149,14 +148,14 @@ class TransformersTower(Tower):
         return native
 
     def embed(self, tokens: Tensor, *, positions: Tensor | None = None) -> tuple[Tensor, Context]:
-        """Run what the model does before layer 1; see ``Tower.embed``."""
+        """Run the model up to layer 1; see ``Tower.embed``."""
         options: dict[str, Any] = {**forward_options(self.model)}
         if positions is not None:
             options["position_ids"] = positions
         return self._embed(tokens, options, options)
 
     def resume(self, tokens: Tensor, cache: Any, mask: Tensor | None = None) -> tuple[Tensor, Context]:
-        """See ``Tower.resume``: the model's own forward makes masks, and knows its cache."""
+        """See ``Tower.resume``; the model's own forward makes the masks."""
         options: dict[str, Any] = {**forward_options(self.model)}
         inputs = {**options, "use_cache": True, "past_key_values": cache}
         if mask is not None:
@@ -170,7 +169,7 @@ class TransformersTower(Tower):
     def _embed(
         self, tokens: Tensor, inputs: dict[str, Any], options: dict[str, Any]
     ) -> tuple[Tensor, Context]:
-        """Run the model up to its layers; its head is later run with the options."""
+        """Run the model with ``inputs`` up to its layers; its head will be run with ``options``."""
         script, shell = Script(), self._shell.it
         shell.follow()
         if any(twin.training and getattr(twin, "layerdrop", 0) for twin, *_ in shell.copies):
@@ -191,7 +190,7 @@ class TransformersTower(Tower):
         return self._layers.layout.to_tower(calls[0].hidden), Context(tokens, options, layers, calls, {})
 
     def layer(self, index: int, hidden: Tensor, context: Context) -> Tensor:
-        """Run layer ``index``, counted from 1, with the arguments that the model would give it."""
+        """Run layer ``index``, counted from 1, with the arguments that the model would pass to it."""
         call, layout = context.calls[index - 1], self._layers.layout
         args, kwargs = call.args, call.kwargs
         if context.carried:
@@ -203,11 +202,11 @@ class TransformersTower(Tower):
         return layout.to_tower(as_tuple(output)[0])
 
     def head(self, hidden: Tensor, context: Context) -> Tensor:
-        """Run what the model does after its last layer: norm, head, scaling, caps."""
+        """Run what follows the last layer in the model: norm, head, scaling, caps."""
         return self._finish(hidden, context, {})
 
     def head_at(self, hidden: Tensor, context: Context, places: Tensor) -> Tensor:
-        """Return the logits of some tokens alone, where the model can; see ``Tower.head_at``."""
+        """Return the logits of some tokens, skipping the others if the model can; see ``Tower.head_at``."""
         if not self._heads_at:
             return super().head_at(hidden, context, places)
         return self._finish(hidden, context, {"logits_to_keep": places})
@@ -221,10 +220,10 @@ class TransformersTower(Tower):
         return logits_of(play(self._shell.it, script, {"input_ids": context.tokens, **options}))
 
     def decoder(self, inject: Inject) -> Any:
-        """Return a copy of the model, parameters shared, whose layers are followed by ``inject``.
+        """Return a copy of the model, sharing its parameters, that calls ``inject`` after each layer.
 
-        Where the model's own decoding does not give what its forward gives, each step starts from the first
-        token instead, and a warning says why.
+        If the model's ``generate`` does not match its forward, each step runs the whole sequence instead, and
+        a warning says why.
         """
         if not hasattr(self.model, "generate"):
             raise TowerError(f"{type(self.model).__name__} cannot decode: it has no generate")
@@ -239,27 +238,27 @@ class TransformersTower(Tower):
 
     @property
     def decodes_cached(self) -> bool:
-        """Whether ``decoder`` uses the model's own cache; asked of the model once."""
+        """Whether ``decoder`` uses the model's own cache; tested once."""
         return not self._unfaithful
 
     @functools.cached_property
-    def pads_left(self) -> bool:  # asked only when rows of unlike length decode
-        """Whether rows with padding on the left decode as they do alone; asked of the model once."""
+    def pads_left(self) -> bool:  # needed only for rows of different lengths
+        """Whether rows with left padding decode as they do alone; tested once."""
         return not self.decodes_cached or not why_not_faithful(self.model, length=LENGTH, padding=LENGTH - 1)
 
     @property
     def resumes(self) -> bool:
-        """Whether the model goes on from the keys and values of an earlier call; asked of the model once."""
+        """Whether the model can continue from the keys and values of an earlier call; tested once."""
         return self.decodes_cached and not self._unresumed
 
     @functools.cached_property
-    def _unresumed(self) -> str:  # asked when something is to be kept
+    def _unresumed(self) -> str:  # needed only for keeping caches
         paddings = (0, LENGTH - 3) if self.pads_left else (0,)
         return next(filter(None, (why_not_resumed(self, padding=each) for each in paddings)), "")
 
     @property
-    def packs(self) -> bool:  # type: ignore[override]  # asked of the model, only when a batch is packed
-        """Whether rows of several examples are scored as each alone; asked once for each way to attend."""
+    def packs(self) -> bool:  # type: ignore[override]  # tested only if a batch is packed
+        """Whether packed examples give the same logits as alone; tested once per attention implementation."""
         attention = getattr(self.model.config, "_attn_implementation", None)
         if attention not in self._packs:
             self._packs[attention] = tells_examples_apart(self)
@@ -287,7 +286,7 @@ class TransformersTower(Tower):
 
     @torch.no_grad()
     def _prove(self, native: Tensor) -> tuple[int, int]:
-        """Compare a short forward with the model's own; return the width and the vocabulary size."""
+        """Compare layer-by-layer logits with the model's own; return the width and the vocabulary size."""
         name = type(self.model).__name__
         with evaluated(self.model):
             hidden, context = self.embed(probe_tokens(self.model))
@@ -308,16 +307,16 @@ class TransformersTower(Tower):
         return width, logits.shape[-1]
 
     def _can_head_masked(self, hidden: Tensor, context: Context, logits: Tensor) -> bool:
-        """Whether norm and head give the same where the model is handed a mask.
+        """Whether norm and head give the same results if the model gets a mask.
 
-        To prepare masks for layers, transformers waits for the device: it looks whether rows are packed.
-        A mask of four dimensions it hands on as it is.
+        Without one, transformers synchronises with the device, to see whether rows are packed. A mask of four
+        dimensions is used as it is.
         """
         self._heads_masked = True
         try:
             with warnings.catch_warnings(action="error"):
                 return torch.equal(self.head(hidden, context), logits)
-        except Exception:  # whatever a model says to such a mask
+        except Exception:  # the model does not accept such a mask
             return False
 
 
@@ -326,13 +325,13 @@ class _Unregistered(NamedTuple):
 
 
 def _without_values(model: nn.Module) -> AbstractContextManager[Any]:
-    """Let a model on the meta device run, whose forward may ask for values that are not there."""
+    """Let a model on the meta device run even if its forward needs values."""
     on_meta = execution_device(model).type == "meta"
     return FakeTensorMode(allow_non_fake_inputs=True) if on_meta else nullcontext()
 
 
 def _token_ids(model: nn.Module, key: str) -> tuple[int, ...]:
-    """Read token ids from the generation config, else from the config; they may be one, several or None."""
+    """Return token ids from the generation config, else from the config; empty if there are none."""
     config: Any = model.config
     for each in (getattr(model, "generation_config", None), config, config.get_text_config(decoder=True)):
         value = getattr(each, key, None)

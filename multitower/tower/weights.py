@@ -1,4 +1,4 @@
-"""Weights that are quantised, or lie elsewhere until accelerate's hooks bring them to where a module runs."""
+"""Quantised weights, and weights offloaded by accelerate."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..storage.fingerprint import is_packed
 
 
 def quantisation_of(model: nn.Module) -> str:
-    """Return what a model's quantised weights are; empty if it has none."""
+    """Return the name of a model's quantised dtype or quantizer; empty if it is not quantised."""
     for parameter in model.parameters():
         if is_packed(parameter):
             return type(parameter).__name__
@@ -23,7 +23,7 @@ def quantisation_of(model: nn.Module) -> str:
 
 
 def can_be_stored(model: Any) -> bool:
-    """Return whether a checkpoint of a model can be written that gives the same weights back."""
+    """Whether a checkpoint of a model can restore the same weights."""
     if not quantisation_of(model):
         return True
     quantizer = getattr(model, "hf_quantizer", None)
@@ -31,7 +31,7 @@ def can_be_stored(model: Any) -> bool:
 
 
 def execution_device(model: nn.Module) -> torch.device:
-    """Return where a model takes its tokens, also when its weights are offloaded."""
+    """Return the device of a model's input, also if its weights are offloaded."""
     device = next(model.parameters()).device
     if device.type != "meta":
         return device
@@ -40,12 +40,12 @@ def execution_device(model: nn.Module) -> torch.device:
 
 
 def is_offloaded(model: nn.Module) -> bool:
-    """Return whether some weights of a model are brought in only while it runs."""
+    """Whether some weights of a model are loaded only while it runs."""
     return any(getattr(hook, "offload", False) for _, _, hook in _hooks(model))
 
 
 def whole_state(model: nn.Module) -> dict[str, Any]:
-    """Return a model's state dict, what is offloaded included."""
+    """Return a model's state dict including offloaded weights."""
     state: dict[str, Any] = model.state_dict()
     for path, module, hook in _hooks(model):
         if getattr(hook, "offload", False):
@@ -57,7 +57,7 @@ def whole_state(model: nn.Module) -> dict[str, Any]:
 
 
 def _hooks(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
-    """Return accelerate's hooks with the modules on which they are."""
+    """Yield accelerate's hooks with the paths of their modules, and the modules."""
     for path, module in model.named_modules():
         hook = getattr(module, "_hf_hook", None)
         for each in getattr(hook, "hooks", (hook,)):

@@ -1,4 +1,4 @@
-"""What the checks of modalities have in common: samples, their tokens, and what counts as the same."""
+"""Shared code of the checks of modalities: samples, their tokens, and equality of raw data."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from ...plugins.modality import Modality
 from ..report import call
 
 RoundTrip = Literal["data", "tokens"] | Callable[[Any, Any], float]
-"""What survives decode(encode(raw)): the data, only their tokens, or all but a loss that is measured."""
+"""What survives decode(encode(raw)): the data, only their tokens, or all but a measured loss."""
 
 
 class ModalityCase(NamedTuple):
-    """A modality that is checked, pieces of raw data for it, and what its author declares."""
+    """A modality to check, samples of raw data, and what its author declares."""
 
     modality: Modality
     samples: Sequence[Any]
@@ -31,7 +31,7 @@ class ModalityCase(NamedTuple):
     edges_inside: bool
 
     def raw(self, place: int) -> Any:
-        """Return a copy of a sample, which a modality may spoil."""
+        """Return a copy of a sample, since a modality may change it."""
         return copy.deepcopy(self.samples[place])
 
     def encode(self, place: int) -> Tensor:
@@ -44,12 +44,12 @@ class ModalityCase(NamedTuple):
         return [self.encode(place) for place in range(len(self.samples))]
 
     def decode(self, tokens: Tensor, what: str) -> Any:
-        """Return the raw data of tokens, or say of which it could not."""
+        """Decode tokens; errors name them by ``what``."""
         return call(f"decode of {what}", self.modality.decode, tokens.clone())
 
 
 def same(first: Any, second: Any) -> bool:
-    """Tell whether two pieces of raw data are the same: arrays bit for bit, objects part by part.
+    """Whether two pieces of raw data are equal: arrays bit for bit, objects part by part.
 
     >>> same(("a", np.array([1.0, np.nan])), ("a", np.array([1.0, np.nan])))
     True
@@ -80,7 +80,7 @@ def same(first: Any, second: Any) -> bool:
 
 
 def strange_rows(modality: Modality) -> list[Tensor]:
-    """Return rows of tokens of the vocabulary, as a tower may write them and no encoder would."""
+    """Return rows of valid tokens that a tower may generate but no encoder would."""
     size, begin, end = modality.vocab_size, modality.begin, modality.end
     generator = torch.Generator().manual_seed(0)
     edges: list[list[int]] = [[], [begin], [end], [begin, end], [end, begin], [begin, 0, end, size - 1, end]]
@@ -91,7 +91,7 @@ def strange_rows(modality: Modality) -> list[Tensor]:
 
 
 def short(value: Any) -> str:
-    """Show a value in a line."""
+    """Format a value in one line."""
     if isinstance(value, Tensor | np.ndarray):
         return f"{type(value).__name__} of shape {tuple(value.shape)} and dtype {value.dtype}"
     return reprlib.repr(value)
@@ -104,7 +104,7 @@ def random_states() -> dict[str, Any]:
 
 @contextmanager
 def kept_random_states() -> Iterator[None]:
-    """Put the global random generators back as they were."""
+    """Restore the global random generators afterwards."""
     before = random_states()
     try:
         yield

@@ -1,4 +1,4 @@
-"""Everything that a modality promises, checked on samples of its data."""
+"""Check a modality on samples of its data."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def check_modality(
     edges_inside: bool = False,
     promises: Iterable[str] | None = None,
 ) -> None:
-    """Check everything that a modality promises, on these samples; raise what is broken, and how.
+    """Check everything that the library relies on in a modality; list all failures.
 
     >>> import multitower as mt, torch
     >>> from multitower.plugins import check_tokens
@@ -35,7 +35,7 @@ def check_modality(
     ...         return bytes(token for token in check_tokens(tokens) if token < 256)
     >>> check_modality(Bytes(), [b"", b"two towers"])
 
-    A modality that loses something says how much may be lost:
+    A lossy modality declares how much may be lost:
 
     >>> class Loud(Bytes):
     ...     def decode(self, tokens):
@@ -48,26 +48,26 @@ def check_modality(
     ...     return sum(a != b for a, b in zip(raw, again, strict=True))
     >>> check_modality(Loud(), [b"two"], round_trip=changed, bound=3)
 
-    Encoded and decoded are: the samples; tokens as no encoder would give them; raw data that are not
-    accepted. The modality is saved, loaded, and loaded from damaged files in a temporary folder. The global
-    random generators are left as they were.
+    The checks encode and decode the samples, unusual tokens, and raw data of wrong types. They save the
+    modality to a temporary folder and load it, also from damaged files. The global random generators are
+    restored.
 
     Args:
         modality: The modality.
-        samples: Some pieces of raw data, of each type that it accepts, of unlike length, the shortest that
-            there is among them. They are copied before they are encoded; arrays, tensors, and containers
-            and dataclasses of them are compared part by part, other objects by ``==``.
+        samples: Some raw data of each accepted type, of different lengths, including the shortest possible.
+            They are copied before encoding. Arrays, tensors, and containers and dataclasses of them are
+            compared part by part, other objects by ``==``.
         round_trip: What survives encoding and decoding. ``"data"``: ``decode(encode(raw))`` is ``raw``.
             ``"tokens"``: ``encode(decode(tokens))`` are the tokens of each sample. A function of ``raw`` and
-            of what came back: how much was lost, a number that is at most ``bound``.
-        bound: The most that may be lost; given with a function, and only then.
-        edges_inside: Whether ``begin`` and ``end`` may also stand between other tokens.
-        promises: The names of those to check, as in ``MODALITY_PROMISES``; all unless they are given.
+            the result returns the loss, which must be at most ``bound``.
+        bound: The maximal loss; required with a function, and only then.
+        edges_inside: Whether ``begin`` and ``end`` may also occur between other tokens.
+        promises: The names of the checks in ``MODALITY_PROMISES`` to run; all by default.
 
     Raises:
-        AssertionError: Some promise is broken; all of them are listed.
-        ValueError: There are no samples or no promise of such a name, or ``round_trip`` and ``bound`` do not
-            go together.
+        AssertionError: Some checks fail; all of them are listed.
+        ValueError: There are no samples, there is no check of that name, or ``round_trip`` and ``bound`` do
+            not fit.
     """
     report = modality_report(
         modality, samples, round_trip=round_trip, bound=bound, edges_inside=edges_inside, promises=promises
@@ -84,7 +84,7 @@ def modality_report(
     edges_inside: bool = False,
     promises: Iterable[str] | None = None,
 ) -> dict[str, str]:
-    """Check each promise of a modality; return by its name what is wrong, empty where nothing is.
+    """Run each check of a modality; return an error message for each name, empty if the check passes.
 
     >>> import multitower as mt, torch
     >>> class Nothing(mt.Modality):
@@ -103,8 +103,8 @@ def modality_report(
     The arguments are those of ``check_modality``.
 
     Raises:
-        ValueError: There are no samples or no promise of such a name, or ``round_trip`` and ``bound`` do not
-            go together.
+        ValueError: There are no samples, there is no check of that name, or ``round_trip`` and ``bound`` do
+            not fit.
     """
     if not samples:
         raise ValueError("there are no samples: give some pieces of raw data that the modality encodes")

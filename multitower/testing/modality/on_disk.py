@@ -1,4 +1,4 @@
-"""Checks of a modality on disk: it comes back as it was, and what is damaged is refused."""
+"""Checks of a modality on disk: loading restores it, and damaged files are refused."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ PICKLES = {".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth"}
 
 
 def check_files(case: ModalityCase) -> None:
-    """Check that a modality that is saved and loaded is the same, and that its files are safe to load.
+    """Check that loading restores a saved modality, and that its files are safe to load.
 
-    It is loaded from another place than it was saved to, and from its own copy.
+    It is loaded from another folder than it was saved to, and from a second copy.
     """
     modality = case.modality
     with tempfile.TemporaryDirectory() as temporary:
@@ -55,7 +55,7 @@ def check_files(case: ModalityCase) -> None:
 
 
 def check_damage(case: ModalityCase) -> None:
-    """Check that from_pretrained raises a CheckpointError where files are missing, damaged or others'."""
+    """Check that from_pretrained raises a CheckpointError for missing, damaged or foreign files."""
     modality = case.modality
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
@@ -78,7 +78,7 @@ def check_damage(case: ModalityCase) -> None:
 
 
 class _Stranger(Modality):
-    """A modality that is no one's, to leave a folder of another modality."""
+    """Another modality, to save its files."""
 
     accepts, vocab_size, begin, end = (str,), 2, 0, 1
 
@@ -93,7 +93,7 @@ class _Stranger(Modality):
 
 
 def _behaviour(case: ModalityCase, modality: Modality) -> dict[str, Any]:
-    """Return all that one can see of a modality."""
+    """Return all observable behaviour of a modality."""
     keys = ("name", "accepts", "vocab_size", "begin", "end", "pad", "default_tower")
     seen: dict[str, Any] = {key: getattr(modality, key) for key in keys}
     for place in range(len(case.samples)):
@@ -111,7 +111,7 @@ def _behaviour(case: ModalityCase, modality: Modality) -> dict[str, Any]:
 def _check_not_loaded(case: ModalityCase, folder: Path, what: str, unless_same: bool = False) -> None:
     kind = type(case.modality)
     try:
-        with warnings.catch_warnings(action="ignore"):  # its errors are asked for here
+        with warnings.catch_warnings(action="ignore"):  # only errors matter here
             loaded = kind.from_pretrained(folder)
             fine = unless_same and same(_behaviour(case, loaded), _behaviour(case, case.modality))
     except CheckpointError:
@@ -138,7 +138,7 @@ def _empty(file: Path) -> None:
 
 
 def _is_pickle(file: Path) -> bool:
-    """Tell a pickle by its name, by the protocol it opens with, or as the zip file of torch.save."""
+    """Whether a file is a pickle, by its name, its protocol header, or as a zip file of torch.save."""
     if file.suffix.lower() in PICKLES:
         return True
     with file.open("rb") as opened:

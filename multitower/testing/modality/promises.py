@@ -1,4 +1,4 @@
-"""What a modality promises: each promise a check that says how it is broken."""
+"""Checks of a modality; each raises an AssertionError that says what is wrong."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .on_disk import check_damage, check_files
 
 
 def _check_attributes(case: ModalityCase) -> None:
-    """Check what a modality says of itself."""
+    """Check the modality's attributes."""
     modality = case.modality
     assert isinstance(modality, Modality), f"{type(modality).__name__} is no subclass of multitower.Modality"
     name = getattr(modality, "name", None)
@@ -46,7 +46,7 @@ def _check_attributes(case: ModalityCase) -> None:
 
 
 def _check_tokens(case: ModalityCase) -> None:
-    """Check that encode gives tokens as a tower reads them."""
+    """Check that encode returns valid tokens."""
     modality = case.modality
     for place, tokens in enumerate(case.rows()):
         what = f"encode of sample {place}"
@@ -68,7 +68,7 @@ def _check_tokens(case: ModalityCase) -> None:
 
 
 def _check_round_trip(case: ModalityCase) -> None:
-    """Check that what is declared to survive decode(encode(raw)) does."""
+    """Check that decode(encode(raw)) preserves what the author declared."""
     for place, raw in enumerate(case.samples):
         tokens = case.encode(place)
         again = case.decode(tokens, f"the tokens of sample {place}")
@@ -90,7 +90,7 @@ def _check_round_trip(case: ModalityCase) -> None:
 
 
 def _check_edges(case: ModalityCase) -> None:
-    """Check that decode gives the same with begin, end and padding at the edges, and without."""
+    """Check that decode ignores whether there are begin, end and padding at the edges."""
     pads = torch.full((3,), case.modality.pad)
     for place, tokens in enumerate(case.rows()):
         expected = case.decode(tokens, f"the tokens of sample {place}")
@@ -109,7 +109,10 @@ def _check_edges(case: ModalityCase) -> None:
 
 
 def _check_repetition(case: ModalityCase) -> None:
-    """Check that nothing depends on chance or on the calls before, and that no global generator is used."""
+    """Check that results depend neither on randomness nor on earlier calls.
+
+    Global random generators must not be used either.
+    """
     rows = case.rows()
     data = [case.decode(tokens, f"the tokens of sample {place}") for place, tokens in enumerate(rows)]
     places = list(range(len(rows)))
@@ -135,7 +138,7 @@ def _check_repetition(case: ModalityCase) -> None:
 
 
 def _check_batches(case: ModalityCase) -> None:
-    """Check that several at once are the same as one by one."""
+    """Check that batches give the same results as single calls."""
     modality, rows = case.modality, case.rows()
     batch = call("encode_batch", modality.encode_batch, copy.deepcopy(list(case.samples)))
     _check_list("encode_batch", batch, rows)
@@ -151,7 +154,7 @@ def _check_batches(case: ModalityCase) -> None:
 
 
 def _check_inputs(case: ModalityCase) -> None:
-    """Check that nothing is changed in place, and that what is given away is not kept."""
+    """Check that inputs are not changed in place, and that outputs share no memory with them."""
     modality = case.modality
     for place in range(len(case.samples)):
         raw = case.raw(place)
@@ -177,7 +180,7 @@ def _check_inputs(case: ModalityCase) -> None:
 
 
 def _check_raw_data(case: ModalityCase) -> None:
-    """Check that encode refuses what it does not accept with a TypeError, and copes with what is empty."""
+    """Check that encode raises a TypeError for other types, and handles empty data."""
     modality = case.modality
     strangers: list[Any] = [None, 3, 2.5, "text", b"bytes", [1, 2], (1, 2), {"a": 1}, {1}, object()]
     strangers += [torch.zeros(2), np.zeros(2), [case.raw(0)], type(case.samples[0])]
@@ -190,7 +193,7 @@ def _check_raw_data(case: ModalityCase) -> None:
         except Exception:  # a type that is never empty
             continue
         try:
-            with warnings.catch_warnings(action="ignore"):  # its errors are asked for here
+            with warnings.catch_warnings(action="ignore"):  # only errors matter here
                 modality.encode(empty)
         except (ValueError, TypeError, OSError):
             continue
@@ -202,7 +205,7 @@ def _check_raw_data(case: ModalityCase) -> None:
 
 
 def _check_any_tokens(case: ModalityCase) -> None:
-    """Check that decode gives a result or raises a ValueError, whatever a tower writes."""
+    """Check that decode returns a result or raises a ValueError for any tokens."""
     size, begin, end = case.modality.vocab_size, case.modality.begin, case.modality.end
     rows, tokens = strange_rows(case.modality), case.encode(0)
     rows += [torch.tensor([begin, 0, token, end]) for token in (size, size + 1000, 2**40, -1, -100)]
@@ -210,7 +213,7 @@ def _check_any_tokens(case: ModalityCase) -> None:
     rows += [tokens[None], tokens[None].repeat(2, 1), torch.tensor(begin), torch.zeros(2, 3)]
     for row in rows:
         try:
-            with warnings.catch_warnings(action="ignore"):  # its errors are asked for here
+            with warnings.catch_warnings(action="ignore"):  # only errors matter here
                 case.modality.decode(row)
         except ValueError:
             continue
@@ -235,7 +238,7 @@ MODALITY_PROMISES: dict[str, Callable[[ModalityCase], None]] = {
     "saved": check_files,
     "damage": check_damage,
 }
-"""The checks by name: each raises an AssertionError that explains what is wrong."""
+"""The checks by name; each raises an AssertionError that explains what is wrong."""
 
 
 def _is_int(value: Any) -> bool:
@@ -253,7 +256,7 @@ def _check_list(what: str, found: Any, expected: list[Any]) -> None:
 
 def _check_refused(modality: Modality, raw: Any) -> None:
     try:
-        with warnings.catch_warnings(action="ignore"):  # its errors are asked for here
+        with warnings.catch_warnings(action="ignore"):  # only errors matter here
             tokens = modality.encode(raw)
     except TypeError:
         return

@@ -1,4 +1,4 @@
-"""Checks that it does not matter how things are put together: declarations, batches, padding, packing."""
+"""Checks that the order of declarations, batching, padding and packing do not matter."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .case import Streams, opened, rounding, streams_of
 
 @torch.no_grad()
 def check_order(model: FusedModel, examples: Sequence[Example], *, seed: int = 0) -> None:
-    """Check that the order of towers, links, streams and rows does not matter, nor what links are called.
+    """Check that the order of towers, links, streams and rows does not matter, and neither do link names.
 
     >>> import multitower as mt
     >>> from multitower.testing import tiny_model
@@ -26,11 +26,11 @@ def check_order(model: FusedModel, examples: Sequence[Example], *, seed: int = 0
 
     Args:
         model: The model.
-        examples: What it is run on.
-        seed: Of the other order.
+        examples: The examples to run it on.
+        seed: Seed for the other order.
 
     Raises:
-        AssertionError: Another order gives other logits.
+        AssertionError: Another order changes logits or the loss.
     """
     model = opened(model)
     shuffled = _declared_anew(model, random.Random(seed))
@@ -50,14 +50,14 @@ def check_order(model: FusedModel, examples: Sequence[Example], *, seed: int = 0
 
 @torch.no_grad()
 def check_rows(model: FusedModel, examples: Sequence[Example]) -> None:
-    """Check that a batch gives what its rows give one by one.
+    """Check that a batch gives the same logits as its rows one by one.
 
     >>> import multitower as mt
     >>> from multitower.testing import tiny_model
     >>> check_rows(tiny_model(), [[mt.Segment("speech", [1, 5, 2])], [mt.Segment("text", [1, 7])]])
 
     Raises:
-        AssertionError: Some row has other logits alone.
+        AssertionError: The logits of some row differ.
     """
     model = opened(model)
     together = model(streams_of(model, examples)).logits
@@ -74,7 +74,7 @@ def check_rows(model: FusedModel, examples: Sequence[Example]) -> None:
 
 @torch.no_grad()
 def check_padding(model: FusedModel, examples: Sequence[Example], *, seed: int = 0) -> None:
-    """Check that neither the amount of padding matters nor the tokens and times that stand there.
+    """Check that neither the amount of padding nor the tokens and times in it matter.
 
     >>> import multitower as mt
     >>> from multitower.testing import tiny_model
@@ -82,11 +82,11 @@ def check_padding(model: FusedModel, examples: Sequence[Example], *, seed: int =
 
     Args:
         model: The model.
-        examples: What it is run on.
-        seed: Of how much is added to each stream, and of what stands there.
+        examples: The examples to run it on.
+        seed: Seed for the amount of padding and its tokens and times.
 
     Raises:
-        AssertionError: Other padding gives other logits, or another loss.
+        AssertionError: Other padding changes logits or the loss.
     """
     model = opened(model)
     generator = torch.Generator().manual_seed(seed)
@@ -103,14 +103,14 @@ def check_padding(model: FusedModel, examples: Sequence[Example], *, seed: int =
 
 @torch.no_grad()
 def check_packing(model: FusedModel, examples: Sequence[Example]) -> None:
-    """Check that examples that share rows give what they give in rows of their own.
+    """Check that packed examples give the same results as in separate rows.
 
     >>> import multitower as mt
     >>> from multitower.testing import tiny_model
     >>> check_packing(tiny_model(), [[mt.Segment("speech", [1, 5, 2])], [mt.Segment("text", [1, 7])]])
 
     Raises:
-        AssertionError: They give other logits or another loss, or are taken though a tower cannot do it.
+        AssertionError: Logits or the loss differ, or a packed batch runs though a tower does not support it.
     """
     model = opened(model)
     streams = streams_of(model, examples)
@@ -156,7 +156,7 @@ def _padded(stream: Stream, vocabulary: int, generator: torch.Generator) -> Stre
 
 
 def _declared_anew(model: FusedModel, chance: random.Random) -> FusedModel:
-    """Return a model of the same towers and weights, declared in another order with other names."""
+    """Return a model with the same towers and weights, declared in another order with other link names."""
     declared = model.graph.to_dict()
     for part in ("towers", "links"):
         chance.shuffle(declared[part])

@@ -1,4 +1,4 @@
-"""What checks of models have in common: open and closed copies, their streams, what may be seen."""
+"""Shared code of the checks of models: copies with open and closed gates, streams, visible tokens."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Streams = Mapping[str, Stream]
 
 
 def rounding(model: FusedModel) -> float:
-    """Return the tolerance of a fused model: that of its coarsest dtype, since its towers read each other.
+    """Return a model's tolerance: that of its coarsest dtype, because its towers read each other.
 
     >>> from multitower.testing import tiny_model
     >>> rounding(tiny_model())
@@ -29,12 +29,12 @@ def rounding(model: FusedModel) -> float:
     """
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
     if any(isinstance(model.tower(name), TransformersTower) for name in model.towers):
-        dtypes.add(torch.float32)  # many of them take norms and rotary tables in it, whatever their weights
+        dtypes.add(torch.float32)  # many compute norms and rotary tables in float32, whatever their dtype
     return max(map(tolerance, dtypes))
 
 
 def native_logits(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Return what ``unimodal`` gives as a function from tokens to logits."""
+    """Return a function from tokens to the logits of a model from ``unimodal``."""
     model: Any = module
     if isinstance(base_model(model), Tower):
         return lambda tokens: model(tokens)
@@ -42,17 +42,17 @@ def native_logits(module: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def closed(model: FusedModel) -> FusedModel:
-    """Return a copy in eval mode with every gate closed."""
+    """Return a copy in eval mode whose links and adapters are the identity."""
     return open_links(copy.deepcopy(model).eval(), scale=0.0)
 
 
 def opened(model: FusedModel) -> FusedModel:
-    """Return a copy in eval mode with every gate open, each by another width."""
+    """Return a copy in eval mode whose links and adapters contribute, at random."""
     return open_links(copy.deepcopy(model).eval(), seed=1)
 
 
 def streams_of(model: FusedModel, examples: Sequence[Example]) -> dict[str, Stream]:
-    """Collate examples, each stream to where its tower takes it."""
+    """Collate examples, with each stream on its tower's device."""
     return {
         name: {key: value.to(model.tower(name).device) for key, value in stream.items()}
         for name, stream in collate(examples)["streams"].items()
@@ -60,7 +60,7 @@ def streams_of(model: FusedModel, examples: Sequence[Example]) -> dict[str, Stre
 
 
 def remembered(model: FusedModel, name: str, stream: Stream) -> list[tuple[slice, slice]]:
-    """Return the parts of a stream, rows and tokens, each of which its tower attends to by itself."""
+    """Return the parts (rows, tokens) of a stream to which its tower attends separately."""
     if model.graph.towers[name].memory == "all":
         return [(slice(None), slice(None))]
     parts = []
@@ -74,7 +74,7 @@ def remembered(model: FusedModel, name: str, stream: Stream) -> list[tuple[slice
 
 
 def alone(model: FusedModel, name: str, stream: Stream) -> Tensor:
-    """Run one tower with its input adapter, and without any link."""
+    """Return the logits of one tower with its input adapter, without links."""
     tower: Any = model.tower(name)
     tokens = stream["tokens"]
     if model.graph.towers[name].memory == "all":
@@ -92,9 +92,9 @@ def alone(model: FusedModel, name: str, stream: Stream) -> Tensor:
 
 
 def visible(streams: Streams, link: LinkSpec) -> list[list[list[int]]]:
-    """Return, for each row and place in the target's stream, the places in the source's that it may read.
+    """Return, for each row and target token, the indices of the source tokens that it may attend to.
 
-    Written down from what is promised, not from how it is done: strictly earlier, real, within the window.
+    This follows the specification, not the implementation: strictly earlier, not padding, within the window.
     """
     source, target = streams[link.source], streams[link.target]
     keys = [

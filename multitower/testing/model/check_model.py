@@ -1,4 +1,4 @@
-"""Everything that a fused model promises, checked on examples."""
+"""Check a fused model on examples."""
 
 from __future__ import annotations
 
@@ -35,31 +35,31 @@ MODEL_PROMISES: dict[str, Callable[[FusedModel, Sequence[Example]], None]] = {
     "session": check_session,
     "saved": check_saved,
 }
-"""The checks by name: each raises an AssertionError that explains what is wrong."""
+"""The checks by name; each raises an AssertionError that explains what is wrong."""
 
 
 def check_model(
     model: FusedModel, examples: Sequence[Example], *, promises: Iterable[str] | None = None
 ) -> None:
-    """Check everything that a fused model promises, on these examples; raise what is broken, and how.
+    """Check all guarantees of a fused model on examples; list all failures.
 
     >>> import multitower as mt
     >>> from multitower.testing import tiny_model
     >>> speech, text = mt.Segment("speech", [1, 5, 6, 2]), mt.Segment("text", [1, 7, 2], target=True)
     >>> check_model(tiny_model(), [[speech, text], [text, speech, text], [(speech, text)], [text]])
 
-    The model is left as it was: all is done on copies, whose gates are opened at random. Give examples that
-    use its links: several segments, in several orders, rows of unlike length. ``testing.strategies`` draws
-    models and examples for hypothesis.
+    The model does not change: all checks use copies, with gates opened at random. Choose examples that use
+    its links: several segments, in different orders, and rows of different lengths. ``testing.strategies``
+    draws models and examples for hypothesis.
 
     Args:
         model: The model.
-        examples: What it is run on.
-        promises: The names of those to check, as in ``MODEL_PROMISES``; all unless they are given.
+        examples: The examples to run it on.
+        promises: The names of the checks in ``MODEL_PROMISES`` to run; all by default.
 
     Raises:
-        AssertionError: Some promise is broken; all of them are listed.
-        ValueError: There is no promise of such a name.
+        AssertionError: Some checks fail; all of them are listed.
+        ValueError: There is no check of that name.
     """
     demand(model_report(model, examples, promises=promises), "the model")
 
@@ -67,7 +67,7 @@ def check_model(
 def model_report(
     model: FusedModel, examples: Sequence[Example], *, promises: Iterable[str] | None = None
 ) -> dict[str, str]:
-    """Check each promise of a fused model; return by its name what is wrong, empty where nothing is.
+    """Run each check of a fused model; return an error message for each name, empty if the check passes.
 
     >>> import multitower as mt
     >>> from multitower.testing import tiny_model

@@ -1,4 +1,4 @@
-"""Checks of ``generate``: step by step, with caches, it must give what a forward gives."""
+"""Checks of ``generate``: with caches, each step must have the logits of a full forward."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from ..compare import assert_close
 from .case import opened, rounding, streams_of
 
 STEPS = 4
-"""How many tokens are decoded, at most."""
+"""Maximal number of tokens to decode."""
 
 
 @torch.no_grad()
 def check_decoding(model: FusedModel, examples: Sequence[Example]) -> None:
-    """Check that greedy decoding, batched and with caches, gives at each step the logits of a whole forward.
+    """Check that each step of greedy decoding, batched and with caches, has the logits of a full forward.
 
     >>> import multitower as mt
     >>> from multitower.testing import tiny_model
     >>> check_decoding(tiny_model(), [[mt.Segment("speech", [1, 5, 2]), mt.Segment("text", [1, 7])]])
 
-    Every tower with a begin token is decoded after all examples together, then compared row by row: each by
-    itself, each after those before it, and all at the same time.
+    Each tower with a BOS token is decoded alone, then one after the other, then simultaneously, for all
+    examples in one batch where towers support left padding.
 
     Raises:
-        AssertionError: Some step has other logits, or a segment ends too early or too late.
+        AssertionError: Some logits differ, or a segment ends too early or too late.
         ImportError: transformers is not installed.
     """
     model = opened(model)
@@ -49,16 +49,16 @@ def check_decoding(model: FusedModel, examples: Sequence[Example]) -> None:
 
 @torch.no_grad()
 def check_prefill(model: FusedModel, examples: Sequence[Example]) -> None:
-    """Check that a prompt that is read in chunks, of whatever size, decodes as it does read at once.
+    """Check that chunks of any size in the prefill do not change what is decoded.
 
     >>> import multitower as mt
     >>> from multitower.testing import tiny_model
     >>> check_prefill(tiny_model(), [[mt.Segment("speech", [1, 5, 2]), mt.Segment("text", [1, 7])]])
 
-    Only towers that decode with a cache of keys and values can; there is nothing to check for others.
+    Only towers that decode with a cache of keys and values are checked.
 
     Raises:
-        AssertionError: Some step has other logits, or a segment ends too early or too late.
+        AssertionError: Some logits differ, or a segment ends too early or too late.
     """
     model = opened(model)
     given = [without_targets(example) for example in examples]
@@ -82,7 +82,7 @@ def _check_steps(
     how: str = "",
     **options: Any,
 ) -> None:
-    """Decode; compare the logits of every step with those of one forward over what was decoded."""
+    """Decode; compare the logits of each step with those of a forward over the result."""
     scores = Scores()
     decoded = model.generate(
         rows, output=output, do_sample=False, max_new_tokens=steps, logits_processor=[scores], **options
@@ -107,7 +107,7 @@ def check_row(
     steps: int,
     where: str,
 ) -> None:
-    """Compare the logits from which a segment at a row's end was decoded with those of a forward."""
+    """Compare the logits from which a row's last segment was decoded with those of a forward."""
     name, tokens = segment.tower, torch.as_tensor(segment.tokens)
     ended = int(tokens[-1]) in model.tower(name).end and len(tokens) > 1
     assert ended or len(tokens) == steps + 1, f"{where}: the segment {tokens.tolist()} ends without an end"
@@ -123,7 +123,7 @@ def check_row(
 
 
 def _check_together(model: FusedModel, rows: Sequence[Any], names: tuple[str, ...], steps: int) -> None:
-    """As ``_check_steps``, of towers that are decoded at the same time."""
+    """Like ``_check_steps``, for simultaneous decoding."""
     scores = {name: Scores() for name in names}
     processors = {name: [each] for name, each in scores.items()}
     decoded = model.generate(
@@ -139,24 +139,24 @@ def _check_together(model: FusedModel, rows: Sequence[Any], names: tuple[str, ..
 
 
 class Scores:
-    """A logits processor that changes nothing and keeps what it sees."""
+    """A logits processor that records the scores and does not change them."""
 
     def __init__(self) -> None:
         self.seen: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Keep the scores of one step."""
+        """Record the scores of one step."""
         self.seen.append(scores.detach().float().cpu().clone())
         return scores
 
 
 def _own_tokens(row: Example, name: str) -> int:
-    """Count the prompt's tokens of a tower, the begin token of the new segment among them."""
+    """Return the length of a tower's prompt, including the BOS token of the new segment."""
     return 1 + sum(len(segment.tokens) for segment, _ in place_in_time(row) if segment.tower == name)
 
 
 def without_targets(example: Example) -> list[Any]:
-    """Return an example as ``generate`` takes it."""
+    """Return an example without targets, as ``generate`` takes it."""
 
     def plain(segment: Segment) -> Segment:
         return dataclasses.replace(segment, target=False)

@@ -1,4 +1,4 @@
-"""A fused model by its definition: recursively, one token at a time, without masks, batches or a schedule."""
+"""A reference implementation of a fused model: recursive, token by token, without masks or a schedule."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from .case import Streams, opened, remembered, rounding, streams_of, visible
 
 @torch.no_grad()
 def check_definition(model: FusedModel, examples: Sequence[Example]) -> None:
-    """Check that logits are what the definition of a link says, computed slowly, token by token.
+    """Check that logits equal those of the reference implementation, which is slow.
 
     >>> import multitower as mt
     >>> from multitower.testing import tiny_model
     >>> check_definition(tiny_model(), [[mt.Segment("speech", [1, 5, 2]), mt.Segment("text", [1, 7])]])
 
-    Each tap reads what the source's layer gave before any tap updated it; the taps after one layer all
-    read the target's state as it is, and add up; a token reads the strictly earlier ones of its window.
+    Each tap reads the source layer's output before any tap updates it. The taps after a layer all read the
+    target's same state, and their updates are summed. A token attends to strictly earlier ones in its window.
 
     Raises:
-        AssertionError: The logits of some tower are others.
+        AssertionError: The logits of some tower differ.
     """
     model = opened(model)
     streams = streams_of(model, examples)
@@ -43,7 +43,7 @@ def check_definition(model: FusedModel, examples: Sequence[Example]) -> None:
 
 
 def defined_logits(model: FusedModel, streams: Streams) -> dict[str, Tensor]:
-    """Return each tower's logits by the definition; only those at real tokens count."""
+    """Return each tower's logits from the reference implementation; ignore those at padding."""
     towers = {name: model.tower(name) for name in streams}
     parts = {name: remembered(model, name, stream) for name, stream in streams.items()}
     embedded = {
@@ -91,7 +91,7 @@ def defined_logits(model: FusedModel, streams: Streams) -> dict[str, Tensor]:
 
 
 def _read(module: GatedCrossAttention, x: Tensor, source: Tensor, streams: Streams, link: LinkSpec) -> Tensor:
-    """Return what one tap adds to the target's state x."""
+    """Return the update of one tap to the target's state x."""
     weight = module.query.weight
     memory = module.project(module.source_norm(source.to(weight.device, weight.dtype)))
     keys, values = module.key(memory), module.value(memory)
@@ -117,7 +117,7 @@ def _read(module: GatedCrossAttention, x: Tensor, source: Tensor, streams: Strea
 
 
 def _places(streams: Streams, link: LinkSpec, name: str) -> list[list[float]]:
-    """Return where each token of a tower stands on the line along which rotary positions turn."""
+    """Return the position of each token for rotary embeddings."""
     rows = [[float(time) for time in times] for times in streams[name]["times"].tolist()]
     if link.position != "segment":
         return rows
@@ -136,7 +136,7 @@ def _places(streams: Streams, link: LinkSpec, name: str) -> list[list[float]]:
 
 
 def _begins(times: list[int]) -> list[int]:
-    """Return for each token when the run of tokens that it is in begins."""
+    """Return for each token the time at which its run of consecutive tokens starts."""
     begins: list[int] = []
     for place, time in enumerate(times):
         begins.append(begins[-1] if place and time == times[place - 1] + 1 else time)
@@ -144,7 +144,7 @@ def _begins(times: list[int]) -> list[int]:
 
 
 def _heads(module: GatedCrossAttention, states: Tensor, places: list[float]) -> Tensor:
-    """Split states of shape (length, width) into heads, turned as complex numbers where there is rotary."""
+    """Split states of shape (length, width) into heads; rotary positions are applied with complex numbers."""
     heads = _split(module, states)
     if module.position is None:
         return heads

@@ -1,4 +1,4 @@
-"""Checks of what a fused forward gives: identity with the towers, sight, causality."""
+"""Checks of a fused forward: identity, visibility, causality."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from .case import alone, closed, native_logits, opened, remembered, rounding, st
 
 @torch.no_grad()
 def check_identity(model: FusedModel, examples: Sequence[Example]) -> None:
-    """Check that with closed gates every tower gives its model's own logits, bit for bit.
+    """Check that with closed gates every tower's logits equal its model's own, bit for bit.
 
     >>> import multitower as mt
     >>> from multitower.testing import tiny_model
     >>> check_identity(tiny_model(), [[mt.Segment("speech", [1, 5, 2]), mt.Segment("text", [1, 7])]])
 
-    A "paper" adapter has no gate: a tower with one is compared with itself after that adapter. One that
-    forgets gives, up to rounding, what its model gives of each segment alone.
+    A "paper" adapter has no gate: its tower is compared with itself after that adapter. A tower with
+    ``memory="segment"`` is compared, up to rounding, with its model on each segment.
 
     Raises:
-        AssertionError: The logits of some tower are others.
+        AssertionError: The logits of some tower differ.
     """
     model = closed(model)
     streams = streams_of(model, examples)
@@ -45,14 +45,14 @@ def check_identity(model: FusedModel, examples: Sequence[Example]) -> None:
 
 @torch.no_grad()
 def check_unimodal(model: FusedModel, examples: Sequence[Example]) -> None:
-    """Check that ``unimodal`` gives each tower without links and input adapters, however open the gates.
+    """Check that ``unimodal`` returns each tower without links and input adapters, even with open gates.
 
     >>> import multitower as mt
     >>> from multitower.testing import tiny_model
     >>> check_unimodal(tiny_model(), [[mt.Segment("speech", [1, 5, 2]), mt.Segment("text", [1, 7])]])
 
     Raises:
-        AssertionError: The logits of some tower are others, or it is not the tower's own model.
+        AssertionError: The logits of some tower differ.
     """
     towers, model = model.towers, opened(model)
     for name, stream in streams_of(model, examples).items():
@@ -66,16 +66,16 @@ def check_unimodal(model: FusedModel, examples: Sequence[Example]) -> None:
 
 @torch.no_grad()
 def check_sight(model: FusedModel, examples: Sequence[Example]) -> None:
-    """Check that a tap adds exactly zero to a token that sees nothing, and something to every other.
+    """Check that a tap adds exactly zero to tokens that see nothing, and something to all others.
 
     >>> import multitower as mt
     >>> from multitower.testing import tiny_model
     >>> check_sight(tiny_model(), [[mt.Segment("speech", [1, 5, 2])], [mt.Segment("text", [1, 7])]])
 
-    A row that holds one modality alone then has the logits that it has without links, bit for bit.
+    So a row with only one modality has the same logits as without links, bit for bit.
 
     Raises:
-        AssertionError: Some tap adds something to a token that sees nothing, or nothing to one that sees.
+        AssertionError: A tap changes a token that sees nothing, or does not change one that sees others.
     """
     model = opened(model)
     streams, updates = streams_of(model, examples), dict[Tap, Tensor]()
@@ -108,7 +108,7 @@ def check_sight(model: FusedModel, examples: Sequence[Example]) -> None:
             adds = updates[tap].ne(0).any(-1)
             blind = streams[tap.target]["mask"] & ~sees
             assert not (adds & blind).any(), f"{where} adds something to a token that sees nothing"
-            if link.feed_forward or link.projection != "relu":  # of which a ReLU may leave nothing
+            if link.feed_forward or link.projection != "relu":  # a ReLU may output only zeros
                 assert adds[sees].all(), f"{where} adds nothing to a token that sees others"
     for name, stream in streams.items():
         expected = alone(model, name, stream)
@@ -121,16 +121,16 @@ def check_sight(model: FusedModel, examples: Sequence[Example]) -> None:
 
 @torch.no_grad()
 def check_causality(model: FusedModel, examples: Sequence[Example]) -> None:
-    """Check that no token changes an earlier logit of any tower, nor another tower's of its own time.
+    """Check that no token changes earlier logits of any tower, or another tower's logits of the same time.
 
     >>> import multitower as mt
     >>> from multitower.testing import tiny_model
     >>> check_causality(tiny_model(), [[mt.Segment("speech", [1, 5, 2]), mt.Segment("text", [1, 7])]])
 
-    Every token of every example is changed in turn, so every path through the graph is tried.
+    Each token of each example is changed in turn, to cover every path through the graph.
 
     Raises:
-        AssertionError: Some logit depends on a token that it must not see; both are named.
+        AssertionError: Some logit depends on a token that it must not see; the message names both.
     """
     model = opened(model)
     for number, example in enumerate(examples):

@@ -1,4 +1,4 @@
-"""Checks that a model comes back as it was: from JSON, and from disk."""
+"""Checks that JSON and checkpoints preserve a model."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from .case import opened, rounding, streams_of
 
 @torch.no_grad()
 def check_saved(model: FusedModel, examples: Sequence[Example]) -> None:
-    """Check that a model that is saved and loaded is the same: its graph, every tensor, and its logits.
+    """Check that saving and loading preserves a model's graph, every tensor, and its logits.
 
     >>> import multitower as mt
     >>> from multitower.testing import tiny_model
     >>> check_saved(tiny_model(), [[mt.Segment("speech", [1, 5, 2]), mt.Segment("text", [1, 7])]])
 
-    Towers in plain PyTorch are given again when it is loaded, with all weights set to zero before. Tensors
-    must be the same bit for bit, logits up to rounding, for loaded tensors lie otherwise in memory. Each
-    tower is then loaded alone, and what was loaded is saved again, in small files.
+    Towers in plain PyTorch are passed to the loader with all weights set to zero. Tensors must be equal bit
+    for bit; logits up to rounding, because loaded tensors may have another memory layout. Each tower is also
+    loaded alone, and the loaded model is saved again, in small shards.
 
     Raises:
-        AssertionError: Something is not what it was.
+        AssertionError: Something differs.
     """
     assert FusionGraph.from_json(model.graph.to_json()) == model.graph, "the graph is another one after JSON"
     model = opened(model)
@@ -73,7 +73,7 @@ def _check_tensors(module: nn.Module, again: nn.Module, what: str) -> None:
 
 
 def _blanks(model: FusedModel) -> dict[str, nn.Module]:
-    """Make each tower in plain PyTorch without its peft adapters and with weights of zero."""
+    """Return copies of the towers in plain PyTorch without peft adapters, with all weights zero."""
     natives = {
         id(model.unimodal(name)): model.unimodal(name)
         for name in model.towers
@@ -88,7 +88,7 @@ def _is_plain(tower: Tower) -> bool:
 
 
 def _blank(native: nn.Module) -> nn.Module:
-    """Make a tower in plain PyTorch without its peft adapters and with weights of zero."""
+    """Return a copy of a tower in plain PyTorch without peft adapters, with all weights zero."""
     module: Any = copy.deepcopy(native)
     module = module.unload() if is_peft_model(module) else module
     for parameter in module.parameters():
@@ -98,7 +98,7 @@ def _blank(native: nn.Module) -> nn.Module:
 
 
 def _placed_as(again: FusedModel, model: FusedModel) -> FusedModel:
-    """Move what is between the towers to where it was; a checkpoint says nothing about devices."""
+    """Move links and adapters to their original devices, which a checkpoint does not store."""
     for (_, module), (_, placed) in zip(again.named_modules(), model.named_modules(), strict=True):
         for key, parameter in module.named_parameters(recurse=False):
             parameter.data = parameter.data.to(placed.get_parameter(key).device)

@@ -1,4 +1,4 @@
-"""Checks of the schedule: against stages found by waiting, and cycles against the layers that wait."""
+"""Checks of the schedule: against stages computed independently, and of the cycles that errors show."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ...model import FusedModel
 
 
 class Node(NamedTuple):
-    """A layer of a tower or, if it reads, the taps after that layer."""
+    """A layer of a tower or, if ``reads``, the taps after that layer."""
 
     tower: str
     layer: int
@@ -22,21 +22,21 @@ class Node(NamedTuple):
 
 
 def check_schedule(depths: Mapping[str, int], links: Iterable[LinkSpec]) -> None:
-    """Check that every layer and tap runs once, after all that it needs and as early as that allows.
+    """Check that every layer and tap runs once, after what it needs, and in the earliest possible stage.
 
     >>> from multitower.declare.spec import LinkSpec
     >>> check_schedule({"a": 2, "b": 2}, [LinkSpec("a", "b", name="a->b", interleave=1)])
 
-    The stages are then the fewest there can be: as many as there are steps on the longest path. Where
-    layers wait for each other, the error must show a cycle, each of whose lines waits for the one above it.
+    Then there are as few stages as possible: as many as there are steps on the longest path. If layers wait
+    for each other, the error must show a cycle in which each line waits for the one above it.
 
     Args:
         depths: Number of layers of each tower.
-        links: The links among these towers.
+        links: The links between these towers.
 
     Raises:
-        AssertionError: The schedule is another one, depends on the order of declaration, or a cycle is not
-            refused, or is not one.
+        AssertionError: The schedule is wrong or depends on the order of declaration, or a cycle is accepted
+            or shown wrongly.
     """
     links = list(links)
     needs = _needs(depths, links)
@@ -71,7 +71,7 @@ def check_schedule(depths: Mapping[str, int], links: Iterable[LinkSpec]) -> None
 
 
 def check_model_schedule(model: FusedModel, examples: Sequence[Example]) -> None:
-    """Check that a model runs by the schedule of its graph, and that this is one; see ``check_schedule``.
+    """Check that a model's schedule is correct and is that of its graph; see ``check_schedule``.
 
     >>> from multitower.testing import tiny_model
     >>> check_model_schedule(tiny_model(), [])
@@ -83,7 +83,7 @@ def check_model_schedule(model: FusedModel, examples: Sequence[Example]) -> None
 
 
 def _needs(depths: Mapping[str, int], links: Iterable[LinkSpec]) -> dict[Node, set[Node]]:
-    """Return for each layer, and for the taps after each layer, what must run before."""
+    """Return what must run before each layer, and before the taps after each layer."""
     read: dict[tuple[str, int], set[Node]] = {}
     for link in links:
         for source_layer, target_layer in link.resolve(depths[link.source], depths[link.target]):
@@ -99,7 +99,7 @@ def _needs(depths: Mapping[str, int], links: Iterable[LinkSpec]) -> dict[Node, s
 
 
 def _stages(needs: Mapping[Node, set[Node]]) -> list[list[Node]]:
-    """Let everything run as soon as what it needs has run; what is in a cycle, or after one, never does."""
+    """Run each node as soon as its needs have run; nodes in cycles, or after one, never run."""
     stages: list[list[Node]] = []
     done: set[Node] = set()
     while ready := [node for node, sources in needs.items() if node not in done and sources <= done]:
@@ -109,7 +109,7 @@ def _stages(needs: Mapping[Node, set[Node]]) -> list[list[Node]]:
 
 
 def _check_order(steps: Sequence[Step], needs: Mapping[Node, set[Node]]) -> None:
-    """Check the steps as they run, one after the other, in whatever stage they are."""
+    """Check the order of the steps as they are run, regardless of stages."""
     ran: set[Node] = set()
     for step in steps:
         node = Node(step.tower, step.layer, bool(step.taps))

@@ -1,4 +1,4 @@
-"""A check of conversations: turn by turn they must give what everything run at once gives."""
+"""Check of sessions: each turn must have the logits of a full forward."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from .case import opened
 from .decoding import Scores, check_row, without_targets
 
 STEPS = 3
-"""How many tokens are decoded in a turn, at most."""
+"""Maximal number of tokens to decode per turn."""
 
 
 @torch.no_grad()
 def check_session(model: FusedModel, examples: Sequence[Example]) -> None:
-    """Check that each turn of a session has the logits of a forward over all that was said.
+    """Check that each turn of a session has the logits of a forward over its whole history.
 
     >>> import multitower as mt
     >>> from multitower.testing import tiny_model
     >>> check_session(tiny_model(), [[mt.Segment("speech", [1, 5, 2]), mt.Segment("text", [1, 7])]])
 
-    The examples are appended entry by entry, and after each something is decoded: one tower, several after
-    each other, or at the same time. Each turn is decoded in a fork, then in the session itself, and once more
-    after going back; all of them go on to the next.
+    The examples are appended entry by entry. After each, segments are decoded: of one tower, of several in
+    turn, or simultaneously. Each turn is decoded in a fork, then in the session itself, and again after a
+    rollback.
 
     Raises:
-        AssertionError: Some step has other logits, or a segment ends too early or too late.
+        AssertionError: Some logits differ, or a segment ends too early or too late.
         ImportError: transformers is not installed.
     """
     model = opened(model)
@@ -52,7 +52,7 @@ def check_session(model: FusedModel, examples: Sequence[Example]) -> None:
 
 
 def _check_turn(model: FusedModel, session: Session, output: Sequence[Any], where: str) -> None:
-    """Decode; compare the logits of each step with those of one forward over the whole history."""
+    """Decode; compare the logits of each step with those of a forward over the whole history."""
     names = [name for entry in output for name in ((entry,) if isinstance(entry, str) else entry)]
     scores, before = {name: Scores() for name in names}, session.history
     processors = {name: [each] for name, each in scores.items()}

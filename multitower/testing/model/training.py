@@ -1,4 +1,4 @@
-"""Checks of what is trained, and of what frozen towers cost."""
+"""Checks of gradients, losses and frozen towers."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from .definition import defined_logits
 
 
 def check_gradients(model: FusedModel, examples: Sequence[Example]) -> None:
-    """Check that exactly what is trained receives a gradient: a finite one, that of the definition.
+    """Check that exactly the trained parameters get gradients, finite and equal to the reference's.
 
     >>> import multitower as mt
     >>> from multitower.testing import tiny_model
     >>> check_gradients(tiny_model(), [[mt.Segment("speech", [1, 5, 2]), mt.Segment("text", [1, 7])]])
 
-    Of a trained tower these are the parameters that receive one when it runs alone; of links and input
-    adapters all, where the examples use them. All segments are taken as targets; where none has two tokens
-    there is nothing to learn, and nothing to check.
+    In a trained tower these are the parameters that get one when it runs alone; in links and input adapters
+    all, if the examples use them. All segments are taken as targets; if none has two tokens, nothing is
+    checked.
 
     Raises:
-        AssertionError: A parameter has a gradient and should not, has none and should, or a bad one.
+        AssertionError: A gradient is missing, unexpected or wrong.
     """
     model = opened(model).train()
     streams = streams_of(model, [[_as_targets(entry) for entry in example] for example in examples])
@@ -53,17 +53,17 @@ def check_gradients(model: FusedModel, examples: Sequence[Example]) -> None:
 
 
 def check_frozen(model: FusedModel, examples: Sequence[Example]) -> None:
-    """Check that frozen towers stay in eval mode, and out of autograd until something trained feeds them.
+    """Check that frozen towers stay in eval mode, and out of autograd below the first trained input.
 
     >>> import multitower as mt
     >>> from multitower.testing import tiny_model
     >>> check_frozen(tiny_model(), [[mt.Segment("speech", [1, 5, 2]), mt.Segment("text", [1, 7])]])
 
-    What is trained and feeds a tower are its input adapter and the links that it reads through.
+    Trained inputs of a tower are its input adapter and its incoming links.
 
     Raises:
-        AssertionError: A frozen tower, or a part of it, is in training mode, or takes part in autograd too
-            early or not at all.
+        AssertionError: A frozen tower or a part of it is in training mode, or is in autograd too early or not
+            at all.
     """
     model = opened(model).train()
     for name, spec in model.graph.towers.items():
@@ -100,7 +100,7 @@ def check_frozen(model: FusedModel, examples: Sequence[Example]) -> None:
 
 
 def check_losses(model: FusedModel, examples: Sequence[Example]) -> None:
-    """Check that without logits, when only what a label needs is run, losses and gradients are the same.
+    """Check that ``logits=False``, which skips computation, changes no loss and no gradient.
 
     >>> import multitower as mt
     >>> from multitower.testing import tiny_model
@@ -108,7 +108,7 @@ def check_losses(model: FusedModel, examples: Sequence[Example]) -> None:
     >>> check_losses(tiny_model(), [[speech, text]])
 
     Raises:
-        AssertionError: Some loss or gradient is another.
+        AssertionError: A loss or gradient differs.
     """
     model = opened(model)
     streams = streams_of(model, examples)
@@ -137,7 +137,7 @@ def _gradients(loss: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tens
 
 
 def _check_values(model: FusedModel, streams: Streams) -> None:
-    """Compare gradients with those that autograd finds through the definition, token by token."""
+    """Compare gradients with those through the reference implementation."""
     parameters = {name: each for name, each in model.named_parameters() if each.requires_grad}
     loss = model(streams).loss
     if not loss.requires_grad:
@@ -146,7 +146,7 @@ def _check_values(model: FusedModel, streams: Streams) -> None:
     losses = [token_loss(logits[name], stream["labels"]) for name, stream in streams.items()]
     defined = torch.stack([each.to(loss.device) for each in losses]).sum()
     found, expected = _gradients(loss, parameters), _gradients(defined, parameters)
-    within = 8 * max(rounding(model), tolerance(loss.dtype))  # it adds up through both passes
+    within = 8 * max(rounding(model), tolerance(loss.dtype))  # rounding adds up over both passes
     for name, gradient in found.items():
         assert_close(
             gradient, expected[name], f"the gradient of {name} is not that of the definition", within
@@ -154,7 +154,7 @@ def _check_values(model: FusedModel, streams: Streams) -> None:
 
 
 def _first_layer_fed(model: FusedModel, streams: Streams, name: str, *, seen: bool) -> int:
-    """Return the first layer after which a link changes a tower's state; only links that see, or all."""
+    """Return the first layer after which a link updates a tower; if ``seen``, a link with visible tokens."""
     layers = [
         tap.target_layer
         for tap in model.schedule.taps
@@ -164,7 +164,7 @@ def _first_layer_fed(model: FusedModel, streams: Streams, name: str, *, seen: bo
 
 
 def _trained(model: FusedModel, streams: Streams) -> set[str]:
-    """Name the parameters that should receive a gradient."""
+    """Return the names of parameters that should get a gradient."""
     names = set()
     for name, stream in streams.items():
         tower = model.tower(name)

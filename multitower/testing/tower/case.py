@@ -1,4 +1,4 @@
-"""A tower that is checked, and how to run it."""
+"""A tower to check, and how to run it."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ Logits = Callable[[nn.Module, Tensor], Tensor]
 
 
 class TowerCase(NamedTuple):
-    """A tower that is checked, and how to get the logits of its model."""
+    """A tower to check, and how to get its original model's logits."""
 
     tower: Tower
     own: Logits | None
 
     @property
     def has_native(self) -> bool:
-        """Whether the tower was made of another model."""
+        """Whether the tower was made from another model."""
         return self.tower.native is not self.tower
 
     def native(self, tokens: Tensor) -> Tensor:
-        """Return the logits of the model that the tower was made of."""
+        """Return the logits of the original model."""
         model: Any = self.tower.native
         if self.own is not None:
             return self.own(model, tokens)
@@ -44,7 +44,7 @@ class TowerCase(NamedTuple):
         return self._replace(tower=copy.deepcopy(self.tower))
 
     def tokens(self, rows: int, length: int) -> Tensor:
-        """Draw random tokens, the first and the last of the vocabulary among them."""
+        """Return random tokens that include the first and the last one of the vocabulary."""
         size = self.tower.vocab_size
         generator = torch.Generator().manual_seed(rows + length)
         tokens = torch.randint(size, (rows, length), generator=generator)
@@ -52,7 +52,7 @@ class TowerCase(NamedTuple):
         return tokens.to(self.tower.device)
 
     def run(self, tokens: Tensor, *cache: Any, **positions: Tensor) -> Tensor:
-        """Run the tower layer by layer, with what else its ``embed`` takes, if anything."""
+        """Run the tower layer by layer, with additional arguments for ``embed``."""
         tower: Any = self.tower
         hidden, context = tower.embed(tokens, *cache, **positions)
         hidden = self.tower.run_layers(hidden, context)
@@ -60,6 +60,6 @@ class TowerCase(NamedTuple):
 
 
 def assert_alike(found: Tensor, expected: Tensor, what: str) -> None:
-    """Compare two ways to the same, up to rounding in float32 or coarser, since many models use it inside."""
+    """Compare logits up to rounding, in float32 or coarser, because many models compute parts in float32."""
     within = max(tolerance(torch.float32), tolerance(expected.dtype))
     assert_close(found, expected, what, within, least=0.0)

@@ -1,4 +1,4 @@
-"""Everything that a tower promises, checked on a few random tokens."""
+"""Check a tower on a few random tokens."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from .promises import TOWER_PROMISES
 
 
 def check_tower(tower: Tower, logits: Logits | None = None, *, promises: Iterable[str] | None = None) -> None:
-    """Check everything that a tower promises; raise what is broken, and how.
+    """Check everything that the library relies on in a tower; list all failures.
 
     >>> from multitower.testing import tiny_tower
     >>> check_tower(tiny_tower())
 
-    The tower is left as it was. It is run on the CPU in float32 or wherever it is; half precision has
-    wider tolerances. Tokens are drawn from its whole vocabulary.
+    The tower does not change. It is run in its own dtype, on its own device; half precision has larger
+    tolerances. Tokens are drawn from the whole vocabulary.
 
     Args:
         tower: The tower.
-        logits: How to get the logits of ``tower.native``, for one that does not give them (alone or first in
-            a tuple) as ``native(tokens)``: for example ``lambda native, tokens: native(tokens).scores``.
-        promises: The names of those to check, as in ``TOWER_PROMISES``; all unless they are given.
+        logits: How to get the logits of ``tower.native`` if ``native(tokens)`` does not return them (alone or
+            first in a tuple): for example ``lambda native, tokens: native(tokens).scores``.
+        promises: The names of the checks in ``TOWER_PROMISES`` to run; all by default.
 
     Raises:
-        AssertionError: Some promise is broken; all of them are listed.
-        ValueError: There is no promise of such a name.
+        AssertionError: Some checks fail; all of them are listed.
+        ValueError: There is no check of that name.
     """
     demand(tower_report(tower, logits, promises=promises), type(tower).__name__)
 
@@ -35,7 +35,7 @@ def check_tower(tower: Tower, logits: Logits | None = None, *, promises: Iterabl
 def tower_report(
     tower: Tower, logits: Logits | None = None, *, promises: Iterable[str] | None = None
 ) -> dict[str, str]:
-    """Check each promise of a tower; return by its name what is wrong, empty where nothing is.
+    """Run each check of a tower; return an error message for each name, empty if the check passes.
 
     >>> from multitower.testing import tiny_tower
     >>> tower_report(tiny_tower())["causality"]

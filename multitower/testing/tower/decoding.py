@@ -1,4 +1,4 @@
-"""What a tower promises when it decodes."""
+"""Checks of a tower's decoding."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from .case import TowerCase, assert_alike
 
 
 def check_steps(case: TowerCase) -> None:
-    """Decode from prompts of one length."""
+    """Decode prompts of equal length."""
     _decode(case, length=6, paddings=(0, 0))
     _decode(case, length=1, paddings=(0,))
 
 
 def check_left_padding(case: TowerCase) -> None:
-    """Decode from prompts of unlike length, where the tower can."""
+    """Decode prompts of different lengths, if the tower supports it."""
     if case.tower.pads_left:
         _decode(case, length=6, paddings=(0, 3, 5))
 
 
 @torch.no_grad()
 def check_cache(case: TowerCase) -> None:
-    """Run tokens in pieces, each after those in the cache, whose rows are reordered on the way."""
+    """Run tokens in pieces with a cache whose rows are reordered in between."""
     tower = case.tower
     if not tower.caches:
         return
@@ -55,7 +55,7 @@ def check_cache(case: TowerCase) -> None:
 
 @torch.no_grad()
 def _decode(case: TowerCase, length: int, paddings: tuple[int, ...], steps: int = 4) -> None:
-    """Decode with a change after each layer; compare with the same change where all is computed at once."""
+    """Decode with a modification after each layer; compare with a full forward with the same modification."""
     tower, prompts = case.tower, case.tokens(len(paddings), length)
     mask = torch.ones_like(prompts)
     for row, padding in enumerate(paddings):
@@ -101,7 +101,7 @@ def _decode(case: TowerCase, length: int, paddings: tuple[int, ...], steps: int 
 
 
 def _run(tower: Tower, tokens: Tensor, inject: Inject, first: int) -> Tensor:
-    """Run a tower alone, with ``inject`` after each layer; the first token stands at position ``first``."""
+    """Run a tower with ``inject`` after each layer; the first token has position ``first``."""
     positions = torch.arange(first, first + tokens.shape[1], device=tokens.device)
     hidden, context = tower.embed(tokens)
     hidden = inject(0, hidden, positions)

@@ -1,4 +1,4 @@
-"""What a tower promises: each promise a check that says how it is broken."""
+"""Checks of a tower; each raises an AssertionError that says what is wrong."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def _check_padding(case: TowerCase) -> None:
 
 @torch.no_grad()
 def _check_packing(case: TowerCase) -> None:
-    """Run rows of several examples, where the tower can."""
+    """Run rows with several examples, if the tower supports it."""
     if not case.tower.packs:
         return
     lengths = torch.tensor([7, 3, 1, 5])
@@ -214,7 +214,7 @@ TOWER_PROMISES: dict[str, Callable[[TowerCase], None]] = {
     "left padding": check_left_padding,
     "cache": check_cache,
 }
-"""The checks by name: each raises an AssertionError that explains what is wrong."""
+"""The checks by name; each raises an AssertionError that explains what is wrong."""
 
 
 def _check_native(found: Tensor, expected: Tensor) -> None:
@@ -240,5 +240,5 @@ def _passes_back(output: Tensor, state: Tensor) -> bool:
 
 
 def _sum(values: Tensor) -> Tensor:
-    """Return a number that depends unlike on each value."""
+    """Return a sum with a different weight for each value."""
     return (values.float() * torch.arange(values.numel(), device=values.device).view_as(values).cos()).mean()
