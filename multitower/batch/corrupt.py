@@ -61,7 +61,7 @@ def corrupt_sources(
     With few examples, and sources with many redundant tokens such as speech, this keeps a tower from
     memorising them: with 250 pairs of spoken digits it halves the errors of recognition
     (``docs/learning.md``). It harms where each source token counts, as in a text to be read aloud. Use it
-    only in training. Tokens equal to the first or last token of a row never change, so begin and end tokens
+    only in training. Tokens equal to the first or last token of any row never change, so begin and end tokens
     are kept. Source: masked inputs in SpecAugment (arXiv 1904.08779); here tokens are replaced.
 
     Args:
@@ -80,8 +80,9 @@ def corrupt_sources(
         if "labels" in stream:
             learnt = stream["labels"] != IGNORE
             given = given & ~learnt & ~_next(learnt)
-        last = stream["mask"].sum(1, keepdim=True).sub(1).clamp(min=0)
-        edges = torch.cat([tokens[:, :1], tokens.gather(1, last)])
+        counts = stream["mask"].sum(1, keepdim=True)
+        edges = torch.cat([tokens[:, :1], tokens.gather(1, (counts - 1).clamp(min=0))], 1)
+        edges = edges[counts[:, 0] > 0]  # rows without tokens hold padding
         inner = given & ~torch.isin(tokens, edges)
         streams[name] = {**stream, "tokens": _noisy(tokens, inner, rate, generator)}
     return {**batch, "streams": streams}

@@ -49,6 +49,15 @@ def test_only_the_inside_of_what_is_given_changes(batch: mt.batch.Batch, rate: f
             assert not changed.any()
 
 
+def test_the_padding_of_a_row_without_tokens_protects_none() -> None:
+    given = mt.Segment("speech", [3, 0, 0, 0, 0, 5, 6, 4])
+    batch = mt.collate([[given], [mt.Segment("text", [BEGIN, 5, END])]])
+    noisy = corrupt_sources(batch, {"speech": 1.0}, generator=torch.Generator().manual_seed(1))
+    row = noisy["streams"]["speech"]["tokens"][0].tolist()
+    assert row[1:5] != [0] * 4
+    assert (row[0], row[-1]) == (3, 4)
+
+
 @settings(max_examples=60)
 @given(batches())
 def test_only_the_inside_of_what_is_learnt_changes(batch: mt.batch.Batch) -> None:

@@ -79,7 +79,8 @@ def to_the_end(tokens: list[int]) -> list[int]:
     return tokens[: tokens.index(END) + 1] if END in tokens else tokens
 
 
-@pytest.mark.parametrize("family", [pytest.param("gpt2", marks=pytest.mark.slow), "llama"])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_the_programs_decode_without_this_library(tmp_path: Path, family: str) -> None:
     model = pair(
         causal_lm(family), gates=True, position="segment" if family == "llama" else "rotary", window=12

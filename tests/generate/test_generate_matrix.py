@@ -172,11 +172,17 @@ SAME_AS_GREEDY = {
     "not synced": {"synced_gpus": False},
 }
 
+QUICK = {
+    *(("llama", name) for name in ("one call", "static cache", "chunks of 2")),
+    ("gemma3_text", "chunks of 2"),
+    ("mamba", "one call"),
+}
+
 
 @pytest.mark.parametrize(
     ("family", "name"),
     [
-        (family, name)
+        pytest.param(family, name, marks=() if (family, name) in QUICK else pytest.mark.slow)
         for family, name in itertools.product(FAMILIES, SAME_AS_GREEDY)
         if family == "llama"
         or name in ("one call", "static cache")
@@ -214,7 +220,10 @@ ASSISTED = {
 
 
 @pytest.mark.parametrize("name", ASSISTED)
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "gemma3_text"])
+@pytest.mark.parametrize(
+    "family",
+    ["llama", *(pytest.param(each, marks=pytest.mark.slow) for each in ("gpt2", "mistral", "gemma3_text"))],
+)
 def test_assisted_decoding_is_greedy(family: str, name: str) -> None:
     model, options = fused(family, gates=True), dict(ASSISTED[name])
     assistants = {"itself": copy.deepcopy(text_model(family)), "another": causal_lm("llama", seed=9)}

@@ -12,7 +12,11 @@ from test_generate_matrix import GREEDY, SAMPLED, Halve
 
 ONE_BY_ONE = [name for name in GREEDY if "beams" not in name]
 SET_BY_THE_TOWER = ("repetition_penalty", "min_new_tokens", "watermarking", "other ends")
-CASES = [*((name, False) for name in ONE_BY_ONE), *((name, True) for name in SET_BY_THE_TOWER)]
+QUICK = ("use_cache", "repetition_penalty", "no_repeat_ngram_size", "min_length", "forced_eos_token_id")
+CASES = [
+    *(pytest.param(name, False, marks=() if name in QUICK else pytest.mark.slow) for name in ONE_BY_ONE),
+    *((name, True) for name in SET_BY_THE_TOWER),
+]
 
 
 def set_own(model: torch.nn.Module, options: dict, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from multitower.testing.strategies import Case, cases, cyclic_structures, struct
 FAMILIES = ("llama", "gpt2", "bloom", "gemma3_text", "mistral")
 FEWER = settings(max_examples=settings().max_examples // 4)
 SEEDS = st.integers(0, 999)
-ELSEWHERE = {"schedule", "order", "padding", "prefill"}
+ELSEWHERE = {"schedule", "order", "padding", "prefill", "session"}
 """What is checked below: on structures alone, with seeds, of towers that decode with a cache."""
 
 
@@ -55,6 +55,12 @@ def test_every_model_keeps_its_promises(promise: str, case: Case) -> None:
 def test_no_order_and_no_padding_matters(case: Case, seed: int) -> None:
     testing.check_order(case.model, case.examples, seed=seed)
     testing.check_padding(case.model, case.examples, seed=seed)
+
+
+@FEWER
+@given(cases())
+def test_the_turns_of_a_session_are_the_whole_history(case: Case) -> None:
+    testing.MODEL_PROMISES["session"](case.model, case.examples)
 
 
 @FEWER

@@ -196,6 +196,7 @@ def test_peft_leaves_the_limit() -> None:
     assert [model.tower(name).hard_limit for name in model.towers] == [LIMIT, LIMIT]
 
 
+@pytest.mark.slow
 def test_a_program_is_told_the_limit() -> None:
     from multitower.export import export_tower
 

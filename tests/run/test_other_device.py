@@ -20,8 +20,20 @@ RUN = "import os, pytest, sys; os._exit(pytest.main(sys.argv[1:]))"
     not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
     reason="this torch cannot simulate a device",
 )
-@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("file", ["checks_on_other_device.py", "checks_of_placed_training.py"])
+@pytest.mark.parametrize(
+    ("file", "which"),
+    [
+        ("checks_of_placed_training.py", "not slow"),
+        *(
+            pytest.param(file, which, marks=pytest.mark.slow)
+            for file, which in (
+                ("checks_of_placed_training.py", "slow"),
+                ("checks_on_other_device.py", "not slow"),
+                ("checks_on_other_device.py", "slow"),
+            )
+        ),
+    ],
+)
 def test_checks_on_another_device(file: str, which: str) -> None:
     command = [sys.executable, "-c", RUN, "-q", "-p", "no:cacheprovider", "-m", which, str(HELPERS / file)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

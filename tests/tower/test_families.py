@@ -109,6 +109,7 @@ def test_a_step_of_training_compiles_once_for_all_lengths_and_numbers_of_rows(fa
 # torch says so of its own parts while it compiles.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("family", COMPILED)
+@pytest.mark.slow
 def test_a_step_of_decoding_compiles_as_often_as_the_models_own(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
