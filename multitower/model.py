@@ -224,8 +224,8 @@ class FusedModel(Fusion):
         ('PeftModel', 'TinyTower')
 
         Logits stay the same up to rounding. The tower, and any that shares its weights, is then an ordinary
-        frozen tower without a source in ``graph``; checkpoints store the merged model. Other models that have
-        the tower too, as ``drop`` and ``extend`` return them, can no longer train it; do not use them further.
+        frozen tower without a source in ``graph``; checkpoints store the merged model. Other models with the
+        same tower, made by ``drop`` or ``extend``, can no longer train it; do not use them further.
 
         Raises:
             KeyError: There is no tower of that name.
