@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from queue import SimpleQueue
+from threading import Lock
 from typing import Any, TypeVar
 
 import networkx as nx
@@ -84,12 +85,14 @@ class Served:
         self.created = int(time.time())
         self.engine = Engine(Codec(pipe.model, pipe.modalities), offer.outputs, observe=metrics.stepped)
         self._threads = {name: ThreadPoolExecutor(1, f"multitower-{name}") for name in pipe.modalities}
+        self._streams = ThreadPoolExecutor(limits.requests, "multitower-stream")
+        self._locks = {name: Lock() for name in pipe.modalities}
 
     def close(self) -> None:
         """End all threads."""
         self.engine.close()
-        for thread in self._threads.values():
-            thread.shutdown()
+        for threads in (self._streams, *self._threads.values()):
+            threads.shutdown()
 
     def check_model(self, name: str) -> None:
         """Refuse requests for another model."""
@@ -140,15 +143,26 @@ class Served:
     async def pcm(self, parts: AsyncIterator[Tensor]) -> AsyncIterator[bytes]:
         """Yield the sound of tokens while they come: 16-bit samples, mono, at 24 kHz."""
         loop, modality = asyncio.get_running_loop(), self.pipe.modalities[self.audio]
+        lock = self._locks[self.audio]
         tokens, made = SimpleQueue[Tensor | None](), asyncio.Queue[bytes | Exception | None]()
+
+        def coming() -> Iterator[Tensor]:
+            while True:
+                lock.release()  # others make sound while this waits
+                part = tokens.get()
+                lock.acquire()
+                if part is None:
+                    return
+                yield part
 
         def make() -> None:
             end: Exception | None = None
-            try:
-                for part in pcm_in_pieces(modality, modality.decode_stream(iter(tokens.get, None))):
-                    loop.call_soon_threadsafe(made.put_nowait, part)
-            except Exception as error:
-                end = error
+            with lock:
+                try:
+                    for part in pcm_in_pieces(modality, modality.decode_stream(coming())):
+                        loop.call_soon_threadsafe(made.put_nowait, part)
+                except Exception as error:
+                    end = error
             loop.call_soon_threadsafe(made.put_nowait, end)
 
         async def feed() -> None:
@@ -158,7 +172,7 @@ class Served:
             finally:
                 tokens.put(None)
 
-        maker = asyncio.create_task(asyncio.to_thread(make))  # a thread of its own, as it waits for tokens
+        maker = loop.run_in_executor(self._streams, make)
         feeder = asyncio.create_task(feed())
         try:
             while (part := await made.get()) is not None:
@@ -244,6 +258,14 @@ class Served:
         return Segment(tower, tokens)
 
     async def _in_thread(self, tower: str, work: Callable[[Modality], T]) -> T:
-        """Do some work of a modality: one at a time, since not all can do several."""
+        """Do some work of a modality: one at a time, since not all can do several.
+
+        Where they could, threads that compute at once would still keep each other, and the engine, waiting.
+        """
         loop, modality = asyncio.get_running_loop(), self.pipe.modalities[tower]
-        return await loop.run_in_executor(self._threads[tower], work, modality)
+
+        def alone() -> T:
+            with self._locks[tower]:
+                return work(modality)
+
+        return await loop.run_in_executor(self._threads[tower], alone)
