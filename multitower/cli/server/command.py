@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +17,10 @@ LATER = 5
 """So many seconds after the grace has ended connections are cut; their clients are told by then."""
 
 NEEDED = ("fastapi", "prometheus_client", "python_multipart", "websockets")
+
+SWITCH_SECONDS = 0.0005
+"""After how long a thread has to let another one run. The engine gives way at each of torch's many small
+operations, and by Python's default would wait 5 ms each time to go on beside a thread that makes sound."""
 
 
 def serve(
@@ -77,6 +82,7 @@ def serve(
         text_tower=text_tower,
         audio_tower=audio_tower,
     )
+    sys.setswitchinterval(SWITCH_SECONDS)
     config = uvicorn.Config(
         app,
         host=host,
