@@ -62,7 +62,7 @@ class Modality(ABC):
 
     @property
     def pad(self) -> int:
-        """Id of the token that fills rows up."""
+        """Id of the padding token."""
         return self.end
 
     @abstractmethod
@@ -208,7 +208,7 @@ class Modality(ABC):
 
 
 def check_tokens(tokens: Tensor) -> list[int]:
-    """Return tokens as a list, where they can be tokens.
+    """Validate tokens and return them as a list.
 
     >>> import torch
     >>> check_tokens(torch.tensor([3, 1]))
@@ -218,7 +218,7 @@ def check_tokens(tokens: Tensor) -> list[int]:
         tokens: Integers, shape (length,).
 
     Raises:
-        ValueError: They are of another shape or dtype, or negative.
+        ValueError: The shape or dtype is wrong, or a token is negative.
     """
     tensor = torch.as_tensor(tokens)
     if tensor.ndim != 1 or (len(tensor) and (tensor.is_floating_point() or tensor.is_complex())):
