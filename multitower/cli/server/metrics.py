@@ -45,5 +45,5 @@ class Metrics:
         self._steps.labels(tower).observe(seconds)
 
     def text(self) -> str:
-        """Return all of it as Prometheus reads it."""
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self._registry).decode()
