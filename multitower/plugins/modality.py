@@ -169,10 +169,10 @@ class Modality(ABC):
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> Self:
-        """Load what ``save_pretrained`` wrote.
+        """Load a modality written by ``save_pretrained``.
 
         Raises:
-            CheckpointError: A file is missing, damaged, or that of another modality; the message names it.
+            CheckpointError: A file is missing, damaged, or of another modality; the message names it.
         """
         path = Path(folder)
         config = cls.read_config(path)
@@ -190,10 +190,10 @@ class Modality(ABC):
 
     @classmethod
     def read_config(cls, folder: Path) -> dict[str, Any]:
-        """Read what ``config`` gave when this was saved.
+        """Read the saved result of ``config``.
 
         Raises:
-            CheckpointError: The file is missing, damaged, or that of another modality.
+            CheckpointError: The file is missing, damaged, or of another modality.
         """
         file = folder / CONFIG
         document = read_json(file)
