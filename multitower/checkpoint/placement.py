@@ -57,8 +57,8 @@ def check_movable(name: str, tower: Tower, dtype: torch.dtype | None, device: to
 def move(module: nn.Module, dtype: torch.dtype | None, device: torch.device | None) -> None:
     """Move a model to a device and convert it to a dtype, one tensor at a time; None changes nothing.
 
-    Non-persistent buffers, such as rotary tables, keep their dtype. Modules that transformers keeps in
-    float32 (``_keep_in_fp32_modules``) are in float32.
+    Non-persistent buffers, such as rotary tables, keep their dtype. Tensors of transformers'
+    ``_keep_in_fp32_modules`` are converted to float32.
     """
     if dtype is not None:
         saved, kept = set(module.state_dict()), _kept_in_float32(module, dtype)

@@ -83,7 +83,7 @@ class Modality(ABC):
         """
 
     def decode_stream(self, pieces: Iterable[Tensor]) -> Iterator[Any]:
-        """Return raw data piece by piece, while the tokens come in pieces of shape (length,).
+        """Yield raw data piece by piece, while the tokens arrive in pieces of shape (length,).
 
         ``Pipeline.stream`` calls it. Text modalities need not override it: text is streamed word by word.
 
@@ -150,7 +150,7 @@ class Modality(ABC):
         return cls(**config, **tensors)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write ``modality.json`` and, where there are tensors, ``modality.safetensors`` into a folder."""
+        """Write ``modality.json`` and, if there are tensors, ``modality.safetensors`` to a folder."""
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         tensors = {key: tensor.contiguous() for key, tensor in self.tensors().items()}

@@ -12,7 +12,7 @@ class Limits:
     Attributes:
         requests: Maximum number of concurrent requests and live sessions; others get 503.
         body_bytes: Maximum size of a request, or of a message in a live session.
-        audio_seconds: Maximum duration of a sound, or of the audio between two messages of a live session.
+        audio_seconds: Maximum duration of a sound, or of the audio between JSON messages in a live session.
         input_tokens: Maximum number of tokens in a request, or in a whole live session.
         tokens: Maximum, and default, number of tokens to decode per tower.
         seconds: Maximum time of a response, or of silence in a live session.

@@ -158,7 +158,7 @@ class Served:
             finally:
                 tokens.put(None)
 
-        maker = asyncio.create_task(asyncio.to_thread(make))  # a thread of its own, as it waits for tokens
+        maker = asyncio.create_task(asyncio.to_thread(make))  # own thread: waits for tokens
         feeder = asyncio.create_task(feed())
         try:
             while (part := await made.get()) is not None:
