@@ -139,7 +139,7 @@ class _Reply:
             yield {**self._head("chat.completion.chunk"), "choices": [], "usage": self._usage(count)}
 
     async def _streamed(self, tokens: AsyncIterator[torch.Tensor]) -> AsyncGenerator[str]:
-        """Yield sound in base64, while its tokens come if the modality can."""
+        """Yield audio in base64, while tokens arrive if the modality supports streaming."""
         if self.served.speaks_in_pieces:
             async for part in self.served.pcm(tokens):
                 yield base64.b64encode(part).decode()
