@@ -1,15 +1,15 @@
-"""Checkpoints: time and peak memory of saving and loading, beside transformers' own for the same weights.
+"""Measure time and peak memory of saving and loading checkpoints, compared with transformers.
 
     pip install -c constraints.txt -e '.[transformers]'
     python benchmarks/checkpoint.py
     python benchmarks/checkpoint.py --model path/to/SmolLM2-135M --dtype bfloat16
 
-A frozen text tower and a small trained one are linked in both directions, and saved with both. Beside it,
-transformers saves the text tower, and loads it, or both. Loading is by default, and with every value
-verified. Without ``--model`` the text tower is a random Llama of the size of SmolLM2-135M. Each figure
-comes from a process of its own: the memory is by how much its largest resident set grew, pages of files
-that it maps included. After loading, every tensor is read once, so that nothing has been put off; this is
-in the memory, not in the time. Files are read from the system's cache.
+The fused model has a frozen text tower and a small trained one, linked in both directions; both are stored.
+transformers saves the text tower, and loads it, or both. Loading is measured with the default checks and with
+``verify=True``. Without ``--model``, the text tower is a random Llama of the size of SmolLM2-135M. Each
+figure comes from a new process; memory is the growth of its peak resident set, including mapped files. After
+loading, every tensor is read once, which counts for the memory but not for the time. Files are in the page
+cache.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ PACKAGES = ("torch", "transformers", "safetensors")
 
 
 def main() -> None:
-    """Run all tasks, each in processes of its own; print a table and write the figures."""
+    """Run all tasks, each in new processes; print a table and write the results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -106,7 +106,7 @@ def prepare(folder: Path, source: str | None) -> dict[str, float]:
 
 
 def llama(**sizes: int) -> Any:
-    """Return the config of a Llama as SmolLM2 is one, of other sizes."""
+    """Return a Llama config like that of SmolLM2, with other sizes."""
     import transformers
 
     heads = sizes["hidden_size"] // 64
@@ -120,25 +120,25 @@ def llama(**sizes: int) -> Any:
 
 
 def size(folder: Path) -> float:
-    """Return the megabytes of weights in a folder."""
+    """Return the size of the weights in a folder, in megabytes."""
     return round(sum(path.stat().st_size for path in folder.rglob("*.safetensors")) / MEGABYTE, 1)
 
 
 def do(task: str, folder: Path, options: list[str]) -> dict[str, float]:
-    """Do a task in a new process; return its figures."""
+    """Run a task in a new process; return its measurements."""
     result: dict[str, float] = child(__file__, ["--task", task, "--folder", str(folder), *options])
     return result
 
 
 def measure(task: str, folder: Path, dtype: str | None) -> dict[str, float]:
-    """Do a task; return its seconds, and by how many megabytes the largest resident set grew."""
+    """Run a task; return its seconds, and the growth of the peak resident set in megabytes."""
     import transformers
 
     transformers.logging.disable_progress_bar()
     warm_up()
     who, what = task.split(" ", 1)
     if what.startswith("save"):
-        # What is to be saved is read into memory before, so that only what saving adds is counted.
+        # Load the model first, so that only the memory of saving is measured.
         model: Any = load(who, "load tower" if who == "transformers" else "load", folder, None)
         touch(model)
         before, start = most(), time.perf_counter()
@@ -158,7 +158,7 @@ def measure(task: str, folder: Path, dtype: str | None) -> dict[str, float]:
 
 
 def load(who: str, what: str, folder: Path, dtype: str | None) -> Any:
-    """Load a model: the whole of it, in transformers its towers one by one, or the text tower alone."""
+    """Load the fused model, its towers one by one with transformers, or only the text tower."""
     import torch
     import transformers
 
@@ -176,7 +176,7 @@ def load(who: str, what: str, folder: Path, dtype: str | None) -> Any:
 
 
 def warm_up() -> None:
-    """Import and run what loading needs, so that this is not measured."""
+    """Import and run the code that loading needs, to exclude it from the measurement."""
     import torch
     import transformers
 
@@ -206,17 +206,17 @@ def touch(model: Any) -> float:
 
 
 def most() -> float:
-    """Return the largest resident set that this process has had, in megabytes."""
+    """Return the peak resident set of this process, in megabytes."""
     return peak() / MEGABYTE
 
 
 def summary(runs: list[dict[str, float]]) -> dict[str, float]:
-    """Return the least time, for other programs add to it, and the most memory."""
+    """Return the minimum time, as other programs only add to it, and the maximum memory."""
     return {key: round((min if key == "seconds" else max)(run[key] for run in runs), 2) for key in runs[0]}
 
 
 def table(report: dict[str, Any]) -> str:
-    """Return the figures as Markdown."""
+    """Return the results as a Markdown table."""
     lines = ["| | seconds | peak memory, MB | weights, MB |", "|---|---:|---:|---:|"]
     for task, result in report["results"].items():
         weights = f"{result['weights']:.0f}" if "weights" in result else ""

@@ -1,10 +1,10 @@
-"""Count graph breaks and recompilations of a compiled step of training, and time it.
+"""Count graph breaks and recompilations of a compiled training step, and time it.
 
-    python benchmarks/compile.py                        # some minutes, most of them spent compiling
+    python benchmarks/compile.py                        # a few minutes, mostly for compiling
     python benchmarks/compile.py --backend aot_eager    # counts only, faster
 
-The whole step, ``torch.compile(model, dynamic=True)`` and its backward, runs over batches of which no two
-have the same lengths. Two of them warm it up; what is compiled after that is a recompilation.
+The step, ``torch.compile(model, dynamic=True)`` and its backward, runs on batches with different lengths. Two
+of them are for warm-up; every later compilation counts as a recompilation.
 """
 
 from __future__ import annotations

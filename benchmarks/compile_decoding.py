@@ -1,11 +1,11 @@
-"""Count what compiled decoding compiles from call to call of generate, and time it.
+"""Count recompilations of compiled decoding over calls of generate, and time it.
 
-    python benchmarks/compile_decoding.py                       # a few minutes, most of them spent compiling
+    python benchmarks/compile_decoding.py                       # a few minutes, mostly for compiling
     python benchmarks/compile_decoding.py --backend eager       # counts only, faster
 
-``FusedModel.generate`` with a static cache is called again and again, each time with sources and prompts of
-other lengths and for another number of tokens. The first calls warm it up; what is compiled after that is a
-recompilation. Then eager and compiled calls take turns on one source; each round gives the median over the
+``FusedModel.generate`` with a static cache is called repeatedly, with other lengths of sources and prompts
+and another number of new tokens each time. The first calls are for warm-up; every later compilation counts as
+a recompilation. Then eager and compiled calls alternate on one source; each round gives the median over the
 tokens of a call.
 """
 
@@ -84,7 +84,7 @@ def main() -> None:
 
 
 def make_examples(model: mt.FusedModel, rows: int, source: int, prompt: int) -> list[list[mt.Segment]]:
-    """Return rows of a source each, after a prompt if it has tokens."""
+    """Return rows of a source segment, after a text prompt unless it is empty."""
     lengths = {"text": prompt, "source0": source}
     return [
         [mt.Segment(name, random_tokens(model, name, length)) for name, length in lengths.items() if length]
@@ -93,12 +93,12 @@ def make_examples(model: mt.FusedModel, rows: int, source: int, prompt: int) -> 
 
 
 def call(model: mt.FusedModel, examples: Any, new: int, choices: dict[str, Any]) -> None:
-    """Decode so many tokens."""
+    """Decode ``new`` tokens."""
     model.generate(examples, ["text"], do_sample=False, eos_token_id=None, max_new_tokens=new, **choices)
 
 
 def timed(clock: str, model: mt.FusedModel, examples: Any, new: int, choices: dict[str, Any]) -> float:
-    """Decode so many tokens; return seconds a token."""
+    """Decode ``new`` tokens; return seconds per token."""
     ticks = Clock(clock)
     call(model, examples, new, {**choices, "logits_processor": [ticks]})
     return ticks.per_token()

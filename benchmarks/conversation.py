@@ -1,13 +1,14 @@
-"""Time the n-th turn of a conversation: kept by a session, run from the start, and the native tower's own.
+"""Time the n-th turn of a conversation: with a session, from the start, and for the native towers.
 
     python benchmarks/conversation.py                   # tiny towers, 10 turns, a minute
     python benchmarks/conversation.py --size smollm2 --turns 100
 
-In each turn the source says something, and the text answers. "session" appends and decodes; "from the start"
-is ``model.generate`` of all that was said. What a turn cannot do without is "native": the native source run
-over its new tokens and the native text decoded, each by transformers' own kept cache, and "links": all taps
-and the input adapter run for each token of the text, by itself, over as many tokens of the source. All four
-take turns in one process, a conversation each, and every turn is timed over several conversations.
+In each turn, a source segment is appended and a text is generated. "session" uses ``model.session``; "from
+the start" is ``model.generate`` on the whole conversation. The lower bound of a turn is "native" plus
+"links". "native" runs the native source on its new tokens and decodes the native text, each with a
+transformers cache. "links" runs all taps and the input adapter for each text token, over the same number of
+source tokens. All four alternate in one process, each with its own conversation; every turn is timed over
+several conversations.
 """
 
 from __future__ import annotations
@@ -31,32 +32,32 @@ CHOICES = {"do_sample": False, "eos_token_id": None}
 
 
 class Kept:
-    """A conversation kept by a session."""
+    """A conversation with a session."""
 
     def __init__(self, model: mt.FusedModel, new: int) -> None:
         self.session, self.new = model.session(outputs=["text"]), new
 
     def turn(self, said: mt.Segment) -> None:
-        """Append and decode."""
+        """Append a segment and decode."""
         self.session.append(said)
         self.session.generate(["text"], max_new_tokens=self.new, **CHOICES)
 
 
 class FromTheStart:
-    """A conversation that is given anew in each turn."""
+    """A conversation that runs from the start in each turn."""
 
     def __init__(self, model: mt.FusedModel, new: int) -> None:
         self.model, self.new, self.history = model, new, list[Any]()
 
     def turn(self, said: mt.Segment) -> None:
-        """Decode after all that was said."""
+        """Decode after the whole conversation."""
         self.history.append(said)
         (answers,) = self.model.generate([self.history], ["text"], max_new_tokens=self.new, **CHOICES)
         self.history += answers
 
 
 class Native:
-    """Both towers by themselves, each with a cache that is kept."""
+    """Both native towers, each with a persistent cache."""
 
     def __init__(self, model: mt.FusedModel, new: int) -> None:
         self.model, self.new = model, new
@@ -65,7 +66,7 @@ class Native:
 
     @torch.no_grad()
     def turn(self, said: mt.Segment) -> None:
-        """Run the source's layers over what is new, and decode the text."""
+        """Run the source's layers on its new tokens, and decode the text."""
         source, text = self.model.unimodal(said.tower), self.model.unimodal("text")
         tokens = torch.as_tensor(said.tokens, device=source.device)[None]
         source.base_model(input_ids=tokens, past_key_values=self.caches["source"], use_cache=True)
@@ -82,14 +83,14 @@ class Native:
 
 
 class Links:
-    """The taps and the input adapter of the text alone, over what the source has said so far."""
+    """Only the taps and the input adapter of the text tower, over the source so far."""
 
     def __init__(self, model: mt.FusedModel, new: int) -> None:
         self.model, self.new = model, new
         self.session: Session = model.session(outputs=["text"])
 
     def prepare(self, said: mt.Segment) -> None:
-        """Let the source say its part, outside of the time."""
+        """Append the source's segment; not timed."""
         self.session.append(said)
         rows: list[Row] = self.session._rows
         self.entries = tap_cache(self.session._keeping, rows, ["text"]).entries
@@ -99,7 +100,7 @@ class Links:
 
     @torch.no_grad()
     def turn(self, said: mt.Segment) -> None:
-        """Run them once for each token that is decoded, and for the one that begins the segment."""
+        """Run them once per decoded token, and for the begin token."""
         for _ in range(self.new + 1):
             total: Tensor = self.model.adapt("text", self.x)
             for tap, entry in self.entries.items():
@@ -115,7 +116,7 @@ RUNS: dict[str, Callable[[mt.FusedModel, int], Any]] = {
 
 
 def conversation(model: mt.FusedModel, chosen: Any) -> dict[str, list[float]]:
-    """Return the seconds that each turn took, by run."""
+    """Return the seconds of each turn, by run."""
     runs = {name: make(model, chosen.new) for name, make in RUNS.items()}
     source = next(name for name in model.towers if name != "text")
     took: dict[str, list[float]] = {name: [] for name in runs}
@@ -132,7 +133,7 @@ def conversation(model: mt.FusedModel, chosen: Any) -> dict[str, list[float]]:
 
 
 def plot(path: Any, results: list[dict[str, Any]], title: str) -> None:
-    """Draw the time of each turn."""
+    """Plot the time of each turn."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6, 4))
@@ -146,7 +147,7 @@ def plot(path: Any, results: list[dict[str, Any]], title: str) -> None:
 
 
 def main() -> None:
-    """Measure each turn."""
+    """Measure all turns."""
     parser = options(__doc__, "conversation")
     parser.add_argument("--size", choices=tuple(SIZES), default="tiny")
     parser.add_argument("--turns", type=int, default=10)
@@ -157,7 +158,7 @@ def main() -> None:
     depth = SIZES[chosen.size]["num_hidden_layers"]
     pairs = [(max(1, 6 * place // depth), place) for place in range(2, depth + 1, 2)]
     model = make_reader(chosen.size, pairs, source_size="tiny", adapter="gated").eval().to(chosen.device)
-    conversation(model, chosen)  # not counted
+    conversation(model, chosen)  # warm-up
     rounds = [conversation(model, chosen) for _ in range(chosen.repeats)]
     results = []
     for number in range(chosen.turns):

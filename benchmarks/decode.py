@@ -1,19 +1,20 @@
-"""Time decoding a token of a fused model beside the sum of the parts, eager and compiled.
+"""Time decoding a token with a fused model, compared with the sum of its parts, eager and compiled.
 
     python benchmarks/decode.py                         # tiny towers, a minute or two
     python benchmarks/decode.py --size smollm2 --sources 100 1000 5000 --rows 1
     python benchmarks/decode.py --modes eager compiled --sources 1000 --rows 1 8    # a minute to compile each
 
-The parts are the native tower's own generate, and the taps and the input adapter alone on the state of one
-token, a token after the other. Each token of generate is timed by a logits processor, so that neither prompts
-nor sources count. Whole and parts take turns in one process; each round gives the median over its tokens.
+The parts are the native tower's generate, and the taps and the input adapter alone, on the state of one token
+at a time. A logits processor times each token of generate, so prompts and sources do not count. Whole and
+parts alternate in one process; each round gives the median over its tokens.
 
-There are two ratios. "sum" is the fused model over the native tower plus the links, each by itself, with its
-weights warm in the processor's cache. "alternating" is over a native generate that runs the links after each
-token: the same work, with weights of both to be brought from memory for every token, as in the fused model.
+There are two ratios. "sum" divides the fused model's time by that of the native tower plus that of the links,
+each run alone with its weights in the processor's cache. "alternating" divides it by a native generate that
+runs the links after each token: the same work, where the weights of both come from memory for every token, as
+in the fused model.
 
-Compiled, the decoder, the native tower and the links go through ``torch.compile`` as a graph each, with a
-static cache; the seconds and graphs of their first run are noted, and what is compiled anew after it.
+In compiled mode, the decoder, the native tower and the links are compiled to a graph each, with a static
+cache. The seconds and graphs of their first run are recorded, and recompilations after it.
 """
 
 from __future__ import annotations
@@ -42,32 +43,32 @@ RATIOS = {"sum": "fused / native + links", "alternating": "fused / native and li
 
 
 class Clock:
-    """Notes when each token is chosen: a logits processor of transformers."""
+    """A logits processor that records the time of each token."""
 
     def __init__(self, clock: str) -> None:
         self.clock = clock
         self.times: list[float] = []
 
     def __call__(self, tokens: Tensor, scores: Tensor) -> Tensor:
-        """Note the time."""
+        """Record the time."""
         self.times.append(now(self.clock))
         return scores
 
     def per_token(self) -> float:
-        """Return the median time from one token to the next."""
+        """Return the median time between tokens."""
         return statistics.median(b - a for a, b in itertools.pairwise(self.times))
 
 
 class Decoding:
-    """One setting: sources of some length, rows of one token to go on from.
+    """One setting: rows of sources, followed by a prompt of one token.
 
     Args:
         model: A model whose tower "text" reads all others.
-        rows: How many rows.
-        length: How many tokens of each source each has.
-        new: How many tokens each round decodes.
+        rows: Number of rows.
+        length: Tokens of each source in a row.
+        new: Tokens to decode per round.
         clock: One of ``measure.CLOCKS``.
-        backend: What ``torch.compile`` is to use; None for eager decoding.
+        backend: Backend of ``torch.compile``; None for eager decoding.
     """
 
     def __init__(
@@ -104,7 +105,7 @@ class Decoding:
         }
 
     def fused(self) -> float:
-        """Decode as ``FusedModel.generate`` does once the sources have been read; return seconds a token."""
+        """Decode like ``FusedModel.generate`` after its prefill; return seconds per token."""
         return self._decode(self.decoder)
 
     def native(self) -> float:
@@ -113,7 +114,7 @@ class Decoding:
 
     @torch.no_grad()
     def links(self) -> float:
-        """Run the input adapter and all taps, on a state of one token, as often."""
+        """Run the input adapter and all taps on the state of one token, as many times."""
         clock, links = Clock(self.clock), self._links_of_tokens()
         for _ in range(self.new):
             next(links)
@@ -131,7 +132,7 @@ class Decoding:
         return self._decode(self.native_decoder, after)
 
     def cache_bytes(self) -> int:
-        """Count the bytes that are kept for the taps."""
+        """Return the size of the taps' cache in bytes."""
         kept = [
             part for entry in self.cache.entries.values() for part in (*entry.source, entry.times, entry.mask)
         ]
@@ -140,7 +141,7 @@ class Decoding:
         )
 
     def _links_of_tokens(self) -> Iterator[Tensor]:
-        """Run all taps and the input adapter for one token after the other."""
+        """Run all taps and the input adapter, one token at a time."""
         tower = self.model.tower("text")
         x = torch.randn(self.rows, 1, tower.width, device=tower.device)
         while True:
@@ -204,7 +205,7 @@ def main() -> None:
 
 
 def compiling(decoding: Decoding) -> dict[str, dict[str, float]]:
-    """Run each once; return the seconds that it took and the graphs that were compiled."""
+    """Run each once; return its seconds and the number of compiled graphs."""
     spent = {}
     for name, run in decoding.runs().items():
         graphs, started = counters["stats"]["unique_graphs"], time.perf_counter()

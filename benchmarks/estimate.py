@@ -1,15 +1,15 @@
-r"""Estimate what a batch costs before there are weights, beside what is measured with them.
+r"""Compare estimated costs of a batch, without weights, with measurements.
 
     python benchmarks/estimate.py                       # tiny towers, a minute
     python benchmarks/estimate.py --size smollm2        # towers of the shape of SmolLM2-135M
 
-Two towers read each other. The estimate is made of towers on the meta device, the measurements of random ones
-on the CPU: bytes by saved-tensor hooks and by the tensors of real caches, FLOPs by torch's counter on a real
-step, memory by how much the resident set of the process grew at most in its first step. That holds gradients,
-what is saved for the backward, and what passes: compare it with the sum of the first two. Memory is measured
-with a malloc that gives back what is freed and with glibc's as it is, of the fused model and of its trained
-towers run by transformers and peft alone. Estimate and measurements have a process of their own for each
-setting; by how much the estimate's grew is given as well.
+Two towers read each other. The estimate is for towers on the meta device. The measurements are for random
+towers on the CPU: saved bytes by saved-tensor hooks, cache bytes from real caches, FLOPs by torch's counter
+on a real step, memory by the peak growth of the resident set in the first step. That memory includes
+gradients, saved tensors and temporaries: compare it with the sum of the first two. It is measured with
+glibc's malloc, and with one that returns freed memory at once, for the fused model and for its towers run
+with transformers and peft alone. Estimate and measurements run in new processes for each setting; the memory
+growth of the estimate is reported as well.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from multitower.inspect.estimate import FORMULAS
 from resident import PLAIN_MALLOC, child, forget_peak, peak, resident
 from saved_bytes import saved, saved_by
 
-POLICIES: dict[str, dict[str, Any]] = {  # how both towers are trained, and their input adapters
+POLICIES: dict[str, dict[str, Any]] = {  # training and input adapters of both towers
     "frozen": {"train": "none", "adapter": None},
     "frozen, adapters": {"train": "none", "adapter": "gated"},
     "lora": {"train": "lora", "adapter": None},
@@ -82,7 +82,7 @@ def main() -> None:
 
 
 def estimated(chosen: argparse.Namespace) -> dict[str, Any]:
-    """Estimate a step of towers without weights."""
+    """Estimate a step with towers on the meta device."""
     graph, batch = declared(chosen, empty=True), batch_of(chosen)
     before, started = peak(), time.perf_counter()
     total = mt.inspect.estimate(graph, batch).total
@@ -121,7 +121,7 @@ def fused(chosen: argparse.Namespace) -> dict[str, int]:
 
 
 def native(chosen: argparse.Namespace) -> dict[str, int]:
-    """Measure that of its towers alone: all forward, then all backward."""
+    """Measure the memory of the first step of its towers alone: all forwards, then all backwards."""
     model, batch = ready(chosen)
 
     def losses() -> list[Tensor]:
@@ -134,14 +134,14 @@ def native(chosen: argparse.Namespace) -> dict[str, int]:
 
 
 def ready(chosen: argparse.Namespace) -> tuple[mt.FusedModel, mt.batch.Batch]:
-    """Return model and batch, once another model has loaded what torch loads late."""
+    """Return model and batch, after a step of another model as warm-up of torch."""
     first = make_model("tiny", 2)
     first(**make_batch(("tower0", "tower1"), SIZES["tiny"]["vocab_size"], 2, 8)).loss.backward()
     return declared(chosen, empty=False).compile(), batch_of(chosen)
 
 
 def memory(model: mt.FusedModel, batch: mt.batch.Batch, losses: Callable[[], list[Tensor]]) -> dict[str, int]:
-    """Measure the memory of a step; count the bytes that it saves for the backward and those of gradients."""
+    """Measure the memory of a step, the bytes it saves for the backward, and those of gradients."""
     forget_peak()
     before = resident()
     torch.autograd.backward(losses())
@@ -165,12 +165,12 @@ def declared(chosen: argparse.Namespace, *, empty: bool) -> mt.FusionGraph:
 
 
 def batch_of(chosen: argparse.Namespace) -> mt.batch.Batch:
-    """Return the batch that is estimated and measured."""
+    """Return the batch to estimate and measure."""
     return make_batch(NAMES, SIZES[chosen.size]["vocab_size"], chosen.rows, chosen.length)
 
 
 def make_batch(names: tuple[str, str], vocabulary: int, rows: int, length: int) -> mt.batch.Batch:
-    """Return rows of a segment of each tower, the second of which, turn about, is the target."""
+    """Return rows of one segment of each tower, in alternating order; the second segment is the target."""
     tokens = torch.randint(3, vocabulary, (rows, 2, length))
     examples = []
     for row, pair in enumerate(tokens):
@@ -190,7 +190,7 @@ def flops(model: mt.FusedModel, batch: mt.batch.Batch, *, backward: bool) -> int
 
 @torch.no_grad()
 def cache_bytes(model: mt.FusedModel, batch: mt.batch.Batch) -> int:
-    """Count the keys and values that decoding keeps of a batch."""
+    """Return the size of the decoding caches for a batch, in bytes."""
     taps = TapCache.fill(model, batch["streams"], list(model.towers)).entries
     held = [tuple(entry.source) for entry in taps.values()]
     for name, stream in batch["streams"].items():

@@ -1,4 +1,4 @@
-"""What processes that train together hold and send each other, from parameter counts alone."""
+"""Memory and communication of distributed training, computed from parameter counts."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from torch import nn
 import multitower as mt
 
 TRAINED_BYTES = 16
-"""Of a trained parameter: itself, its gradient and AdamW's two moments, in float32."""
+"""Bytes per trained parameter: value, gradient and AdamW's two moments, in float32."""
 
 
 def size(module: nn.Module) -> int:
-    """Return the bytes of a module's parameters."""
+    """Return the size of a module's parameters in bytes."""
     return sum(each.nbytes for each in module.parameters())
 
 
 def frozen_bytes(model: nn.Module) -> int:
-    """Return the bytes of the parameters that are not trained."""
+    """Return the size of the frozen parameters in bytes."""
     return sum(each.nbytes for each in model.parameters() if not each.requires_grad)
 
 
@@ -26,25 +26,25 @@ def held(frozen: float, trained: float, processes: int, frozen_divided: bool) ->
     """Return the bytes that each process holds between steps.
 
     Args:
-        frozen: Bytes of parameters that are not trained.
-        trained: How many parameters are trained, in float32 by AdamW.
-        processes: Over how many they are divided.
-        frozen_divided: Whether those that are not trained are divided too.
+        frozen: Bytes of frozen parameters.
+        trained: Number of parameters trained in float32 by AdamW.
+        processes: Number of processes over which they are sharded.
+        frozen_divided: Whether frozen parameters are sharded too.
     """
     return trained * TRAINED_BYTES / processes + (frozen / processes if frozen_divided else frozen)
 
 
 def received(whole: float, processes: int) -> float:
-    """Return what each process receives when so many bytes are gathered, or reduced and scattered."""
+    """Return the bytes that each process receives in an all-gather or reduce-scatter of ``whole`` bytes."""
     return whole * (processes - 1) / processes
 
 
 def sent(model: mt.FusedModel, engine: str) -> Counter[str]:
-    """Return the sizes of the whole tensors that are sent in a step, by kind; see benchmarks/parallel.py.
+    """Return the full sizes of the tensors communicated in a step, by kind; see benchmarks/parallel.py.
 
     Args:
-        model: Towers of the make of Llama.
-        engine: "ddp", or what ``multitower.train.shard`` takes as ``frozen``.
+        model: A fusion of Llama-like towers.
+        engine: "ddp", or the argument ``frozen`` of ``multitower.train.shard``.
     """
     trained = sum(each.nbytes for each in model.parameters() if each.requires_grad)
     if engine == "ddp":
@@ -55,7 +55,7 @@ def sent(model: mt.FusedModel, engine: str) -> Counter[str]:
         whole = size(model.tower(name))
         layers = sum(map(size, model.unimodal(name).model.layers))
         if spec.train != "none" or engine == "per_layer":
-            passes = 1 + (spec.train != "none" or name in fed)  # the second of a gradient, where there is one
+            passes = 1 + (spec.train != "none" or name in fed)  # second: backward
             gathered += passes * (layers + 2 * (whole - layers))
         elif engine == "root":
             gathered += whole

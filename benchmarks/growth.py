@@ -1,18 +1,18 @@
-"""How time and memory grow with the number of towers, of taps, of source tokens and of rows.
+"""Measure how time and memory grow with the number of towers, taps, source tokens and rows.
 
-    python benchmarks/growth.py                         # tiny towers, some minutes
+    python benchmarks/growth.py                         # tiny towers, a few minutes
     python benchmarks/growth.py --axes source --sources 128 1024 4096
 
-Along one axis everything else stays as it is. For a step of training, towers stand in a ring, where each
-reads one other, so that there are as many links as towers; for decoding, one tower reads all others. Taps are
-added from layer 1 up, so that the backward always goes down to layer 1. On the other axes one tower reads one
-other. Each axis gives milliseconds and bytes of a step (what a forward saves for its backward) and of a token
-that is decoded (what is kept for the taps), for the fused model and for its parts as in train_step.py and
-decode.py. All points of an axis take turns in one process.
+Each axis varies one number. In training steps on the axis of towers, these form a ring in which each reads
+the next, so there are as many links as towers; in decoding, one tower reads all others. Taps are added from
+layer 1 up, so the backward always reaches layer 1. On the other axes, one tower reads one other. Measured are
+milliseconds and bytes of a training step (tensors saved for the backward) and of a decoded token (the cache
+of the taps), for the fused model and its parts as in train_step.py and decode.py. All points of an axis
+alternate in one process.
 
-A line and a power are fitted to the medians, so that each point counts by how far off it is as a part of
-itself. Beside R^2 stands how far off the worst point is, and what share the quadratic term of a parabola has
-at the far end: a tower's own self-attention is quadratic in its tokens, whatever reads it.
+A line and a power law are fitted to the medians, minimising relative errors. Also reported are R^2, the worst
+relative error, and the share of the quadratic term of a parabola at the last point: a tower's self-attention
+is quadratic in its tokens.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def step(chosen: argparse.Namespace, axis: str, points: Sequence[int]) -> dict[str, Any]:
-    """Measure a step of training along an axis."""
+    """Measure training steps along an axis."""
     runs: dict[int, dict[str, Callable[[], object]]] = {}
     held, models = [], []
     for x in points:
@@ -92,7 +92,7 @@ def step(chosen: argparse.Namespace, axis: str, points: Sequence[int]) -> dict[s
 
 
 def decoding(chosen: argparse.Namespace, axis: str, points: Sequence[int]) -> dict[str, Any]:
-    """Measure decoding along an axis; of towers, one is that which reads the others."""
+    """Measure decoding along an axis; among the towers, one reads all others."""
     points = [x - 1 for x in points] if axis == "towers" else points
     settings = [
         Decoding(
@@ -111,7 +111,7 @@ def decoding(chosen: argparse.Namespace, axis: str, points: Sequence[int]) -> di
 
 
 def reader(chosen: argparse.Namespace, axis: str, x: int) -> mt.FusedModel:
-    """Give a tower that reads others, of which x says one thing: how many, at how many layers."""
+    """Return a model of a tower that reads others; on the axes of towers and taps, x is their number."""
     depth = SIZES[chosen.size]["num_hidden_layers"]
     layers = range(1, x + 1) if axis == "taps" else range(2, depth + 1, 2)
     sources = x if axis == "towers" else 1
@@ -119,7 +119,7 @@ def reader(chosen: argparse.Namespace, axis: str, x: int) -> mt.FusedModel:
 
 
 def flat(runs: dict[int, dict[str, Any]]) -> dict[str, Any]:
-    """Name each run by its part and its place on the axis."""
+    """Flatten the runs; names are part and point on the axis."""
     return {f"{part} {x}": run for x, parts in runs.items() for part, run in parts.items()}
 
 
@@ -131,7 +131,7 @@ def result(
     parts: tuple[str, ...],
     held: dict[str, list[int]],
 ) -> dict[str, Any]:
-    """Put together what was measured along an axis, and fit it."""
+    """Collect the measurements along an axis, and fit them."""
     ms = milliseconds(times)
     names = dict.fromkeys(name.rpartition(" ")[0] for name in times)
     series = {name: [ms[f"{name} {x}"] for x in points] for name in names}
@@ -154,8 +154,8 @@ def fit(x: Sequence[float], y: Sequence[float]) -> dict[str, float]:
     2.0
 
     Returns:
-        "slope", "intercept" and "r2" of the line; "worst": how far the worst point is from it, as a part of
-        itself; "exponent" and "exponent_r2" of the power; "bend": the quadratic term's share at the far end.
+        "slope", "intercept" and "r2" of the line; "worst", its largest relative error; "exponent" and
+        "exponent_r2" of the power law; "bend", the share of the quadratic term at the last point.
     """
     at, values = np.asarray(x, float), np.asarray(y, float)
     slope, intercept = np.polyfit(at, values, 1, w=1 / values)
@@ -175,7 +175,7 @@ def fit(x: Sequence[float], y: Sequence[float]) -> dict[str, float]:
 
 
 def r_squared(values: Any, fitted: Any) -> float:
-    """Return what part of the variance a fit explains."""
+    """Return the fraction of the variance that a fit explains."""
     around = ((values - values.mean()) ** 2).sum()
     return 1 - float(((values - fitted) ** 2).sum() / around) if around else 1.0
 
@@ -193,7 +193,7 @@ def show(found: dict[str, Any]) -> None:
 
 
 def plot(file: Path, axis: str, results: Sequence[dict[str, Any]], size: str) -> None:
-    """Draw time and memory of a step and of a decoded token along an axis, each with its line."""
+    """Plot time and memory of a step and of a decoded token along an axis, with fitted lines."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 10), layout="constrained")
@@ -213,7 +213,7 @@ def plot(file: Path, axis: str, results: Sequence[dict[str, Any]], size: str) ->
 
 
 def place(axes: Any, axis: str, found: dict[str, Any]) -> None:
-    """Scale and label: points that double are as far apart as others."""
+    """Set scales and labels; axes with doubling points are logarithmic."""
     from matplotlib.ticker import LogLocator
 
     reads = axis == "towers" and found["kind"] == "token"
@@ -237,7 +237,7 @@ def draw(
     spreads: Sequence[Any],
     scale: float = 1,
 ) -> None:
-    """Draw one series, its quartiles and its line."""
+    """Plot one series with its quartiles and line."""
     each = found["fits"][name]
     low, high = ([abs(one["median"] - one[key]) for one in spreads] or 0 for key in ("low", "high"))
     slope, intercept = each["slope"] / scale, each["intercept"] / scale

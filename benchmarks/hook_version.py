@@ -1,14 +1,14 @@
-"""Two decoders of transformers joined by forward hooks, as one would write it without a library.
+"""Two transformers decoders joined by forward hooks: the fusion without this library.
 
     from hook_version import Hooked
     joined = Hooked(source, target, taps=[(2, 2), (4, 4)])
     loss = joined(source_tokens, target_tokens, labels=target_tokens)
     joined.generate(source_tokens, prompt, max_new_tokens=100)
 
-The source runs without autograd; its states are kept, and a hook on a layer of the target lets that layer
-read them, in training and in the target's own ``generate`` with its own cache. Both towers are frozen. A tap
-has the modules, names and shapes of ``multitower.link.GatedCrossAttention``, so that values can be exchanged.
-The source stands before the target, and padding on the right.
+The source runs without autograd, and its states are stored. Hooks on layers of the target attend to them, in
+training and in the target's own ``generate`` with its cache. Both towers are frozen. Taps have the modules,
+names and shapes of ``multitower.link.GatedCrossAttention``, so weights can be copied. The source precedes the
+target; padding is on the right.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ class CrossAttention(nn.Module):
         self.ffn_gate = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor, source: Tensor, mask: Tensor | None) -> Tensor:
-        """Return the state after the tap, for states of shape (batch, length, width).
+        """Return the target's state after the tap.
 
         Args:
-            x: The target's.
-            source: The source's.
-            mask: bool, shape (batch, 1, 1, source length): False at padding; None where there is none.
+            x: The target's state, shape (batch, length, width).
+            source: The source's state, shape (batch, source length, source width).
+            mask: bool, shape (batch, 1, 1, source length), False at padding; None without padding.
         """
         states = self.project(self.source_norm(source))
         query, keys, values = (
@@ -62,15 +62,15 @@ class CrossAttention(nn.Module):
 
 
 class Hooked(nn.Module):
-    """A target whose layers read a source, by hooks.
+    """A target whose layers read a source by hooks.
 
     Args:
-        source: A causal LM of transformers with the layers ``model.layers``.
+        source: A transformers causal LM with layers in ``model.layers``.
         target: Another.
-        taps: Pairs of a layer of the source and the layer of the target after which it is read, from 1.
-        heads: Of each tap.
-        careful: Whether what nobody needs is left out: the source's head, and masks of padding that only
-            padding sees. Otherwise the models are called as models usually are.
+        taps: Pairs (source layer, target layer), counted from 1; the tap runs after the target layer.
+        heads: Heads per tap.
+        careful: Whether to skip unneeded work: the source's head, and padding masks without effect.
+            Otherwise, the models are called in the usual way.
     """
 
     def __init__(
@@ -112,14 +112,14 @@ class Hooked(nn.Module):
 
     @torch.no_grad()
     def generate(self, source: Tensor, prompt: Tensor, **options: Any) -> Tensor:
-        """Decode by the target's own ``generate``."""
+        """Decode with the target's own ``generate``."""
         self.read(source)
         tokens: Tensor = self.target.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
         return tokens
 
     @torch.no_grad()
     def read(self, source: Tensor, mask: Tensor | None = None) -> None:
-        """Run the source; hooks keep its states."""
+        """Run the source; hooks store its states."""
         self.mask = None if mask is None else mask[:, None, None]
         model = self.source.model if self.careful else self.source
         masks = {} if mask is None or self.careful else {"attention_mask": mask.long()}

@@ -1,15 +1,14 @@
-"""Time a step of training from kept states of a frozen source beside one that runs the source.
+"""Time a training step with cached states of a frozen source, compared with one that runs the source.
 
     python benchmarks/kept_states.py                     # tiny towers, seconds
     python benchmarks/kept_states.py --size smollm2      # towers of the shape of SmolLM2-135M, minutes
     python benchmarks/kept_states.py --size smollm2 --reader tiny
 
-A frozen source without input adapter is read by another tower, which alone has labels; both have random
-weights. A step is a forward with logits=False, so that the source runs up to the last layer that is read and
-has no head, and a backward. "kept" also finds the rows and reads them from the mapped files, which a loader
-can do beside the training; "reading" is this part alone. The files were just written, so they are in memory.
-The steps take turns in one process, and each round gives one ratio; medians and quartiles go to results.json
-and ratios.png.
+A tower with labels reads a frozen source without input adapter; both have random weights. A step is a forward
+with logits=False, in which the source runs up to the last layer that is read, without its head, and a
+backward. "kept" includes looking up the rows and reading them from the mapped files, which a data loader can
+do in parallel; "reading" is this part alone. The files are in the page cache. The steps alternate in one
+process; each round gives one ratio. Medians and quartiles go to results.json and ratios.png.
 """
 
 from __future__ import annotations
@@ -77,7 +76,7 @@ def main() -> None:
 
 
 def make_pair(chosen: Any, train: str) -> mt.FusedModel:
-    """Return a model in which a tower reads a frozen source."""
+    """Return a model of a tower that reads a frozen source."""
     graph = mt.FusionGraph()
     graph.add_tower("source", make_tower(chosen.size, 0), adapter=None)
     graph.add_tower("text", make_tower(chosen.reader, 1), train=train, adapter=None)
@@ -87,7 +86,7 @@ def make_pair(chosen: Any, train: str) -> mt.FusedModel:
 
 
 def runs(model: mt.FusedModel, batches: list[Any], kept: mt.train.KeptStates) -> dict[str, Any]:
-    """Return what is timed against each other, each with the next batch at every call."""
+    """Return the runs to compare; every call takes the next batch."""
     run, ready, read = (itertools.cycle(batches) for _ in range(3))
     return {
         "run": lambda: step(model, next(run)),

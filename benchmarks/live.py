@@ -1,10 +1,10 @@
-"""How far words come behind a speaker, and whether they are those of the whole clip.
+"""Measure delay and accuracy of simultaneous transcription under several policies.
 
 python benchmarks/live.py runs/speech_text/fused runs/speech_text/audio/*-original.wav
 
-Each clip comes in pieces, as fast as they are processed, under several policies. "Delay" is average lagging
-(arXiv 1810.08398) in seconds of audio, without the computing time, which the last column gives as a share of
-the clips' duration.
+Clips are fed in pieces, as fast as they are processed. The words are compared with a transcription of the
+whole clip. "Delay" is average lagging (arXiv 1810.08398) in seconds of audio, without computing time; the
+last column is the computing time as a fraction of the clips' duration.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ POLICIES: list[LivePolicy] = [Agreement(2), Agreement(2, hold=9), Agreement(3), 
 
 
 class Heard:
-    """Hands on a clip in pieces, and notes how many seconds of it were taken."""
+    """Yields a clip in pieces, and records how many seconds of it were consumed."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
 
     def pieces(self, samples: np.ndarray, rate: int, seconds: float) -> Iterator[np.ndarray]:
-        """Yield pieces of so many seconds."""
+        """Yield pieces of ``seconds`` seconds."""
         size = round(seconds * rate)
         for start in range(0, len(samples), size):
             self.seconds = min(start + size, len(samples)) / rate
@@ -39,7 +39,7 @@ class Heard:
 
 
 def main() -> None:
-    """Print a table."""
+    """Measure all policies and print a table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,4 +1,4 @@
-"""What the benchmarks share: paired timing, ratios with their spread, and results on disk."""
+"""Shared by the benchmarks: interleaved timing, ratios with quartiles, and result files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PACKAGES = ("torch", "transformers", "multitower")
 
 
 def options(description: str, name: str) -> argparse.ArgumentParser:
-    """Return a parser with the options that every benchmark has."""
+    """Return a parser with the common options."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -41,7 +41,7 @@ def options(description: str, name: str) -> argparse.ArgumentParser:
 
 
 def begin(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Read the options and set threads, seed and folder as they say."""
+    """Parse the options; set threads and seed, and create the output folder."""
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     torch.manual_seed(chosen.seed)
@@ -57,14 +57,14 @@ def interleaved(
     before: Callable[[], object] = lambda: None,
     title: str = "",
 ) -> dict[str, list[float]]:
-    """Time each run once a round, as ``in_turn`` orders them; return seconds by name.
+    """Time each run once per round, in the order of ``in_turn``; return seconds by name.
 
     Args:
-        runs: What to time, by name.
-        repeats: How many rounds.
+        runs: The runs, by name.
+        repeats: Number of rounds.
         clock: One of ``CLOCKS``.
-        before: Called before each run, outside of its time.
-        title: Shown beside the progress bar.
+        before: Called before each run, not timed.
+        title: Title of the progress bar.
     """
 
     def seconds(run: Callable[[], object]) -> float:
@@ -79,10 +79,10 @@ def interleaved(
 def in_turn(
     runs: Mapping[str, Callable[[], float]], repeats: int, *, title: str = ""
 ) -> dict[str, list[float]]:
-    """Call each run once a round, in an order that turns from round to round; return what it gave, by name.
+    """Call each run once per round, in rotating order; return their results by name.
 
-    What slows the machine for longer than a round so slows all of them alike. One round more is run first
-    and not counted.
+    Disturbances that last longer than a round thus affect all runs. The first round is a warm-up and not
+    counted.
     """
     names, given = list(runs), dict[str, list[float]]({name: [] for name in runs})
     for number in tqdm(range(repeats + 1), desc=title, leave=False):
@@ -95,7 +95,7 @@ def in_turn(
 
 
 def moved(tensors: Any, device: str) -> Any:
-    """Return tensors on a device, in the dictionaries, lists and tuples that hold them.
+    """Move all tensors in nested dicts, lists and tuples to a device.
 
     >>> moved({"a": [torch.ones(2)]}, "meta")["a"][0].device.type
     'meta'
@@ -104,14 +104,14 @@ def moved(tensors: Any, device: str) -> Any:
 
 
 def now(clock: str = "wall") -> float:
-    """Return the time in seconds by one of ``CLOCKS``, once the device has done what it was given."""
+    """Return the time in seconds by one of ``CLOCKS``, after synchronising with the GPU."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return CLOCKS[clock]()
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Return the median and the quartiles.
+    """Return median and quartiles.
 
     >>> spread([1.0, 2.0, 3.0, 4.0, 5.0])
     {'median': 3.0, 'low': 2.0, 'high': 4.0}
@@ -122,7 +122,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def ratio(over: Sequence[float], *under: Sequence[float]) -> dict[str, float]:
-    """Return the spread of one time over the sum of others, round by round.
+    """Return the spread of the ratio of one time to the sum of others in the same round.
 
     >>> ratio([3.0, 6.0], [1.0, 2.0], [1.0, 2.0])
     {'median': 1.5, 'low': 1.5, 'high': 1.5}
@@ -131,14 +131,14 @@ def ratio(over: Sequence[float], *under: Sequence[float]) -> dict[str, float]:
 
 
 def milliseconds(times: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:
-    """Return the spread of each of several times, from seconds to milliseconds."""
+    """Return the spread of each series of seconds, in milliseconds."""
     return {name: spread([1000 * each for each in seconds]) for name, seconds in times.items()}
 
 
 def write(
     chosen: argparse.Namespace, results: Sequence[Mapping[str, Any]], packages: Sequence[str] = ()
 ) -> None:
-    """Write results.json: settings, machine, versions (of further packages too), results."""
+    """Write results.json: settings, machine, versions (also of further ``packages``), results."""
     document = {
         "settings": vars(chosen),
         "machine": {"processor": processor(), "machine": platform.machine(), "device": device_name(chosen)},
@@ -158,15 +158,15 @@ def plot_ratios(
     label: str = "fused / sum of its parts",
     ratios: Mapping[str, str] | None = None,
 ) -> None:
-    """Draw ratios and their quartiles for each result, labelled by these keys, beside a limit of 1.10.
+    """Plot ratios with quartiles for each result, and a line at 1.10.
 
     Args:
-        file: Where the picture goes.
-        results: What was measured.
-        keys: What names a result.
-        title: Above all.
-        label: At the axis.
-        ratios: The ratios of a result, each with what it is called; only "ratio" unless given.
+        file: The output file.
+        results: The results.
+        keys: The keys of a result that form its label.
+        title: Title of the figure.
+        label: Label of the axis.
+        ratios: The keys of ratios and their labels; by default only "ratio".
     """
     from matplotlib.figure import Figure
 
@@ -189,7 +189,7 @@ def plot_ratios(
 
 
 def plot_times(file: Path, results: Sequence[Mapping[str, Any]]) -> None:
-    """Draw the times of each result side by side, each with its quartiles."""
+    """Plot the times of each result side by side, with quartiles."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4 * len(results), 3.5), layout="constrained")
@@ -207,13 +207,13 @@ def plot_times(file: Path, results: Sequence[Mapping[str, Any]]) -> None:
 
 
 def device_name(chosen: argparse.Namespace) -> str:
-    """Name what the models ran on."""
+    """Return the name of the GPU, or the number of CPU threads."""
     device = torch.device(chosen.device)
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{chosen.threads} CPU threads"
 
 
 def processor() -> str:
-    """Name the processor where Linux tells it."""
+    """Return the name of the processor, from /proc/cpuinfo if available."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

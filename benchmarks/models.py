@@ -1,4 +1,4 @@
-"""What the benchmarks run: fused models of random weights, batches, and their parts by themselves."""
+"""Fused models with random weights, their parts, and batches for the benchmarks."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ SIZES = {
 INTERLEAVE = {"tiny": 2, "smollm2": 6}
 
 ZIPPER: dict[str, Any] = {"gate": "tanh", "projection": "mlp", "feed_forward": True, "position": None}
-"""The form of links whose cost the benchmarks measure: that of the paper, which has the most parameters."""
+"""The link options that the benchmarks measure: those of the paper, with the most parameters."""
 
 
 @functools.cache
 def make_tower(size: str, seed: int) -> LlamaForCausalLM:
-    """Return a random model of one of ``SIZES``; fused models may share it one after the other."""
+    """Return a random model of one of ``SIZES``; cached, so used in one fused model at a time."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         **SIZES[size], tie_word_embeddings=True, max_position_embeddings=8192, bos_token_id=1, eos_token_id=2
@@ -52,7 +52,7 @@ def make_tower(size: str, seed: int) -> LlamaForCausalLM:
 def make_model(
     size: str, towers: int, *, train: str = "none", adapter: str | None = None, interleave: int | None = None
 ) -> mt.FusedModel:
-    """Return a model of towers in a ring, each linked to the next and, of two, to each other."""
+    """Return a model of towers in a ring, each linked to the next; with two, in both directions."""
     graph = mt.FusionGraph()
     names = [f"tower{number}" for number in range(towers)]
     for number, name in enumerate(names):
@@ -72,7 +72,7 @@ def make_reader(
     train: str = "none",
     adapter: str | None = None,
 ) -> mt.FusedModel:
-    """Return frozen towers "source0", ..., and a tower "text" that reads each of them at these taps."""
+    """Return a model of frozen towers "source0", ..., and a tower "text" that reads each at these taps."""
     graph = mt.FusionGraph()
     names = [f"source{number}" for number in range(sources)]
     for number, name in enumerate(names):
@@ -95,10 +95,10 @@ def make_batch(
 
     Args:
         model: The model.
-        rows: How many rows.
-        length: How many tokens each segment has, or those of each tower.
-        targets: Whether "all" segments are targets, or only those of the "last" tower.
-        turning: Whether the order of segments turns from row to row, instead of being that of the towers.
+        rows: Number of rows.
+        length: Tokens per segment, or by tower.
+        targets: "all" segments are targets, or only those of the "last" tower.
+        turning: Whether the order of segments rotates from row to row; otherwise it is that of the towers.
     """
     names = list(model.towers)
     lengths = length if isinstance(length, Mapping) else dict.fromkeys(names, length)
@@ -120,26 +120,26 @@ def make_batch(
 
 
 def random_tokens(model: mt.FusedModel, name: str, length: int) -> Tensor:
-    """Return tokens of a tower that neither begin nor end a segment."""
+    """Return random tokens of a tower, without begin and end tokens."""
     return torch.randint(3, model.tower(name).vocab_size, (length,))
 
 
 class Given(NamedTuple):
-    """What one tap or adapter is given in a fused run: its source's states and its target's."""
+    """The inputs of a tap or adapter in a fused run: states of source and target."""
 
     source: Tensor | None
     target: Tensor
 
 
 class Parts:
-    """The native towers alone, and the links and adapters alone, on what a fused run gives them.
+    """The native towers alone, and the links and adapters alone, on their inputs in a fused run.
 
-    Each part does what the whole needs of it: a frozen tower passes gradients down to the first layer that
-    something trained feeds, and links pass them on where their inputs asked for them.
+    Each part does the same work as in the whole: a frozen tower propagates gradients down to its first layer
+    with a trained input, and links propagate them to inputs that require gradients.
 
     Args:
         model: The fused model.
-        batch: What it is run on.
+        batch: The batch to run it on.
     """
 
     def __init__(self, model: mt.FusedModel, batch: mt.batch.Batch) -> None:
@@ -149,7 +149,7 @@ class Parts:
         self._record()
 
     def towers(self, backward: bool) -> None:
-        """Run each native model, its loss too, one after the other."""
+        """Run each native model, including its loss, one after the other."""
         for loss in self._losses(backward):
             if backward and loss.requires_grad:
                 loss.backward()
@@ -161,7 +161,7 @@ class Parts:
                 update.backward(torch.ones_like(update))
 
     def at_once(self) -> None:
-        """Run all of them forward, and only then backward, so that they need their memory together."""
+        """Run all forwards, then all backwards, so that saved tensors of all parts coexist."""
         outputs = [each for each in (*self._losses(True), *self._updates()) if each.requires_grad]
         torch.autograd.backward(outputs, [torch.ones_like(each) for each in outputs])
 
@@ -188,7 +188,7 @@ class Parts:
             yield self.model.adapt(name, _like(embedded))
 
     def _record(self) -> None:
-        """Note what a fused run gives to each tap and adapter."""
+        """Record the inputs of each tap and adapter in a fused run."""
         targets: dict[Tap, Tensor] = {}
         handles = [
             self.model.tap(tap).register_forward_pre_hook(_note(targets, tap))
@@ -207,7 +207,7 @@ class Parts:
         self.adapters = {name: Given(None, _like(x)) for name, x in embedded.items()}
 
     def _first_fed(self, name: str) -> nn.Module | None:
-        """Return the module of a frozen tower after which it passes gradients on, if there is one."""
+        """Return the first module of a frozen tower whose output is updated by something trained, if any."""
         native: Any = self.model.unimodal(name)
         if self.model.graph.towers[name].train != "none":
             return None

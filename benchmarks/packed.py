@@ -1,16 +1,16 @@
-"""Time a step of training on examples of unlike length: padded, and packed several to a row.
+"""Time a training step on examples of different lengths: padded, and packed.
 
     python benchmarks/packed.py                     # tiny towers, seconds
     python benchmarks/packed.py --size smollm2      # towers of the shape of SmolLM2-135M, minutes
 
-Two frozen towers read each other, all segments with labels; a step is a forward with logits=False and a
-backward. The shortest row has --shortest times the tokens of the longest, the rest lie evenly between; each
-tower has as many tokens as the other. Padded and packed batches, which give the same loss, take turns in one
-process, and each round gives one ratio. Packed, no row has more tokens than the longest example; with
---one-row all are in one. sdpa attends over all pairs of tokens of a row, closed or not; flex_attention leaves
-blocks of closed pairs out, for links on GPUs only, for towers on the CPU without a backward (--forward). What
-is chosen is for packed batches; padded ones are run with sdpa. "real" is the share of tokens of a padded
-batch that are no padding. Medians and quartiles go to results.json and ratios.png.
+Two frozen towers read each other, and all segments have labels; a step is a forward with logits=False and a
+backward. The shortest row has --shortest times the tokens of the longest, the others are evenly spaced; both
+towers have the same number of tokens. Padded and packed batches, with equal losses, alternate in one process;
+each round gives one ratio. Packed rows are no longer than the longest example; with --one-row, all examples
+are in one row. sdpa computes all pairs of tokens in a row, masked or not; flex_attention skips masked blocks,
+in links only on GPUs, in towers on the CPU only without backward (--forward). The options --links and
+--towers apply to packed batches; padded ones use sdpa. "real" is the fraction of tokens in a padded batch
+that are not padding. Medians and quartiles go to results.json and ratios.png.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def measured(chosen: Any, model: mt.FusedModel, runs: dict[str, Any]) -> dict[str, Any]:
-    """Time both, the packed one by the kernel that was chosen."""
+    """Time both; the packed run uses the chosen attention implementations."""
 
     def packed() -> object:
         select(model, chosen.links, chosen.towers)
@@ -82,7 +82,7 @@ def measured(chosen: Any, model: mt.FusedModel, runs: dict[str, Any]) -> dict[st
 
 
 def select(model: mt.FusedModel, links: str, towers: str) -> None:
-    """Have links and towers attend by these kernels."""
+    """Set the attention implementations of links and towers."""
     model.set_attn_implementation(links)
     for name in model.towers:
         native: Any = model.unimodal(name)
@@ -90,7 +90,7 @@ def select(model: mt.FusedModel, links: str, towers: str) -> None:
 
 
 def make_batch(model: mt.FusedModel, lengths: list[int]) -> mt.batch.Batch:
-    """Return rows of a segment of each tower, of these lengths."""
+    """Return rows of one segment of each tower, with these lengths."""
     rows = [
         [mt.Segment(name, random_tokens(model, name, length), target=True) for name in model.towers]
         for length in lengths
@@ -99,7 +99,7 @@ def make_batch(model: mt.FusedModel, lengths: list[int]) -> mt.batch.Batch:
 
 
 def mask_of(batch: mt.batch.Batch) -> torch.Tensor:
-    """Return where the tokens of a tower are none of padding."""
+    """Return the mask of the first stream."""
     return next(iter(batch["streams"].values()))["mask"]
 
 

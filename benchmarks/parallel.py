@@ -1,24 +1,22 @@
-"""Count what processes send each other in a step of training, and time DDP beside one process alone.
+"""Count the communication of a distributed training step, and time DDP compared with a single process.
 
     python benchmarks/parallel.py                       # two processes over gloo, tiny towers, a few minutes
 
-A trained tower and a frozen one read each other. Counted is the size of the whole tensors that are gathered,
-reduced and scattered, or reduced: of S bytes among n processes over a ring, each receives (n - 1) / n S in a
-gather, as much in a reduction that scatters, and twice that in one that does not. Beside it stands the plan,
-from parameter counts alone:
+A trained tower and a frozen one read each other. Counted are the full sizes of tensors in all-gathers,
+reduce-scatters and all-reduces. For S bytes and n processes in a ring, each process receives (n - 1) / n S in
+an all-gather or reduce-scatter, and twice that in an all-reduce. These are compared with a plan computed from
+parameter counts:
 
-- DDP reduces the gradient of each trained parameter once.
-- FSDP2 reduces and scatters the same. It gathers each layer once in the forward and, where a gradient passes,
-  once in the backward;
-  what else a tower has (embeddings, norm, head) and each tap twice in either, since they are called twice. Of
-  a frozen tower that is the most that there is to gather: "root" gathers it once, "replicate" never.
+- DDP all-reduces the gradient of each trained parameter once.
+- FSDP2 reduce-scatters the same. It gathers each layer once in the forward and, if it has a gradient, once in
+  the backward; the rest of a tower (embeddings, norm, head) and each tap twice in either, because they are
+  called twice. For a frozen tower this is the "per_layer" policy; "root" gathers it once, "replicate" never.
 
-What each process holds after a step of AdamW stands beside its plan as well; see benchmarks/formulas.py.
+The memory of each process after a step of AdamW is also compared with its plan; see benchmarks/formulas.py.
 
-The ratio is that of a step under DDP and of the same step without, both on all processes at once, in turn.
-Beside it stands that of the two native towers by themselves: one trained, and one frozen, which runs forward
-alone.
-Results go to results.json.
+The timing ratio is that of a step with DDP to the same step without, alternating on all processes at once.
+For comparison, it is also measured for the two native towers alone, of which the frozen one runs only
+forward. Results go to results.json.
 """
 
 from __future__ import annotations
@@ -53,7 +51,7 @@ KINDS = {"allgather": "gathered", "reduce_scatter": "reduced and scattered"}
 
 
 class Sent(TorchDispatchMode):
-    """Adds up the sizes of the whole tensors of collectives, by kind."""
+    """Adds up the full tensor sizes of collectives, by kind."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,7 +67,7 @@ class Sent(TorchDispatchMode):
 
 
 def main() -> None:
-    """Measure in processes of their own."""
+    """Measure in spawned processes."""
     parser = options(__doc__, "parallel")
     parser.add_argument("--size", choices=tuple(SIZES), default="tiny")
     parser.add_argument("--processes", type=int, default=2)
@@ -81,7 +79,7 @@ def main() -> None:
 
 
 def measure(rank: int, chosen: argparse.Namespace, folder: str) -> None:
-    """Count and time in one of the processes; the first one tells."""
+    """Count and time in one process; the first one reports."""
     torch.set_num_threads(chosen.threads)
     where = f"file://{Path(folder).absolute()}/meet"
     dist.init_process_group("gloo", init_method=where, rank=rank, world_size=chosen.processes)
@@ -102,7 +100,7 @@ def measure(rank: int, chosen: argparse.Namespace, folder: str) -> None:
 
 
 def make(size: str) -> mt.FusedModel:
-    """Return a trained and a frozen tower that read each other, the same in each process."""
+    """Return a model of a trained and a frozen tower that read each other, equal in all processes."""
     graph, step = mt.FusionGraph(), INTERLEAVE[size]
     graph.add_tower("trained", copy.deepcopy(make_tower(size, 0)), train="all")
     graph.add_tower("frozen", copy.deepcopy(make_tower(size, 1)))
@@ -113,12 +111,12 @@ def make(size: str) -> mt.FusedModel:
 
 
 def counted(model: mt.FusedModel, batch: Any, engine: str, processes: int) -> Counter[str]:
-    """Count what is sent in a step, the second, for the first one makes buckets and units."""
+    """Count the communication of the second step; the first sets up buckets and units."""
     reduced: Counter[str] = Counter()
     if engine == "ddp":
         wrapped: nn.Module = DistributedDataParallel(model)
 
-        def noted(group, bucket):  # whose annotations DDP would read
+        def noted(group, bucket):  # unannotated, because DDP checks annotations
             reduced["reduced"] += bucket.buffer().nbytes
             return allreduce_hook(group, bucket)
 
@@ -133,7 +131,7 @@ def counted(model: mt.FusedModel, batch: Any, engine: str, processes: int) -> Co
 
 
 def kept(chosen: argparse.Namespace, policy: Any) -> dict[str, Any]:
-    """Count what this process holds after a step of AdamW: parameters, gradients, moments."""
+    """Count the bytes that this process holds after a step of AdamW: parameters, gradients, moments."""
     model, processes = make(chosen.size), chosen.processes
     batch = make_batch(model, chosen.rows, chosen.length)
     count = sum(each.numel() for each in model.parameters() if each.requires_grad)
@@ -169,7 +167,7 @@ class Bare(nn.Module):
 
 
 def timed(chosen: argparse.Namespace) -> dict[str, Any]:
-    """Time steps with DDP and without, fused and of bare towers, in all processes at once."""
+    """Time steps with and without DDP, of the fused model and of bare towers, in all processes at once."""
     models = [make(chosen.size) for _ in range(4)]
     streams = make_batch(models[0], chosen.rows, chosen.length)["streams"]
     alone, wrapped = models[0], DistributedDataParallel(models[1])

@@ -1,16 +1,16 @@
-"""Measure the peak memory of a step of training, by what is trained.
+"""Measure the peak memory of a training step under several training policies.
 
-    python benchmarks/peak_memory.py                    # tiny towers, some minutes
+    python benchmarks/peak_memory.py                    # tiny towers, a few minutes
     python benchmarks/peak_memory.py --size smollm2 --rows 2 --length 128
 
-Each figure comes from a process of its own: by how much its largest resident set grew during a step; the
-model, the batch and one step like it were there before. Malloc is told to give back what is freed. On a GPU
-it is what PyTorch allocated at most. A step is a forward and a backward; the peak holds what is saved for the
-backward, the gradients of what is trained, and what is at work for a moment.
+Each figure comes from a new process: the growth of its peak resident set during a step, after a warm-up step
+on the same model and batch, with malloc set to return freed memory at once. On a GPU, it is PyTorch's peak
+allocation. A step is a forward and a backward; its peak includes tensors saved for the backward, gradients
+and temporaries.
 
-Beside the fused model stand its parts, the native towers and the links alone, first all of them forward, then
-all of them backward, so that both hold as much at a time. What the parts are given, the states that taps read
-and update, is there before they begin.
+The fused model is compared with its parts, the native towers and the links alone: first all forwards, then
+all backwards, so that saved tensors of all parts coexist. The inputs of the parts, states that taps read and
+update, are allocated before.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MIB = 2**20
 
 
 def main() -> None:
-    """Measure each policy in processes of its own; in one of these, measure."""
+    """Measure each policy in new processes; in such a process, measure one."""
     parser = options(__doc__, "peak_memory")
     parser.add_argument("--size", choices=tuple(SIZES), default="tiny")
     parser.add_argument("--rows", type=int, default=8)
@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def measure(chosen: argparse.Namespace) -> dict[str, int]:
-    """Return the most bytes that a step of the fused model or its parts needs, beyond what was there."""
+    """Return the peak memory growth of a step of the fused model or its parts, in bytes."""
     (policy,) = chosen.policies
     model = make_policy(chosen.size, policy)[0].to(chosen.device)
     batch = make_batch(model, chosen.rows, chosen.length, targets="last")
@@ -93,7 +93,7 @@ def measure(chosen: argparse.Namespace) -> dict[str, int]:
 
 
 def most_of(step: Any, device: str, model: torch.nn.Module) -> int:
-    """Return by how many bytes the memory in use grew at most in a step that was run once before."""
+    """Return the peak memory growth of a step in bytes, after a warm-up step."""
     step()
     model.zero_grad(set_to_none=True)
     gc.collect()
@@ -120,7 +120,7 @@ def show(row: dict[str, Any]) -> None:
 
 
 def plot(file: Path, results: Sequence[dict[str, Any]], title: str) -> None:
-    """Draw two bars for each policy, and what the peak is made of."""
+    """Plot two bars per policy, with the components of the peak."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 1.5 + 0.6 * len(results)), layout="constrained")

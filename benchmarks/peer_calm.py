@@ -1,19 +1,20 @@
-"""Time a step of training, and decoding, beside CALM-pytorch on the same towers of x-transformers.
+"""Time training steps and decoding, compared with CALM-pytorch, on the same x-transformers towers.
 
     python -m venv calm && . calm/bin/activate
     pip install -c constraints.txt -e '.[testing]' x-transformers matplotlib tqdm CALM-pytorch==0.2.2
     PYTHONPATH=examples python benchmarks/peer_calm.py
 
-Both read a frozen source of 8 layers from every second layer of a frozen text decoder, through taps at the
+In both, every second layer of a frozen text decoder reads a frozen source of 8 layers, through taps at the
 same layers; the towers have the same weights. The bare towers are the source, without autograd, and the text
-decoder, whose backward goes down to the first tap; overhead is what a step takes beyond these.
+decoder with a backward down to the first tap; the overhead is the time of a step beyond these.
 
-A tap of CALM is a cross-attention after a linear projection, of 8 heads of 64 channels unless told otherwise;
-"4 heads" tells it otherwise, so that its attention has the shape of ours. One of ours has a feed-forward and
-a projection of three linears as well; "attention only" leaves these out.
+A CALM tap is a cross-attention after a linear projection, with 8 heads of 64 channels by default; "4 heads"
+gives its attention the shape of ours. Our tap also has a feed-forward and a projection of three linear
+layers; "attention only" omits these.
 
-Decoding goes on from a prompt of the text decoder, by greedy choice here and as CALM samples there. CALM runs
-the text decoder over all tokens at each step, ours over the new one: the tower of the example has a cache.
+Decoding continues a prompt of the text decoder, greedily in ours and by CALM's own sampling in CALM. CALM
+runs the text decoder on all tokens in each step, ours only on the new one, because the example's tower has a
+cache.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ def make_tower() -> TransformerWrapper:
 
 
 def make_calm(source: nn.Module, text: nn.Module, heads: int) -> Any:
-    """Let CALM-pytorch compose copies of the towers."""
+    """Compose copies of the towers with CALM-pytorch."""
     from CALM_pytorch import CALM
     from CALM_pytorch.CALM import AugmentParams
 
@@ -138,7 +139,7 @@ def calm_step(model: Any, prompt: Tensor, row: Tensor) -> None:
 
 
 def bare(source: nn.Module, text: nn.Module, prompt: Tensor, row: Tensor) -> None:
-    """Run the towers by themselves."""
+    """Run the towers alone."""
     with torch.no_grad():
         source(prompt)
     logits = text(row[:, :-1])
@@ -146,7 +147,7 @@ def bare(source: nn.Module, text: nn.Module, prompt: Tensor, row: Tensor) -> Non
 
 
 def trained(parameters: Iterable[nn.Parameter]) -> int:
-    """Count the values that are trained."""
+    """Return the number of trained parameters."""
     return sum(each.numel() for each in parameters if each.requires_grad)
 
 

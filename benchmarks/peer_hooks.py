@@ -1,15 +1,14 @@
-"""Time a step of training, and decoding, beside hook_version.py: the same fusion by forward hooks.
+"""Time training steps and decoding, compared with the same fusion by forward hooks (hook_version.py).
 
     python benchmarks/peer_hooks.py                     # tiny towers, a minute or two
     python benchmarks/peer_hooks.py --size smollm2      # towers of the shape of SmolLM2-135M
 
-Both have the same frozen towers and the same values in every tap; before anything is timed, the losses, the
-gradients of all taps and greedily decoded tokens are compared. A step is a forward and a backward. Decoding
-begins with the source and ends with --new tokens; each starts from one prompt token. The hooks compute the
-source's keys and values at each step, as a hook in the target's forward does. "hooks" calls the models as
-models are called; "careful hooks" leaves out the source's head and masks that are not needed. A step has rows
-of one length, where nothing is masked, or "ragged" ones, with parts of half that length and more.
-"kept states" reads what the source gives from disk, as computed once before (``train.KeptStates``).
+Both have the same frozen towers and tap weights; losses, gradients of all taps and greedily decoded tokens
+are compared before timing. A step is a forward and a backward. Decoding includes the source, and generates
+--new tokens after a prompt of one token. The hooks compute the source's keys and values in every decoding
+step. "hooks" calls the models in the usual way; "careful hooks" skips the source's head and unneeded masks.
+Rows of a step have equal lengths, without masks, or are "ragged", with segments of half that length and more.
+"kept states" reads the source's states from disk (``train.KeptStates``).
 """
 
 from __future__ import annotations
@@ -91,7 +90,7 @@ def main() -> None:
 
 
 def fuse(source: Any, target: Any, taps: Sequence[tuple[int, int]]) -> mt.FusedModel:
-    """Link two frozen towers, with gates that are open."""
+    """Link two frozen towers with open gates."""
     graph = mt.FusionGraph()
     graph.add_tower("source", source, adapter=None)
     graph.add_tower("text", target, adapter=None)
@@ -102,7 +101,7 @@ def fuse(source: Any, target: Any, taps: Sequence[tuple[int, int]]) -> mt.FusedM
 def by_hooks(
     model: mt.FusedModel, source: Any, target: Any, taps: Sequence[tuple[int, int]], *, careful: bool
 ) -> Hooked:
-    """Join copies of the towers by hooks, with the values of the model's own taps."""
+    """Join the towers by hooks, with the weights of the model's taps."""
     modules = [model.tap(tap) for tap in sorted(model.schedule.taps, key=lambda tap: tap.target_layer)]
     hooked = Hooked(source, target, taps, heads=modules[0].heads, careful=careful)
     for own, module in zip(hooked.taps, modules, strict=True):
@@ -111,18 +110,18 @@ def by_hooks(
 
 
 class Rows(NamedTuple):
-    """What a step is given, as a batch of ours and as the hooks take it."""
+    """The inputs of a step: a batch of ours, and arguments of the hook version."""
 
     batch: mt.batch.Batch
     hooked: dict[str, Tensor]
 
 
 def rows_of(lengths: Tensor, vocabulary: int) -> Rows:
-    """Draw rows in which the source stands before the text.
+    """Draw random rows of a source segment and a text segment.
 
     Args:
-        lengths: Of the source and of the text in each row, shape (2, rows).
-        vocabulary: How many tokens each tower has.
+        lengths: Lengths of source and text in each row, shape (2, rows).
+        vocabulary: Vocabulary size of the towers.
     """
     parts = [[torch.randint(3, vocabulary, (int(length),)) for length in each] for each in lengths]
     batch = mt.collate(
@@ -140,7 +139,7 @@ def rows_of(lengths: Tensor, vocabulary: int) -> Rows:
 
 
 def compare(model: mt.FusedModel, hooked: Hooked, rows: Rows) -> None:
-    """Check that both give the same loss and the same gradient of every value that is trained."""
+    """Check that both give the same loss and the same gradients of all trained parameters."""
     loss, expected = model(**rows.batch, logits=False).loss, hooked(**rows.hooked)
     assert loss is not None
     torch.testing.assert_close(loss, expected)
@@ -157,7 +156,7 @@ def compare(model: mt.FusedModel, hooked: Hooked, rows: Rows) -> None:
 
 
 def step(model: mt.FusedModel, rows: Rows, kept: mt.train.KeptStates | None = None) -> None:
-    """Run forward and backward; find the states of the source, where they are kept."""
+    """Run forward and backward, with the source's cached states if given."""
     batch = rows.batch if kept is None else kept(rows.batch)
     loss = model(**batch, logits=False).loss
     assert loss is not None

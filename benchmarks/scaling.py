@@ -1,11 +1,10 @@
-"""Size a fusion of large towers over many GPUs, on paper.
+"""Estimate memory, communication and throughput of training a large fusion on many GPUs.
 
     python benchmarks/scaling.py                        # the tables of docs/scaling.md, a minute
 
-Towers have the shapes of Llama 3 70B, Llama 3 8B and Llama 3.2 3B, on the meta device. FLOPs and what is
-saved for the backward are ``multitower.inspect.estimate``'s, of one row in bfloat16. All else follows from
-parameter counts by the formulas in benchmarks/formulas.py, which benchmarks/parallel.py compares with what
-processes hold and send.
+Towers have the shapes of Llama 3 70B, Llama 3 8B and Llama 3.2 3B, on the meta device. FLOPs and saved bytes
+are those of ``multitower.inspect.estimate`` for one row in bfloat16. Everything else is computed from
+parameter counts by benchmarks/formulas.py, which benchmarks/parallel.py compares with measurements.
 """
 
 from __future__ import annotations
@@ -47,29 +46,30 @@ SHAPES: dict[str, dict[str, Any]] = {
 TRAINED = {"speech": "all"}
 LINKS = {("speech", "text"): 8, ("text", "speech"): 4, ("image", "text"): 8}
 TOKENS = {"text": 512, "speech": 1024, "image": 256}
-"""Of each tower in a row."""
+"""Tokens of each tower in a row."""
 
 NODES, PER_NODE = 8, 8
 GPUS = NODES * PER_NODE
 MEMORY, USABLE = 80 * GB, 0.9
 FLOPS, MFU = 989e12, 0.4
 NVLINK, INFINIBAND, EFFICIENCY = 450 * GB, 50 * GB, 0.8
-"""Bytes a second, one way, of a GPU: NVLink within a node, a network card of 400 Gb/s between nodes."""
+"""Bytes per second and direction of a GPU: NVLink within a node, a 400 Gb/s network card between nodes; and
+the fraction of these that is achieved."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the formulas need to know of a fusion.
+    """The inputs of the formulas.
 
     Attributes:
-        frozen: Bytes of parameters that are not trained, as they are stored.
-        trained: How many parameters are trained.
-        gathered: By policy the bytes of whole tensors that are gathered in a step, as computed with.
-        units: Bytes of the two largest units, as computed with: one in use, one on its way.
+        frozen: Bytes of frozen parameters, in their storage dtype.
+        trained: Number of trained parameters.
+        gathered: By policy, the bytes gathered in a step, in the compute dtype.
+        units: Bytes of the two largest units in the compute dtype: one in use, one prefetched.
         saved: Bytes that a row saves for the backward.
         passing: Bytes of a row's logits and their gradient, in float32.
-        flops: Of a step of a row.
-        crossing: Bytes of states and gradients of a row that cross between towers.
+        flops: FLOPs of a step on one row.
+        crossing: Bytes of a row's states and gradients that cross between towers.
     """
 
     frozen: int
@@ -84,17 +84,17 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Plan:
-    """One way of dividing the work; bytes are those of one rank.
+    """A strategy of parallelism; bytes are per rank.
 
     Attributes:
-        name: What it is called.
-        held: What is there between steps: parameters, gradients, AdamW's moments.
-        whole: What is gathered of them at the worst moment of a step.
-        row: What a row adds.
-        near: What a rank receives in a step over NVLink, or over a ring that also leaves the node.
-        far: What it receives over its own network card.
-        speed: Bytes a second of what is near.
-        share: Which part of all GPUs computes at a time.
+        name: Its name.
+        held: Bytes held between steps: parameters, gradients, AdamW's moments.
+        whole: Bytes gathered at the peak of a step.
+        row: Bytes per row.
+        near: Bytes received in a step over NVLink, or over a ring across nodes.
+        far: Bytes received over the rank's own network card.
+        speed: Bandwidth of ``near``, in bytes per second.
+        share: Fraction of GPUs that compute at the same time.
     """
 
     name: str
@@ -108,17 +108,17 @@ class Plan:
 
     @property
     def rows(self) -> int:
-        """How many rows fit on a rank beside all else; none if not even one does."""
+        """The number of rows that fit on a rank, possibly 0."""
         return max(0, int((MEMORY * USABLE - self.held - self.whole) / self.row))
 
     def seconds(self, flops: int) -> tuple[float, float]:
-        """Return how long a step computes, and how long it communicates."""
+        """Return the times of computation and of communication in a step."""
         compute = self.rows * flops / (FLOPS * MFU * self.share)
         return compute, (self.near / self.speed + self.far / INFINIBAND) / EFFICIENCY
 
 
 def plans(sizes: Sizes) -> list[Plan]:
-    """Return what may be done with the fusion on ``GPUS``."""
+    """Return the possible strategies on ``GPUS``."""
     gradients, ring = 4 * sizes.trained, min(NVLINK, PER_NODE * INFINIBAND)
     row = sizes.saved + sizes.passing
     found = []
@@ -133,7 +133,7 @@ def plans(sizes: Sizes) -> list[Plan]:
     found.append(Plan(f'"per_layer" in {NODES} x {PER_NODE}', rest, sizes.units, row, near, far, NVLINK))
     spread = Plan(
         f"towers on devices, {NODES} times",
-        held=rest,  # at best: layers spread so that all GPUs hold alike
+        held=rest,  # at best: evenly distributed
         whole=0,
         row=row / PER_NODE,
         near=0,
@@ -146,7 +146,7 @@ def plans(sizes: Sizes) -> list[Plan]:
 
 
 def fusion() -> mt.FusedModel:
-    """Return the fusion on the meta device, in bfloat16, in which it computes."""
+    """Return the fusion on the meta device, in bfloat16, the compute dtype."""
     graph = mt.FusionGraph()
     for name, shape in SHAPES.items():
         config = LlamaConfig(
@@ -165,7 +165,7 @@ def fusion() -> mt.FusedModel:
 
 
 def row() -> mt.batch.Batch:
-    """Return a row: an image and a question in speech, its answer in text and in speech."""
+    """Return a row: an image and a spoken question, answered in text and speech."""
     half = [3] * (TOKENS["speech"] // 2)
     segments = [
         mt.Segment("image", [3] * TOKENS["image"]),
@@ -177,14 +177,14 @@ def row() -> mt.batch.Batch:
 
 
 def crossing(model: mt.FusedModel) -> int:
-    """Return the bytes of states that taps read in a row, and of their gradients, in bfloat16."""
+    """Return the bytes of states read by taps in a row, and of their gradients, in bfloat16."""
     reads = {(tap.source, tap.source_layer, tap.target) for tap in model.schedule.taps}
     fed = {link.target for link in model.graph.links.values()} | TRAINED.keys()
     return sum(2 * TOKENS[name] * model.tower(name).width * (2 if name in fed else 1) for name, _, _ in reads)
 
 
 def units(model: mt.FusedModel) -> list[int]:
-    """Return the bytes of what ``shard`` makes units of."""
+    """Return the sizes of the units of ``shard`` in bytes."""
     layers = {name: list(model.unimodal(name).model.layers) for name in model.towers}
     rests = [size(model.tower(name)) - sum(map(size, layers[name])) for name in model.towers]
     return [
@@ -195,7 +195,7 @@ def units(model: mt.FusedModel) -> list[int]:
 
 
 def sized(model: mt.FusedModel) -> tuple[Sizes, mt.inspect.Estimate]:
-    """Return what is to be known of a fusion, by an estimate of one row."""
+    """Return the sizes of a fusion, and the estimate of one row."""
     estimate = mt.inspect.estimate(model, row())
     total = estimate.total
     frozen = frozen_bytes(model)
@@ -218,13 +218,13 @@ def sized(model: mt.FusedModel) -> tuple[Sizes, mt.inspect.Estimate]:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table in Markdown: its first column is words, the others are numbers."""
+    """Return a Markdown table; all columns but the first are right-aligned."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def paper() -> str:
-    """Return the tables on paper."""
+    """Return the tables of docs/scaling.md."""
     model = fusion()
     sizes, estimate = sized(model)
     parts = [(f"tower {name}", cost) for name, cost in estimate.towers.items()]
@@ -268,7 +268,7 @@ HEAD = [
 
 
 def timing(plan: Plan, sizes: Sizes) -> list[str]:
-    """Return the line of a plan; a step takes the longer of both times at best, their sum at worst."""
+    """Return the table row of a plan; a step takes the maximum of both times at best, their sum at worst."""
     compute, wire = plan.seconds(sizes.flops)
     best, worst = max(compute, wire), compute + wire
     rows = plan.rows * GPUS * plan.share

@@ -1,12 +1,12 @@
-"""Load a server on loopback with several clients at once, beside one that asks for one thing at a time.
+"""Measure a server's throughput under load from many concurrent clients, compared with one client.
 
     python benchmarks/serve.py                          # 5 minutes, with 8, 32 and 64 clients
     python benchmarks/serve.py --seconds 60 --checkpoint runs/fused
 
-``multitower serve`` runs as a process of its own. What is asked is mixed: transcriptions, chats of texts and
-sounds, speech, whole and in streams. Each answer is compared with the one that it got alone, at the start.
-In each round every number of clients has its turn, one client among them. Without a checkpoint two random
-decoders are fused, whose answers run to their limit.
+``multitower serve`` runs in its own process, on loopback. Requests are mixed: transcriptions, chats with text
+and audio, and speech, streamed or not. Each response is compared with that to the same request alone, at the
+start. Every round measures each number of clients, including one. Without a checkpoint, two random decoders
+are fused, which always generate up to the limit.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ Ask = Callable[[httpx2.AsyncClient], Awaitable[bytes]]
 
 
 def make_checkpoint(folder: Path, width: int, depth: int) -> Path:
-    """Fuse two random decoders of speech and of text, and save them."""
+    """Fuse two random decoders of speech and text, and save the model."""
     speech = SpeechModality(torch.randn(1, 64, 160))
     graph = mt.FusionGraph()
     for name, size in (("speech", speech.vocab_size), ("text", 258)):
@@ -68,7 +68,7 @@ def make_checkpoint(folder: Path, width: int, depth: int) -> Path:
 
 
 def clip(draw: random.Random) -> bytes:
-    """Return some noise as a sound file."""
+    """Return random noise as a sound file."""
     length = int(RATE * draw.uniform(0.3, 3))
     noise = np.random.default_rng(draw.randrange(2**32)).normal(0, 0.1, length)
     file = io.BytesIO()
@@ -77,7 +77,7 @@ def clip(draw: random.Random) -> bytes:
 
 
 def make_requests(count: int, most: int, model: str, seed: int) -> list[Ask]:
-    """Return so many requests, of all kinds in turn, and of unlike lengths."""
+    """Return ``count`` requests of all kinds, with different lengths."""
     draw, found = random.Random(seed), list[Ask]()
     for number in range(count):
         text = "".join(draw.choices("abcdefgh ", k=draw.randrange(4, 120)))
@@ -113,7 +113,7 @@ def _json(path: str, body: dict[str, Any], *, stream: bool) -> Ask:
 
 
 def said(answer: httpx2.Response, stream: bool) -> bytes:
-    """Return what an answer says, without its number and the time."""
+    """Return the content of a response, without id and time."""
     answer.raise_for_status()
     if not stream:
         if "json" not in answer.headers["content-type"]:
@@ -133,7 +133,7 @@ def said(answer: httpx2.Response, stream: bool) -> bytes:
 
 @contextlib.contextmanager
 def serving(checkpoint: Path, chosen: argparse.Namespace) -> Iterator[tuple[str, psutil.Process]]:
-    """Run the server; give its address and its process."""
+    """Run the server; yield its URL and process."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     limits = ["--max-requests", str(2 * max(chosen.clients)), "--max-tokens", str(chosen.most)]
@@ -159,7 +159,7 @@ def serving(checkpoint: Path, chosen: argparse.Namespace) -> Iterator[tuple[str,
 async def load(
     url: str, asks: list[Ask], expected: list[bytes], clients: int, seconds: float
 ) -> dict[str, Any]:
-    """Have so many clients ask for so long; return what came of it."""
+    """Run ``clients`` concurrent clients for ``seconds``; return counts and timings."""
     found = {"answers": 0, "lost": 0, "mixed_up": 0}
     numbers = itertools.cycle(range(len(asks)))
     started = time.perf_counter()
@@ -183,32 +183,32 @@ async def load(
 
 
 async def alone(url: str, asks: list[Ask]) -> list[bytes]:
-    """Return the answer of each request, asked one at a time."""
+    """Return the response to each request, sent one at a time."""
     async with httpx2.AsyncClient(base_url=url, timeout=600) as client:
         return [await ask(client) for ask in asks]
 
 
 class Memory(threading.Thread):
-    """Notes how much memory a process has, once a second."""
+    """Records the memory of a process every second."""
 
     def __init__(self, process: psutil.Process) -> None:
         super().__init__(daemon=True)
         self.process, self.noted, self.over = process, list[tuple[float, float]](), threading.Event()
 
     def run(self) -> None:
-        """Note it until it is over."""
+        """Record until ``over`` is set."""
         started = time.perf_counter()
         while not self.over.wait(1):
             self.noted.append((time.perf_counter() - started, self.process.memory_info().rss / 2**20))
 
     def growth(self) -> float:
-        """Return by how many MiB it grows in a minute, over the second half."""
+        """Return the growth in MiB per minute over the second half."""
         seconds, mib = np.array(self.noted[len(self.noted) // 2 :]).T
         return float(60 * np.polyfit(seconds, mib, 1)[0])
 
 
 def plot(path: Path, results: list[dict[str, Any]], memory: list[tuple[float, float]]) -> None:
-    """Draw answers per second by number of clients, and memory over time."""
+    """Plot responses per second by number of clients, and memory over time."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.5), layout="constrained")

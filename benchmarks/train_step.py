@@ -1,14 +1,13 @@
-"""Time a fused step of training, and a forward, beside the sum of the parts.
+"""Time a training step and a forward of a fused model, compared with the sum of its parts.
 
     python benchmarks/train_step.py                     # tiny towers, a minute or two
     python benchmarks/train_step.py --size smollm2 --rows 2 --length 32     # the shape of SmolLM2-135M
 
-The parts are each native tower alone, loss and backward included, and each tap of each link alone on detached
-states. Whole and parts take turns in one process, and each round gives one ratio; medians and quartiles of
-these go to results.json and ratios.png. The towers stand in a ring, have random weights, and all have labels
-unless --targets says otherwise.
-A step is a forward and a backward; what the optimizer does is the same for both, and left out. Each result
-also says how large the resident set had been by then, at most.
+The parts are each native tower alone, including loss and backward, and each tap alone on detached states.
+Whole and parts alternate in one process; each round gives one ratio. Medians and quartiles go to results.json
+and ratios.png. The towers form a ring and have random weights; all have labels unless --targets is given. A
+step is a forward and a backward, without the optimizer, which costs the same in both. Each result also has
+the peak resident set so far.
 """
 
 from __future__ import annotations
@@ -70,7 +69,7 @@ def main() -> None:
 
 
 def runs(model: Any, batch: Any, parts: Parts, *, backward: bool) -> dict[str, Any]:
-    """Return what is timed against each other."""
+    """Return the runs to compare."""
 
     def fused() -> None:
         loss = model(**batch).loss

@@ -1,8 +1,8 @@
 """Fuse decoders that are not from transformers: one in plain PyTorch, one from x-transformers.
 
-A decoder becomes a tower by three methods: what it does before its layers, one layer, and what it does after
-them. Here each decoder learns a language of its own, letters or signs, and stays frozen from then on. Each
-letter means a sign, which links learn from pairs:
+A tower has three methods: what the decoder does before its layers, one layer, and what it does after them.
+Here, two decoders are pretrained on different languages, letters and signs, and then frozen. Links between
+them learn from pairs which sign each letter means:
 
     python examples/custom_tower.py
 """
@@ -55,7 +55,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A small decoder with learned positions: stands for a model of your own."""
+    """A small decoder with learned positions, as an example of your own model."""
 
     def __init__(self, *, vocabulary: int, length: int, width: int, depth: int, heads: int) -> None:
         super().__init__()
@@ -73,10 +73,10 @@ class GPT(nn.Module):
 
 
 class GPTTower(mt.Tower):
-    """The same decoder as a tower: its forward, taken apart.
+    """The same decoder as a tower: its forward, split into methods.
 
-    ``native`` is optional: with it ``check_tower`` compares the tower with the model, and ``unimodal`` gives
-    the model back. So is ``caches``: without, each step of decoding starts from the first token.
+    ``native`` is optional: ``check_tower`` compares the tower with it, and ``unimodal`` returns it. So is
+    ``caches``: without it, every decoding step runs all tokens again.
     """
 
     begin, end = BEGIN, (END,)
@@ -106,10 +106,10 @@ class GPTTower(mt.Tower):
 
 
 class XTransformersTower(mt.Tower):
-    """A decoder of x-transformers as a tower; each attention with its feed-forward is a layer.
+    """A decoder from x-transformers as a tower; each attention with its feed-forward is a layer.
 
-    The package's own forward can be told which layers to run, so norms, positions and residuals are its own.
-    Options that carry something else from layer to layer, or change what is around them, are refused.
+    The package's own forward runs a range of layers, including norms, positions and residuals. Options that
+    pass other state between layers, or change what happens around them, are refused.
     """
 
     begin, end = BEGIN, (END,)
@@ -149,13 +149,13 @@ class XTransformersTower(mt.Tower):
         if cache is not None:
             for each in seen.attn_intermediates:
                 cache.update(*(part[:, :, -new:] for part in each.cached_kv), index - 1)
-        return seen.layer_hiddens[-1]  # what the last block gave, before the final norm
+        return seen.layer_hiddens[-1]  # output of the last block, before the final norm
 
     def head(self, hidden: Tensor, cache: DynamicCache | None) -> Tensor:
         return self.model.to_logits(self.model.attn_layers(hidden, layers_execute_order=()))
 
     def _before(self, index: int, cache: DynamicCache | None) -> LayerIntermediates | None:
-        """Return what a layer keeps of earlier tokens as x-transformers takes it."""
+        """Return a layer's cache in the format of x-transformers."""
         if cache is None or not cache.get_seq_length(index - 1):
             return None
         kept = cache.layers[index - 1]
@@ -164,7 +164,7 @@ class XTransformersTower(mt.Tower):
 
     @torch.no_grad()
     def _refuse_what_differs(self) -> None:
-        """Compare with the model's own forward, with other weights: some options change nothing at first."""
+        """Compare with the model's forward under perturbed weights: some options have no effect at init."""
         twin = copy.deepcopy(self).eval()
         for parameter in twin.parameters():
             places = torch.arange(parameter.numel(), device=parameter.device)
@@ -192,7 +192,7 @@ class XTransformersTower(mt.Tower):
 
 
 def phrases(count: int, length: int = 8) -> Tensor:
-    """Draw phrases of letters, each of which may be followed by two others: shape (count, length + 2)."""
+    """Draw phrases of letters, each with two possible successors: shape (count, length + 2)."""
     symbols = [torch.randint(SYMBOLS, (count,))]
     for _ in range(length - 1):
         symbols.append((symbols[-1] * 5 + 3 + torch.randint(2, (count,))) % SYMBOLS)
@@ -200,13 +200,13 @@ def phrases(count: int, length: int = 8) -> Tensor:
 
 
 def translated(letters: Tensor) -> Tensor:
-    """Return the same phrases in signs: what each letter means is nowhere but in pairs."""
+    """Translate phrases of letters to signs."""
     meaning = torch.randperm(SYMBOLS, generator=torch.Generator().manual_seed(7)) + 2
     return torch.cat([torch.tensor([BEGIN, END]), meaning])[letters]
 
 
 def pretrain(model: nn.Module, corpus: Tensor, steps: int, batch: int = 64) -> float:
-    """Teach a decoder its own language; return the last loss."""
+    """Pretrain a decoder on its language; return the last loss."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     for _ in range(steps):
         rows = corpus[torch.randint(len(corpus), (batch,))]
@@ -228,7 +228,7 @@ def fuse(letters: mt.Tower, signs: mt.Tower) -> mt.FusedModel:
 
 
 def examples(letters: Tensor) -> list[list[mt.Segment]]:
-    """Pair phrases with their translations, half of them the other way round."""
+    """Pair phrases with their translations, half of them in the opposite direction."""
     pairs = list(zip(letters, translated(letters), strict=True))
     half = len(pairs) // 2
     return [

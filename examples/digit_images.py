@@ -1,7 +1,7 @@
-"""Handwritten digits of scikit-learn: rows of them that say a phrase, and a classifier that reads them.
+"""Handwritten digits from scikit-learn: write phrases as rows of them, and read these with a classifier.
 
 ```python
-model, judge, unseen = handwriting(seed=0)               # three sets of writing without a digit in common
+model, judge, unseen = handwriting(seed=0)               # three disjoint sets of images
 row = write("four seven", unseen, np.random.default_rng(0))     # shape (8, 16)
 ImageJudge(judge).read(row)                              # "four seven"
 ```
@@ -22,14 +22,14 @@ SHARES = (0.6, 0.25)
 
 
 class Handwriting(NamedTuple):
-    """Digits that somebody wrote: pixels in 0..1, shape (count, 8, 8), and which digit each is."""
+    """Images of digits: pixels in 0..1, shape (count, 8, 8), and their labels."""
 
     pixels: np.ndarray
     digits: np.ndarray
 
 
 def handwriting(seed: int) -> tuple[Handwriting, Handwriting, Handwriting]:
-    """Deal out the 1,797 digits of scikit-learn: for the model, for the judge, and to be held out."""
+    """Split scikit-learn's 1,797 digits into disjoint sets: for the model, for the judge, held out."""
     pixels, digits = load_digits(return_X_y=True)
     order = np.random.default_rng(seed).permutation(len(pixels))
     cuts = np.cumsum([round(share * len(pixels)) for share in SHARES])
@@ -39,19 +39,19 @@ def handwriting(seed: int) -> tuple[Handwriting, Handwriting, Handwriting]:
 
 
 def write(phrase: str, hand: Handwriting, rng: np.random.Generator) -> np.ndarray:
-    """Write the digits that a phrase names, each drawn anew: shape (8, 8 * digits)."""
+    """Write a phrase as a row of randomly drawn digits: shape (8, 8 * digits)."""
     places = [rng.choice(np.flatnonzero(hand.digits == DIGITS.index(word))) for word in phrase.split()]
     return np.concatenate([hand.pixels[place] for place in places], axis=1)
 
 
 class ImageJudge:
-    """A support vector machine on pixels, which reads handwriting that no tower was trained on."""
+    """A support vector machine on pixels, trained on other images than the towers."""
 
     def __init__(self, hand: Handwriting) -> None:
         self.classifier = SVC(gamma=0.25, C=10).fit(hand.pixels.reshape(len(hand.pixels), -1), hand.digits)
 
     def read(self, image: np.ndarray) -> str:
-        """Name the digits in a row, cut every 8 pixels; what is left over at the end is one more digit.
+        """Classify each cell of 8 columns as a digit; an incomplete last cell is padded.
 
         Args:
             image: Floats in 0..1, shape (8, width).

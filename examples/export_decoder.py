@@ -3,9 +3,9 @@
     python examples/export_decoder.py                           # a small random fusion
     python examples/export_decoder.py runs/speech_text/fused    # the main example's
 
-It writes two programs for torch alone, encode.pt2 and step.pt2, and the same compiled by AOTInductor, which
-needs a C++ compiler and a few minutes. The three ways to decode (``model.generate``, the programs, the
-compiled programs) take turns on the same given tokens, on one thread, and choose the same ones.
+Writes two programs that need only torch, encode.pt2 and step.pt2, and compiles them by AOTInductor, which
+needs a C++ compiler and a few minutes. Then it decodes the same prompt with ``model.generate``, the programs
+and the compiled programs, alternating on one thread, and checks that all choose the same tokens.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 
 
 def random_fusion(width: int, depth: int) -> mt.FusedModel:
-    """Return two random decoders, of which the text reads the speech at every second layer."""
+    """Return a fusion of two random decoders; text reads speech at every second layer."""
     graph = mt.FusionGraph()
     for seed, name in enumerate(("speech", "text")):
         torch.manual_seed(seed)
@@ -86,7 +86,7 @@ def random_fusion(width: int, depth: int) -> mt.FusedModel:
 
 
 def streams_of(model: mt.FusedModel, source: str, given: Tensor, tower: str) -> dict[str, dict[str, Tensor]]:
-    """Return the given tokens, and the begin token of the tower after them, as the programs take them."""
+    """Return streams with the given tokens followed by the tower's begin token."""
     batch = mt.collate([[mt.Segment(source, given), mt.Segment(tower, [model.tower(tower).begin])]])
     keys = ("tokens", "times", "mask")
     return {name: {key: stream[key] for key in keys} for name, stream in batch["streams"].items()}
@@ -95,14 +95,14 @@ def streams_of(model: mt.FusedModel, source: str, given: Tensor, tower: str) -> 
 def write(
     programs: DecoderPrograms, streams: dict[str, dict[str, Tensor]], tower: str, out: Path
 ) -> dict[str, list[Callable[..., Any]]]:
-    """Write the programs and the compiled ones, and load both as who has only torch does."""
+    """Write the programs and the compiled ones, and load both with torch alone."""
     state = programs.encode.module()(streams)
     inputs = {"encode": (streams,), "step": (streams[tower]["tokens"], streams[tower]["times"], state)}
     exported, compiled = [], []
     for name, program in programs._asdict().items():
         torch.export.save(program, out / f"{name}.pt2")
         exported.append(torch.export.load(out / f"{name}.pt2").module())
-        program.example_inputs = (inputs[name], {})  # AOTInductor asks for some; sizes stay free
+        program.example_inputs = (inputs[name], {})  # AOTInductor needs some; sizes stay dynamic
         package = torch._inductor.aoti_compile_and_package(
             program, package_path=str(out / f"{name}.compiled.pt2")
         )
@@ -118,7 +118,7 @@ def decode(
     tower: str,
     count: int,
 ) -> Tensor:
-    """Decode tokens greedily, of one row; nothing here is of this library."""
+    """Decode one row greedily, without this library."""
     state = encode(streams)
     tokens, times = streams[tower]["tokens"], streams[tower]["times"]
     decoded = []
@@ -130,7 +130,7 @@ def decode(
 
 
 def compare(ways: dict[str, Callable[[], Tensor]], rounds: int) -> dict[str, float]:
-    """Print and return tokens per second of processor time: medians of rounds in which the ways alternate."""
+    """Print and return tokens per second of CPU time: medians over rounds in which the ways alternate."""
     expected = next(iter(ways.values()))()
     for name, way in ways.items():
         found = way()[: len(expected)]

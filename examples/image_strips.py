@@ -1,4 +1,4 @@
-"""Grey images of one height, such as a line of handwriting, to the tokens of an image tower, and back."""
+"""A modality for grey images of one height, such as lines of handwriting."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from multitower.plugins import check_tokens
 
 
 class ImageModality(mt.Modality):
-    """Images read from left to right, a token for each strip of a few columns of pixels.
+    """Images as tokens from left to right, one for each strip of a few pixel columns.
 
     >>> image = np.random.default_rng(0).random((8, 24), dtype=np.float32)
     >>> images = ImageModality.fit([image], strips=6, width=2)
@@ -27,11 +27,11 @@ class ImageModality(mt.Modality):
     (8, 24)
 
     Args:
-        centres: The strips that tokens stand for, found by k-means; float32, shape (strips, height, width).
+        centres: The strip of each token, float32, shape (strips, height, width).
 
     Attributes:
-        height: Pixels from top to bottom.
-        width: Pixels from left to right that a token stands for.
+        height: Height of the images in pixels.
+        width: Width of a strip in pixels.
 
     Raises:
         ValueError: The centres have another shape or dtype.
@@ -57,16 +57,16 @@ class ImageModality(mt.Modality):
 
     @classmethod
     def fit(cls, images: Iterable[np.ndarray], *, strips: int = 256, width: int = 2, seed: int = 0) -> Self:
-        """Find the strips that tokens stand for.
+        """Fit strips by k-means.
 
         Args:
             images: Floats in 0..1, each of shape (height, any width).
-            strips: How many.
-            width: Columns of pixels in a strip.
-            seed: The same seed and images give the same strips on the same machine.
+            strips: Number of strips.
+            width: Width of a strip in pixels.
+            seed: Random seed; the strips are reproducible on the same machine.
 
         Raises:
-            ValueError: There are fewer different strips than asked for.
+            ValueError: The images have fewer different strips.
         """
         pixels = np.concatenate([_cut(image, width) for image in images])
         vectors = pixels.reshape(len(pixels), -1)
@@ -86,11 +86,11 @@ class ImageModality(mt.Modality):
             raw: Floats in 0..1, shape (height, any width).
 
         Returns:
-            int64, shape (ceil(raw width / width) + 2,), begin and end included.
+            int64, shape (ceil(raw width / width) + 2,), including begin and end.
 
         Raises:
-            TypeError: It is no array of floats.
-            ValueError: The image has another height, or other than two dimensions.
+            TypeError: The image is not an array of floats.
+            ValueError: It has another height, or not two dimensions.
         """
         if not isinstance(raw, np.ndarray) or raw.dtype.kind != "f":
             kind = f"an array of {raw.dtype}" if isinstance(raw, np.ndarray) else type(raw).__name__
@@ -102,9 +102,9 @@ class ImageModality(mt.Modality):
         return torch.cat([ids.new_tensor([self.begin]), ids, ids.new_tensor([self.end])])
 
     def decode(self, tokens: torch.Tensor) -> np.ndarray:
-        """Return the image of tokens, as a language model may emit them: float32, shape (height, any width).
+        """Return the image of any sequence of tokens: float32, shape (height, width * strips).
 
-        Begin, end and ids past the vocabulary are dropped; without any strip the image has no pixels.
+        Begin, end and ids beyond the vocabulary are dropped.
         """
         ids = [token for token in check_tokens(tokens) if token < self.begin]
         return rearrange(self.centres[ids], "n h w -> h (n w)").numpy()
@@ -115,6 +115,6 @@ class ImageModality(mt.Modality):
 
 
 def _cut(image: np.ndarray, width: int) -> np.ndarray:
-    """Cut an image into strips, shape (count, height, width); zeros fill the last."""
+    """Cut an image into strips, shape (count, height, width); the last is padded with zeros."""
     padded = np.pad(np.asarray(image, dtype=np.float32), ((0, 0), (0, -np.shape(image)[1] % width)))
     return rearrange(padded, "h (n w) -> n h w", w=width)

@@ -1,4 +1,4 @@
-"""An independent listener: whisper tiny.en, which none of our training has touched, scores spoken output."""
+"""Score generated speech with an independent recogniser, whisper tiny.en."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RESAMPLES = 1000
 
 
 class Judge:
-    """Writes down what it hears.
+    """A speech recogniser.
 
     >>> judge = Judge()                                                # doctest: +SKIP
     >>> heard = judge.transcribe([utterance.waveform])                 # doctest: +SKIP
@@ -26,9 +26,9 @@ class Judge:
     0.0
 
     Args:
-        model: a CTranslate2 whisper folder or hub name; by default the tiny.en that comes with the extra.
+        model: a CTranslate2 whisper folder or Hub id; by default the tiny.en of the extra.
         device: "cpu", "cuda" or "auto".
-        workers: clips heard at the same time, one thread each.
+        workers: number of threads, each for one clip at a time.
 
     Raises:
         ImportError: faster-whisper, or the packaged model, is not installed.
@@ -50,10 +50,10 @@ class Judge:
         )
 
     def transcribe(self, waveforms: Sequence[np.ndarray], *, progress: bool = True) -> list[str]:
-        """Transcribe clips of 16 kHz mono sound; a clip without a sound in it gives an empty string.
+        """Transcribe clips of 16 kHz mono sound; silent clips give an empty string.
 
         Args:
-            waveforms: one float array in [-1, 1] a clip.
+            waveforms: a float array in [-1, 1] per clip.
             progress: show a progress bar.
         """
         from tqdm import tqdm
@@ -77,7 +77,7 @@ class Judge:
 
 
 def normalise(text: str) -> str:
-    """Make two spellings of the same words equal: lower case, no punctuation, numerals digit by digit.
+    """Normalise spelling: lower case, no punctuation, numbers spelled digit by digit.
 
     >>> normalise("4291, oh 4, 2!")
     'four two nine one oh four two'
@@ -88,7 +88,7 @@ def normalise(text: str) -> str:
 
 @dataclass(frozen=True)
 class WordErrors:
-    """A word error rate in per cent, and its 95 % interval by bootstrap over utterances."""
+    """A word error rate in per cent, with a 95 % bootstrap interval over utterances."""
 
     rate: float
     low: float
@@ -99,7 +99,7 @@ class WordErrors:
 
 
 def word_errors(references: Sequence[str], hypotheses: Sequence[str]) -> WordErrors:
-    """Return the word errors of all hypotheses, in per cent of the words of all references, both normalised.
+    """Return the word error rate of hypotheses in per cent, after normalisation.
 
     >>> str(word_errors(["four two", "nine one"], ["42", "nine"]))
     '25.0 (0.0 to 50.0)'
@@ -124,14 +124,14 @@ def word_errors(references: Sequence[str], hypotheses: Sequence[str]) -> WordErr
 
 
 def interval(errors: Sequence[int], words: Sequence[int]) -> tuple[float, float]:
-    """Return a 95 % interval of the word error rate in per cent, by bootstrap over utterances.
+    """Return a 95 % bootstrap interval over utterances of the word error rate in per cent.
 
     >>> interval([0, 0, 0], [3, 3, 3])
     (0.0, 0.0)
 
     Args:
-        errors: word errors of each utterance.
-        words: words of the reference of each utterance.
+        errors: number of word errors of each utterance.
+        words: number of reference words of each utterance.
     """
     draws = np.random.default_rng(0).integers(len(words), size=(RESAMPLES, len(words)))
     rates = 100 * np.asarray(errors)[draws].sum(1) / np.asarray(words)[draws].sum(1)

@@ -1,11 +1,11 @@
-"""Write down speech while it is spoken: by a microphone, or of a file at the speed of real time.
+"""Transcribe speech while it is spoken, from a microphone or from a file in real time.
 
 python examples/live_transcribe.py runs/speech_text/fused --file clip.wav
 python examples/live_transcribe.py runs/speech_text/fused                       # needs the extra live
 python examples/live_transcribe.py runs/speech_text/fused --file clip.wav --policy wait-k --pieces 4
 
-After a file it says how far the words came behind (average lagging, arXiv 1810.08398), how long the last took
-after the end, how much of the time it computed, and whether the words are those of the whole clip.
+For a file, it prints the average lagging of the words (arXiv 1810.08398), the delay of the last after the
+end, the fraction of time spent computing, and whether the words equal a transcription of the whole clip.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ POLICIES = ("agreement", "wait-k", "at-pauses", "at-end")
 
 
 class Clock:
-    """Hands on pieces of sound, and notes how much of it was heard and how long it was waited for."""
+    """Passes on pieces of sound; records the duration heard and the time spent waiting."""
 
     def __init__(self) -> None:
         self.begun, self.waited, self.heard = time.perf_counter(), 0.0, 0.0
@@ -50,7 +50,7 @@ class Clock:
 
 
 def from_file(samples: np.ndarray, rate: int, seconds: float, speed: float) -> Iterator[np.ndarray]:
-    """Give a clip in chunks, each when it has been spoken; a speed of 0 gives all at once."""
+    """Yield chunks of a clip in real time, times ``speed``; 0 yields them without waiting."""
     begun, size = time.perf_counter(), round(seconds * rate)
     for start in range(0, len(samples), size):
         if speed:
@@ -60,7 +60,7 @@ def from_file(samples: np.ndarray, rate: int, seconds: float, speed: float) -> I
 
 
 def from_microphone(rate: int, seconds: float) -> Iterator[np.ndarray]:
-    """Give what a microphone hears until Ctrl-C."""
+    """Yield chunks from the microphone until Ctrl-C."""
     heard: queue.SimpleQueue[np.ndarray] = queue.SimpleQueue()
     sounddevice = require("sounddevice", "live")
 
@@ -76,7 +76,7 @@ def from_microphone(rate: int, seconds: float) -> Iterator[np.ndarray]:
 
 
 def average_lagging(times: list[float], duration: float) -> float:
-    """Return by how many seconds words came behind a speaker who says them evenly."""
+    """Return the mean delay of words, in seconds, behind a speaker with a constant word rate."""
     return sum(when - place * duration / len(times) for place, when in enumerate(times)) / max(1, len(times))
 
 

@@ -1,4 +1,4 @@
-"""What the voice says: spoken digits, and short sentences from a small grammar."""
+"""Texts to be spoken: strings of digits, and short sentences from a small grammar."""
 
 from __future__ import annotations
 
@@ -83,14 +83,14 @@ def number_phrases(
 ) -> list[str]:
     """Draw distinct strings of 1 to 5 spoken digits, such as "four two nine one", in random order.
 
-    Every length is drawn often, because a model stumbles on lengths it rarely met; there are only ten phrases
-    of one digit and a hundred of two, so a large draw holds nearly all of those.
+    Every length is frequent, because models make errors on lengths that are rare in training. There are only
+    ten phrases of one digit and a hundred of two, so a large sample has nearly all of them.
 
     Args:
-        count: how many phrases.
-        seed: the same seed gives the same phrases.
+        count: number of phrases.
+        seed: random seed.
         exclude: phrases that may not be drawn.
-        lengths: how often each number of digits is drawn; 1 to 5 unless given.
+        lengths: relative frequency of each number of digits; by default 1 to 5 digits.
 
     Raises:
         ValueError: fewer than `count` different phrases could be found.
@@ -107,8 +107,8 @@ def sentences(count: int, seed: int, exclude: Collection[str] = ()) -> list[str]
     """Draw distinct short sentences, such as "anna found seven green bottles", of 3 to 8 words.
 
     Args:
-        count: how many sentences.
-        seed: the same seed gives the same sentences.
+        count: number of sentences.
+        seed: random seed.
         exclude: sentences that may not be drawn.
 
     Raises:

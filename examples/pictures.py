@@ -1,4 +1,4 @@
-"""The pictures of the example: losses, contributions, attention and error rates, each drawn to a file."""
+"""Plots of the examples: losses, contributions, attention and error rates, each saved to a file."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from matplotlib.lines import Line2D
 SAMPLE_RATE = 16_000
 COLOURS = ("#0b6e99", "#d9730d", "#4d8b31", "#9b51a0", "#c0392b", "#8a6d3b")
 TAP_NAME = re.compile(r"(?P<link>\S+) (?P<source>\d+)-(?P<target>\d+)")
-PANELS = 3  # beside each other
+PANELS = 3  # per row
 
 History = Sequence[Mapping[str, float]]
 
 
 def plot_losses(history: History, path: str | Path, *, title: str = "Training losses") -> Path:
-    """Draw each loss over the steps: smoothed, with the raw values faint behind it.
+    """Plot each loss over the steps: smoothed, with the raw values behind it.
 
     Args:
-        history: entries such as `{"step": 10, "text": 2.1, "speech": 4.0}`; an entry may lack some losses.
-        path: the picture to write.
-        title: stands above it.
+        history: entries such as `{"step": 10, "text": 2.1, "speech": 4.0}`; losses may be missing.
+        path: the output file.
+        title: the figure's title.
 
     Returns:
-        The path written.
+        The path.
 
     Raises:
         ValueError: the history is empty.
@@ -51,16 +51,16 @@ def plot_losses(history: History, path: str | Path, *, title: str = "Training lo
 def plot_contributions(
     history: History, path: str | Path, *, title: str = "How much each link contributes"
 ) -> Path:
-    """Draw how much each tap changes the state it is added to: a panel for each link, a colour for each tap.
+    """Plot the contribution of each tap over the steps: a panel per link, a colour per tap.
 
     Args:
-        history: entries such as `{"step": 10, "speech->text 1-1": 0.03}`, where a name is that of a link and,
-            for one of its taps, the source's layer and the target's; layer 0 is the embeddings.
-        path: the picture to write.
-        title: stands above it.
+        history: entries such as `{"step": 10, "speech->text 1-1": 0.03}`: the name of a link, and the source
+            and target layers of a tap; layer 0 is the embedding.
+        path: the output file.
+        title: the figure's title.
 
     Returns:
-        The path written.
+        The path.
 
     Raises:
         ValueError: the history is empty, or a name is not that of a tap.
@@ -99,22 +99,22 @@ def plot_attention(
     speech: Literal["source", "target"] = "source",
     title: str = "Cross-attention",
 ) -> Path:
-    """Draw a cross-attention map under the spectrogram of the speech, on one time axis.
+    """Plot a cross-attention map below the spectrogram of the speech, on a common time axis.
 
     Args:
-        weights: (target length, source length), the speech tower's begin and end tokens cut away.
-        path: the picture to write.
-        transcript_labels: a name for each text token, in order.
+        weights: (target length, source length), without the speech tower's begin and end tokens.
+        path: the output file.
+        transcript_labels: a label for each text token, in order.
         seconds_per_unit: the duration of one speech token.
         waveform: the speech, 16 kHz mono.
         speech: which side of the link speech is on.
-        title: stands above it.
+        title: the figure's title.
 
     Returns:
-        The path written.
+        The path.
 
     Raises:
-        ValueError: the weights are not a matrix with a place for each label.
+        ValueError: the weights are not a matrix with a row or column per label.
     """
     grid = np.asarray(weights, dtype=np.float64)
     grid = grid.T if speech == "target" else grid
@@ -151,19 +151,19 @@ def plot_attention(
 def plot_comparison(
     rows: Sequence[Mapping[str, str | float]], path: str | Path, *, title: str = "Held-out word error rates"
 ) -> Path:
-    """Draw a group of bars for each measure, a bar for each system.
+    """Plot a bar for each system, grouped by measure.
 
     Args:
-        rows: entries such as `{"system": "zipper", "ASR": 3.2, "TTS": 18.0}`, in per cent; a system that a
-            measure does not concern lacks its key.
-        path: the picture to write.
-        title: stands above it.
+        rows: entries such as `{"system": "zipper", "ASR": 3.2, "TTS": 18.0}`, in per cent; measures may be
+            missing.
+        path: the output file.
+        title: the figure's title.
 
     Returns:
-        The path written.
+        The path.
 
     Raises:
-        ValueError: there is nothing to draw.
+        ValueError: there is nothing to plot.
     """
     measures = list(dict.fromkeys(key for row in rows for key in row if key != "system"))
     if not measures:
@@ -224,7 +224,7 @@ def _tap(name: str) -> tuple[str, int, int]:
 
 
 def _smooth(values: Sequence[float]) -> np.ndarray:
-    """Average over a window centred on each point and cut off at the ends."""
+    """Return the moving average over a centred window, truncated at the ends."""
     reach = max(1, len(values) // 40)
     sums = np.concatenate([[0.0], np.cumsum(values)])
     places = np.arange(len(values))

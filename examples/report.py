@@ -1,4 +1,4 @@
-"""What a trained system hears and says on held-out utterances: figures, pictures and audio."""
+"""Evaluate a trained system on held-out utterances; write tables, plots and audio."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Pair:
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """The modalities, and all data as their tokens: pairs to train and to test on, and what is not paired."""
+    """The modalities, and all data as tokens: training pairs, held-out pairs, and unpaired data."""
 
     text: TextModality
     speech: SpeechModality
@@ -65,13 +65,13 @@ class Corpus:
         return [pair.text for pair in self.held_out]
 
     def longest(self, name: str) -> int:
-        """Return a generous limit for what is decoded."""
+        """Return a generous limit for decoding."""
         return 10 + max(len(getattr(pair, name)) for pair in [*self.pairs, *self.held_out])
 
 
 @dataclass(frozen=True, eq=False)
 class System:
-    """What one trained system made of the held-out utterances."""
+    """The outputs of one trained system for the held-out utterances."""
 
     name: str
     transcripts: list[str]
@@ -86,7 +86,7 @@ def evaluate(
     *,
     perplexity: float,
 ) -> System:
-    """Transcribe and speak every held-out utterance."""
+    """Transcribe and synthesise every held-out utterance."""
     print(f"{name}: transcribing and speaking {len(corpus.held_out)} held-out utterances", flush=True)
     given = [[mt.Segment("speech", pair.speech)] for pair in corpus.held_out]
     written = model.generate(given, output=["text"], max_new_tokens=corpus.longest("text"), do_sample=False)
@@ -111,9 +111,9 @@ def write_report(
     *,
     untouched: float,
 ) -> list[dict[str, Any]]:
-    """Judge all that was said, print the table and some transcripts; write the table, audio and pictures.
+    """Score all outputs, print the table and some transcripts; write the table, audio and plots.
 
-    `untouched` is the perplexity of the text decoder before anything was trained on pairs.
+    `untouched` is the perplexity of the text decoder before training on pairs.
     """
     truth = [pair.utterance.transcript for pair in corpus.held_out]
     originals = [pair.utterance.waveform for pair in corpus.held_out]
@@ -152,7 +152,7 @@ def write_report(
 
 
 def draw_alignment(model: mt.FusedModel, corpus: Corpus, folder: Path) -> None:
-    """Draw, for each direction, the head of cross-attention that follows the speech most steadily."""
+    """Plot, for each direction, the cross-attention head with the steadiest alignment."""
     pair = max(corpus.held_out[:SHOWN], key=lambda pair: len(pair.text))
     for source, target in (("speech", "text"), ("text", "speech")):
         tokens = {"speech": pair.speech, "text": pair.text}
@@ -189,7 +189,7 @@ def draw_alignment(model: mt.FusedModel, corpus: Corpus, folder: Path) -> None:
 
 
 def write_results(out: Path, settings: dict[str, Any], **results: Any) -> None:
-    """Write `results.json`: what was found, how, and on what machine."""
+    """Write `results.json`: results, settings and machine."""
     machine = {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -202,7 +202,7 @@ def write_results(out: Path, settings: dict[str, Any], **results: Any) -> None:
 
 
 def as_table(rows: Sequence[dict[str, Any]], *, count: int) -> str:
-    """Return the rows as a Markdown table, with what its words mean below it."""
+    """Return the rows as a Markdown table, followed by notes."""
     cells = [
         [
             f"{row[key]:.2f}" if key.startswith("text") and key in row else str(row.get(key, ""))
@@ -214,7 +214,7 @@ def as_table(rows: Sequence[dict[str, Any]], *, count: int) -> str:
 
 
 def aligned(lines: Sequence[Sequence[str]], *, numbers: int) -> str:
-    """Return a Markdown table, aligned in plain text too; so many last columns are set flush right."""
+    """Return a Markdown table, also aligned as plain text; the last `numbers` columns are right-aligned."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     sides = ["<"] * (len(widths) - numbers) + [">"] * numbers
     rule = [
@@ -228,10 +228,11 @@ def aligned(lines: Sequence[Sequence[str]], *, numbers: int) -> str:
 
 
 def _steadiness(weights: Tensor) -> float:
-    """Return how sharply, and how much in order, the target attends to the source.
+    """Return how sharp and monotonic the attention is.
 
-    The correlation of each target place with the source place it attends to most, in which sharp attention
-    weighs more, times the mean sharpness. About 0 where only tokens that are not drawn are attended to.
+    This is the correlation of target places with the source places that they attend to most, weighted by
+    sharpness (the maximal attention), times the mean sharpness. About 0 if only tokens that are not plotted
+    are attended to.
     """
     sharpness, places = weights.clamp(min=1e-6).max(1)
     points = torch.stack([torch.arange(len(weights), dtype=torch.float), places.float()])

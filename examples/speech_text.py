@@ -1,13 +1,13 @@
-"""Zip a text decoder and a speech decoder: speech recognition and synthesis from one fused model.
+"""Fuse a text decoder and a speech decoder for speech recognition and synthesis.
 
     python examples/speech_text.py                      # spoken digits, about ten minutes on two CPU cores
-    python examples/speech_text.py --quick              # the same path in a minute, too short to learn
+    python examples/speech_text.py --quick              # a smoke test of about a minute
     python examples/speech_text.py --task sentences --steps 6000
     python examples/speech_text.py --corpus my-recordings --text-model path/or/hub-id
 
-From nothing: a neural voice speaks, speech units are fitted, a small text decoder and a small speech decoder
-are pretrained on unpaired data, zipped in both directions, and trained on the pairs. All that it makes is
-kept in --out: the checkpoints, the audio, the pictures and the figures.
+Everything is made from scratch: speech by a synthetic voice, speech units, a small text decoder and a small
+speech decoder pretrained on unpaired data. They are linked in both directions and trained on pairs.
+Checkpoints, audio, plots and results are written to --out.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ SPEECH_DEPTH = 4
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything: utterances, units, steps of training (of each decoder, and on pairs)."""
+    """Sizes: number of utterances, units, training steps (of each decoder, and on pairs), ..."""
 
     pairs: int = 5000
     unpaired: int = 1000
@@ -85,7 +85,7 @@ QUICK = Size(
 
 @dataclass(frozen=True)
 class Data:
-    """Pairs to train on and to test on, and what is not paired."""
+    """Training pairs, held-out pairs, and unpaired data."""
 
     pairs: list[Utterance]
     held_out: list[Utterance]
@@ -196,7 +196,7 @@ def encode(data: Data, text: TextModality, speech: SpeechModality) -> Corpus:
         bar = tqdm(utterances, desc="encoding", unit="clip")
         return [Pair(one, text.encode(one.transcript), speech.encode(one.waveform)) for one in bar]
 
-    with threadpool_limits(1):  # clips are short: threads would spend their time waiting for each other
+    with threadpool_limits(1):  # threads do not pay off for short clips
         return Corpus(
             text,
             speech,
@@ -213,7 +213,7 @@ def pretrain_towers(
     corpus: Corpus,
     out: Path,
 ) -> dict[str, str]:
-    """Make each tower an ordinary transformers checkpoint; nothing here is paired."""
+    """Pretrain each tower on unpaired data, as an ordinary transformers checkpoint."""
     jobs = {"speech": (corpus.speech, corpus.unpaired_speech)}
     if options.text_model is None:
         jobs["text"] = (corpus.text, corpus.unpaired_text)
@@ -231,7 +231,7 @@ def pretrain_towers(
 
 
 def zip_towers(folders: dict[str, str], position: str | None) -> mt.FusedModel:
-    """Declare the fusion: text stays frozen, speech learns on."""
+    """Compile the fusion: text is frozen, speech is trained."""
     graph = mt.FusionGraph()
     graph.add_tower("speech", folders["speech"], train="all")
     graph.add_tower("text", folders["text"])
@@ -243,19 +243,19 @@ def zip_towers(folders: dict[str, str], position: str | None) -> mt.FusedModel:
 
 
 def examples(pairs: Sequence[Pair]) -> list[list[Example]]:
-    """Make the two tasks, recognition and synthesis: every pair both ways."""
+    """Make examples of both tasks, recognition and synthesis, from every pair."""
     spoken = [(one.speech, one.text) for one in pairs]
     written = [(one.text, one.speech) for one in pairs]
     return [directed(spoken, "speech", "text"), directed(written, "text", "speech")]
 
 
 def training_batches(corpus: Corpus, options: argparse.Namespace, size: Size) -> Iterator[list[Example]]:
-    """Yield a batch of each task in turn."""
+    """Yield batches of the tasks in turn."""
     return in_turn(*(endless(task, size.batch, options.seed) for task in examples(corpus.pairs)))
 
 
 def fit(model: mt.FusedModel, corpus: Corpus, options: argparse.Namespace, size: Size) -> Run:
-    """Train on the pairs; so much of the speech that speech is continued from is noise."""
+    """Train on the pairs, with noise in the speech tower's own history."""
     return train(
         model,
         training_batches(corpus, options, size),
@@ -270,13 +270,13 @@ def fit(model: mt.FusedModel, corpus: Corpus, options: argparse.Namespace, size:
 def steps_within(
     seconds: float, model: mt.FusedModel, corpus: Corpus, options: argparse.Namespace, size: Size
 ) -> int:
-    """Estimate how many steps of `fit` take so long."""
+    """Estimate how many steps of `fit` take this many seconds."""
     batches = training_batches(corpus, options, size)
     return estimated_steps(seconds, model, batches, lambda twin: twin.parameter_groups(lr=size.lr))
 
 
 def train_rival(folder: str, corpus: Corpus, options: argparse.Namespace, size: Size, out: Path) -> System:
-    """Train vocabulary expansion on the same pairs for the same number of steps, all parameters tuned."""
+    """Train all parameters of vocabulary expansion on the same pairs for the same number of steps."""
     native = transformers.AutoModelForCausalLM.from_pretrained(folder)
     modalities = {"text": corpus.text, "speech": corpus.speech}
     model = mt.baseline.VocabularyExpansion(native, modalities, train="all").to(options.device)
@@ -293,7 +293,7 @@ def train_rival(folder: str, corpus: Corpus, options: argparse.Namespace, size: 
 
 
 def check_in_a_new_process(pipe: mt.Pipeline, corpus: Corpus, out: Path) -> None:
-    """Load the checkpoint elsewhere, and see that it hears the same."""
+    """Load the checkpoint in another process, and check that it transcribes the same."""
     given, limit = [mt.Segment("speech", corpus.held_out[0].speech)], corpus.longest("text")
     here = pipe(given, output="text", max_new_tokens=limit, do_sample=False).strip()
     script, clip = Path(__file__).with_name("transcribe.py"), out / "audio/00-original.wav"

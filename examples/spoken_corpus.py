@@ -1,4 +1,4 @@
-"""Spoken corpora: spoken on the spot by a neural voice, or read from a folder of recordings.
+"""Spoken corpora, from a synthetic voice or a folder of recordings.
 
 ```python
 phrases = number_phrases(2000, seed=0)
@@ -11,8 +11,9 @@ write_corpus(train, "corpus")
 train = read_corpus("corpus")                                               # or your own recordings
 ```
 
-On disk a corpus has the layout of LJSpeech: `metadata.csv`, one line `id|transcript` a clip, and the clips in
-`wavs/`. From recordings alone, the transcripts of one half and the waveforms of the other are unpaired data.
+On disk, a corpus has the layout of LJSpeech: `metadata.csv`, with one line `id|transcript` per clip, and the
+clips in `wavs/`. For unpaired data from recordings, use the transcripts of one half and the waveforms of the
+other.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ import soundfile
 from phrases import DIGITS
 
 SAMPLE_RATE = 16_000
-MARGIN = SAMPLE_RATE // 20  # silence left on either side of the speech, in samples
+MARGIN = SAMPLE_RATE // 20  # silence kept on either side of the speech, in samples
 
 
 @dataclass(frozen=True, eq=False)
 class Utterance:
-    """What was said, and its sound: float32, mono, 16 kHz, within [-1, 1]."""
+    """A transcript and its waveform: float32, mono, 16 kHz, within [-1, 1]."""
 
     transcript: str
     waveform: np.ndarray
@@ -49,15 +50,15 @@ Item = TypeVar("Item", str, Utterance)
 
 
 def split(items: Sequence[Item], held_out: int, seed: int) -> tuple[list[Item], list[Item]]:
-    """Divide utterances (or transcripts) so that no transcript is on both sides.
+    """Split utterances (or transcripts) so that no transcript is in both lists.
 
     Args:
-        items: what to divide; each side keeps its order.
-        held_out: how many different transcripts go to the second list.
-        seed: the same seed gives the same division.
+        items: the items; both lists keep their order.
+        held_out: number of distinct transcripts in the second list.
+        seed: random seed.
 
     Raises:
-        ValueError: `held_out` does not leave at least one transcript on each side.
+        ValueError: a list would be empty.
     """
 
     def transcript(item: Item) -> str:
@@ -77,17 +78,17 @@ def split(items: Sequence[Item], held_out: int, seed: int) -> tuple[list[Item], 
 def speak(
     transcripts: Sequence[str], *, seed: int, tempo: float = 0.0, workers: int = 2, progress: bool = True
 ) -> list[Utterance]:
-    """Have a neural voice (hibari) read the transcripts, with silence trimmed at both ends.
+    """Synthesise the transcripts with a neural voice (hibari), trimming silence at both ends.
 
-    The voice's prosody follows from the words alone; the seed varies the breath noise, so no two readings
-    are byte-identical. Threads do it: synthesis spends its time outside Python's lock.
+    The prosody depends only on the words; the seed varies the breath noise, so no two readings are identical.
+    Threads suffice, because synthesis releases the GIL.
 
     Args:
         transcripts: lower-case words.
-        seed: the same seed and list give the same sound, whatever `workers` is.
-        tempo: spread of the speaking rate: 0.1 draws each rate from 0.9 to 1.1. A rate that the words do not
-            foretell makes speech harder to learn to produce.
-        workers: threads.
+        seed: random seed; the result does not depend on `workers`.
+        tempo: spread of the speaking rate: 0.1 draws rates from 0.9 to 1.1. Random rates make speech harder
+            to learn to generate.
+        workers: number of threads.
         progress: show a progress bar.
 
     Raises:
@@ -98,7 +99,7 @@ def speak(
     except ImportError as error:
         raise ImportError("speak() needs a synthesiser: pip install multitower[examples]") from error
     voice = Hibari(threads=1)
-    voice("ready")  # loads the pronunciation dictionaries before the threads share them
+    voice("ready")  # loads the dictionaries that the threads share
 
     def read_aloud(task: tuple[int, str]) -> Utterance:
         index, transcript = task
@@ -114,7 +115,7 @@ def speak(
 
 
 def _script(transcript: str) -> str:
-    """Punctuate: digits are read one by one, a sentence falls at its end."""
+    """Add punctuation: commas between digits, a full stop at the end."""
     words = transcript.split()
     return (", " if set(words) <= set(DIGITS) else " ").join(words) + "."
 
@@ -135,9 +136,9 @@ def _progress(items: Iterable[Utterance], total: int, title: str, shown: bool) -
 
 
 def write_corpus(utterances: Sequence[Utterance], folder: str | Path) -> Path:
-    """Write a corpus that `read_corpus` reads back, sound for sound: 16-bit WAV files and `metadata.csv`.
+    """Write a corpus for `read_corpus`: 16-bit WAV files and `metadata.csv`.
 
-    The folder gets its name only when it is complete, so a run that is killed leaves no half-written corpus.
+    The folder is renamed to its name when it is complete, so a killed run leaves no partial corpus.
 
     Returns:
         The folder.
@@ -169,9 +170,9 @@ def read_corpus(folder: str | Path, *, limit: int | None = None, progress: bool 
     """Read a folder of recordings with their transcripts, in the layout of LJSpeech.
 
     Args:
-        folder: holds `metadata.csv`, lines `id|transcript` or `id|transcript|normalised` (preferred), and
-            audio named after the ids, in `wavs/` or beside the file, in any format and at any rate.
-        limit: read only so many lines, for a corpus that does not fit in memory.
+        folder: contains `metadata.csv`, with lines `id|transcript` or `id|transcript|normalised` (the latter
+            is preferred), and audio files named by id, in `wavs/` or beside it, in any format and rate.
+        limit: maximum number of lines to read.
         progress: show a progress bar.
 
     Raises:
@@ -221,7 +222,7 @@ def _read_sound(path: Path, where: str) -> np.ndarray:
 
 
 def clean_transcript(text: str) -> str:
-    """Lower the case, drop punctuation, keep letters, digits and the apostrophes within words.
+    """Convert to lower case and drop punctuation, except apostrophes within words.
 
     >>> clean_transcript("Don't stop -- it's Room 4!")
     "don't stop it's room 4"

@@ -1,4 +1,4 @@
-"""What a model of speech, text and images makes of held-out phrases, from any of the three into any other."""
+"""Evaluate a model of speech, text and images on held-out phrases, in all directions."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ their tokens.
 
 @dataclass(frozen=True, eq=False)
 class Phrase:
-    """A phrase in all three modalities: as it is (a string, samples, pixels), and as tokens, by tower."""
+    """A phrase in all three modalities: raw data (a string, samples, pixels) and tokens, by tower."""
 
     words: str
     raw: Mapping[str, Any]
@@ -38,12 +38,12 @@ class Phrase:
 
 @dataclass(frozen=True)
 class Route:
-    """A way from what is given to what is asked for.
+    """A way from given modalities to an output.
 
     Attributes:
         given: The towers whose true segments are given.
-        output: The towers that are decoded, the last being what is asked for.
-        alone: Whether each tower is shown only the segment before its own, not all of the example.
+        output: The towers to decode, in order; the last is the output.
+        alone: Whether each tower gets only the segment before its own, instead of the whole example.
     """
 
     given: tuple[str, ...]
@@ -52,18 +52,18 @@ class Route:
 
     @property
     def title(self) -> str:
-        """What is given, and what is asked for."""
+        """The given modalities and the output."""
         return f"{' + '.join(self.given)} → {self.output[-1]}"
 
     @property
     def way(self) -> str:
-        """What lies between."""
+        """The modality in between, if any."""
         if len(self.output) == 1:
             return "directly"
         return f"through {self.output[0]}" + (" alone" if self.alone else "")
 
     def is_trained(self, paired: Sequence[tuple[str, str]]) -> bool:
-        """Whether these towers, and no others, stood together in training."""
+        """Whether there were training pairs of exactly these towers."""
         return {*self.given, self.output[-1]} in [set(pair) for pair in paired]
 
 
@@ -85,7 +85,7 @@ ROUTES = (
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """What came out at the end of a route, one for each held-out phrase, and what its judge reads there."""
+    """The outputs of a route for the held-out phrases, and their readings by a judge."""
 
     title: str
     way: str
@@ -95,21 +95,21 @@ class Answer:
     read: list[str]
 
     def row(self, phrases: Sequence[Phrase]) -> dict[str, Any]:
-        """Return a line of the table."""
+        """Return a row of the table."""
         errors = word_errors([phrase.words for phrase in phrases], self.read)
         found = {"direction": self.title, "way": self.way, "pairs in training": self.trained}
         return {**found, "word errors %": errors}
 
 
 class Readers:
-    """Writes down in words what a text, a sound or an image says; none of it was trained with towers."""
+    """Reads texts, sounds and images as words, with recognisers independent of the towers."""
 
     def __init__(self, images: ImageJudge, speech: Judge) -> None:
         self.images, self.speech = images, speech
         self.heard: dict[bytes, str] = {}
 
     def read(self, tower: str, raws: Sequence[Any]) -> list[str]:
-        """Read what `tower` wrote; a sound that came before is not heard again."""
+        """Return the words in outputs of a tower; transcriptions of sounds are cached."""
         if tower == "image":
             return [self.images.read(image) for image in raws]
         if tower == "speech":
@@ -123,7 +123,7 @@ class Readers:
 def ceilings(
     phrases: Sequence[Phrase], modalities: Mapping[str, mt.Modality], readers: Readers
 ) -> list[Answer]:
-    """Read the true sounds and images, and those that are made from their true tokens."""
+    """Read the original sounds and images, and those decoded from their true tokens."""
     answers = []
     for tower in ("speech", "image"):
         originals = [phrase.raw[tower] for phrase in phrases]
@@ -143,7 +143,7 @@ def follow(
     limit: int,
     paired: Sequence[tuple[str, str]],
 ) -> Answer:
-    """Take every held-out phrase along a route, and read what comes out."""
+    """Generate the output of a route for every held-out phrase, and read it."""
     print(f"{route.title}, {route.way}", flush=True)
     rows = [[mt.Segment(name, phrase.tokens[name]) for name in route.given] for phrase in phrases]
     for output in [[name] for name in route.output] if route.alone else [list(route.output)]:
@@ -155,7 +155,7 @@ def follow(
 
 
 def as_markdown(rows: Sequence[Mapping[str, Any]], *, count: int) -> str:
-    """Return the rows as a Markdown table, with what its words mean below it."""
+    """Return the rows as a Markdown table, followed by notes."""
     lines = [["held-out phrases", "way", "pairs in training", "word errors %"]]
     for row in rows:
         trained = {None: "", True: "yes", False: "none"}[row["pairs in training"]]
@@ -164,7 +164,7 @@ def as_markdown(rows: Sequence[Mapping[str, Any]], *, count: int) -> str:
 
 
 def write_audio(folder: Path, phrases: Sequence[Phrase], answers: Sequence[Answer]) -> None:
-    """Write what was spoken for the first phrases, named after the phrase and the way."""
+    """Write the generated speech of the first phrases."""
     folder.mkdir(exist_ok=True)
     for answer in answers:
         if answer.tower == "speech":
@@ -175,7 +175,7 @@ def write_audio(folder: Path, phrases: Sequence[Phrase], answers: Sequence[Answe
 
 
 def draw_answers(phrases: Sequence[Phrase], answers: Sequence[Answer], path: Path) -> None:
-    """Draw the images that were asked for beside their prompts: a phrase a line, a route a column."""
+    """Draw the generated images beside their prompts: a row per phrase, a column per route."""
     drawn = [answer for answer in answers if answer.tower == "image"]
     shown = phrases[:SHOWN]
     figure = Figure(figsize=(2.6 + 2.3 * len(drawn), 0.6 + 0.85 * len(shown)), layout="constrained", dpi=150)

@@ -1,11 +1,11 @@
-"""Bimodal data, trimodal model: speech and text, text and images, and what follows for speech and images.
+"""Train a model of speech, text and images on pairs with text only, and evaluate speech and images.
 
     python examples/three_towers.py            # spoken and handwritten digits, about a quarter of an hour
-    python examples/three_towers.py --quick    # the same path in less than a minute, too short to learn
+    python examples/three_towers.py --quick    # a smoke test of less than a minute
 
-Three small decoders are pretrained, each on its own modality. One graph links all of them with each other,
-and every batch holds two: spoken phrases and their text, or text and rows of handwritten digits. No phrase
-stands in both kinds of pairs, and nothing pairs speech with images. The report asks for all six directions.
+Three small decoders are pretrained, each on its own modality. A graph links each with every other. A batch
+has pairs of two modalities: spoken phrases and their text, or text and rows of handwritten digits. No phrase
+is in both kinds of pairs, and there are no pairs of speech and images. The report covers all six directions.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ PAIRED = (("speech", "text"), ("text", "image"))
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything: phrases, tokens, steps of training (of each decoder, and on pairs)."""
+    """Sizes: number of phrases, tokens, training steps (of each decoder, and on pairs), ..."""
 
     spoken: int = 3750
     unpaired_speech: int = 600
@@ -97,7 +97,7 @@ QUICK = Size(
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """The modalities and what they encoded: pairs by the two towers they join, rows of one tower alone."""
+    """The modalities and the encoded data: pairs by their two towers, unpaired rows by tower."""
 
     modalities: dict[str, mt.Modality]
     pairs: dict[tuple[str, str], list[tuple[Tensor, Tensor]]]
@@ -106,7 +106,7 @@ class Corpus:
 
     @property
     def longest(self) -> int:
-        """Return a generous limit for what is decoded."""
+        """Return a generous limit for decoding."""
         return 10 + max(len(row) for phrase in self.held_out for row in phrase.tokens.values())
 
 
@@ -184,7 +184,7 @@ def parse() -> argparse.Namespace:
 
 
 def make_corpus(options: argparse.Namespace, size: Size) -> tuple[Corpus, ImageJudge]:
-    """Deal out phrases so that none is both spoken and drawn, speak and draw them, and encode everything."""
+    """Split phrases so that none is both spoken and drawn; synthesise, draw and encode them."""
     spoken, held_out_from = size.spoken, size.spoken + size.drawn
     paired = number_phrases(held_out_from + size.held_out, seed=options.seed)
     random.Random(options.seed).shuffle(paired)
@@ -204,7 +204,7 @@ def make_corpus(options: argparse.Namespace, size: Size) -> tuple[Corpus, ImageJ
     )
     image = ImageModality.fit(hand.pixels, strips=size.strips, width=size.strip_width, seed=options.seed)
     modalities = {"speech": speech, "text": text, "image": image}
-    with threadpool_limits(1):  # clips are short: threads would spend their time waiting for each other
+    with threadpool_limits(1):  # threads do not pay off for short clips
         units = [speech.encode(sound) for sound in tqdm(sounds, desc="encoding", unit="clip")]
     held_out = []
     for words, sound in zip(unseen, sounds[spoken + len(alone) :], strict=True):
@@ -223,7 +223,7 @@ def make_corpus(options: argparse.Namespace, size: Size) -> tuple[Corpus, ImageJ
 
 
 def fuse(folders: dict[str, str]) -> mt.FusedModel:
-    """Declare the fusion: every tower may read every other; text stays frozen, the others learn on."""
+    """Compile the fusion: all towers are linked; text is frozen, the others are trained."""
     graph = mt.FusionGraph()
     graph.add_tower("speech", folders["speech"], train="all")
     graph.add_tower("text", folders["text"])
@@ -244,7 +244,7 @@ def direction(example: Example) -> str:
 
 
 def training_batches(corpus: Corpus, size: Size, options: argparse.Namespace) -> Iterator[list[Example]]:
-    """Yield the four directions that have pairs, in turn: each batch holds two of the three towers."""
+    """Yield batches of the four directions with pairs, in turn."""
     tasks: list[list[Example]] = []
     for (one, other), pairs in corpus.pairs.items():
         tasks.append(directed(pairs, one, other))
@@ -253,7 +253,7 @@ def training_batches(corpus: Corpus, size: Size, options: argparse.Namespace) ->
 
 
 def fit(model: mt.FusedModel, corpus: Corpus, size: Size, options: argparse.Namespace) -> Run:
-    """Train on the pairs, and watch what every link contributes, those without pairs too."""
+    """Train on the pairs, and record the contributions of all links, also those without pairs."""
     watched = []
     for source, target in permutations(model.graph.towers, 2):
         pairs = [(phrase.tokens[source], phrase.tokens[target]) for phrase in corpus.held_out[:WATCHED]]
@@ -271,20 +271,20 @@ def fit(model: mt.FusedModel, corpus: Corpus, size: Size, options: argparse.Name
 
 
 def noise(size: Size, options: argparse.Namespace) -> Callable[[list[Example]], dict]:
-    """Return what collates training batches, with noise where speech and images are continued."""
+    """Return a collate function with noise in the history of speech and images."""
     return noisy({"speech": size.noise, "image": size.noise}, options.seed)
 
 
 def steps_within(
     seconds: float, model: mt.FusedModel, corpus: Corpus, size: Size, options: argparse.Namespace
 ) -> int:
-    """Estimate how many steps of `fit` take so long."""
+    """Estimate how many steps of `fit` take this many seconds."""
     batches = training_batches(corpus, size, options)
     return estimated_steps(seconds, model, batches, lambda twin: twin.parameter_groups(lr=size.lr))
 
 
 def changed(model: mt.FusedModel, before: Mapping[str, Tensor]) -> dict[str, str]:
-    """Count the tensors of each tower and link that are not, bit for bit, what they were before."""
+    """Count, for each tower and link, the tensors that are not bit for bit the same as before."""
     counts: dict[str, list[bool]] = {}
     for key, value in model.state_dict().items():
         part = "/".join(key.split(".")[:2])
@@ -293,7 +293,7 @@ def changed(model: mt.FusedModel, before: Mapping[str, Tensor]) -> dict[str, str
 
 
 def largest_contributions(taps: Mapping[str, float]) -> dict[str, float]:
-    """Return, for each link, what the tap that contributes most adds to the state of its tower.
+    """Return the largest contribution among the taps of each link.
 
     >>> largest_contributions({"step": 9, "a->b 0-0": 0.1, "a->b 1-1": 0.3, "b->a 0-0": 0.0})
     {'a->b': 0.3, 'b->a': 0.0}
@@ -307,7 +307,7 @@ def largest_contributions(taps: Mapping[str, float]) -> dict[str, float]:
 
 
 def report(model: mt.FusedModel, corpus: Corpus, readers: Readers, out: Path) -> list[dict[str, Any]]:
-    """Follow every route, print and write the table, draw the images, write the sounds."""
+    """Evaluate every route; write the table, images and sounds."""
     phrases, modalities = corpus.held_out, corpus.modalities
     answers = ceilings(phrases, modalities, readers)
     for route in ROUTES:

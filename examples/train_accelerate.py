@@ -1,4 +1,4 @@
-"""Fuse a speech decoder and a text decoder by accelerate, on one process or many.
+"""Fuse a speech decoder and a text decoder with accelerate, on one or several processes.
 
 accelerate launch examples/train_accelerate.py metadata.csv --speech DECODER MODALITY --text DECODER MODALITY
 """
@@ -14,7 +14,7 @@ from train_data import Recipe, fuse, loader, optimizer_of, parse
 
 
 def main(recipe: Recipe) -> list[float]:
-    """Train, save, and return the loss of every step."""
+    """Train and save; return the loss of every step."""
     accelerator = Accelerator()
     model, processes = fuse(recipe), accelerator.num_processes
     model, *others = accelerator.prepare(model, *optimizer_of(model, recipe), loader(recipe))
@@ -27,7 +27,7 @@ def main(recipe: Recipe) -> list[float]:
         total = zero.float()
         for batch in batches:
             loss = model(**batch, logits=False, num_items_in_batch=counts).loss
-            accelerator.backward(loss * processes)  # gradients are averaged over them
+            accelerator.backward(loss * processes)  # DDP averages gradients
             total += loss.detach()
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

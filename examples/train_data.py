@@ -1,6 +1,6 @@
-"""What the recipes share: two decoders to fuse, and examples from the columns of a data set.
+"""Shared by the training recipes: the fusion, the data, the optimizer.
 
-train_plain.py, train_accelerate.py, train_lightning.py and train_trainer.py do the same by four engines.
+train_plain.py, train_accelerate.py, train_lightning.py and train_trainer.py run the same recipe.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from multitower_text import TextModality
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is fused, what it learns from, and how long.
+    """A fusion, its data and training.
 
     Attributes:
-        metadata: a CSV file with the columns file_name, a sound, and transcription, what is said there.
-        decoders: folders or Hub ids of the decoders of speech and text.
-        modalities: what encodes for them.
-        out: where the fused model is saved.
-        steps: how often the weights change.
-        batch: examples in a batch.
-        accumulate: batches in a step.
+        metadata: a CSV file with the columns file_name (a sound file) and transcription.
+        decoders: folders or Hub ids of the speech and text decoders.
+        modalities: their modalities.
+        out: output folder of the fused model.
+        steps: number of optimizer steps.
+        batch: examples per batch.
+        accumulate: batches per step.
     """
 
     metadata: str
@@ -50,12 +50,12 @@ class Recipe:
 
     @property
     def warm_up_steps(self) -> int:
-        """In how many steps the learning rate rises."""
+        """Number of steps in which the learning rate warms up."""
         return math.ceil(self.warm_up * self.steps)
 
 
 def fuse(recipe: Recipe) -> mt.FusedModel:
-    """Link the decoders both ways; text stays frozen."""
+    """Link the decoders in both directions; text is frozen."""
     torch.manual_seed(recipe.seed)
     graph = mt.FusionGraph()
     graph.add_tower("speech", recipe.decoders["speech"], train="all")
@@ -66,7 +66,7 @@ def fuse(recipe: Recipe) -> mt.FusedModel:
 
 
 def read(recipe: Recipe) -> datasets.Dataset:
-    """Encode recognition and synthesis, mix them, and return the rows of all steps in their order."""
+    """Encode recognition and synthesis examples; return the mixed rows of all steps, in order."""
     data = datasets.load_dataset("csv", data_files=recipe.metadata, split="train")
     hears, says = {"file_name": "speech"}, {"transcription": "text"}
     options: dict[str, Any] = {"num_proc": recipe.processes}
@@ -79,7 +79,7 @@ def read(recipe: Recipe) -> datasets.Dataset:
 
 
 def loader(recipe: Recipe) -> DataLoader:
-    """Load the batches of one step after the other: a list of those that are accumulated."""
+    """Return a loader that yields, for each step, the list of its batches."""
     collate, size = Collator(), recipe.batch
 
     def collate_step(rows: list[dict]) -> list[mt.batch.Batch]:
@@ -89,7 +89,7 @@ def loader(recipe: Recipe) -> DataLoader:
 
 
 def optimizer_of(model: mt.FusedModel, recipe: Recipe) -> tuple[torch.optim.Optimizer, Any]:
-    """Return AdamW and the schedule of its rate: it rises, then falls along a cosine to a tenth."""
+    """Return AdamW, and a schedule with warm-up and cosine decay to a tenth of the learning rate."""
     groups = model.parameter_groups(recipe.lr)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.01)
     name, options = "cosine_with_min_lr", {"min_lr_rate": 0.1}

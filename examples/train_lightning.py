@@ -1,4 +1,4 @@
-"""Fuse a speech decoder and a text decoder by Lightning (pip install lightning).
+"""Fuse a speech decoder and a text decoder with Lightning (pip install lightning).
 
 python examples/train_lightning.py metadata.csv --speech DECODER MODALITY --text DECODER MODALITY
 """
@@ -15,7 +15,7 @@ from train_data import Recipe, fuse, loader, optimizer_of, parse
 
 
 class Fusing(lightning.LightningModule):
-    """Trains a fused model; a step is normalised by the tokens of all its batches, so it is done by hand."""
+    """Trains a fused model, with manual optimisation: losses are normalised by all tokens of a step."""
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Fusing(lightning.LightningModule):
 
 
 def main(recipe: Recipe) -> list[float]:
-    """Train, save, and return the loss of every step."""
+    """Train and save; return the loss of every step."""
     module = Fusing(recipe)
     trainer = lightning.Trainer(max_epochs=1, devices=1, logger=False, enable_checkpointing=False)
     trainer.fit(module, loader(recipe))

@@ -1,4 +1,4 @@
-"""Fuse a speech decoder and a text decoder by a loop in plain PyTorch.
+"""Fuse a speech decoder and a text decoder with a training loop in plain PyTorch.
 
 python examples/train_plain.py metadata.csv --speech DECODER MODALITY --text DECODER MODALITY
 """
@@ -13,7 +13,7 @@ from train_data import Recipe, fuse, loader, optimizer_of, parse
 
 
 def main(recipe: Recipe) -> list[float]:
-    """Train, save, and return the loss of every step."""
+    """Train and save; return the loss of every step."""
     model = fuse(recipe).to("cuda" if torch.cuda.is_available() else "cpu")
     optimizer, schedule = optimizer_of(model, recipe)
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -1,4 +1,4 @@
-"""Fuse a speech decoder and a text decoder by transformers' Trainer, as the library extends it.
+"""Fuse a speech decoder and a text decoder with ``multitower.train.Trainer``.
 
 python examples/train_trainer.py metadata.csv --speech DECODER MODALITY --text DECODER MODALITY
 """
@@ -13,14 +13,14 @@ from train_data import Recipe, fuse, parse, read
 
 
 def main(recipe: Recipe) -> list[float]:
-    """Train, save, and return the loss of every step."""
+    """Train and save; return the loss of every step."""
     model = fuse(recipe)
     arguments = transformers.TrainingArguments(
         recipe.out,
         max_steps=recipe.steps,
         per_device_train_batch_size=recipe.batch,
         gradient_accumulation_steps=recipe.accumulate,
-        train_sampling_strategy="sequential",  # the rows are in their order
+        train_sampling_strategy="sequential",  # rows are already in order
         learning_rate=recipe.lr,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": 0.1},

@@ -1,4 +1,4 @@
-"""How the examples train: by transformers' Trainer, all by one recipe, and batches for it."""
+"""Training and batches of the examples, with the transformers Trainer."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ import multitower as mt
 from multitower.train import Trainer
 
 Example = list[mt.Segment]
-POOL = 16  # batches that are sorted by length together, so that little is padded
-WATCHED = 16  # held-out examples of each direction on which contributions are watched
-FOR_TRAINING = 0.8  # of the time that is left before training; the rest is for the report
-WARM_UP, TIMED = 4, 8  # steps; where two or four tasks take turns, each has as many of them as another
+POOL = 16  # batches sorted by length together, to reduce padding
+WATCHED = 16  # held-out examples per direction for measuring contributions
+FOR_TRAINING = 0.8  # fraction of the remaining time; the rest is for the report
+WARM_UP, TIMED = 4, 8  # steps; multiples of the number of alternating tasks (two or four)
 
 
 @dataclass
 class Run:
-    """What a training run left behind: its steps and seconds, and what was logged on the way."""
+    """The steps, seconds and log of a training run."""
 
     steps: int
     seconds: float = 0.0
@@ -38,7 +38,7 @@ class Run:
 
 
 class Follow(transformers.TrainerCallback):
-    """Keeps the loss of every step and what is watched about fifty times, and shows a progress bar."""
+    """Records the loss of every step, and the result of ``watch`` about fifty times; shows a progress bar."""
 
     def __init__(self, run: Run, names: Sequence[str], watch: Callable[[], dict] | None, title: str) -> None:
         self.run, self.names, self.watch, self.shown = run, names, watch, {}
@@ -73,20 +73,19 @@ def train(
     named: Callable[[Example], str] = lambda example: example[-1].tower,
     watch: Callable[[], dict[str, float]] | None = None,
 ) -> Run:
-    """Train with AdamW; the learning rate warms up, then falls along a cosine to a tenth.
+    """Train with AdamW; the learning rate warms up, then decays along a cosine to a tenth.
 
-    Nothing depends on how long a step takes, so that a busy machine finds the same as an idle one. The state
-    of torch's random numbers is afterwards what it was before.
+    The result does not depend on the speed of the machine. torch's random state is restored afterwards.
 
     Args:
-        module: a FusedModel, or anything else that ``transformers.Trainer`` trains; in eval mode afterwards.
-        batches: an endless supply.
+        module: a FusedModel, or any module for ``transformers.Trainer``; in eval mode afterwards.
+        batches: an endless iterator.
         groups: optimizer parameter groups, each with its own learning rate.
-        steps: how many batches are taken; the schedule is stretched over them.
-        title: stands before the progress bar.
-        collate: makes of a batch what the module takes.
-        named: under which name the loss of a batch is kept, asked of its first example.
-        watch: returns values by name, kept as the run's `contributions`; called about fifty times in all, and
+        steps: number of batches; the schedule is scaled to it.
+        title: title of the progress bar.
+        collate: converts a batch to the module's inputs.
+        named: returns the name under which to record a batch's loss, from its first example.
+        watch: returns values by name, recorded as the run's `contributions`; called about fifty times, and
             after the last step, with the module in eval mode.
     """
     taken, run = list(islice(batches, steps)), Run(steps)
@@ -97,7 +96,7 @@ def train(
         arguments = transformers.TrainingArguments(
             folder,
             max_steps=steps,
-            per_device_train_batch_size=1,  # batch: they are ready made, of unlike sizes
+            per_device_train_batch_size=1,  # items are complete batches
             train_sampling_strategy="sequential",
             remove_unused_columns=False,
             max_grad_norm=1.0,
@@ -125,7 +124,7 @@ def train(
 
 
 def scale(progress: float, warmup: float = 0.03) -> float:
-    """Return what the learning rate is multiplied by where so much of the training, 0 to 1, is behind."""
+    """Return the factor of the learning rate at a fraction of the training, 0 to 1."""
     return min(1.0, progress / warmup) * (0.55 + 0.45 * math.cos(math.pi * progress))
 
 
@@ -135,12 +134,12 @@ def estimated_steps(
     batches: Iterator[list[Example]],
     make_groups: Callable[[nn.Module], list[dict]],
 ) -> int:
-    """Return how many steps of `train` fit into so many seconds, at least one, by timing some on a copy.
+    """Estimate how many steps of `train` take this many seconds (at least one), by timing a copy.
 
     Args:
-        seconds: how long training may take.
-        module: what is to be trained; it stays as it is.
-        batches: a supply of their own: some are used up.
+        seconds: time for training.
+        module: the module to train; it is not changed.
+        batches: a separate iterator; some batches are consumed.
         make_groups: returns `groups` for a copy of the module.
     """
     twin = copy.deepcopy(module)
@@ -152,7 +151,7 @@ def estimated_steps(
 
 
 def watching(model: mt.FusedModel, tasks: Iterable[list[Example]]) -> Callable[[], dict[str, float]]:
-    """Return what `train` may watch: how much each tap of each link contributes on examples of each task."""
+    """Return a `watch` function for `train`: the contribution of each tap on examples of each task."""
     batches = [mt.batch.to_device(mt.collate(examples), model.device) for examples in tasks]
 
     def watch() -> dict[str, float]:
@@ -165,13 +164,13 @@ def watching(model: mt.FusedModel, tasks: Iterable[list[Example]]) -> Callable[[
 
 
 def in_turn(*supplies: Iterator[list[Example]]) -> Iterator[list[Example]]:
-    """Take a batch from each supply in turn."""
+    """Alternate between several iterators."""
     for batches in zip(*supplies, strict=True):
         yield from batches
 
 
 def endless(examples: Sequence[Example], size: int, seed: int) -> Iterator[list[Example]]:
-    """Yield batches of about equally long examples for ever, in a new order each time round."""
+    """Yield batches of examples of similar lengths for ever, shuffled in each epoch."""
     rng = random.Random(seed)
     while True:
         order = rng.sample(range(len(examples)), len(examples))
@@ -187,7 +186,7 @@ def endless(examples: Sequence[Example], size: int, seed: int) -> Iterator[list[
 def noisy(
     history: Mapping[str, float], seed: int, sources: Mapping[str, float] | None = None
 ) -> Callable[[list[Example]], dict]:
-    """Return a `collate` that replaces tokens of each tower: of its own past, and of what others read."""
+    """Return a `collate` with noise: in each tower's own history, and in what others read."""
     generator = torch.Generator().manual_seed(seed)
 
     def collate(examples: list[Example]) -> dict:
@@ -198,12 +197,12 @@ def noisy(
 
 
 def directed(pairs: Iterable[tuple[Tensor, Tensor]], source: str, target: str) -> list[Example]:
-    """Make examples in which the target tower answers to the source tower."""
+    """Make examples with the source tower's segment as prompt and the target tower's as target."""
     return [[mt.Segment(source, given), mt.Segment(target, asked, target=True)] for given, asked in pairs]
 
 
 def small_decoder(modality: mt.Modality, *, width: int, depth: int) -> transformers.PreTrainedModel:
-    """Make a new decoder of the Llama type for the tokens of a modality."""
+    """Return a randomly initialised Llama decoder for the tokens of a modality."""
     config = transformers.LlamaConfig(
         vocab_size=modality.vocab_size,
         hidden_size=width,
@@ -229,10 +228,10 @@ def pretrain_decoders(
     seed: int,
     device: str,
 ) -> dict[str, str]:
-    """Make a small decoder of each modality from its own rows of tokens; nothing here is paired.
+    """Pretrain a small decoder of each modality on unpaired rows of tokens.
 
     Returns:
-        For each name the folder of an ordinary transformers checkpoint.
+        The folder of each decoder's transformers checkpoint, by name.
     """
     folders = {}
     for name, (modality, rows) in jobs.items():
@@ -246,7 +245,7 @@ def pretrain_decoders(
 def pretrain(
     model: nn.Module, name: str, rows: Sequence[Tensor], steps: int, *, lr: float, batch: int, seed: int
 ) -> Run:
-    """Teach a decoder to predict its own modality: rows of tokens, nothing paired."""
+    """Pretrain a decoder on rows of tokens of its modality."""
 
     def collate(examples: list[Example]) -> dict:
         stream = mt.collate(examples)["streams"][name]
@@ -259,7 +258,7 @@ def pretrain(
 
 @torch.no_grad()
 def perplexity(model: nn.Module, rows: Sequence[Tensor], device: str) -> float:
-    """Return the perplexity per token of rows of tokens, the first of each being given."""
+    """Return the perplexity per token of rows of tokens, given the first token of each."""
     total, count = 0.0, 0
     for row in rows:
         tokens = row[None].to(device)

@@ -1,4 +1,4 @@
-"""Use a fused checkpoint: write down a clip, or say a line.
+"""Use a fused checkpoint: transcribe a clip, or synthesise a line.
 
 python examples/transcribe.py runs/speech_text/fused clip.wav
 python examples/transcribe.py runs/speech_text/fused --say "four two nine" said.wav

@@ -1,25 +1,25 @@
-"""The errors of the library; each is one of Python's own kinds, too."""
+"""Exceptions of the library; each also derives from a built-in exception."""
 
 
 class MultitowerError(Exception):
-    """What all errors of the library's own are."""
+    """Base class of all exceptions of the library."""
 
 
 class GraphError(MultitowerError, ValueError):
-    """A graph that is malformed, or cannot be compiled."""
+    """A graph is malformed or cannot be compiled."""
 
 
 class TowerError(MultitowerError, ValueError):
-    """A model that cannot be used as a tower."""
+    """A model cannot be used as a tower."""
 
 
 class CheckpointError(MultitowerError, ValueError):
-    """A checkpoint that is missing, damaged, or not of this model."""
+    """A checkpoint is missing, damaged, or does not belong to this model."""
 
 
 class PluginError(MultitowerError, ImportError):
-    """A plugin that is not installed, cannot be imported, or is not what it should be."""
+    """A plugin is not installed, cannot be imported, or has the wrong type."""
 
 
 class ExportError(MultitowerError, ValueError):
-    """A tower that cannot be exported."""
+    """A tower cannot be exported."""

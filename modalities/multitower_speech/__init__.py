@@ -1,6 +1,6 @@
-"""Speech for `multitower`: waveforms to discrete units, and back.
+"""Speech for `multitower`: discrete units from waveforms, and back.
 
-`SpeechModality` fits its units on your own audio, `CodecModality` takes a neural codec of transformers, and
+`SpeechModality` fits units on your own audio, `CodecModality` uses a neural codec from transformers, and
 `HubertModality` clusters the hidden states of a self-supervised model.
 """
 

@@ -1,4 +1,4 @@
-"""Sound in any form to blocks of mono samples at one rate, with bounded memory."""
+"""Convert audio in any form to mono samples at one rate, with bounded memory."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ Audio: TypeAlias = str | os.PathLike[str] | bytes | Samples | tuple[Samples, flo
 
 
 def waveform(audio: Audio, rate: int = SAMPLE_RATE) -> Floats:
-    """Return any accepted form of sound as mono samples, all at once.
+    """Return audio in any accepted form as mono samples, all at once.
 
     >>> waveform((np.zeros((8000, 2)), 8000)).shape
     (16000,)
 
     Args:
-        audio: What ``blocks`` takes.
-        rate: Samples per second of the result.
+        audio: See ``blocks``.
+        rate: Sample rate of the result, in Hz.
 
     Returns:
         float32, shape (length,), length at least 1.
@@ -45,7 +45,7 @@ def waveform(audio: Audio, rate: int = SAMPLE_RATE) -> Floats:
 
 
 def blocks(audio: Audio, rate: int = SAMPLE_RATE) -> Iterator[Floats]:
-    """Return any accepted form of sound as mono samples, some seconds at a time.
+    """Yield audio in any accepted form as mono samples, a few seconds at a time.
 
     >>> [len(block) for block in blocks((np.zeros(600_000, dtype=np.int16), 32_000))]  # doctest: +ELLIPSIS
     [13..., ...]
@@ -54,14 +54,14 @@ def blocks(audio: Audio, rate: int = SAMPLE_RATE) -> Iterator[Floats]:
         audio: The path of a sound file; the bytes of one; samples at 16 kHz; or a tuple of samples and
             their rate in Hz. Samples are arrays or tensors of shape (length,) or (length, channels): floats
             in -1..1, or PCM of dtype int16 or int32, or uint8 around 128, which is divided by its range.
-        rate: Samples per second of the result.
+        rate: Sample rate of the result, in Hz.
 
     Yields:
-        float32, shape (length,), together at least one sample. Channels are averaged.
+        float32, shape (length,), at least one sample in total. Channels are averaged.
 
     Raises:
-        TypeError: It is none of these.
-        ValueError: It is empty, not finite, of another shape or dtype, or no sound that soundfile reads.
+        TypeError: The audio is in none of these forms.
+        ValueError: It is empty, not finite, of another shape or dtype, or soundfile cannot read it.
         FileNotFoundError: There is no such file.
         ImportError: The ``speech`` extra is not installed.
     """
@@ -104,9 +104,10 @@ def _read(source: str | io.BytesIO, name: str, rate: int) -> Iterator[Floats]:
 
 
 def _warn_if_cut_off(log: str, name: str) -> None:
-    """Warn where a file of plain samples is shorter than its header says, which libsndfile notes.
+    """Warn if libsndfile's log says that an uncompressed file is shorter than its header declares.
 
-    Other formats it refuses to read then. Headers written before the length was known name the largest one.
+    Truncated files of other formats are errors. Headers written before the length was known declare the
+    maximum length; these are not warned about.
     """
     found = re.search(r"(?:data|SSND) *: (\d+) \(should be (\d+)\)", log)
     if found and int(found[2]) < int(found[1]) < LENGTH_UNKNOWN:
@@ -117,7 +118,7 @@ def _warn_if_cut_off(log: str, name: str) -> None:
 
 
 def resampled(parts: Iterable[Samples], given: float, rate: int, name: str) -> Iterator[Floats]:
-    """Return samples, in parts of any lengths, as mono at another rate; how they are cut changes nothing.
+    """Convert parts of samples to mono at another rate; the result does not depend on how they are split.
 
     >>> tone = np.sin(np.arange(3000) / 10)
     >>> whole = np.concatenate(list(resampled([tone], 44_100, 16_000, "tone")))
@@ -126,13 +127,13 @@ def resampled(parts: Iterable[Samples], given: float, rate: int, name: str) -> I
     (1088, True)
 
     Args:
-        parts: Samples as ``blocks`` takes them; empty parts are allowed.
+        parts: Samples in the forms of ``blocks``; empty parts are allowed.
         given: Their rate in Hz.
-        rate: Samples per second of the result.
-        name: What messages call them.
+        rate: Sample rate of the result, in Hz.
+        name: Their name in error messages.
 
     Raises:
-        TypeError: A part is no array or tensor.
+        TypeError: A part is neither an array nor a tensor.
         ValueError: There are no samples, or they are not finite, or of another shape or dtype.
     """
     if isinstance(given, bool) or not isinstance(given, Real) or not 0 < given < math.inf:
@@ -161,7 +162,7 @@ def resampled(parts: Iterable[Samples], given: float, rate: int, name: str) -> I
 
 
 def pieces(waveforms: Iterable[Audio]) -> Iterator[tuple[Audio, AbstractContextManager[None]]]:
-    """Yield each of several pieces of audio, and a context in which errors say which it is.
+    """Yield pieces of audio, each with a context that adds its index to errors.
 
     >>> for audio, named in pieces([np.zeros(3), np.zeros(0)]):
     ...     with named:

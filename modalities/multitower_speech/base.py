@@ -1,4 +1,4 @@
-"""What all speech modalities share: forms of audio, layouts of units, streaming."""
+"""Base class of speech modalities: audio input, layout of units, streaming."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from .seams import sound_in_pieces
 
 
 class DiscreteSpeech(mt.Modality):
-    """Speech as frames of units from one or several codebooks, laid out in one stream of tokens.
+    """Speech as frames of units from one or several codebooks, interleaved into one stream of tokens.
 
-    `SpeechModality`, `CodecModality` and `HubertModality` say by ``codes`` and ``sound`` which units.
+    Subclasses implement ``codes`` and ``sound``.
 
     Args:
-        layout: How the units of several codebooks take turns.
+        layout: How the units of several codebooks are interleaved.
         rate: Frames per second.
-        sample_rate: Samples per second of what ``sound`` gives, and of what ``codes`` gets.
+        sample_rate: Sample rate of the input of ``codes`` and the output of ``sound``, in Hz.
 
     Attributes:
         vocab_size: Number of ids: the units of all codebooks, begin and end, and the blank of the delayed
             pattern.
-        begin: Id of the token that opens every encoded segment.
-        end: Id of the token that closes every encoded segment.
-        rate: Frames per second; every frame takes a token for each codebook.
-        sample_rate: Samples per second of what ``decode`` gives.
-        layout: How the units of several codebooks take turns.
+        begin: Id of the first token of every encoded segment.
+        end: Id of the last token of every encoded segment.
+        rate: Frames per second; a frame has one token per codebook.
+        sample_rate: Sample rate of the output of ``decode``, in Hz.
+        layout: How the units of several codebooks are interleaved.
     """
 
     accepts = (str, os.PathLike, bytes, np.ndarray, torch.Tensor, tuple)
@@ -46,12 +46,12 @@ class DiscreteSpeech(mt.Modality):
 
     @abstractmethod
     def codes(self, parts: Iterable[Floats]) -> Iterator[torch.Tensor]:
-        """Return the units of samples as soon as they are certain.
+        """Yield the units of samples as soon as they are final.
 
-        However the samples are cut, the units together are the same.
+        The units do not depend on how the samples are split into parts.
 
         Args:
-            parts: Mono samples at ``sample_rate``, float32, each of shape (length,), in all at least one.
+            parts: Mono samples at ``sample_rate``, float32, each of shape (length,), at least one in total.
 
         Yields:
             int64, shape (frames, codebooks).
@@ -80,22 +80,21 @@ class DiscreteSpeech(mt.Modality):
             raw: The path of a sound file; the bytes of one; samples at 16 kHz; or a tuple of samples and
                 their rate in Hz. Samples are arrays or tensors of shape (length,) or (length, channels):
                 floats in -1..1, or PCM of dtype int16 or int32, or uint8 around 128, which is divided by
-                its range. Channels are averaged. Files are read some seconds at a time.
+                its range. Channels are averaged. Files are read a few seconds at a time.
 
         Returns:
-            int64, shape (length,), begin and end included.
+            int64, shape (length,), including begin and end.
 
         Raises:
-            TypeError: It is none of these.
-            ValueError: The audio is empty, not finite, of another shape or dtype, or no sound that soundfile
-                reads.
+            TypeError: The audio is in none of these forms.
+            ValueError: It is empty, not finite, of another shape or dtype, or soundfile cannot read it.
             FileNotFoundError: There is no such file.
             ImportError: The ``speech`` extra is not installed.
         """
         return torch.cat(list(self.layout.weave_stream(self.codes(blocks(raw, self.sample_rate)))))
 
     def encode_stream(self, chunks: Iterable[Samples], rate: float = SAMPLE_RATE) -> Iterator[torch.Tensor]:
-        """Return the tokens of audio that arrives in chunks, as soon as they are certain.
+        """Yield the tokens of audio that arrives in chunks, as soon as they are final.
 
         >>> from multitower_speech import SpeechModality
         >>> speech = SpeechModality(torch.randn(1, 16, 160))
@@ -104,15 +103,15 @@ class DiscreteSpeech(mt.Modality):
         [2, 1, 1, 1, 1, 2, 1]
 
         Args:
-            chunks: Samples in the forms that ``encode`` takes, in chunks of any lengths.
+            chunks: Arrays or tensors of samples as for ``encode``, of any lengths.
             rate: Their rate in Hz.
 
         Yields:
-            int64, shape (length,): begin with the first, end at the last. Together they are what ``encode``
-            gives for the whole, to the last token.
+            int64, shape (length,); the first has the begin token, the last the end token. Concatenated, they
+            equal the result of ``encode``.
 
         Raises:
-            TypeError: ``chunks``, or one of them, is of another type.
+            TypeError: ``chunks``, or one of them, has another type.
             ValueError: There are no samples, or they are not finite, or of another shape or dtype.
         """
         if isinstance(chunks, str | bytes | os.PathLike | np.ndarray | torch.Tensor):
@@ -121,31 +120,31 @@ class DiscreteSpeech(mt.Modality):
         return self.layout.weave_stream(self.codes(parts))
 
     def decode(self, tokens: torch.Tensor) -> Floats:
-        """Return the waveform of tokens, as a language model may emit them.
+        """Return the waveform of tokens, for any sequence that a language model may generate.
 
         >>> from multitower_speech import SpeechModality
         >>> speech = SpeechModality(torch.randn(2, 16, 160) - 5)
         >>> speech.decode(torch.tensor([20, 3, 17, 32, 5, 99])).shape    # units 3 and 5 begin frames
         (1280,)
 
-        A unit of the first codebook begins a frame, refined by the units of the others that follow in
-        order. Any other token is dropped: begin, end, ids past the vocabulary, units out of order.
+        A unit of the first codebook begins a frame, refined by units of the other codebooks that follow in
+        order. All other tokens are dropped: begin, end, ids beyond the vocabulary, units out of order.
 
         Args:
             tokens: Integers, shape (length,), with or without begin and end.
 
         Returns:
-            Samples at ``sample_rate``, float32, shape (length,), within -1..1; empty where no unit was given.
+            Samples at ``sample_rate``, float32, shape (length,), within -1..1; empty if there is no unit.
 
         Raises:
-            ValueError: The tokens are of another shape or dtype, or negative.
+            ValueError: The tokens have another shape or dtype, or are negative.
             ImportError: The ``speech`` extra is not installed.
         """
         codes = self.layout.unweave(tokens)
         return self.sound(codes) if len(codes) else np.zeros(0, dtype=np.float32)
 
     def decode_stream(self, pieces: Iterable[torch.Tensor]) -> Iterator[Floats]:
-        """Return the waveform of tokens that come in pieces, half a second at a time.
+        """Yield the waveform of tokens that arrive in pieces, half a second at a time.
 
         >>> from multitower_speech import SpeechModality
         >>> speech = SpeechModality(torch.randn(1, 16, 160))                # 25 units a second
@@ -153,15 +152,14 @@ class DiscreteSpeech(mt.Modality):
         >>> len(pieces), abs(sum(map(len, pieces)) - 5.12 * 16_000) <= 128  # 8 ms
         (11, True)
 
-        The pieces pass into each other without a click. Where a vocoder guesses phases, as Griffin-Lim does,
-        they are moved by up to 8 ms for that, and the waveform is as good as that of ``decode``, but not the
-        same.
+        Pieces are joined without clicks. If the vocoder estimates phases, as Griffin-Lim does, they are
+        shifted by up to 8 ms for this, so the waveform differs slightly from that of ``decode``.
 
         Args:
-            pieces: As ``decode`` takes tokens; each may be a single one.
+            pieces: Tokens as for ``decode``, one or more at a time.
 
         Yields:
-            Samples at ``sample_rate``, float32, shape (length,), within -1..1; nothing where no unit came.
+            Samples at ``sample_rate``, float32, shape (length,), within -1..1; nothing if there is no unit.
 
         Raises:
             ValueError: See ``decode``.
@@ -172,11 +170,11 @@ class DiscreteSpeech(mt.Modality):
         return sound_in_pieces(codes, self.sound, rate=self.rate, sample_rate=self.sample_rate)
 
     def write_file(self, raw: Floats, path: str | os.PathLike[str]) -> None:
-        """Write a waveform, as ``decode`` returns it, to a sound file; its ending says which kind.
+        """Write a waveform from ``decode`` to a sound file; its suffix determines the format.
 
         Raises:
             OSError: The file cannot be written.
-            ValueError: soundfile does not know the ending.
+            ValueError: soundfile does not know the suffix.
             ImportError: The ``speech`` extra is not installed.
         """
         soundfile = require("soundfile", "speech")

@@ -1,4 +1,4 @@
-"""Neural codecs of transformers: Mimi, EnCodec and DAC."""
+"""Neural codecs from transformers: Mimi, EnCodec and DAC."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .pretrained import PretrainedSpeech, load_model
 
 
 class CodecModality(PretrainedSpeech):
-    """Speech to the units of a neural codec, and back.
+    """Speech as units of a neural codec.
 
     >>> speech = CodecModality("kyutai/mimi", codebooks=8, pattern="delayed")      # doctest: +SKIP
     >>> speech.decode(speech.encode("clip.wav"))                                   # doctest: +SKIP
@@ -25,25 +25,25 @@ class CodecModality(PretrainedSpeech):
     >>> speech.encode(np.zeros(16_000)).shape, speech.rate, speech.vocab_size
     (torch.Size([502]), 250.0, 2050)
 
-    The codec's first codebooks are used, as many as asked for: fewer make shorter sequences and coarser
-    sound. Clips up to a window long get the codec's own units; longer ones are cut into windows.
+    The first codebooks of the codec are used: fewer make shorter sequences and coarser sound. Audio longer
+    than a window is encoded window by window.
 
     Args:
         model: A ``MimiModel``, ``EncodecModel`` or ``DacModel`` for mono sound, or the folder or Hub id of
             one.
-        codebooks: How many of its codebooks to use; None for all.
-        pattern: How units of several codebooks take turns, "flattened" or "delayed": see `Layout`.
-        window: Seconds that are encoded, or decoded, at a time.
+        codebooks: Number of codebooks to use; all by default.
+        pattern: How units of several codebooks are interleaved, "flattened" or "delayed": see `Layout`.
+        window: Seconds encoded or decoded at a time.
         revision: Branch, tag or commit of a Hub id.
 
     Attributes:
-        rate: Frames per second; every frame takes a token for each codebook.
-        sample_rate: That of the codec, in Hz, of what `decode` gives. Arrays without a rate given to `encode`
-            are at 16 kHz still: encode (samples, speech.sample_rate).
+        rate: Frames per second; a frame has one token per codebook.
+        sample_rate: The codec's sample rate in Hz, that of `decode`'s output. `encode` still assumes 16 kHz
+            for arrays without a rate: pass (samples, speech.sample_rate).
 
     Raises:
         CheckpointError: The model cannot be loaded.
-        ValueError: It is of another kind, not for mono sound, or has fewer codebooks.
+        ValueError: The model has another type, is not for mono sound, or has fewer codebooks.
         ImportError: transformers is not installed.
     """
 
@@ -94,7 +94,7 @@ class CodecModality(PretrainedSpeech):
         return codes[:count, :frames].T.long().cpu()
 
     def sound(self, codes: torch.Tensor) -> Floats:
-        """Return the samples of units; where one is missing, unit 0 stands in."""
+        """Return the samples of units; missing units count as unit 0."""
         with torch.no_grad():
             return np.concatenate([self._window_sound(part) for part in torch.split(codes, self._frames)])
 
@@ -112,10 +112,10 @@ class CodecModality(PretrainedSpeech):
         return np.pad(samples[:length], (0, max(0, length - len(samples))))
 
     def config(self) -> dict[str, Any]:
-        """Return where the model is, and the settings."""
+        """Return the model's source, and the settings."""
         return {**super().config(), "codebooks": self.layout.codebooks}
 
     @classmethod
     def restore(cls, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Self:
-        """Make the modality of its config."""
+        """Rebuild the modality from its config."""
         return cls(**config)

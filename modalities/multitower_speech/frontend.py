@@ -1,4 +1,4 @@
-"""Samples at 16 kHz to log-mel frames of 20 ms, and back by Griffin-Lim."""
+"""Log-mel frames of 20 ms from samples at 16 kHz, and back by Griffin-Lim."""
 
 from __future__ import annotations
 
@@ -35,23 +35,23 @@ def _mel(samples: Floats) -> Floats:
 
 
 def mel_slots(parts: Iterable[Floats], size: int, step: int = 1) -> Iterator[tuple[Floats, slice]]:
-    """Return log-mel frames, in slots that begin at every `size`-th frame, as soon as they are certain.
+    """Yield log-mel frames as soon as they are final, in slots of `size` frames.
 
     >>> parts = np.split(np.zeros(6400, dtype=np.float32), [100, 4000])
     >>> [new for _, new in mel_slots(parts, size=8)]        # of twenty frames
     [slice(0, 8, None), slice(0, 3, None), slice(3, 8, None), slice(0, 2, None), slice(2, 4, None)]
 
-    Each slot is computed from arrays of the same shape wherever the parts begin and end, so that not even
-    the rounding of a frame depends on them.
+    Every slot is computed from an array of the same shape, so the frames do not depend on how the samples are
+    split, not even by rounding.
 
     Args:
         parts: Samples at 16 kHz, float32, each of shape (length,).
         size: Frames in a slot.
-        step: Before the end, frames come in multiples of this, which divides `size`.
+        step: Until the end, new frames come in multiples of this; it divides `size`.
 
     Yields:
-        A slot, float32, shape (size, 80), and which of its frames are new; later ones mean nothing.
-        The last frame of all is padded with zeros.
+        A slot, float32, shape (size, 80), and a slice of its new frames; ignore those after it. The samples
+        of the last frame are padded with zeros.
     """
     held, done, ended = np.zeros(MARGIN, dtype=np.float32), 0, False
     whole = size * HOP + 2 * MARGIN
@@ -79,7 +79,7 @@ def log_mel(parts: Iterable[Floats]) -> Floats:
     (50, 80)
 
     Args:
-        parts: Samples, float32, each of shape (length,), together at least one.
+        parts: Samples, float32, each of shape (length,), at least one in total.
 
     Returns:
         Natural logarithms of mel magnitudes, float32, shape (ceil(length / 320), 80).
@@ -94,8 +94,8 @@ def log_mels(waveforms: Iterable[Audio]) -> list[Floats]:
     [(50, 80), (50, 80)]
 
     Raises:
-        ValueError: One of them is unfit (the message gives its index), there are none, or it is a
-            single piece of audio instead of several.
+        ValueError: One of them is invalid (the message has its index), there are none, or a single piece of
+            audio is given.
     """
     mels = []
     for audio, named in pieces(waveforms):
@@ -105,14 +105,14 @@ def log_mels(waveforms: Iterable[Audio]) -> list[Floats]:
 
 
 def stacked(frames: Floats, stack: int) -> Floats:
-    """Join neighbouring frames; the last is repeated to fill.
+    """Concatenate neighbouring frames; the last is repeated as padding.
 
     >>> stacked(np.zeros((5, 80), dtype=np.float32), 2).shape
     (3, 160)
 
     Args:
         frames: float32, shape (n, 80).
-        stack: How many frames make one vector.
+        stack: Number of frames per vector.
 
     Returns:
         float32, shape (ceil(n / stack), stack * 80).
@@ -122,15 +122,15 @@ def stacked(frames: Floats, stack: int) -> Floats:
 
 
 def griffin_lim(frames: Floats, *, iterations: int = 32, seed: int = 0) -> Floats:
-    """Return samples whose log-mel frames are near those given.
+    """Return samples whose log-mel frames approximate those given.
 
     >>> griffin_lim(np.full((50, 80), np.log(FLOOR), dtype=np.float32)).shape
     (16000,)
 
     Args:
         frames: Natural logarithms of mel magnitudes, float32, shape (n, 80).
-        iterations: Rounds of phase estimation.
-        seed: Of the phases at the start.
+        iterations: Iterations of phase estimation.
+        seed: Seed of the initial phases.
 
     Returns:
         Samples at 16 kHz, float32, shape (320 * n,), clipped to -1..1.

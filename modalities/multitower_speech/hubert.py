@@ -1,4 +1,4 @@
-"""Units of self-supervised speech models: hidden states of HuBERT and its kin, clustered."""
+"""Units from self-supervised speech models: clustered hidden states of HuBERT and similar models."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .units import codebooks_of, dequantize, fit_codebooks, quantize
 
 
 class HubertModality(PretrainedSpeech):
-    """Speech to the units of a self-supervised model, and back by a regression to log-mel frames.
+    """Speech as units of a self-supervised model, decoded by a regression to log-mel frames.
 
     >>> speech = HubertModality.fit("facebook/hubert-base-ls960", clips, layer=9)  # doctest: +SKIP
     >>> speech.decode(speech.encode("clip.wav"))                                   # doctest: +SKIP
@@ -31,25 +31,25 @@ class HubertModality(PretrainedSpeech):
     >>> tokens.shape, speech.decode(tokens).shape
     (torch.Size([52]), (16000,))
 
-    The hidden states of one layer are clustered by k-means. Such units say what is spoken rather than who
-    speaks, and there is no way back to sound in the model, so `fit` also learns one: from the units' centres
-    to log-mel frames, and by Griffin-Lim to a waveform, in the voice of the audio that it was fitted on.
+    The hidden states of one layer are clustered by k-means. Such units represent content rather than the
+    speaker. As the model cannot synthesise sound, `fit` also trains a regression from the units' centres to
+    log-mel frames, followed by Griffin-Lim; the voice is that of the training audio.
 
     Args:
-        model: A ``HubertModel``, ``Wav2Vec2Model``, ``WavLMModel`` or other of their make, or the folder or
-            Hub id of one.
-        codebooks: Centres, float32, shape (codebooks, units, hidden size).
-        regressor: From centres to log-mel frames.
+        model: A ``HubertModel``, ``Wav2Vec2Model``, ``WavLMModel`` or similar, or the folder or Hub id of
+            one.
+        codebooks: Cluster centres, float32, shape (codebooks, units, hidden size).
+        regressor: Maps centres to log-mel frames.
         layer: Which hidden states: 0 before the first layer, n after the n-th.
-        normalize: Whether windows are brought to zero mean and unit variance, ``do_normalize`` in the
+        normalize: Whether to normalise windows to zero mean and unit variance; ``do_normalize`` in the
             model's ``preprocessor_config.json``.
-        pattern: How units of several codebooks take turns, "flattened" or "delayed": see `Layout`.
-        window: Seconds that are encoded at a time.
+        pattern: How units of several codebooks are interleaved, "flattened" or "delayed": see `Layout`.
+        window: Seconds encoded at a time.
         revision: Branch, tag or commit of a Hub id.
 
     Raises:
         CheckpointError: The model cannot be loaded.
-        ValueError: It is of another kind or has no such layer, or the codebooks have another shape or dtype.
+        ValueError: The model has another type or no such layer; or the codebooks have another shape or dtype.
         ImportError: transformers is not installed.
     """
 
@@ -100,24 +100,24 @@ class HubertModality(PretrainedSpeech):
         seed: int = 0,
         revision: str | None = None,
     ) -> Self:
-        """Fit units, and their way back to sound, on some audio; some ten minutes of it go a long way.
+        """Fit units and the regression on audio; about ten minutes of it go a long way.
 
         Args:
-            model: See above.
+            model: See the class.
             waveforms: Pieces of audio, each in any form that `encode` takes.
             layer: Which hidden states: 0 before the first layer, n after the n-th.
-            units: Number of units in a codebook.
-            codebooks: Number of codebooks, each clustering what the one before left over.
-            normalize: See above.
-            pattern: See above.
-            window: See above.
+            units: Number of units per codebook.
+            codebooks: Number of codebooks; each clusters the residuals of the previous ones.
+            normalize: See the class.
+            pattern: See the class.
+            window: See the class.
             refine_steps: Training steps of the regression, at least 1.
-            seed: The same seed, model and audio give the same units on the same machine.
+            seed: Random seed; the units are reproducible on the same machine.
             revision: Branch, tag or commit of a Hub id.
 
         Raises:
-            ValueError: An argument is out of range, there is too little audio for so many units, or a
-                waveform is unfit.
+            ValueError: An argument is out of range, there is too little audio for this number of units, or a
+                waveform is invalid.
             ImportError: transformers, or the ``speech`` extra, is not installed.
         """
         if refine_steps < 1:
@@ -152,7 +152,7 @@ class HubertModality(PretrainedSpeech):
             return griffin_lim(self.regressor(dequantize(codes, self.codebooks)).numpy())
 
     def config(self) -> dict[str, Any]:
-        """Return where the model is, and the settings."""
+        """Return the model's source, and the settings."""
         return {**super().config(), "layer": self.layer, "normalize": self.normalize}
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -161,14 +161,14 @@ class HubertModality(PretrainedSpeech):
 
     @classmethod
     def restore(cls, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Self:
-        """Make the modality of its config and tensors."""
+        """Rebuild the modality from its config and tensors."""
         books = codebooks_of(tensors)
         regressor = Refiner.restore(weights(tensors, "regressor."), residual=False)
         return cls(codebooks=books, regressor=regressor, **config)
 
 
 def _check_model(model: Any, layer: int) -> int:
-    """Return the samples per frame of a model that this is for."""
+    """Check the model; return its number of samples per frame."""
     config = model.config
     strides = getattr(config, "conv_stride", None)
     hop = math.prod(strides) if strides else 0
@@ -183,7 +183,7 @@ def _check_model(model: Any, layer: int) -> int:
 
 
 def _hidden(model: Any, samples: Floats, layer: int, normalize: bool) -> torch.Tensor:
-    """Return the hidden states, float32, shape (frames, width), of whole frames of samples."""
+    """Return the hidden states, float32, shape (frames, width), of a whole number of frames."""
     config = model.config
     hop, seen = 1, 1
     for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
@@ -192,7 +192,7 @@ def _hidden(model: Any, samples: Floats, layer: int, normalize: bool) -> torch.T
         samples = (samples - samples.mean()) / np.sqrt(samples.var() + 1e-7)
     margin = seen - hop
     padded = torch.from_numpy(np.pad(samples, (margin // 2, margin - margin // 2)))
-    # transformers 5.21 draws random numbers for layers to drop, also where none is
+    # transformers draws random numbers for layer drop even in eval mode
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         batch = padded.to(model.device, model.dtype).unsqueeze(0)
         output = model(batch, output_hidden_states=True)

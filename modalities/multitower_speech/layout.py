@@ -1,4 +1,4 @@
-"""The units of several codebooks, frame by frame, to one stream of tokens and back."""
+"""Interleave the units of several codebooks into one stream of tokens, and back."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PATTERNS = ("flattened", "delayed")
 
 @dataclass(frozen=True)
 class Layout:
-    """How the units of several codebooks take turns in one stream.
+    """How the units of several codebooks are interleaved into one stream of tokens.
 
     >>> codes = torch.tensor([[0, 1, 2], [3, 4, 5]])        # two frames, three codebooks of ten units
     >>> Layout(3, 10).weave(codes).tolist()
@@ -23,18 +23,18 @@ class Layout:
     >>> Layout(3, 10, "delayed").weave(codes).tolist()      # four steps; 32 is the blank
     [30, 0, 32, 32, 3, 11, 32, 32, 14, 22, 32, 32, 25, 31]
 
-    Unit u of codebook c is token c * units + u. Flattened, each frame gives a token from every codebook in
-    order. Delayed, each step does, codebook c that of the frame c steps back (the delay pattern of MusicGen,
-    arXiv 2306.05284, read row by row): the coarse units of later frames are known before the fine ones of
-    earlier frames. Where there is no such frame, at both ends, stands the blank.
+    Unit u of codebook c is token c * units + u. In the flattened pattern, each frame is a token from every
+    codebook, in order. In the delayed pattern (MusicGen, arXiv 2306.05284, read row by row), each step has
+    the unit of codebook c from c frames earlier: coarse units of later frames come before fine ones of
+    earlier frames. At both ends, missing units are blanks.
 
     Args:
-        codebooks: How many there are.
-        units: Number of units in each.
+        codebooks: Number of codebooks.
+        units: Number of units per codebook.
         pattern: "flattened" or "delayed".
 
     Raises:
-        ValueError: There is no such pattern, or nothing to lay out.
+        ValueError: There is no such pattern, or a number is less than 1.
     """
 
     codebooks: int
@@ -72,11 +72,11 @@ class Layout:
         return list(range(self.codebooks)) if self.pattern == "delayed" else [0] * self.codebooks
 
     def weave(self, codes: Tensor) -> Tensor:
-        """Return the tokens of units of shape (frames, codebooks), begin and end included."""
+        """Return the tokens of units of shape (frames, codebooks), including begin and end."""
         return torch.cat(list(self.weave_stream([codes])))
 
     def weave_stream(self, parts: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Return the tokens of units that come in parts, each of shape (frames, codebooks)."""
+        """Yield the tokens of units that arrive in parts, each of shape (frames, codebooks)."""
         longest = max(self._delays)
         held = torch.full((longest, self.codebooks), -1)
         opening = torch.tensor([self.begin])
@@ -95,7 +95,7 @@ class Layout:
         return torch.where(steps < 0, blank, steps + numbers * self.units).flatten()
 
     def unweave_stream(self, pieces: Iterable[Tensor], every: int = 1) -> Iterator[Tensor]:
-        """Return the units of tokens that come in pieces, as soon as later ones cannot change them.
+        """Yield the units of tokens that arrive in pieces, as soon as later tokens cannot change them.
 
         >>> pieces = torch.tensor([1, 12, 2, 13, 3]).split(2)
         >>> [codes.tolist() for codes in Layout(2, 10).unweave_stream(pieces)]
@@ -103,10 +103,10 @@ class Layout:
 
         Args:
             pieces: Integers, each of shape (length,).
-            every: How many tokens are waited for at least, before units are looked for.
+            every: Minimum number of new tokens before units are computed.
 
         Yields:
-            int64, shape (frames, codebooks), at least one frame; together what ``unweave`` gives of all.
+            int64, shape (frames, codebooks), at least one frame; concatenated, the result of ``unweave``.
         """
         open_frames = max(self._delays) + (self.codebooks > 1)
         tokens, seen, given = torch.empty(0, dtype=torch.int64), 0, 0
@@ -122,25 +122,25 @@ class Layout:
             yield rest
 
     def unweave(self, tokens: Tensor) -> Tensor:
-        """Return the units of tokens, also of sequences that no encoder would give.
+        """Return the units of tokens, for any sequence.
 
         >>> Layout(2, 10).unweave(torch.tensor([14, 1, 12, 2, 3, 15, 15, 20, 99]))
         tensor([[ 1,  2],
                 [ 2, -1],
                 [ 3,  5]])
 
-        A unit of the first codebook begins a frame (a step, where units are delayed), those of the others
-        follow in order. Any other token is dropped: begin, end, ids past the vocabulary, units out of
-        order. So is a frame without a unit of the first codebook.
+        A unit of the first codebook begins a frame (in the delayed pattern, a step); those of the others
+        follow in order. All other tokens are dropped: begin, end, ids beyond the vocabulary, units out of
+        order. Frames without a unit of the first codebook are dropped, too.
 
         Args:
             tokens: Integers, shape (length,).
 
         Returns:
-            int64, shape (frames, codebooks): -1 where a unit is missing, and in the codebooks after it.
+            int64, shape (frames, codebooks): -1 for a missing unit, and for the codebooks after it.
 
         Raises:
-            ValueError: The tokens are of another shape or dtype, or negative.
+            ValueError: The tokens have another shape or dtype, or are negative.
         """
         steps: list[list[int]] = []
         due = self.codebooks

@@ -19,7 +19,7 @@ SLOT_UNITS = 32
 
 
 class SpeechModality(DiscreteSpeech):
-    """Speech to discrete units, and back to speech.
+    """Speech as discrete units fitted on your own audio.
 
     >>> noise = np.random.default_rng(0).normal(scale=0.1, size=32_000).astype(np.float32)
     >>> speech = SpeechModality.fit([noise], units=8, rate=25, refine_steps=2)
@@ -30,23 +30,23 @@ class SpeechModality(DiscreteSpeech):
     >>> audio.shape, audio.dtype, speech.sample_rate
     ((16000,), dtype('float32'), 16000)
 
-    Log-mel frames of 20 ms, stacked to the rate asked for, are clustered by k-means; with several
-    codebooks each clusters what the one before left over. Decoding takes the frames from the codebooks,
-    smooths them with a small convolutional network and finds a waveform by Griffin-Lim. All of it is
-    fitted on your own audio by `fit`, in seconds to minutes, so the units suit the voices in that audio.
+    Log-mel frames of 20 ms, stacked to the chosen rate, are clustered by k-means; further codebooks cluster
+    the residuals. To decode, frames from the codebooks are smoothed by a small convolutional network and
+    converted to a waveform by Griffin-Lim. `fit` fits everything on your own audio, in seconds to minutes, so
+    the units suit the voices in it.
 
     Args:
-        codebooks: Centres, float32, shape (codebooks, units, 80 * frames per unit).
-        refiner: What smooths the restored frames, or None.
-        pattern: How units of several codebooks take turns, "flattened" or "delayed": see `Layout`.
+        codebooks: Cluster centres, float32, shape (codebooks, units, 80 * frames per unit).
+        refiner: The network that smooths restored frames, or None.
+        pattern: How units of several codebooks are interleaved, "flattened" or "delayed": see `Layout`.
 
     Attributes:
         vocab_size: Number of ids: the units of all codebooks, begin and end, and the blank of the delayed
             pattern.
-        begin: Id of the token that opens every encoded segment.
-        end: Id of the token that closes every encoded segment.
-        rate: Units per second, of each codebook.
-        sample_rate: 16000, in Hz, of what `decode` gives.
+        begin: Id of the first token of every encoded segment.
+        end: Id of the last token of every encoded segment.
+        rate: Units per second of each codebook.
+        sample_rate: Sample rate of the output of `decode`, 16000 Hz.
 
     Raises:
         ValueError: The codebooks have another shape or dtype, or there is no such pattern.
@@ -84,7 +84,7 @@ class SpeechModality(DiscreteSpeech):
         refine_steps: int = 1000,
         seed: int = 0,
     ) -> Self:
-        """Fit units and their way back to sound on some audio; some ten minutes of it go a long way.
+        """Fit units and the refiner on audio; about ten minutes of it go a long way.
 
         >>> tone = np.sin(np.arange(16_000) * 0.2)
         >>> SpeechModality.fit([tone, (tone, 22_050)], units=4, rate=50, codebooks=2, refine_steps=0)
@@ -92,16 +92,16 @@ class SpeechModality(DiscreteSpeech):
 
         Args:
             waveforms: Pieces of audio, each in any form that `encode` takes.
-            units: Number of units in a codebook.
+            units: Number of units per codebook.
             rate: Units per second of each codebook: 50 over a whole number, such as 50, 25 or 50 / 3.
-            codebooks: Number of codebooks; a second of speech takes rate * codebooks tokens.
-            pattern: How units of several codebooks take turns, "flattened" or "delayed": see `Layout`.
-            refine_steps: Training steps of the network that smooths restored frames; 0 for none.
-            seed: The same seed and audio give the same units on the same machine.
+            codebooks: Number of codebooks; a second of speech has rate * codebooks tokens.
+            pattern: How units of several codebooks are interleaved, "flattened" or "delayed": see `Layout`.
+            refine_steps: Training steps of the refiner; 0 for none.
+            seed: Random seed; the units are reproducible on the same machine.
 
         Raises:
-            ValueError: An argument is out of range, there is too little audio for so many units,
-                or a waveform is unfit; the message says which.
+            ValueError: An argument is out of range, there is too little audio for this number of units, or a
+                waveform is invalid; the message says which.
             ImportError: The ``speech`` extra is not installed.
         """
         stack = _frames_per_unit(rate)
@@ -120,9 +120,9 @@ class SpeechModality(DiscreteSpeech):
         return cls(books, refiner, pattern=pattern)
 
     def codes(self, parts: Iterable[Floats]) -> Iterator[torch.Tensor]:
-        """Return the units of samples at 16 kHz as soon as they are certain."""
+        """Yield the units of samples at 16 kHz as soon as they are final."""
         for mel, new in mel_slots(parts, SLOT_UNITS * self._stack, self._stack):
-            mel[new.stop :] = mel[new.stop - 1]  # the last unit of all may be short of frames
+            mel[new.stop :] = mel[new.stop - 1]  # pads the last unit
             vectors = torch.from_numpy(mel.reshape(SLOT_UNITS, -1))
             yield quantize(vectors, self.codebooks)[new.start // self._stack : -(-new.stop // self._stack)]
 
@@ -135,7 +135,7 @@ class SpeechModality(DiscreteSpeech):
             return griffin_lim(self.refiner(vectors).numpy())
 
     def config(self) -> dict[str, Any]:
-        """Return what is not a tensor."""
+        """Return the pattern."""
         return {"pattern": self.layout.pattern}
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -145,7 +145,7 @@ class SpeechModality(DiscreteSpeech):
 
     @classmethod
     def restore(cls, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Self:
-        """Make the modality of its config and tensors."""
+        """Rebuild the modality from its config and tensors."""
         state = weights(tensors, "refiner.")
         refiner = Refiner.restore(state, residual=True) if state else None
         return cls(codebooks_of(tensors), refiner, pattern=config["pattern"])

@@ -1,4 +1,4 @@
-"""Models of transformers that turn windows of sound into units, kept by Hub id or stored beside."""
+"""Base class of speech modalities with a transformers model, saved by Hub id or with its weights."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ MODEL = "model"
 
 
 class PretrainedSpeech(DiscreteSpeech):
-    """Speech whose units a model of transformers finds, window by window.
+    """Speech encoded by a transformers model, window by window.
 
-    Windows are independent of each other, so memory is bounded and streamed tokens come a window at a time.
+    Windows are independent, so memory is bounded, and streamed tokens come one window at a time.
 
     Args:
         model: The model.
-        source: What it was loaded by: a Hub id is saved instead of the weights.
-        layout: How the units of several codebooks take turns.
+        source: What it was loaded from; a Hub id is saved instead of the weights.
+        layout: How the units of several codebooks are interleaved.
         hop: Samples per frame.
-        sample_rate: Samples per second that the model takes.
+        sample_rate: The model's sample rate in Hz.
         window: Length of a window in seconds, rounded to whole frames.
 
     Raises:
@@ -67,35 +67,39 @@ class PretrainedSpeech(DiscreteSpeech):
         """
 
     def codes(self, parts: Iterable[Floats]) -> Iterator[torch.Tensor]:
-        """Return the units of samples, a window at a time."""
+        """Yield the units of samples, a window at a time."""
         for samples in windows(parts, self._frames * self.hop):
             with torch.no_grad():
                 yield self.window_codes(np.pad(samples, (0, -len(samples) % self.hop)))
 
     def config(self) -> dict[str, Any]:
-        """Return where the model is, and the settings common to all."""
+        """Return the model's source, and the common settings."""
         revision = getattr(self.model.config, "_commit_hash", None) if self.source else None
         pattern = self.layout.pattern
         return {"model": self.source, "revision": revision, "pattern": pattern, "window": self.window}
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write the files of a modality and, unless the model has a Hub id, the model into ``model/``."""
+        """Write the modality's files, and the model to ``model/`` unless it has a Hub id."""
         super().save_pretrained(folder)
         if self.source is None:
             self.model.save_pretrained(Path(folder) / MODEL)
 
     @classmethod
     def read_config(cls, folder: Path) -> dict[str, Any]:
-        """Read the config, and say where a stored model lies."""
+        """Read the config, and add the path of a stored model."""
         config = super().read_config(folder)
         return config if config.get("model") else {**config, "model": str(folder / MODEL)}
 
 
 def window_frames(window: float, rate: float) -> int:
-    """Return the number of frames in a window of so many seconds.
+    """Return the number of frames in a window.
+
+    Args:
+        window: Seconds.
+        rate: Frames per second.
 
     Raises:
-        ValueError: There is none.
+        ValueError: The window is shorter than a frame.
     """
     frames = round(window * rate) if 0 < window < 1e6 else 0
     if frames < 1:
@@ -104,7 +108,7 @@ def window_frames(window: float, rate: float) -> int:
 
 
 def hub_id(source: Any) -> str | None:
-    """Return what a model was loaded by where that is a Hub id, and None where it is a folder or a model.
+    """Return the source of a model if it is a Hub id, None if it is a folder or a module.
 
     >>> hub_id("facebook/hubert-base-ls960"), hub_id("/tmp")
     ('facebook/hubert-base-ls960', None)
@@ -113,12 +117,12 @@ def hub_id(source: Any) -> str | None:
 
 
 def load_model(source: Any, revision: str | None = None) -> Any:
-    """Load a model of transformers from a folder or by Hub id; a model is given back as it is.
+    """Load a transformers model from a folder or Hub id; return a module unchanged.
 
     Only safetensors files are read.
 
     Raises:
-        CheckpointError: It cannot be loaded.
+        CheckpointError: The model cannot be loaded.
         ImportError: transformers is not installed.
     """
     if not isinstance(source, str | os.PathLike):
@@ -129,12 +133,12 @@ def load_model(source: Any, revision: str | None = None) -> Any:
     except (OSError, ValueError, SafetensorError) as error:
         raise mt.errors.CheckpointError(f"{source} cannot be loaded by transformers: {error}") from error
     for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data = tensor.data.clone()  # a mapped file is aligned unlike memory, and so rounds unlike it
+        tensor.data = tensor.data.clone()  # alignment in a mapped file differs, which changes rounding
     return model
 
 
 def windows(parts: Iterable[Floats], size: int) -> Iterator[Floats]:
-    """Cut samples anew, into windows of `size` and a last one that may be shorter.
+    """Regroup samples into windows of `size`; the last may be shorter.
 
     >>> [len(one) for one in windows([np.zeros(3), np.zeros(7), np.zeros(1)], 4)]
     [4, 4, 3]

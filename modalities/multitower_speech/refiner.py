@@ -1,4 +1,4 @@
-"""A small convolutional network from the vectors of units to log-mel frames."""
+"""A small convolutional network that maps the vectors of units to log-mel frames."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ def _conv(inputs: int, outputs: int, kernel: int, dilation: int = 1) -> nn.Conv1
 
 
 class Refiner(nn.Module):
-    """Vectors of units to the log-mel frames that they stand for.
+    """Maps the vectors of units to log-mel frames.
 
     >>> Refiner(160, 160, residual=True)(torch.zeros(25, 160)).shape       # one second, two frames a unit
     torch.Size([50, 80])
 
-    Each frame sees nine units on either side.
+    The receptive field is nine units on either side.
 
     Args:
         inputs: Width of a unit's vector.
         outputs: 80 * frames per unit.
-        residual: The vectors are log-mel frames themselves; what is learned is added to them.
-        width: Channels in between.
+        residual: Whether the vectors are log-mel frames, to which the network's output is added.
+        width: Hidden channels.
     """
 
     centre: Tensor
@@ -43,7 +43,7 @@ class Refiner(nn.Module):
         self.residual = residual
         self.first, self.last = _conv(inputs, width, 3), _conv(width, outputs, 3)
         for part in self.last.parameters():
-            nn.init.zeros_(part)  # before training, it adds nothing
+            nn.init.zeros_(part)  # before training, the output is zero
         self.blocks = nn.ModuleList(
             nn.Sequential(nn.GELU(), _conv(width, width, 3, dilation), nn.GELU(), _conv(width, width, 1))
             for dilation in (1, 2, 4)
@@ -61,10 +61,10 @@ class Refiner(nn.Module):
 
     @classmethod
     def restore(cls, tensors: Mapping[str, Tensor], *, residual: bool) -> Self:
-        """Make a refiner of its weights, ready for use.
+        """Rebuild a frozen refiner in eval mode from its weights.
 
         Raises:
-            KeyError, RuntimeError: They are not those of a refiner.
+            KeyError, RuntimeError: The tensors are not the weights of a refiner.
         """
         width, inputs, _ = tensors["first.weight"].shape
         refiner = cls(inputs, len(tensors["last.weight"]), residual=residual, width=width)
@@ -73,23 +73,23 @@ class Refiner(nn.Module):
 
 
 def weights(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Return the tensors whose names begin with a prefix, without it."""
+    """Return the tensors whose names start with a prefix, which is removed."""
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
 def fit_refiner(vectors: Tensor, frames: Tensor, *, steps: int, seed: int, residual: bool = False) -> Refiner:
-    """Train a refiner, for a minute or so, on the mean absolute error.
+    """Train a refiner on the mean absolute error, for about a minute.
 
     >>> frames = torch.randn(100, 80)
     >>> fit_refiner(frames, frames, steps=2, seed=0, residual=True).training
     False
 
     Args:
-        vectors: Those of units, float32, shape (n, inputs).
-        frames: The log-mel frames before quantising, float32, shape (n * frames per unit, 80).
+        vectors: The vectors of units, float32, shape (n, inputs).
+        frames: The original log-mel frames, float32, shape (n * frames per unit, 80).
         steps: Number of batches, each of 16 crops of 64 units.
-        seed: Of the weights and of the crops. The global random state is left as it was.
-        residual: The vectors are log-mel frames themselves.
+        seed: Seed of weights and crops. The global random state is unchanged.
+        residual: Whether the vectors are log-mel frames.
     """
     targets = frames.reshape(len(vectors), -1)
     with torch.random.fork_rng(devices=[]), torch.enable_grad():

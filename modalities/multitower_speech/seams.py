@@ -1,4 +1,4 @@
-"""Sound that is made piece by piece, without clicks where the pieces meet."""
+"""Synthesise sound piece by piece, joined without clicks."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ import torch
 from .audio import Floats
 
 PIECE = 0.5
-"""Seconds of sound in a piece."""
+"""Duration of a piece, in seconds."""
 
 AROUND = 0.16
-"""Seconds of units before and after a piece with which it is made, and of which the sound is not kept."""
+"""Context on either side of a piece for synthesis, in seconds; its sound is discarded."""
 
 SEAM = 0.02
-"""Seconds over which one piece passes into the next."""
+"""Duration of the cross-fade between pieces, in seconds."""
 
 SHIFT = 0.008
-"""Seconds by which a piece is moved at most, so that its waves go on where those before it were."""
+"""Maximum shift of a piece to align its phase with the previous one, in seconds."""
 
 
 def sound_in_pieces(
     parts: Iterable[torch.Tensor], sound: Callable[[torch.Tensor], Floats], *, rate: float, sample_rate: int
 ) -> Iterator[Floats]:
-    """Return the samples of units that come in parts.
+    """Yield the samples of units that arrive in parts.
 
     >>> def beep(codes):
     ...     return np.ones(len(codes) * 320, dtype=np.float32)
@@ -33,13 +33,13 @@ def sound_in_pieces(
     >>> [len(piece) for piece in sound_in_pieces(parts, beep, rate=50, sample_rate=16_000)]
     [7680, 8000, 9920]
 
-    Each piece is made with units before and after it. Where a vocoder guesses phases, two pieces have unlike
-    ones, so the later is moved by some milliseconds to where it is most like what came before, and faded in
+    Each piece is synthesised with some context. If the vocoder estimates phases, those of two pieces differ,
+    so the second is shifted by a few milliseconds for the best correlation with the first, and cross-faded
     (synchronised overlap-add: Roucos and Wilgus, "High quality time-scale modification for speech", 1985).
 
     Args:
-        parts: int64, each of shape (frames, codebooks).
-        sound: Returns the samples of units, float32, shape (length,).
+        parts: Units, int64, each of shape (frames, codebooks).
+        sound: Maps units to samples, float32, shape (length,).
         rate: Frames per second.
         sample_rate: Samples per second.
 
@@ -50,7 +50,7 @@ def sound_in_pieces(
     size = max(1, round(PIECE * rate))
     seam, shift = round(SEAM * sample_rate), round(SHIFT * sample_rate)
     held, done, tail = None, 0, np.zeros(0, dtype=np.float32)
-    late = 0  # samples more than there should be by now
+    late = 0  # surplus of samples so far
     for codes, last in _with_last(parts):
         held = codes if held is None else torch.cat([held, codes])
         while len(held) - done >= size + around or (last and done < len(held)):
@@ -73,7 +73,7 @@ def sound_in_pieces(
 
 
 def best_shift(before: Floats, after: Floats) -> int:
-    """Return where in what comes after stands what is most like what came before.
+    """Return the place in ``after`` that correlates best with ``before``.
 
     >>> wave = np.sin(np.arange(100) / 3).astype(np.float32)
     >>> best_shift(wave[20:40], wave[10:60])
@@ -81,17 +81,17 @@ def best_shift(before: Floats, after: Floats) -> int:
 
     Args:
         before: Samples, shape (length,).
-        after: More samples, of which each place is tried; the middle is where it should be.
+        after: More samples; every place is tried, and the middle is preferred among equals.
     """
     windows = np.lib.stride_tricks.sliding_window_view(after, len(before))
     likeness = windows @ before / (np.sqrt((windows**2).sum(1)) + 1e-6)
     middle = (len(windows) - 1) / 2
     far = np.abs(np.arange(len(windows)) - middle) / max(1, middle)
-    return int((likeness - 1e-3 * likeness.max() * far).argmax())  # of places as good, that in the middle
+    return int((likeness - 1e-3 * likeness.max() * far).argmax())
 
 
 def _with_last(parts: Iterable[torch.Tensor]) -> Iterator[tuple[torch.Tensor, bool]]:
-    """Return each part and whether it is the last; nothing at all if there is none."""
+    """Yield each part, and whether it is the last."""
     before = None
     for part in parts:
         if before is not None:

@@ -1,4 +1,4 @@
-"""Vectors to residual k-means units and back."""
+"""Residual k-means units."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from .audio import Floats
 
 FIT_LIMIT = 100_000
 FEW = 5
-"""With fewer vectors for each unit on average, units say little but which moment of this audio they are."""
+"""Minimum number of vectors per unit, below which units overfit the audio."""
 
 
 def fit_codebooks(vectors: Floats, *, units: int, codebooks: int, seed: int) -> torch.Tensor:
-    """Cluster vectors, then what each codebook leaves over.
+    """Cluster vectors, then the residuals of each codebook.
 
     >>> vectors = np.random.default_rng(0).normal(size=(100, 3)).astype(np.float32)
     >>> fit_codebooks(vectors, units=8, codebooks=2, seed=0).shape
     torch.Size([2, 8, 3])
 
     Args:
-        vectors: float32, shape (n, width). Of more than 100,000, as many are drawn by the seed.
-        units: Number of centres in a codebook.
+        vectors: float32, shape (n, width); at most 100,000 random ones are used.
+        units: Number of centres per codebook.
         codebooks: Number of codebooks.
-        seed: Of the draw and of the clustering.
+        seed: Random seed of selection and clustering.
 
     Returns:
         The centres, float32, shape (codebooks, units, width).
@@ -57,7 +57,7 @@ def fit_codebooks(vectors: Floats, *, units: int, codebooks: int, seed: int) -> 
     rest = torch.from_numpy(vectors)
     books: list[torch.Tensor] = []
     for _ in range(codebooks):
-        # Threads would add up the centres in any order, and so give other units on each run.
+        # With several threads, the order of summation, hence the result, varies between runs.
         with limits(1, user_api="openmp"):
             fitted = kmeans(units, max_iter=20, n_init=1, random_state=seed).fit(rest.numpy())
         books.append(torch.from_numpy(fitted.cluster_centers_.astype(np.float32)))
@@ -81,7 +81,7 @@ def _nearest(vectors: torch.Tensor, book: torch.Tensor) -> torch.Tensor:
 
 
 def quantize(vectors: torch.Tensor, codebooks: torch.Tensor) -> torch.Tensor:
-    """Return the units of vectors: in each codebook, the one nearest to what those before left over.
+    """Return the units of vectors: in each codebook, the nearest to the residual of the previous ones.
 
     >>> codebooks = torch.tensor([[[0.0], [10.0]], [[-1.0], [1.0]]])
     >>> quantize(torch.tensor([[9.0], [1.0]]), codebooks)

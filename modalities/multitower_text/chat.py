@@ -1,4 +1,4 @@
-"""Chats, written down by the chat template of a tokenizer."""
+"""Encode chats with a tokenizer's chat template."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from .special import tokenizer_name
 
 
 def encode_chat(tokenizer: Any, chat: list[Mapping[str, Any]], *, sanitize: bool) -> list[int]:
-    """Return the token ids of a chat as the template writes it, with whatever begins and ends it there.
+    """Return the token ids of a chat, including the begin and end tokens that the template adds.
 
     Args:
         tokenizer: A transformers tokenizer with a chat template.
-        chat: Messages.
-        sanitize: Whether special tokens that a message spells out are ordinary text.
+        chat: The messages.
+        sanitize: Whether special tokens spelled out in messages are encoded as ordinary text.
 
     Raises:
-        ValueError: The template refuses the chat.
+        ValueError: The template does not accept the chat.
     """
     import jinja2
 

@@ -1,4 +1,4 @@
-"""Text to token ids and back."""
+"""The text modality."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ TOKENIZER = "tokenizer"
 
 
 TOKENIZER_FILES = ("*token*", "vocab*", "*.model")
-"""What the files of a tokenizer are called, one or the other."""
+"""Glob patterns of a tokenizer's files; one must match."""
 
 
 class TextModality(Modality):
-    r"""Text to the tokens of a text tower, and back.
+    r"""Text as bytes, or as the tokens of a transformers tokenizer.
 
     >>> text = TextModality()                      # bytes: needs no files
     >>> text.encode("hé")
@@ -36,46 +36,45 @@ class TextModality(Modality):
     >>> TextModality("gpt2").encode("hé")          # doctest: +SKIP
     tensor([50256,   258, 2634, 50256])
 
-    Without a tokenizer, ids 0..255 are the bytes of UTF-8, 256 begins and 257 ends.
-    With one, its bos token begins and its eos token ends; they may be the same token.
+    Without a tokenizer, ids 0..255 are UTF-8 bytes, 256 is begin and 257 end. With one, begin is its bos
+    token and end its eos token; they may be the same.
 
-    **What comes back.** Bytes and byte-level BPE give every text back as it was. Other tokenizers lose what
-    their own normaliser loses, lower case or runs of spaces for instance, put a space in front, and have no
-    token for some characters.
+    **Round trip.** Bytes and byte-level BPE restore every text exactly. Other tokenizers may lose information
+    in their normaliser, such as case or repeated spaces, add a leading space, or lack some characters.
 
-    **Special tokens** are no text: "</s>" in a text is encoded as four ordinary characters, whoever typed it,
-    and ``decode`` drops special tokens. ``split_special_tokens=False`` is for texts that were marked up on
-    purpose: "</s>" then is the special token, both ways. Added tokens that are not special are text, except
-    that tokenizers in Python spell them out as well.
+    **Special tokens** are not text: "</s>" in a text is encoded as four ordinary characters, and ``decode``
+    drops special tokens. With ``split_special_tokens=False``, for text with intended markup, "</s>" is the
+    special token, both ways. Added tokens that are not special count as text, but slow tokenizers split them,
+    too.
 
-    **Streaming.** Tokens may end inside of a character, which then shows as U+FFFD at the end. The text
-    without these, ``text.decode(tokens[:n]).rstrip("\ufffd")``, only grows; transformers' own
-    ``TextStreamer(text)`` waits for the whole character in the same way.
+    **Streaming.** The last tokens may be an incomplete character, decoded to U+FFFD. Without these,
+    ``text.decode(tokens[:n]).rstrip("\ufffd")`` only grows; transformers' ``TextStreamer(text)`` waits for
+    complete characters, too.
 
     Args:
-        tokenizer: None for bytes, a transformers tokenizer, or the folder or Hub id of one. Code that a
-            tokenizer brings is never run: load such a tokenizer yourself.
-        begin: The token that begins a segment, by id or by name, where it is not the tokenizer's bos. It
-            should be none that ordinary text is made of: ``decode`` drops it at the edges.
-        end: The token that ends a segment, by id or by name, where it is not the tokenizer's eos.
-        split_special_tokens: Whether special tokens that a text spells out are ordinary text.
+        tokenizer: None for bytes, a transformers tokenizer, or the folder or Hub id of one. Custom code is
+            never run: load such a tokenizer yourself.
+        begin: The begin token, by id or name, if not the tokenizer's bos. Do not use a token of ordinary
+            text: ``decode`` drops it at the edges.
+        end: The end token, by id or name, if not the tokenizer's eos.
+        split_special_tokens: Whether special tokens spelled out in a text are encoded as ordinary text.
 
     Attributes:
-        accepts: str, and list (chats) where the tokenizer has a chat template.
-        vocab_size: Number of ids, begin and end included: one more than the highest.
-        begin: Id of the token that opens every encoded segment.
-        end: Id of the token that closes every encoded segment.
-        pad: Id of the tokenizer's pad token; ``end`` where it has none.
+        accepts: str, and list (chats) if the tokenizer has a chat template.
+        vocab_size: Number of ids, including begin and end: the highest id plus one.
+        begin: Id of the first token of every encoded segment.
+        end: Id of the last token of every encoded segment.
+        pad: Id of the tokenizer's pad token; ``end`` if it has none.
         tokenizer: The transformers tokenizer, or None for bytes.
-        split_special_tokens: As given.
-        default_tower: The folder or Hub id of the tokenizer, where one was given. Of a modality that was
-            loaded, the Hub id.
+        split_special_tokens: See the argument.
+        default_tower: The folder or Hub id of the tokenizer, if one was given; for a loaded modality, only a
+            Hub id.
 
     Raises:
-        ImportError: A folder or Hub id was given, and transformers is not installed.
-        TypeError: The tokenizer is not one of transformers.
-        ValueError: The tokenizer has no bos or eos and none was given, or the one given is not in
-            its vocabulary.
+        ImportError: A folder or Hub id is given, and transformers is not installed.
+        TypeError: The tokenizer is not a transformers tokenizer.
+        ValueError: The tokenizer has no bos or eos and none is given, or the given one is not in its
+            vocabulary.
     """
 
     name = media = "text"
@@ -113,7 +112,7 @@ class TextModality(Modality):
 
     @property
     def pad(self) -> int:
-        """Id of the token that fills rows up."""
+        """Id of the padding token."""
         own = None if self.tokenizer is None else self.tokenizer.pad_token_id
         return self.end if own is None else int(own)
 
@@ -128,23 +127,23 @@ class TextModality(Modality):
         tensor([256, 257])
 
         Args:
-            raw: A text of any length, also an empty one; nothing is cut off. Or a chat: a list of messages,
-                ``{"role": "user", "content": "Hello"}``, that the tokenizer's chat template writes down.
-                Begin and end are not repeated where the template writes them itself; white space that it
-                writes after the last end is dropped. It is not asked to open a turn for the answer.
+            raw: A text of any length, possibly empty; it is never truncated. Or a chat: a list of messages,
+                ``{"role": "user", "content": "Hello"}``, for the tokenizer's chat template. Begin and end
+                tokens that the template adds are not repeated; white space after its last end token is
+                dropped. No generation prompt is added.
 
         Returns:
-            int64, shape (length,), begin and end included.
+            int64, shape (length,), including begin and end.
 
         Raises:
-            TypeError: It is neither a str nor a chat, or there is no chat template.
-            ValueError: It is no valid Unicode (it holds half of a surrogate pair), the template refuses the
-                chat, or the tokenizer knows no other tokens for a special token that is spelled out.
+            TypeError: ``raw`` is neither a str nor a chat, or there is no chat template.
+            ValueError: The text is not valid Unicode (a lone surrogate), the template does not accept the
+                chat, or the tokenizer can encode a spelled-out special token only as the special token.
         """
         return self.encode_batch([raw])[0]
 
     def encode_batch(self, raws: Sequence[Any]) -> list[torch.Tensor]:
-        """Return the tokens of several texts or chats; texts go to the tokenizer in one call.
+        """Return the tokens of several texts or chats; all texts are tokenised in one call.
 
         >>> TextModality().encode_batch(["a", ""])
         [tensor([256,  97, 257]), tensor([256, 257])]
@@ -202,21 +201,21 @@ class TextModality(Modality):
         return ids[1:] if ids[:1] == [self.begin] else ids
 
     def decode(self, tokens: torch.Tensor | Sequence[int]) -> str:
-        """Return the text of tokens, as a language model may emit them.
+        """Return the text of tokens, for any sequence that a language model may generate.
 
         >>> TextModality().decode(torch.tensor([104, 105, 257]))
         'hi'
 
-        Special tokens are dropped wherever they stand, also ``<unk>`` and those of a chat template; with
-        ``split_special_tokens=False`` only begin, end and padding, and only at the edges. Ids that the
-        tokenizer does not know, which a tower with a padded embedding may emit, are dropped. Bytes that are
-        no UTF-8 become U+FFFD.
+        All special tokens are dropped, including ``<unk>`` and those of a chat template; with
+        ``split_special_tokens=False``, only begin, end and padding at the edges. Ids unknown to the
+        tokenizer, which a tower with padded embeddings may generate, are dropped. Invalid UTF-8 becomes
+        U+FFFD.
 
         Args:
             tokens: Integers, shape (length,), with or without begin and end.
 
         Raises:
-            ValueError: They are of another shape or dtype, or negative.
+            ValueError: The tokens have another shape or dtype, or are negative.
         """
         ids = check_tokens(torch.as_tensor(tokens))
         if self.tokenizer is None:
@@ -235,7 +234,7 @@ class TextModality(Modality):
         )
 
     def config(self) -> dict[str, Any]:
-        """Return what belongs to this modality beside the tokenizer's own files."""
+        """Return the settings that are not in the tokenizer's files."""
         if self.tokenizer is None:
             return {"tokenizer": False}
         on_the_hub = self.default_tower is not None and not os.path.exists(self.default_tower)
@@ -249,7 +248,7 @@ class TextModality(Modality):
         }
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write ``modality.json`` and, where there is one, the tokenizer's own files, in ``tokenizer/``.
+        """Write ``modality.json`` and, if there is a tokenizer, its files to ``tokenizer/``.
 
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -270,10 +269,10 @@ class TextModality(Modality):
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> Self:
-        """Load what ``save_pretrained`` wrote.
+        """Load a modality written by ``save_pretrained``.
 
         Raises:
-            CheckpointError: A file is missing, damaged, or that of another modality; the message names it.
+            CheckpointError: A file is missing, damaged, or of another modality; the message names it.
         """
         path = Path(folder)
         config = cls.read_config(path)
@@ -326,7 +325,7 @@ def _load_saved(folder: Path) -> Any:
         return _load(str(folder))
     except ImportError:
         raise
-    except Exception as error:  # tokenizers raises plain ones for damaged files
+    except Exception as error:  # tokenizers raises plain Exception for damaged files
         raise CheckpointError(
             f"{folder} holds no tokenizer that transformers can load by itself: {error}. If it brings code "
             "of its own, load it yourself, and give it to TextModality"

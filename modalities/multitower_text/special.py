@@ -1,4 +1,4 @@
-"""What a tokenizer's vocabulary holds, and which of its tokens are no text."""
+"""The ids of a tokenizer, and its special tokens."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Any
 
 
 def tokenizer_name(tokenizer: Any) -> str:
-    """Return the name that an error calls a tokenizer by."""
+    """Return a tokenizer's name for error messages."""
     return getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
 
 
 def known_ids(tokenizer: Any) -> frozenset[int]:
-    """Return all ids of a tokenizer; between those of added tokens there may be gaps.
+    """Return all ids of a tokenizer; ids of added tokens may have gaps.
 
     Raises:
-        TypeError: It is not a tokenizer of transformers.
+        TypeError: It is not a transformers tokenizer.
     """
     from transformers import PreTrainedTokenizerBase
 
@@ -28,7 +28,7 @@ def known_ids(tokenizer: Any) -> frozenset[int]:
 
 
 def resolve(tokenizer: Any, known: Set[int], edge: str, special: str, given: int | str | None) -> int:
-    """Return the id of the begin or end token: the one given, or else the tokenizer's own.
+    """Return the id of the begin or end token: the given one, else the tokenizer's.
 
     Raises:
         ValueError: There is none, or it is not in the vocabulary.
@@ -51,9 +51,9 @@ def resolve(tokenizer: Any, known: Set[int], edge: str, special: str, given: int
 
 
 def unreachable(tokenizer: Any, edges: set[int]) -> set[int]:
-    """Return the ids that no text may be encoded to: special tokens, and added ones that begin or end.
+    """Return the ids to which text must not be encoded: special tokens, and added begin or end tokens.
 
-    The token of what is unknown is special, too, and yet comes from text.
+    The unknown token is not among them: it is special, but text may contain it.
     """
     added = tokenizer.added_tokens_decoder.items()
     special = {i for i, token in added if token.special or i in edges} | set(tokenizer.all_special_ids)

@@ -1,1 +1,1 @@
-"""What every storey uses: extras that may be missing, the logger, the version."""
+"""Used by every layer of the library: optional dependencies, the logger, the version."""

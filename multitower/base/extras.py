@@ -1,4 +1,4 @@
-"""Optional dependencies, imported when they are first needed."""
+"""Lazy imports of optional dependencies."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 
 
 def require(module: str, extra: str) -> Any:
-    """Import an optional module, or say which extra installs it.
+    """Import an optional module; the error names the extra that installs it.
 
     >>> require("json", "transformers").loads("[1]")
     [1]
 
     Raises:
-        ImportError: The module is not installed; the message names the extra.
+        ImportError: The module is not installed.
     """
     try:
         return importlib.import_module(module)

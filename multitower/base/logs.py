@@ -1,4 +1,4 @@
-"""What the library has to say while it works, by Python's own logging."""
+"""The library's logger."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ logger = logging.getLogger("multitower")
 
 
 def set_verbosity(level: int | str) -> None:
-    """Choose what is said of the library's work: "info" for more than is at first, "error" for less.
+    """Set the level of the library's logger: "info" for more messages than by default, "error" for fewer.
 
     >>> import multitower as mt
     >>> mt.set_verbosity("error")
     >>> mt.set_verbosity("warning")     # as at first
 
-    That is the level of ``logging.getLogger("multitower")``. Where the program has not set up logging, the
-    messages go to stderr. Python's own warnings are not concerned.
+    The logger is ``logging.getLogger("multitower")``. Messages go to stderr unless the program has configured
+    logging. Warnings of the ``warnings`` module are not affected.
 
     Args:
-        level: A level of ``logging``, by its number or its name in either case.
+        level: A level of ``logging``: its number, or its name in upper or lower case.
 
     Raises:
         ValueError: There is no level of that name.
@@ -31,5 +31,5 @@ def set_verbosity(level: int | str) -> None:
 
 @functools.cache
 def warn_once(message: str) -> None:
-    """Log a warning, the first time that it is to be given."""
+    """Log a warning, once per process."""
     logger.warning(message)

@@ -1,1 +1,1 @@
-"""A fused model on disk, as ``docs/format.md`` specifies it."""
+"""Save and load fused models, in the format that ``docs/format.md`` specifies."""

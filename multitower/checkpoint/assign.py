@@ -1,4 +1,4 @@
-"""Which modules of a fused model a checkpoint holds, and how their tensors are put in place."""
+"""Collect the tensors of a fused model for a checkpoint, and assign stored tensors to modules."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ..tower.peft_tower import is_peft_model
 
 
 def fusion_state(model: Fusion) -> dict[str, Tensor]:
-    """Return what belongs to no tower: links and input adapters."""
+    """Return the state dict of links and input adapters, without the towers."""
     return {key: value for key, value in model.state_dict().items() if not key.startswith("towers.")}
 
 
 def check_names(model: Fusion) -> None:
-    """Refuse a model in which layers stand under other names, by which no checkpoint could be loaded."""
+    """Raise if ``torch.compile(module)`` has renamed tensors, so that a checkpoint could not be loaded."""
     for name in model.state_dict():
         if "._orig_mod." in name:
             module = name.partition("._orig_mod.")[0]
@@ -33,13 +33,13 @@ def check_names(model: Fusion) -> None:
 
 
 def whole(tower: Tower) -> nn.Module:
-    """Return what a tower is made of: a PeftModel, a transformers model, or a ``Tower`` in plain PyTorch."""
+    """Return a tower's module: a PeftModel, a transformers model, or a ``Tower`` in plain PyTorch."""
     native = tower.native
     return native if is_peft_model(native) or isinstance(tower, TransformersTower) else tower
 
 
 def tower_of(graph: FusionGraph, key: str) -> str:
-    """Name the tower that a tensor of a link or an input adapter feeds.
+    """Return the name of the tower that a tensor of a link or an input adapter feeds.
 
     >>> graph = FusionGraph()
     >>> for name in ("speech", "text"):
@@ -53,7 +53,7 @@ def tower_of(graph: FusionGraph, key: str) -> str:
 
 
 def ties(state: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return which tensors are the same as an earlier one, and as which; only the first is stored.
+    """Map each tied tensor to the first name of the same tensor, under which alone it is stored.
 
     >>> import torch
     >>> one, other = torch.zeros(2), torch.zeros(2)
@@ -70,10 +70,10 @@ def ties(state: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def fill(file: Path, convert: bool, model: nn.Module) -> nn.Module:
-    """Put stored tensors in place of those of a ``Tower``, on the same device; return the model.
+    """Assign stored tensors to a ``Tower``, keeping its devices; return the model.
 
-    Tied tensors may be stored under any of their names, or all. The model may have other dtypes if
-    ``convert``. What is no ``Tower`` stays as it is.
+    Tied tensors may be stored under any or all of their names. With ``convert``, the model's dtypes may
+    differ. Any other module is returned unchanged.
     """
     if not isinstance(model, Tower):
         return model
@@ -90,9 +90,9 @@ def fill(file: Path, convert: bool, model: nn.Module) -> nn.Module:
 
 
 def check_stored(state: Mapping[str, Tensor], file: Path, *, convert: bool = False) -> None:
-    """Check that a file fits a model, where tied tensors may be stored under any of their names, or all.
+    """Check that a file fits a model; tied tensors may be stored under any or all of their names.
 
-    The model may have other dtypes if ``convert``.
+    With ``convert``, the model's dtypes may differ.
     """
     tensors, tied = mapped_tensors(file), ties(state)
     firsts = {tied.get(name, name) for name in tensors}
@@ -107,7 +107,7 @@ def check_stored(state: Mapping[str, Tensor], file: Path, *, convert: bool = Fal
 def assign(
     module: nn.Module, file: Path, change: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor
 ) -> None:
-    """Put the tensors of a file, which fit, in place of those of a module, without a copy; ties stay."""
+    """Assign the tensors of a file, already checked, to a module without copying; ties are kept."""
     names = _names(module.state_dict())
     for key, tensor in mapped_tensors(file).items():
         tensor = change(key, tensor)
@@ -125,7 +125,7 @@ def assign(
 
 
 def restore_dtypes(file: Path, module: nn.Module) -> nn.Module:
-    """Convert tensors loaded in the one dtype of a config to those of the file; return the module."""
+    """Restore the file's dtypes after loading in the config's single dtype; return the module."""
     stored = mapped_tensors(file)
     for name, tensor in module.state_dict(keep_vars=True).items():
         if name in stored and stored[name].dtype != tensor.dtype and not is_packed(tensor):
@@ -134,7 +134,7 @@ def restore_dtypes(file: Path, module: nn.Module) -> nn.Module:
 
 
 def _names(state: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """Return the names of each tensor by each of its names."""
+    """Map each name to all names of the same tensor."""
     tied = ties(state)
     alike: dict[str, list[str]] = {}
     for name in state:

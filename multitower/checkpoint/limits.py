@@ -1,4 +1,4 @@
-"""What a stranger's files promise, held against what they bring, before time or memory is spent on them."""
+"""Limits for untrusted configs: refuse those that cost far more time or memory than their files hold."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .manifest import ADAPTER_CONFIG
 
 COUNTS = re.compile(r"layer|expert|label|block|depth|^num_")
 MODULES, RANK, BUFFERS = 1024, 64, 1 << 24
-"""What a config may ask for, however small its tensors: parts of a kind, rank, values that are not stored."""
+"""Always allowed, whatever the size of the files: counts in a config, adapter rank, values in buffers."""
 MAX_REPEATS, MAX_PATTERN = 4, 1000
 SETTINGS_OF_RANK = ("r", "init_r", "rank_pattern")
 PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save", "target_parameters")
@@ -26,10 +26,10 @@ PATTERN_KEYS = ("rank_pattern", "alpha_pattern")
 
 
 def check_model(folder: Path, tensors: int, stored: int) -> None:
-    """Check that transformers may load a stored tower.
+    """Check that a stored tower is safe to load with transformers.
 
-    Nothing but safetensors in this folder may be read, no code may come from elsewhere, and the model may
-    have no more values than the files can hold.
+    Loading must read only this folder, run no foreign code, and create no larger a model than the files can
+    hold.
     """
     file = folder / "config.json"
     if (folder / ADAPTER_CONFIG).exists():
@@ -44,7 +44,7 @@ def check_model(folder: Path, tensors: int, stored: int) -> None:
 
 
 def check_adapter(file: Path, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
-    """Check that a peft config asks for no larger adapters than are stored, and no endless pattern."""
+    """Check that a peft config has no larger rank than its tensors allow, and no pathological regex."""
     most = max([RANK, *(size for tensor in weights.values() for size in tensor.shape)])
     ranks = [
         value
@@ -69,7 +69,7 @@ def check_adapter(file: Path, config: Mapping[str, Any], weights: Mapping[str, T
 
 
 def _check_values(folder: Path, stored: int) -> None:
-    """Build a stored model without memory for its values, and count them."""
+    """Build the model on the meta device, and compare its number of values with the size of its files."""
     transformers = require("transformers", "transformers")
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -77,9 +77,9 @@ def _check_values(folder: Path, stored: int) -> None:
             model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except ImportError:
         raise
-    except Exception as error:  # a damaged config can bring transformers to any of them
+    except Exception as error:  # transformers may raise anything on a damaged config
         if "trust_remote_code" in str(error):
-            return  # then it will not be loaded either
+            return  # loading will refuse it too
         raise CheckpointError(
             f"{folder / 'config.json'} is of no model that transformers can build by itself: {error}"
         ) from error
@@ -93,7 +93,7 @@ def _check_values(folder: Path, stored: int) -> None:
 
 
 def _settings(data: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Return all values of a config, however deep, by their innermost key."""
+    """Yield all values of a nested config with their innermost key."""
     if isinstance(data, dict):
         for name, value in data.items():
             yield from _settings(value, key if key in SETTINGS_OF_RANK else name)

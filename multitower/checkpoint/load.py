@@ -1,4 +1,4 @@
-"""From a folder to a fused model, a new one or one that exists, or to one of its towers."""
+"""Load a checkpoint: a new fused model, the weights of an existing one, or a single tower."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def load_fusion(
     device_map: DeviceMap | None = None,
     verify: bool = False,
 ) -> F:
-    """Load what ``save_pretrained`` wrote.
+    """Load a checkpoint written by ``save_pretrained``.
 
     >>> import multitower as mt, tempfile
     >>> from multitower.testing import tiny_model, tiny_tower
@@ -61,29 +61,29 @@ def load_fusion(
     >>> {parameter.dtype for parameter in model.parameters()}
     {torch.bfloat16}
 
-    Headers, sizes and small files are checked before anything is loaded, samples of each tower's tensors when
-    it is, and every value with ``verify=True``. Where loading fails, modules that were given are as they
-    were. Weights are mapped from the files, not copied.
+    Headers, sizes and small files are checked before loading, samples of each tower's tensors while loading,
+    and every value with ``verify=True``. If loading fails, given modules are unchanged. Weights are mapped
+    from the files, not copied.
 
     Args:
         cls: The class of the model.
         checkpoint: The checkpoint.
-        towers: Where to take towers from instead: a path, a Hub id or a module. Needed for towers that
-            are not from transformers; where the checkpoint holds their weights, these take the place of the
-            module's tensors, also on the meta device. Where it holds peft adapters, give the model without
-            them; they are put on it in place.
-        allow_changed_towers: Whether to take towers from elsewhere whose fingerprint is not that of the
-            tower that was saved: True, or the names of those that may differ. A warning names each.
-        dtype: What to convert weights to, given modules included, as torch.float16 or "float16"; by default
-            each tensor keeps its own.
-        device_map: Where to put the model: a device, or one for each tower. Links and input adapters go where
-            the tower is that they feed. By default towers that are loaded go to the CPU, others stay.
-        verify: Whether to read and compare every byte of the checkpoint, and every value of its towers.
+        towers: Other sources for towers, by name: a path, a Hub id or a module. Required for towers that are
+            not from transformers; if the checkpoint contains their weights, these replace the module's
+            tensors, also on the meta device. If it contains peft adapters, give the base model; the adapters
+            are added to it in place.
+        allow_changed_towers: Whether towers may differ from those that were saved: True, or a list of names.
+            Each difference is a warning instead of an error.
+        dtype: The dtype to convert weights to, those of given modules too: torch.float16 or "float16"; by
+            default every tensor keeps its dtype.
+        device_map: A device, or a device per tower. Links and input adapters go to the device of the tower
+            that they feed. By default, loaded towers are on the CPU, and given modules stay where they are.
+        verify: Whether to compare every byte of the checkpoint, and every value of its towers.
 
     Raises:
         CheckpointError: A file is missing, damaged or of a newer format; tensors are missing, unexpected
             or of another shape or dtype; or a tower or its adapters are not those that the links were
-            trained with. What is wrong is listed as a whole.
+            trained with. The message lists all problems.
         ValueError: A dtype or device is unknown.
         ImportError: A tower has peft adapters, and the extra "lora" is not installed.
     """
@@ -119,7 +119,7 @@ def load_tower(
     device_map: str | int | torch.device | None = None,
     verify: bool = False,
 ) -> nn.Module:
-    """Load one tower of a checkpoint alone, as the ordinary model that it is; nothing else is read.
+    """Load a single tower of a checkpoint as an ordinary model; nothing else is read.
 
     >>> import multitower as mt, tempfile
     >>> from multitower.testing import tiny_model, tiny_tower
@@ -131,12 +131,12 @@ def load_tower(
     True
 
     Args:
-        folder: The checkpoint, or its id on the Hub.
+        folder: The checkpoint, or its Hub id.
         name: The tower.
-        tower: Where to take it from instead, as for ``from_pretrained``.
-        dtype: What to convert its weights to.
+        tower: Another source for it, as for ``from_pretrained``.
+        dtype: The dtype to convert its weights to.
         device_map: The device to put it on.
-        verify: Whether to read and compare every byte of its files, and every value.
+        verify: Whether to compare every byte of its files, and every value.
 
     Returns:
         The transformers model, the ``PeftModel`` or the ``Tower``, in eval mode.
@@ -162,9 +162,9 @@ def load_tower(
 
 
 def load_weights(model: Fusion, folder: str | os.PathLike[str]) -> None:
-    """Put what a checkpoint stores into a model of the same graph, as a training run is resumed from it.
+    """Copy the weights in a checkpoint into a model of the same graph, to resume training.
 
-    Towers that the checkpoint refers to, as frozen ones, are left as they are. All files are compared with
+    Towers that the checkpoint only refers to, such as frozen ones, are unchanged. All files are compared with
     the model before anything is changed.
     """
     checkpoint = open_checkpoint(Path(folder))
@@ -229,7 +229,7 @@ def _load_towers(
 
 
 def _fuse(cls: type[F], checkpoint: Checkpoint, graph: FusionGraph, loaded: Mapping[str, Tower]) -> F:
-    """Return the model, its links still empty, if all that is stored of them fits it."""
+    """Return the model with uninitialised links, after checking that the stored ones fit."""
     depths = {name: tower.depth for name, tower in loaded.items()}
     try:
         links = graph.links.values()

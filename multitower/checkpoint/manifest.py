@@ -1,4 +1,4 @@
-"""What ``fusion.json`` says of a checkpoint, and what the caller says instead."""
+"""Read and validate ``fusion.json``, and replace the sources of towers by those that the caller gives."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ RECORD = {
     "fingerprint": (str,),
     "values": (str,),
 }
-"""What is said of each tower that is not the model of another, and of which types it may be."""
+"""The fields of a tower's record and their types; a tower that shares a model has "shared_with" instead."""
 Given = str | os.PathLike[str] | nn.Module
-"""What a caller may name as a tower."""
+"""The sources of a tower that a caller may give."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder and what its ``fusion.json`` says, checked for its form.
+    """A folder and the validated content of its ``fusion.json``.
 
     Attributes:
         root: The folder.
-        graph: The declaration, as ``FusionGraph.to_dict`` gives it.
-        records: What is said of each tower; one that shares the model of another comes after it.
-        modalities: What is said of the modality of each tower that has one.
-        tensors: What is in each file with tensors.
+        graph: The declaration, in the form of ``FusionGraph.to_dict``.
+        records: The record of each tower; one that shares another's model comes after it.
+        modalities: The record of each modality, by tower.
+        tensors: The inventory of each file with tensors.
         schedule: The fingerprint of the schedule.
-        files: Size and SHA-256 of each file.
+        files: Size and checksums of each file.
     """
 
     root: Path
@@ -59,7 +59,7 @@ class Checkpoint:
     files: Files
 
     def check(self, towers: Iterable[str], *, links: bool, verify: bool) -> None:
-        """Check the files of some towers, and of the links if asked: their headers, then their bytes."""
+        """Check headers, then bytes of the files of some towers and, if ``links``, of the links."""
         problems: list[str] = []
         towers = list(towers)
         for part in [LINKS] * links + parts_of(self.records, towers):
@@ -76,18 +76,18 @@ class Checkpoint:
         check_files(self.root, self.files, parts, verify=verify)
 
     def stored(self, beginning: str) -> int:
-        """Return how many bytes the files with tensors have whose paths begin in one way."""
+        """Return the total size in bytes of the safetensors files whose paths start with ``beginning``."""
         names = (name for name in self.files if name.startswith(beginning) and name.endswith(".safetensors"))
         return sum(self.files[name]["bytes"] for name in names)
 
 
 def adapter_folder(name: str) -> str:
-    """Return the folder in ``towers/<name>/`` where peft keeps the adapters of a name."""
+    """Return the folder of a peft adapter, relative to ``towers/<tower>/``."""
     return ADAPTER if name == "default" else f"{ADAPTER}/{name}"
 
 
 def parts_of(records: Mapping[str, Mapping[str, Any]], towers: Iterable[str]) -> list[str]:
-    """Name the files with tensors that a checkpoint holds for some towers.
+    """Return the names of the files with tensors that a checkpoint contains for some towers.
 
     >>> parts_of({"text": {"embedded": True, "adapters": ["default"]}}, ["text"])
     ['towers/text/model.safetensors', 'towers/text/adapter/adapter_model.safetensors']
@@ -101,7 +101,7 @@ def parts_of(records: Mapping[str, Mapping[str, Any]], towers: Iterable[str]) ->
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Read ``fusion.json``, once for all that is done with a checkpoint."""
+    """Read and validate ``fusion.json``."""
     root = current(folder)
     document = read_manifest(root)
     try:
@@ -119,7 +119,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 def for_all_that_share(
     records: Mapping[str, Mapping[str, Any]], towers: Mapping[str, Given]
 ) -> dict[str, str | nn.Module]:
-    """Return what the caller names for one tower to all that share its model."""
+    """Apply the source given for one tower to all towers that share its model."""
     unknown = set(towers) - set(records)
     if unknown:
         raise CheckpointError(f"towers={sorted(unknown)}: the checkpoint has the towers {', '.join(records)}")
@@ -136,7 +136,7 @@ def for_all_that_share(
 
 
 def sources(towers: Mapping[str, Given]) -> dict[str, str | nn.Module]:
-    """Return what a caller names as towers, paths as graphs name them."""
+    """Check the types of given sources, and normalise paths by ``as_declared``."""
     for name, source in towers.items():
         if not isinstance(source, str | os.PathLike | nn.Module):
             raise TypeError(
@@ -149,7 +149,7 @@ def sources(towers: Mapping[str, Given]) -> dict[str, str | nn.Module]:
 
 
 def with_sources(graph: Mapping[str, Any], towers: Mapping[str, str | nn.Module]) -> FusionGraph:
-    """Declare that some towers come from elsewhere than the checkpoint says."""
+    """Return the graph with other sources for some towers."""
     named = {name: source if isinstance(source, str) else None for name, source in towers.items()}
     entries = [{**tower, "source": named.get(tower["name"], tower["source"])} for tower in graph["towers"]]
     return FusionGraph.from_dict({**graph, "towers": entries})

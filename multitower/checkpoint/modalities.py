@@ -1,4 +1,4 @@
-"""The modalities of a fused model: checked against its towers, stored beside them, and loaded again."""
+"""Check, save and load the modalities of a fused model."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from .manifest import MODALITIES, Checkpoint, Records, open_checkpoint
 
 
 def check_modalities(model: Fusion, modalities: Mapping[str, Modality]) -> None:
-    """Check that modalities are those of a model's towers.
+    """Check that modalities fit a model's towers.
 
-    A tower may have more ids than its modality, for embeddings are often padded.
+    A tower's vocabulary may be larger than its modality's, because embeddings are often padded.
     """
     for name, modality in modalities.items():
         if name not in model.towers:
@@ -38,16 +38,16 @@ def check_modalities(model: Fusion, modalities: Mapping[str, Modality]) -> None:
 
 
 def write_modalities(modalities: Mapping[str, Modality], folder: Path) -> Records:
-    """Write each modality into a checkpoint; return what ``fusion.json`` is to say of them."""
+    """Write each modality into a checkpoint; return their records for ``fusion.json``."""
     for name, modality in modalities.items():
         modality.save_pretrained(folder / MODALITIES / name)
     return {name: describe(modality) for name, modality in modalities.items()}
 
 
 def keep_modalities(old: Path, new: Path, towers: Collection[str]) -> Records:
-    """Copy the modalities of an old checkpoint into a new one, where that has none; return their records.
+    """Copy the modalities of an old checkpoint that a new one does not replace; return their records.
 
-    Those of towers that are gone are left out. What the old one's record does not name is kept, too.
+    Modalities of removed towers are dropped. Files without a record are copied, too.
     """
     if not (old / MODALITIES).is_dir():
         return {}
@@ -68,7 +68,7 @@ def keep_modalities(old: Path, new: Path, towers: Collection[str]) -> Records:
 def load_modalities(
     checkpoint: Checkpoint, but: Collection[str] = (), *, verify: bool = False
 ) -> dict[str, Modality]:
-    """Load the modalities of a checkpoint, but for some towers, through the plugins that are installed."""
+    """Load the modalities of a checkpoint by the installed plugins, except for towers in ``but``."""
     loaded: dict[str, Modality] = {}
     folder = checkpoint.root
     for name, record in checkpoint.modalities.items():
@@ -86,7 +86,7 @@ def load_modalities(
             loaded[name] = kind.from_pretrained(folder / MODALITIES / name)
         except (CheckpointError, ImportError):
             raise
-        except Exception as error:  # what a plugin makes of damaged files is its author's to say
+        except Exception as error:  # a plugin may raise anything on damaged files
             raise CheckpointError(
                 f"{folder / MODALITIES / name} is damaged: {type(error).__name__}: {error}"
             ) from error

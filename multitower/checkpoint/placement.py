@@ -1,4 +1,4 @@
-"""Where a loaded model goes, and in which dtype."""
+"""Device and dtype of a loaded model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DeviceMap = str | int | torch.device | Mapping[str, str | int | torch.device]
 
 
 def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """Return the dtype that was named; None where each tensor is to keep its own."""
+    """Return the dtype that was named; None if each tensor keeps its own."""
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype is None or dtype == "auto":
         return None
@@ -27,7 +27,7 @@ def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def as_devices(device_map: DeviceMap | None, towers: list[str]) -> dict[str, torch.device]:
-    """Return the device of each tower that is to have one."""
+    """Return the device of each tower that ``device_map`` places."""
     if device_map is None:
         return {}
     places = device_map if isinstance(device_map, Mapping) else dict.fromkeys(towers, device_map)
@@ -43,7 +43,7 @@ def as_devices(device_map: DeviceMap | None, towers: list[str]) -> dict[str, tor
 
 
 def check_movable(name: str, tower: Tower, dtype: torch.dtype | None, device: torch.device | None) -> None:
-    """Check that a tower can be given a device and a dtype."""
+    """Check that a tower can be moved to a device and converted to a dtype."""
     kind = quantisation_of(tower.native)
     if kind and dtype is not None:
         raise CheckpointError(
@@ -55,10 +55,10 @@ def check_movable(name: str, tower: Tower, dtype: torch.dtype | None, device: to
 
 @torch.no_grad()
 def move(module: nn.Module, dtype: torch.dtype | None, device: torch.device | None) -> None:
-    """Put a model on a device and into a dtype, one tensor after the other; None leaves them as they are.
+    """Move a model to a device and convert it to a dtype, one tensor at a time; None changes nothing.
 
-    Tensors that are not saved, as tables of rotary positions, keep their dtype, and so does what a model of
-    transformers keeps in float32.
+    Non-persistent buffers, such as rotary tables, keep their dtype. Tensors of transformers'
+    ``_keep_in_fp32_modules`` are converted to float32.
     """
     if dtype is not None:
         saved, kept = set(module.state_dict()), _kept_in_float32(module, dtype)

@@ -1,4 +1,4 @@
-"""From a fused model to a folder."""
+"""Save a fused model to a folder."""
 
 from __future__ import annotations
 
@@ -52,28 +52,27 @@ def save_pretrained(
     >>> all(map(torch.equal, model.state_dict().values(), again.state_dict().values()))
     True
 
-    A checkpoint holds all that a model is made of, but for frozen towers from the Hub, referred to by their
-    commit, and from plugins, where these, read anew, give the tensors that the tower has. What was stored and
-    what is referred to is logged at level INFO.
+    A checkpoint contains all weights, except frozen towers from the Hub (stored as id and commit) or from a
+    plugin, if loading them again gives identical tensors. Which towers are stored and which are referred to
+    is logged at level INFO.
 
-    All files are written to a new folder beside it and flushed to the disk; then it takes the other's place.
-    A save that is broken off or killed leaves the old checkpoint or the new one, whole; see
+    The save is atomic: if it is interrupted, either the old or the new checkpoint is there, complete; see
     ``atomic.replacing``.
 
     Args:
         model: The model.
-        folder: A new folder, an empty one, or an older checkpoint, which is replaced; files in it that
-            are not part of a checkpoint are kept, and so are modalities, where none is given instead.
-        embed_towers: Whether to store frozen models from the Hub or a plugin, too.
-        modalities: What makes the tokens of some or all towers, by tower, for ``Pipeline.from_pretrained``.
-        max_shard_size: Above which size weights are split into several files with an index, in bytes or as in
-            "5GB"; peft writes adapters to one file always.
+        folder: A new or empty folder, or an older checkpoint, which is replaced; its files that are not part
+            of a checkpoint are kept, and so are its modalities unless new ones are given.
+        embed_towers: Whether to also store frozen towers from the Hub or a plugin.
+        modalities: Modalities by tower, for ``Pipeline.from_pretrained``.
+        max_shard_size: Size above which weights are split into several files with an index, in bytes or as in
+            "5GB"; peft always writes adapters to one file.
 
     Raises:
-        CheckpointError: The folder holds other things than a checkpoint, or adapters are merged, or the disk
-            is full or may not be written to; or a layer was replaced by ``torch.compile(layer)``.
-        ValueError: A modality is given for no tower, or has more ids than its tower; or the size is none.
-        TypeError: What is given as modality is none.
+        CheckpointError: The folder contains something else, is not writable, or the disk is full; adapters
+            are merged; or a layer was replaced by ``torch.compile(layer)``.
+        ValueError: A modality's tower is unknown or has a smaller vocabulary; or the size is invalid.
+        TypeError: Something given as a modality is not one.
     """
     modalities = modalities or {}
     check_names(model)
@@ -95,7 +94,7 @@ def save_pretrained(
 
 
 def _described(model: Fusion, records: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """Yield for each tower where its weights are."""
+    """Yield, for the log, where each tower's weights are."""
     for name, record in records.items():
         source, revision = model.graph.towers[name].source, record.get("revision")
         if "shared_with" in record:
@@ -149,7 +148,7 @@ def _write(model: Fusion, folder: Path, embed_towers: bool, modalities: Records,
 
 
 def _let_read(folder: Path) -> None:
-    """Let the same people read the tensors as the rest; safetensors lets none but their owner."""
+    """Give tensor files the manifest's permissions; safetensors makes them readable only by the owner."""
     mode = (folder / FUSION).stat().st_mode
     for file in folder.rglob("*.safetensors"):
         if not file.is_symlink():
@@ -180,7 +179,7 @@ def _save_model(model: Any, state: dict[str, Tensor], folder: Path, limit: int) 
 
 
 def _keep_others(old: Path, new: Path) -> None:
-    """Copy what a user keeps beside a checkpoint, such as a README."""
+    """Copy files that are not part of the checkpoint, such as a README."""
     for entry in old.iterdir():
         if entry.name != FUSION and not is_part(entry.name):
             if entry.is_dir():

@@ -1,4 +1,4 @@
-"""One tower of a checkpoint: whether it is stored, whence it is had, and what it need not prove anew."""
+"""A single tower of a checkpoint: whether to store it, how to load it, its probe results and adapters."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ KINDS = {"path": (str,), "width": (int,), "beyond": (int,), "masked": (bool,), "
 
 
 def is_to_be_stored(model: Fusion, name: str, embed_towers: bool) -> bool:
-    """Return whether a checkpoint is to hold the weights of a tower.
+    """Whether a checkpoint stores the weights of a tower, instead of a reference to its source.
 
-    Referred to are commits of the Hub and what plugins load, and these only where they give, read anew, each
-    tensor that the tower has now. Quantised towers can be neither trained nor converted, so are not read.
+    A reference is a Hub id with its commit, or a plugin's URL, and only if loading it again gives tensors
+    identical to the tower's. Quantised towers are not compared: they can be neither trained nor converted.
     """
     spec, native = model.graph.towers[name], whole(model.tower(name))
     source, revision = spec.source, revision_of(base_model(native))
@@ -56,7 +56,7 @@ def is_to_be_stored(model: Fusion, name: str, embed_towers: bool) -> bool:
 
 
 def ways_out(name: str) -> str:
-    """Return what to do where a tower is not found."""
+    """Return advice for the error that a tower is not found."""
     return (
         f"say where it is with towers={{{name!r}: ...}}, or have it in the checkpoint: save with "
         "embed_towers=True where it can be loaded"
@@ -72,13 +72,13 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def write_proof(tower: Tower) -> dict[str, Any] | None:
-    """Return what a manifest says of how a tower runs; None where it is to prove that at each loading."""
+    """Return a tower's probe results for the manifest; None if it has none and is probed at each loading."""
     proof = tower.proof if isinstance(tower, TransformersTower) else None
     return None if proof is None else {**proof._asdict(), "versions": _versions()}
 
 
 def read_proof(record: Mapping[str, Any]) -> Proof | None:
-    """Return what a tower need not prove again: the same releases of torch and transformers have seen it."""
+    """Return recorded probe results, or None if invalid or of other versions of torch or transformers."""
     said = record.get("proof")
     if not isinstance(said, dict) or said.get("versions") != _versions():
         return None
@@ -100,9 +100,9 @@ def load_one(
     *,
     verify: bool = False,
 ) -> Tower:
-    """Load a tower, from what is given, else from the checkpoint, else from where it came from.
+    """Load a tower from the given source, else from the checkpoint, else from its original source.
 
-    ``changed`` says whether another tower than the one that was saved will do, for all or for those named.
+    ``changed``: whether it may differ from the saved tower, for all or for the named towers.
     """
     name, record = spec.name, checkpoint.records[spec.name]
     place = checkpoint.root / TOWERS / name
@@ -135,7 +135,7 @@ def load_one(
         raise CheckpointError(f"{checkpoint.root}: {error}{advice}") from error
     except ImportError:
         raise
-    except Exception as error:  # a config that can be read may still be of a model that cannot run
+    except Exception as error:  # a valid config may still describe a model that cannot run
         raise CheckpointError(
             f"{checkpoint.root}: tower {name!r}: {type(error).__name__}: {error}"
         ) from error
@@ -180,7 +180,7 @@ def _refuse(name: str, origin: object, *, own: bool, allowed: bool | Collection[
 
 
 def save_adapters(name: str, model: Any, folder: Path) -> dict[str, Any]:
-    """Write the adapters of a PeftModel; return which there are and which are active."""
+    """Write the adapters of a PeftModel; return the names of all and of the active ones."""
     if any(getattr(module, "merged", False) is True for module in model.modules()):
         raise CheckpointError(
             f"tower {name!r} has merged adapters, so that its model is not what it was; before saving, call "
@@ -191,7 +191,7 @@ def save_adapters(name: str, model: Any, folder: Path) -> dict[str, Any]:
 
 
 def load_adapters(folder: Path, record: Mapping[str, Any], model: nn.Module) -> nn.Module:
-    """Put the stored adapters on a model; return the PeftModel."""
+    """Add the stored adapters to a model; return the PeftModel."""
     peft = require("peft", "lora")
     if "adapters" not in record:
         raise CheckpointError(f"{FUSION} is damaged: it does not say which peft adapters there are")
@@ -206,12 +206,12 @@ def load_adapters(folder: Path, record: Mapping[str, Any], model: nn.Module) -> 
         check_adapter(place / ADAPTER_CONFIG, settings, tensors)
         config = make_config(settings)
         if hasattr(config, "init_lora_weights"):
-            config.init_lora_weights = True  # others may change the model; the values come from the file
+            config.init_lora_weights = True  # other values may modify the base model
         in_single = any(tensor.dtype == torch.float32 for tensor in tensors.values())
         adapted = add_adapter(adapted, config, adapter, autocast=in_single)
         check_fit(adapter_state(adapted, adapter), tensors, file)
         peft.set_peft_model_state_dict(adapted, tensors, adapter)
-        rebuilt = getattr(config, "save_only_topk_weights", False)  # of VBLoRA: equal up to rounding
+        rebuilt = getattr(config, "save_only_topk_weights", False)  # VBLoRA: equal only up to rounding
         if not rebuilt and fingerprint(adapter_state(adapted, adapter)) != fingerprint(tensors):
             raise CheckpointError(f"{file} holds values that peft does not take as they are")
     try:

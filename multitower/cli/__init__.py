@@ -7,14 +7,14 @@ from collections.abc import Sequence
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return its exit status: 0, 1 after an error, 2 where the arguments are wrong.
+    """Run the command line; return its exit status: 0, 1 after an error, 2 for invalid arguments.
 
     >>> main(["--version"])                             # doctest: +ELLIPSIS
     multitower ...
     0
 
     Args:
-        arguments: Those after the name of the program; of this process unless they are given.
+        arguments: The arguments after the program's name; by default those of this process.
     """
     try:
         from .app import run

@@ -1,4 +1,4 @@
-"""All commands in one program, and what becomes of errors."""
+"""The typer app with all commands, and error handling."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .server import command as server
 typer: Any = require("typer", "cli")
 
 EXPECTED = (MultitowerError, OSError, ValueError, TypeError, LookupError, ImportError)
-"""What bad input raises; anything else is a bug, and its traceback is shown."""
+"""Errors caused by bad input, shown without traceback; any other is a bug."""
 
 
 def _version(wanted: bool) -> None:
@@ -32,7 +32,7 @@ app = typer.Typer(
 )
 
 
-@app.callback()  # type: ignore[untyped-decorator]  # typer is known only when it runs
+@app.callback()  # type: ignore[untyped-decorator]  # typer is known only at run time
 def _program(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")

@@ -1,4 +1,4 @@
-"""Arguments and options that several commands take, and how values are read."""
+"""Arguments and options shared by several commands, and parsing of their values."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ DeviceOption = Annotated[str, typer.Option(help="Where to run: cpu, cuda, ...")]
 
 
 def load(checkpoint: str, device: str) -> Pipeline:
-    """Load a checkpoint with its modalities, without progress bars between the answers."""
+    """Load a checkpoint with its modalities, without progress bars."""
     quiet()
     return Pipeline.from_pretrained(checkpoint, device_map=device)
 
 
 def quiet() -> None:
-    """Have transformers load models without progress bars."""
+    """Disable the progress bars of transformers."""
     require("transformers", "cli").utils.logging.disable_progress_bar()
 
 
 def named_values(pairs: Iterable[str], option: str) -> dict[str, Any]:
-    """Read pairs of names and values, these as JSON where they are JSON.
+    """Parse NAME=VALUE pairs; values that are not valid JSON are strings.
 
     >>> named_values(["max_new_tokens=5", "do_sample=true", "text=[1, 2]", "mode=fast"], "--option")
     {'max_new_tokens': 5, 'do_sample': True, 'text': [1, 2], 'mode': 'fast'}
@@ -61,7 +61,7 @@ def named_values(pairs: Iterable[str], option: str) -> dict[str, Any]:
 
 
 def raw_data(pipe: Pipeline, given: str) -> tuple[str, Any]:
-    """Return a tower and raw data for it of ``TOWER:VALUE``: a text as it stands, or what a file holds."""
+    """Parse ``TOWER:VALUE`` into a tower and its raw data, see ``read_raw``."""
     tower, colon, value = given.partition(":")
     if not colon or tower not in pipe.modalities:
         raise typer.BadParameter(
@@ -72,7 +72,7 @@ def raw_data(pipe: Pipeline, given: str) -> tuple[str, Any]:
 
 
 def read_raw(pipe: Pipeline, tower: str, value: str) -> Any:
-    """Return raw data for a tower: a text as it stands, or what the file of that name holds."""
+    """Return raw data for a tower: the value itself if it takes text, else the content of that file."""
     modality = pipe.modalities[tower]
     if modality.media == "text":
         return value
@@ -82,7 +82,7 @@ def read_raw(pipe: Pipeline, tower: str, value: str) -> Any:
 
 
 def tower_for(pipe: Pipeline, media: str, chosen: str | None, option: str) -> str:
-    """Return the one tower whose raw data are of some kind, or the one that was chosen."""
+    """Return the chosen tower, or the only tower of a kind of media."""
     fitting = [name for name, modality in pipe.modalities.items() if modality.media == media]
     if chosen is not None:
         if chosen not in pipe.modalities:

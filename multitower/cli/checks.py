@@ -1,4 +1,4 @@
-"""Commands that check: a checkpoint's bytes, and what a model or modality promises."""
+"""Commands that check a checkpoint: its bytes, and the guarantees of its model."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def verify(checkpoint: CheckpointArgument) -> None:
 
 
 def _examples(model: FusedModel, length: int, seed: int) -> list[Any]:
-    """Make examples of random tokens: towers in turn, in both orders, at the same time, and each alone."""
+    """Make examples of random tokens: towers in sequence, reversed, in parallel, and each alone."""
     generator = torch.Generator().manual_seed(seed)
 
     def segment(name: str, size: int) -> Segment:

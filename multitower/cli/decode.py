@@ -1,4 +1,4 @@
-"""Commands that decode: generate, and its short forms for speech and text."""
+"""Commands that generate: ``generate``, and its short forms for speech and text."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def generate(
     output: Annotated[
         str, typer.Option("--output", "-o", metavar="TOWER", help="The tower to decode.", show_default=False)
     ],
-    option: OptionOption = [],  # noqa: B006  # typer's way to say that none is needed
+    option: OptionOption = [],  # noqa: B006  # typer's default for an optional list
     save: SaveOption = None,
     device: DeviceOption = "cpu",
     as_json: JsonOption = False,
@@ -101,7 +101,7 @@ def speak(
 
 
 def _deliver(pipe: Pipeline, tower: str, answer: Any, save: Path | None, as_json: bool) -> None:
-    """Print a text; write what is no text to a file."""
+    """Print a text; write any other raw data to a file."""
     modality = pipe.modalities[tower]
     text = answer if isinstance(answer, str) else None
     if save is None and text is None:

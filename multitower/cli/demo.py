@@ -1,4 +1,4 @@
-"""A demo page for a checkpoint: speak or type, read or listen, and see the attention."""
+"""A Gradio demo page for a checkpoint."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def demo(
 
 
 def make_page(pipe: Pipeline) -> Any:
-    """Return a Gradio page for a pipeline: a tab for each pair of towers that links join, and the graph.
+    """Return a Gradio page with a tab for each pair of linked towers, and one for the graph.
 
-    Towers without a modality are left out. What a modality's data look like it says by ``media``.
+    Towers without a modality are left out. A modality's ``media`` determines the widget.
     """
     gradio: Any = require("gradio", "demo")
     pairs = joined(pipe)
@@ -69,7 +69,7 @@ def make_page(pipe: Pipeline) -> Any:
 
 
 def joined(pipe: Pipeline) -> list[tuple[str, str]]:
-    """Return the pairs of towers with modalities of which the second reads the first."""
+    """Return pairs (source, target) of towers with modalities, joined by a path of links."""
     graph = pipe.model.graph.to_networkx()
     return [
         (source, target)
@@ -79,7 +79,7 @@ def joined(pipe: Pipeline) -> list[tuple[str, str]]:
 
 
 def answers(pipe: Pipeline, source: str, target: str, given: Any, limit: float) -> Iterator[Answer]:
-    """Decode a target from what a page was given; yield text while it comes, and last the attention too."""
+    """Generate the target from the page's input; yield partial text, and at the end the attention, too."""
     if not given:
         raise require("gradio", "demo").Error(f"give some {pipe.modalities[source].media} first")
     modality = pipe.modalities[target]
@@ -103,7 +103,7 @@ def answers(pipe: Pipeline, source: str, target: str, given: Any, limit: float) 
 
 @torch.no_grad()
 def attention(pipe: Pipeline, given: Segment, answer: Segment) -> Any:
-    """Draw where an answer looked in what was given, averaged over taps; None where no link joins them."""
+    """Draw the attention from an answer to the input, averaged over taps; None if no link joins them."""
     batch = collate([[given, answer]])
     streams = {
         name: {key: tensor.to(pipe.device) for key, tensor in stream.items()}
@@ -127,7 +127,7 @@ def attention(pipe: Pipeline, given: Segment, answer: Segment) -> Any:
 
 
 def _labels(pipe: Pipeline, segment: Segment) -> list[str]:
-    """Name the tokens of a text; no others."""
+    """Return labels for tokens of text; none for other data."""
     modality = pipe.modalities[segment.tower]
     if modality.media != "text":
         return []
@@ -135,7 +135,7 @@ def _labels(pipe: Pipeline, segment: Segment) -> list[str]:
 
 
 def _widget(gradio: Any, media: str, label: str, *, given: bool) -> Any:
-    """Return what shows raw data of some kind, or takes them."""
+    """Return a widget that shows or takes raw data of a kind."""
     if media == "text":
         return gradio.Textbox(label=label, lines=3, interactive=given)
     kind = {"audio": gradio.Audio, "image": gradio.Image}.get(media, gradio.File)

@@ -1,4 +1,4 @@
-"""Commands about plugins: which are installed, and a package to start one from."""
+"""Commands for plugins: list those installed, and create a package for a new modality."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ typer: Any = require("typer", "cli")
 NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
 
 TEMPLATE = Path(__file__).with_name("template")
-"""A package that works as it is, whose modality is called octets."""
+"""A working package with a modality named octets."""
 
 
 def modalities(as_json: JsonOption = False) -> None:
@@ -71,7 +71,7 @@ def new_modality(
     if not target.parent.is_dir():
         raise FileNotFoundError(f"{target.parent} is no folder: make it first, or give another folder")
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".multitower-") as work:
-        for file in (*TEMPLATE.glob("[!.]*.*"), *TEMPLATE.glob("*/*.py")):  # not what running it leaves
+        for file in (*TEMPLATE.glob("[!.]*.*"), *TEMPLATE.glob("*/*.py")):  # without caches
             copy = Path(work, "new", _renamed(file.relative_to(TEMPLATE).as_posix(), name))
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_text(_renamed(file.read_text(encoding="utf-8"), name), encoding="utf-8")
@@ -80,7 +80,7 @@ def new_modality(
 
 
 def _renamed(text: str, name: str) -> str:
-    """Return a text, or a path, of the template as it is in the package of another modality."""
+    """Replace the modality's name in a text or path of the template."""
     values = {
         "multitower-octets": f"multitower-{name.replace('_', '-')}",
         "multitower>=0": f"multitower>={__version__}",
@@ -91,7 +91,7 @@ def _renamed(text: str, name: str) -> str:
 
 
 def _table(kind: str, heading: str, plugins: Sequence[Plugin], offer: Callable[[Plugin], str]) -> str:
-    """Show plugins in columns, the broken ones with the reason."""
+    """Format plugins as a table; broken ones show the reason."""
     if not plugins:
         return f"no installed package offers a {kind}"
     rows = [(kind, "package", "version", heading)]

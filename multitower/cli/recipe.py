@@ -1,4 +1,4 @@
-"""What ``multitower train`` is told: a YAML file over what Python offers."""
+"""The YAML recipe of ``multitower train``."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Data:
-    """Where the pairs are, and what is to be learnt of them.
+    """The data set of a recipe; give either ``folder`` or ``dataset``.
 
     Attributes:
-        columns: By column the tower that gets it, in the order of an example.
-        tasks: The columns to learn in each task; each pair serves all tasks.
-        folder: A folder with ``metadata.csv``; columns of towers whose raw data are no text name files in it.
-        dataset: Or what ``datasets.load_dataset`` takes, by name.
-        held_out: How many pairs are kept for evaluation.
+        columns: The tower of each column, in the order of an example.
+        tasks: The target columns of each task; every row is used for all tasks.
+        folder: A folder with ``metadata.csv``; columns of towers that do not take text name files in it.
+        dataset: Keyword arguments of ``datasets.load_dataset``.
+        held_out: Number of rows held out for evaluation.
     """
 
     columns: Mapping[str, str]
@@ -41,20 +41,20 @@ class Data:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A fusion, its data, and how it is trained.
+    """A fusion, its data, and its training.
 
     Attributes:
-        output: The folder to write: checkpoints of the run, and the trained model.
-        towers: By name what ``FusionGraph.add_tower`` takes, and "modality": a folder that
-            ``Modality.save_pretrained`` wrote, or the name of an installed one. Where a tower names none it
-            is that of the tokenizer which its source brings.
-        links: What ``FusionGraph.add_link`` takes.
+        output: The output folder, for checkpoints of the run and the trained model.
+        towers: By name, the arguments of ``FusionGraph.add_tower``, and "modality": a folder written by
+            ``Modality.save_pretrained``, or the name of an installed modality. By default, the tower's
+            modality is text with the tokenizer of its source.
+        links: The arguments of ``FusionGraph.add_link`` for each link.
         data: See ``Data``.
-        trainer: What ``transformers.TrainingArguments`` takes.
+        trainer: The arguments of ``transformers.TrainingArguments``.
         rates: Learning rates by part; see ``train.Trainer``.
         history_noise: See there.
         source_noise: See there.
-        seed: Of new links and of what is held out.
+        seed: Random seed for new links, the held-out split and the trainer.
     """
 
     output: str
@@ -69,7 +69,7 @@ class Recipe:
 
 
 def read_recipe(path: Path) -> Recipe:
-    """Read a recipe."""
+    """Read and validate a recipe."""
     yaml: Any = require("yaml", "cli")
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -106,14 +106,14 @@ def make_graph(recipe: Recipe) -> FusionGraph:
 
 
 def make_modalities(recipe: Recipe) -> dict[str, Modality]:
-    """Return the modality of each tower that the data have a column for."""
+    """Return the modality of each tower that has a column in the data."""
     return {
         name: _modality(name, recipe.towers[name]) for name in dict.fromkeys(recipe.data.columns.values())
     }
 
 
 def read_rows(recipe: Recipe, modalities: Mapping[str, Modality]) -> tuple[Any, Any]:
-    """Return the rows to train on, and those that are held out: lists, or data sets of ``datasets``."""
+    """Return training and held-out rows, as lists or ``datasets`` objects."""
     data = recipe.data
     if data.dataset is not None:
         rows = require("datasets", "train").load_dataset(**data.dataset)
@@ -145,7 +145,7 @@ def read_rows(recipe: Recipe, modalities: Mapping[str, Modality]) -> tuple[Any, 
 
 
 def _made(make: Callable[..., T], given: Any, where: str) -> T:
-    """Make a part of a recipe of the entries that YAML has for it."""
+    """Call ``make`` with a mapping from YAML; raise errors that name the place and the valid entries."""
     known = inspect.signature(make).parameters
     if not isinstance(given, dict):
         raise ValueError(f"{where}: expected the entries {', '.join(known)}")

@@ -1,4 +1,4 @@
-"""Commands that say what a checkpoint or a graph is, and what it costs."""
+"""Commands that show a checkpoint or a graph: summary, drawing, and cost."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def estimate(
 
 
 def _graph_or_model(source: str) -> FusionGraph | FusedModel:
-    """Return the graph that a JSON file holds, or the model of a checkpoint."""
+    """Load the graph in a JSON file, or the model of a checkpoint."""
     if source.endswith(".json"):
         return FusionGraph.from_json(Path(source).read_text(encoding="utf-8"))
     quiet()
@@ -140,7 +140,7 @@ def _origins(summary: dict[str, Any]) -> list[str]:
 
 
 def short(count: int) -> str:
-    """Write a number of parameters in few digits."""
+    """Format a number of parameters with few digits."""
     for size, letter in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
         if count >= size:
             return f"{count / size:.1f}{letter}"

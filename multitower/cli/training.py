@@ -44,12 +44,12 @@ def train(
     model = make_graph(plan).compile()
     print(model.graph)
 
-    from ..train.columns import encode_columns  # what needs transformers comes last
+    from ..train.columns import encode_columns  # slow imports of transformers come last
     from ..train.trainer import Trainer
 
     def examples(rows: Any) -> Any:
         columns, encoded = plan.data.columns, []
-        for task in plan.data.tasks:  # what is learnt comes last: it is predicted from the others
+        for task in plan.data.tasks:  # targets come last: they are predicted from the others
             order = [*(name for name in columns if name not in task), *task]
             ordered = {name: columns[name] for name in order}
             encoded.append(encode_columns(rows, ordered, modalities, targets=task))

@@ -1,4 +1,4 @@
-"""A fused model as programs that run without this library."""
+"""Export fused models as programs that need only torch."""
 
 from .decoder import DecoderPrograms, export_decoder
 from .tower import export_tower

@@ -1,4 +1,4 @@
-"""A tower as two programs that decode with caches: one for what is given, one for each new token."""
+"""Export a tower as two programs for cached decoding: one encodes the sources, one decodes new tokens."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from .tower import Logits
 from .trace import Part, part_of, placed, run, sizes_of, strip, traced
 
 State = dict[str, Any]
-"""What the programs hand on: dicts and lists of tensors, since nothing else loads without the library."""
+"""Passed between the programs: dicts and lists of tensors, which load without this library."""
 
 LEAST = 3
-"""The shortest cache: to trace the step, more new tokens than rows are wanted, and more than one row."""
+"""Minimum cache length: tracing the step needs more than one row, and more new tokens than rows."""
 
 
 class DecoderPrograms(NamedTuple):
@@ -45,7 +45,7 @@ class DecoderPrograms(NamedTuple):
 
 
 def export_decoder(model: Fusion, name: str, *, max_length: int) -> DecoderPrograms:
-    """Make two programs of a fused model that decode one tower, each token once.
+    """Export two programs that decode one tower of a fused model with key-value caches.
 
     >>> import multitower as mt
     >>> from multitower.testing import tiny_tower
@@ -66,36 +66,35 @@ def export_decoder(model: Fusion, name: str, *, max_length: int) -> DecoderProgr
     >>> state["cache"]["length"]
     tensor(3)
 
-    ``encode`` is called with streams as the program of ``export_tower`` is: those of the tower, of which
-    other towers may read what is given, and of all that it reads. It returns a state:
+    ``encode`` takes streams in the form of ``export_tower``: those of the tower itself (other towers may read
+    its prompt) and of all towers that it reads, directly or through others. It returns a state:
 
-    - "taps": for each tap into the tower, as "speech->text 2-2", "keys" and "values" of shape (batch, heads,
-      source length, head width);
+    - "taps": for each tap into the tower, such as "speech->text 2-2", "keys" and "values" of shape (batch,
+      heads, source length, head width);
     - "sources": for each other tower, "times", int64, and "mask", bool, (batch, source length);
-    - "cache": the tower's own "keys" and "values", for each layer zeros of shape (batch, heads, max_length,
-      head width); "times", int64, (batch, max_length), -1 where there is no token; and "length", int64, a
-      scalar.
+    - "cache": the tower's own "keys" and "values", per layer, zeros of shape (batch, heads, max_length, head
+      width); "times", int64, (batch, max_length), -1 where there is no token; and "length", an int64 scalar.
 
-    ``step`` is called with tokens and times, int64, of shape (batch, new), and that state. It returns logits,
-    shape (batch, new, vocabulary), and changes the cache in place. The same program takes a prompt and each
-    token after it. Prompts of unlike length are padded on the left, where times are -1. As in the model, a
-    token reads what is of earlier time; what other towers are to read of it must be in its stream for
-    ``encode``.
+    ``step`` takes tokens and times, int64, shape (batch, new), and this state. It returns logits, shape
+    (batch, new, vocabulary), and updates the cache in place. It takes first the prompt, then one or more new
+    tokens at a time. Prompts of different lengths are padded on the left with time -1. As in the model, a
+    token attends to source tokens of earlier time; tokens that other towers should read must be in the
+    tower's stream for ``encode``.
 
-    Before they are given, the programs decode streams of other sizes, and are compared with the model.
+    The programs are checked against the model on streams of other sizes before they are returned.
 
     Args:
         model: The model; it is not changed.
-        name: The tower to be decoded, made of a transformers model.
-        max_length: How many tokens of it a row may have, padding on the left included. More are an IndexError
-            of torch on the CPU.
+        name: The tower to decode; it must be a transformers model.
+        max_length: Maximum number of the tower's tokens in a row, including left padding. More raise torch's
+            IndexError on the CPU.
 
     Raises:
         KeyError: There is no tower of that name.
         ValueError: ``max_length`` is less than 3, or more than the tower has positions for.
-        ExportError: ``torch.export`` cannot trace a tower, or not for every batch and length; a tower is
-            offloaded; or the one to be decoded keeps something else than keys and values, or does not decode
-            rows that are padded on the left.
+        ExportError: ``torch.export`` cannot trace a tower for every batch size and length; a tower is
+            offloaded; or the decoded tower caches something other than keys and values, or does not support
+            left padding.
     """
     part = part_of(model, name)
     tower = part.model.tower(name)
@@ -119,7 +118,7 @@ def export_decoder(model: Fusion, name: str, *, max_length: int) -> DecoderProgr
 
 
 class _Encoder(nn.Module):
-    """What runs once over all that is given."""
+    """Runs once, on the prompt and the sources."""
 
     def __init__(
         self, model: Fusion, name: str, layers: list[tuple[Tensor, Tensor]], max_length: int
@@ -128,7 +127,7 @@ class _Encoder(nn.Module):
         self.model, self.name, self.layers, self.max_length = model, name, layers, max_length
 
     def forward(self, streams: dict[str, Stream]) -> State:
-        """Return what the taps into the tower read, and an empty cache."""
+        """Return the keys and values for the taps into the tower, and an empty cache."""
         entries = TapCache.fill(self.model, streams, [self.name]).entries
         rows, device = streams[self.name]["tokens"].shape[0], self.model.tower(self.name).device
         keys, values = (
@@ -152,7 +151,7 @@ class _Encoder(nn.Module):
 
 
 class _Step(nn.Module):
-    """What runs for new tokens; it holds no other tower."""
+    """Runs on new tokens; contains only the decoded tower and the taps into it."""
 
     def __init__(self, model: Fusion, name: str) -> None:
         super().__init__()
@@ -163,7 +162,7 @@ class _Step(nn.Module):
         self.taps = nn.ModuleList(model.tap(tap) for tap, _ in self.reads)
 
     def forward(self, tokens: Tensor, times: Tensor, state: State) -> Tensor:
-        """Return the logits of new tokens, which the cache then holds."""
+        """Return the logits of new tokens, and add these to the cache."""
         cache, count = state["cache"], tokens.shape[1]
         new = cache["length"] + torch.arange(count, device=tokens.device)
         cache["times"].index_copy_(1, new, times)
@@ -192,7 +191,7 @@ class _Step(nn.Module):
         rotations: Rotations,
         seen: dict[tuple[Any, ...], Visibility],
     ) -> Tensor:
-        """Let the state after a layer read others."""
+        """Apply the taps after a layer."""
         updates = []
         for (tap, window), module in zip(self.reads, self.taps, strict=True):
             if tap.target_layer != layer:
@@ -208,16 +207,16 @@ class _Step(nn.Module):
 
 
 def _kept_layers(tower: TransformersTower) -> list[tuple[Tensor, Tensor]]:
-    """Return what each layer keeps of a token, found by running one: (1, heads, 1, head width)."""
+    """Return the cached keys and values of each layer for a single token: (1, heads, 1, head width)."""
     cache = require("transformers", "transformers").DynamicCache()
     tower.run_layers(*tower.resume(probe_tokens(tower.model)[:1, :1], cache))
     return plain(cache)
 
 
 def _static_cache(keys: Sequence[Tensor], values: Sequence[Tensor], length: Tensor) -> Any:
-    """Return a cache of transformers that writes into given tensors, which hold so many tokens.
+    """Return a transformers cache that writes into the given tensors, after their first ``length`` tokens.
 
-    Sliding layers keep everything, too: their masks leave out what lies before the window.
+    Layers with sliding windows also cache all tokens; their masks exclude those before the window.
     """
     cache_utils = require("transformers", "transformers").cache_utils
     layers = []
@@ -239,9 +238,9 @@ def _check_length(name: str, limit: int | None, max_length: int) -> None:
 
 
 def _check_kept(name: str, tower: Tower, forgets: bool) -> None:
+    """Check that a tower caches only keys and values, and supports left padding."""
     if forgets:
         raise ExportError(f"tower {name!r} has memory='segment', of which no program with caches can be made")
-    """Check that a tower keeps keys and values and nothing else, and can be padded on the left."""
     reason = "it is not made of a transformers model"
     if isinstance(tower, TransformersTower):
         reason = why_not_resumed(tower) or why_not_resumed(tower, padding=LENGTH - 3)
@@ -272,7 +271,7 @@ def _dynamic(part: Part, state: State) -> dict[str, Any]:
 
 
 def _example(part: Part, name: str, rows: int, max_length: int) -> dict[str, Stream]:
-    """Make rows of unlike lengths in which the tower has a token before all that it reads, and some after."""
+    """Make rows of different lengths in which the tower has tokens before and after its sources."""
     generator = torch.Generator().manual_seed(rows)
 
     def segment(tower: str, length: int) -> Segment:
@@ -289,7 +288,7 @@ def _example(part: Part, name: str, rows: int, max_length: int) -> dict[str, Str
 
 
 def _on_the_left(stream: Stream, length: int) -> tuple[Tensor, Tensor]:
-    """Return the last tokens of a stream and their times, the padding moved to the left."""
+    """Return the last tokens of a stream and their times, with padding moved to the left."""
     ends = [int(mask.sum()) for mask in stream["mask"]]
     tokens, times = (
         torch.stack([row.roll(-end) for row, end in zip(stream[key], ends, strict=True)])
@@ -299,7 +298,7 @@ def _on_the_left(stream: Stream, length: int) -> tuple[Tensor, Tensor]:
 
 
 def _prove(part: Part, name: str, programs: DecoderPrograms, streams: dict[str, Stream]) -> None:
-    """Decode streams by the programs, the last tokens one by one, and compare with the model."""
+    """Decode streams with the programs, the last tokens one by one, and compare logits with the model's."""
     sizes = sizes_of(streams)
     state = run(programs.encode, (streams,), sizes)
     whole = Logits(part.model, name)(streams)

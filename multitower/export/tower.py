@@ -1,4 +1,4 @@
-"""A tower and all that it reads as one program, which runs everything at each call."""
+"""Export a tower and its sources as one program without caches."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .trace import Part, part_of, placed, run, sizes_of, strip, traced
 
 
 def export_tower(model: Fusion, name: str) -> ExportedProgram:
-    """Make a program of a fused model that takes streams and gives the logits of one tower.
+    """Export a fused model as a program that maps streams to the logits of one tower.
 
     >>> import tempfile, multitower as mt
     >>> from multitower.testing import tiny_model
@@ -29,22 +29,22 @@ def export_tower(model: Fusion, name: str) -> ExportedProgram:
     >>> torch.equal(run(streams), model(streams).logits["text"])
     True
 
-    The program is called with one mapping, as ``collate`` gives it without labels: of the tower, and of each
-    that it reads, directly or through others, "tokens" and "times", int64, and "mask", bool, of shape (batch,
-    length of that stream); padding has mask False and time -1. Batch and lengths may be any. A tower that has
-    nothing to say gets a stream of padding. The logits have the shape (batch, length, vocabulary).
+    The program takes one mapping, as made by ``collate`` but without labels. For the tower and for each that
+    it reads, directly or through others, it has "tokens" and "times", int64, and "mask", bool, of shape
+    (batch, length of that stream); padding has mask False and time -1. Batch size and lengths are dynamic. A
+    tower without tokens gets a stream of padding. The logits have shape (batch, length, vocabulary).
 
-    Before it is given, the program is run on streams of other sizes and compared with the model. It stays on
-    the model's device and in its dtypes. What the logits do not depend on, as other towers and the heads of
-    those that are read, is left out.
+    The program is checked against the model on streams of other sizes before it is returned. It has the
+    model's devices and dtypes. Whatever does not influence the logits is left out, such as other towers and
+    the heads of sources.
 
     Args:
         model: The model; it is not changed.
-        name: The tower whose logits are wanted.
+        name: The tower whose logits are computed.
 
     Raises:
         KeyError: There is no tower of that name.
-        ExportError: ``torch.export`` cannot trace a tower, or not for every batch and length; or a tower is
+        ExportError: ``torch.export`` cannot trace a tower for every batch size and length; or a tower is
             offloaded.
     """
     part = part_of(model, name)
@@ -57,20 +57,20 @@ def export_tower(model: Fusion, name: str) -> ExportedProgram:
 
 
 class Logits(nn.Module):
-    """A fused model as a function of streams that gives one tower's logits."""
+    """Maps streams to the logits of one tower."""
 
     def __init__(self, model: Fusion, name: str) -> None:
         super().__init__()
         self.model, self.name = model, name
 
     def forward(self, streams: dict[str, Stream]) -> Tensor:
-        """Run the towers up to their last layers, and the head of one."""
+        """Run the layers of all towers, and the head of one."""
         states = self.model.run(streams)
         return self.model.tower(self.name).head(states.hidden[self.name], states.contexts[self.name])
 
 
 def _example(part: Part, rows: int) -> dict[str, Stream]:
-    """Make streams of unlike lengths that depend on the number of rows, with padding if there are several."""
+    """Make streams whose lengths depend on the number of rows, with padding if there are several rows."""
     generator = torch.Generator().manual_seed(rows)
     examples: list[Example] = []
     for row in range(rows):

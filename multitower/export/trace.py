@@ -1,4 +1,4 @@
-"""What every program is made by: a model cut down to what a tower reads, traced for all sizes."""
+"""Shared by all exports: reduce a model to what a tower needs, and trace it with dynamic shapes."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ KEYS = ("tokens", "times", "mask")
 
 
 class Part(NamedTuple):
-    """What of a model a program holds.
+    """The part of a model that a program contains.
 
     Attributes:
-        model: The model without the rest.
-        towers: A tower and all that it reads.
-        rows: The size of each batch.
-        lengths: That of each tower's stream, by name.
+        model: The reduced model.
+        towers: The exported tower and all that it reads, in the graph's order.
+        rows: The dynamic batch size.
+        lengths: The dynamic length of each tower's stream.
     """
 
     model: Fusion
@@ -42,7 +42,7 @@ class Part(NamedTuple):
 
 
 def part_of(model: Fusion, name: str) -> Part:
-    """Return what of a model one tower needs."""
+    """Return the part of a model that one tower needs."""
     model.tower(name)
     graph = model.graph
     read = {*nx.ancestors(graph.to_networkx(), name), name}
@@ -60,10 +60,10 @@ def part_of(model: Fusion, name: str) -> Part:
 def traced(
     program: nn.Module, args: tuple[Any, ...], dynamic: tuple[Any, ...], part: Part
 ) -> ExportedProgram:
-    """Trace a module for all sizes."""
+    """Trace a module with dynamic shapes."""
     try:
         return torch.export.export(program, args, dynamic_shapes=dynamic, strict=False)
-    except Exception as error:  # whatever tracing somebody's model brings up
+    except Exception as error:  # tracing a foreign model may raise anything
         same = shared_with({each: part.model.tower(each) for each in part.towers})
         raise ExportError(
             f"torch.export cannot trace {_names(part)} for every batch and length: {error}"
@@ -76,16 +76,16 @@ def traced(
 
 
 def run(exported: ExportedProgram, args: tuple[Any, ...], sizes: dict[str, tuple[int, ...]]) -> Any:
-    """Run a program on streams of other sizes than those it was traced with."""
+    """Run a program on streams of other sizes than it was traced with."""
     program: Any = exported.module()
     try:
         return program(*args)
-    except Exception as error:  # a guard that tracing has put in
+    except Exception as error:  # a failed guard
         raise ExportError(f"the program does not take streams of the shapes {sizes}: {error}") from error
 
 
 def placed(examples: list[Example], part: Part) -> dict[str, Stream]:
-    """Return the streams of examples, each on its tower's device."""
+    """Collate examples; return the streams, each on its tower's device."""
     streams = collate(examples)["streams"]
     return {
         name: {key: streams[name][key].to(part.model.tower(name).device) for key in KEYS}
@@ -99,7 +99,7 @@ def sizes_of(streams: dict[str, Stream]) -> dict[str, tuple[int, ...]]:
 
 
 def strip(exported: ExportedProgram) -> None:
-    """Take out weights that no step uses, and the example inputs, which would be saved as a pickle."""
+    """Remove unused weights, and the example inputs, which would be pickled."""
     unused = {node.name for node in exported.graph.nodes if node.op == "placeholder" and not node.users}
     for entry in exported.graph_signature.input_specs:
         if entry.arg.name in unused and entry.target in exported.state_dict:

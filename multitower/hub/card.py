@@ -1,4 +1,4 @@
-"""The model card of a fused model, made of its graph."""
+"""Generate the model card of a fused model."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def model_card(
     training: Mapping[str, object] | None = None,
     scores: Mapping[str, float] | None = None,
 ) -> str:
-    """Describe a fused model as the Hub expects it: metadata, a picture, its towers and links, how to load.
+    """Return a model card for the Hub: metadata, a diagram, tables of towers and links, and how to load it.
 
     >>> from multitower.testing import tiny_model
     >>> print(model_card(tiny_model(), "me/tiny"))      # doctest: +ELLIPSIS
@@ -58,16 +58,16 @@ def model_card(
 
     Args:
         model: The model.
-        repo_id: Where it is to be loaded from: an id on the Hub, "owner/name", or a folder.
-        embed_towers: Whether the checkpoint holds frozen towers, too; as for ``save_pretrained``.
-        modalities: The modalities that the checkpoint holds, by tower.
-        license: The licence of the fused model; nothing is said of it unless it is given.
-        tower_licenses: The licences of the towers, by tower, where they are known.
-        training: How it was trained: settings by name.
-        scores: What it scores on held-out data, by name.
+        repo_id: What ``from_pretrained`` is called with: a Hub id, "owner/name", or a folder.
+        embed_towers: Whether the checkpoint also contains frozen towers, as for ``save_pretrained``.
+        modalities: The modalities in the checkpoint, by tower.
+        license: The licence of the fused model; omitted unless given.
+        tower_licenses: The known licences of towers, by tower.
+        training: Training settings, by name.
+        scores: Scores on held-out data, by name.
 
     Returns:
-        Markdown with YAML metadata. Its last line tells whether it was edited since; see ``is_generated``.
+        Markdown with YAML metadata. Its last line is a checksum, by which ``is_generated`` detects edits.
     """
     modalities = modalities or {}
     parts = [
@@ -94,7 +94,7 @@ def model_card(
 
 
 def is_generated(card: str) -> bool:
-    """Return whether a card is as ``model_card`` wrote it; one that was edited or written by hand is not."""
+    """Whether a card was written by ``model_card`` and not edited since."""
     body = MARK.sub("", card)
     return body != card and _marked(body) == card
 
@@ -146,7 +146,7 @@ def _towers(model: Fusion, embed_towers: bool, licenses: Mapping[str, str]) -> s
 
 
 def _source(model: Fusion, name: str, embed_towers: bool) -> str:
-    """Return where a tower comes from; a path on its author's machine is nobody's business."""
+    """Return a tower's source in Markdown; local paths are not disclosed."""
     source = model.graph.towers[name].source
     if source is None:
         origin = "its author's module"
@@ -232,7 +232,7 @@ def _how_to_load(model: Fusion, repo_id: str, embed_towers: bool, modalities: Ma
 
 
 def _has_to_be_given(model: Fusion, name: str, embed_towers: bool) -> bool:
-    """Whether a checkpoint names nothing that a tower could be made of."""
+    """Whether a tower can be loaded only from a module that the caller gives."""
     if model.graph.towers[name].source is not None:
         return False
     plain = isinstance(base_model(model.unimodal(name)), Tower)
@@ -262,7 +262,7 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def _text(words: str) -> str:
-    """Keep what others wrote from being taken for Markdown or HTML."""
+    """Escape Markdown and HTML."""
     return re.sub(r"([\\`*_<>\[\]|])", r"\\\1", " ".join(words.split()))
 
 

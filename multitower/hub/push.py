@@ -1,4 +1,4 @@
-"""Fused models put on the Hugging Face Hub."""
+"""Upload fused models to the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -37,37 +37,36 @@ def push_to_hub(
     license: str | None = None,  # noqa: A002  # what the Hub calls it
     max_shard_size: int | str = "5GB",
 ) -> str:
-    """Put a checkpoint and its model card on the Hub, in one commit.
+    """Upload a checkpoint and its model card to the Hub, in one commit.
 
     >>> from multitower.testing import tiny_model
     >>> push_to_hub(tiny_model(), "me/tiny", private=True)                        # doctest: +SKIP
     'https://huggingface.co/me/tiny/commit/...'
 
-    The commit takes out what an older checkpoint there had and this one has not; readers get the one or the
-    other, whole. Other files are left alone, and so is a model card that somebody has written or edited. The
-    path of a folder on this machine, from which a stored tower came, is not published.
+    The same commit deletes files that only the older checkpoint had. Other files are unchanged, as is a model
+    card that was written or edited by hand. Local paths of towers are not published.
 
     Args:
         model: The model.
-        repo_id: Where to: "owner/name". The repository is made unless it exists.
-        modalities: As for ``save_pretrained``: what makes the tokens of towers, by tower.
-        embed_towers: As for ``save_pretrained``: whether to store frozen towers, too.
-        private: Whether a new repository is private; None for what the owner has as default.
-        token: What allows writing; None for the one that this machine is logged in with.
-        commit_message: What the commit is called.
-        revision: The branch to put it on, which must exist; None for the main one.
-        create_pr: Whether to propose the commit as a pull request.
-        license: The licence of the fused model for its card, an id of the Hub such as "apache-2.0".
+        repo_id: The repository, "owner/name"; created if it does not exist.
+        modalities: Modalities by tower, as for ``save_pretrained``.
+        embed_towers: Whether to also store frozen towers, as for ``save_pretrained``.
+        private: Whether a new repository is private; by default the owner's setting.
+        token: Access token with write permission; by default that of the machine's login.
+        commit_message: The commit message.
+        revision: An existing branch; by default the main branch.
+        create_pr: Whether to open a pull request with the commit.
+        license: The licence of the fused model for its card, as a Hub id such as "apache-2.0".
         max_shard_size: As for ``save_pretrained``.
 
     Returns:
-        The address of the commit, or of the pull request.
+        The URL of the commit or the pull request.
 
     Raises:
-        CheckpointError: A frozen tower comes from a folder, which would be published with it; or see
+        CheckpointError: A frozen tower comes from a local folder, and would be published; or see
             ``save_pretrained``.
         ImportError: huggingface_hub is not installed.
-        huggingface_hub.errors.HfHubHTTPError: The Hub refuses.
+        huggingface_hub.errors.HfHubHTTPError: The Hub rejects the request.
     """
     check_reachable(model, embed_towers)
     hub = require("huggingface_hub", "hub")
@@ -110,7 +109,7 @@ def push_to_hub(
 
 
 def check_reachable(model: Fusion, embed_towers: bool) -> None:
-    """Check that no frozen tower comes from a path on this machine, so that none is published unasked."""
+    """Raise if a frozen tower from a local path would be published without ``embed_towers``."""
     local = [
         f"{name!r} ({spec.source})"
         for name, spec in model.graph.towers.items()
@@ -126,7 +125,7 @@ def check_reachable(model: Fusion, embed_towers: bool) -> None:
 
 @contextmanager
 def _without_paths(model: Fusion) -> Iterator[Fusion]:
-    """Return the same model without any name of a folder on this machine; towers from such are all stored."""
+    """Yield the model without local paths in its graph and configs; towers from such paths are all stored."""
     local = [name for name, spec in model.graph.towers.items() if is_path(spec.source)]
     graph = redeclared(model.graph, local, source=None)
     named: list[tuple[Any, str]] = []
@@ -153,7 +152,7 @@ def _read(api: Any, repo_id: str, revision: str | None) -> str:
 
 
 def _licenses(model: Fusion, hub: Any, api: Any) -> dict[str, str]:
-    """Return the licences of towers, as their own model cards state them."""
+    """Return the licences of towers that their own model cards state."""
     found: dict[str, Any] = {}
     for name, spec in model.graph.towers.items():
         origin = hub_id(spec.source)

@@ -1,4 +1,4 @@
-"""What a fusion looks like, what it costs, and what its links contribute."""
+"""Inspect a fused model: drawings, costs, and how much its links contribute."""
 
 from .cost import Cost, Estimate
 from .draw import draw_attention, draw_estimate, draw_graph, draw_history

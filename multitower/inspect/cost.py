@@ -1,4 +1,4 @@
-"""What a batch costs a model, part by part, and a table of it."""
+"""The cost of a batch, per part of a model, and its table."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Cost:
-    """What one part of a model costs, or all of it.
+    """The cost of one part of a model, or of all of it.
 
     >>> (Cost(parameters=3, forward_flops=10) + Cost(parameters=2, backward_flops=20)).step_flops
     30
 
     Attributes:
-        parameters: How many parameters there are. One that several parts share is counted in the first.
-        trained: How many of them are trained.
-        parameter_bytes: Their bytes.
-        forward_flops: Floating-point operations of the forward: two for each multiplication in a matrix
-            product, attention or convolution. All else is not counted.
-        backward_flops: Those of the backward.
-        saved_bytes: What autograd keeps from forward to backward: each storage once, where it is kept first;
-            parameters, buffers and the batch are not counted.
-        cache_bytes: What decoding keeps of the batch's tokens. Of a tower: what transformers' own cache
-            holds of them when this tower is decoded; 0 for a ``Tower`` that decodes without such a cache. Of
-            a link: the keys and values of its source when its target is decoded.
+        parameters: Number of parameters; one shared by several parts is counted in the first.
+        trained: Number of trained parameters.
+        parameter_bytes: Size of the parameters.
+        forward_flops: FLOPs of the forward: two per multiplication in matrix products, attention and
+            convolutions; nothing else is counted.
+        backward_flops: FLOPs of the backward.
+        saved_bytes: Size of what autograd saves for the backward: each storage once, in the part that saves
+            it first, without parameters, buffers and the batch.
+        cache_bytes: Size of the decoding cache for the batch's tokens. For a tower: its transformers cache
+            when it is decoded; 0 for a ``Tower`` without one. For a link: the keys and values of its source
+            when its target is decoded.
     """
 
     parameters: int = 0
@@ -40,7 +40,7 @@ class Cost:
 
     @property
     def step_flops(self) -> int:
-        """Floating-point operations of a forward and a backward."""
+        """FLOPs of a forward and a backward."""
         return self.forward_flops + self.backward_flops
 
     def __add__(self, other: Cost) -> Cost:
@@ -49,13 +49,13 @@ class Cost:
 
 @dataclass(frozen=True, repr=False)
 class Estimate:
-    """What a batch costs a fused model, part by part; see ``FusedModel.estimate``.
+    """The cost of a batch, per part of a fused model; see ``FusedModel.estimate``.
 
     Attributes:
-        towers: The cost of each tower by name, its head included.
-        adapters: That of each input adapter, by the name of its tower.
-        links: That of each link.
-        loss: That of the losses, made of the logits.
+        towers: The cost of each tower by name, including its head.
+        adapters: The cost of each input adapter, by the name of its tower.
+        links: The cost of each link, by name.
+        loss: The cost of computing the losses from the logits.
     """
 
     towers: Mapping[str, Cost]
@@ -65,7 +65,7 @@ class Estimate:
 
     @property
     def total(self) -> Cost:
-        """The cost of all parts."""
+        """The total cost of all parts."""
         parts = (*self.towers.values(), *self.adapters.values(), *self.links.values(), self.loss)
         return functools.reduce(operator.add, parts)
 
@@ -92,7 +92,7 @@ def _row(name: str, cost: Cost) -> tuple[str, ...]:
 
 
 def _scaled(value: float, step: int, prefixes: str, unit: str) -> str:
-    """Write a number with a prefix of its unit."""
+    """Format a number with a unit prefix."""
     place = 0
     while value >= step and place < len(prefixes) - 1:
         value, place = value / step, place + 1

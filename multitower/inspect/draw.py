@@ -1,4 +1,4 @@
-"""Pictures of a fusion: its layers and taps, what it attends to, what it costs, how it learnt."""
+"""Figures of a fusion: layers and taps, attention weights, costs, and training curves."""
 
 from __future__ import annotations
 
@@ -26,30 +26,29 @@ EDGES = {"none": "#6b7785", "all": "#b5760a", "lora": "#1f7a58"}
 HATCHES = {"none": "", "all": "", "lora": "///"}
 WORDS = {"none": "frozen", "all": "trained", "lora": "adapters trained"}
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-"""Okabe and Ito's, which people who see colours differently can tell apart."""
+"""Okabe and Ito's palette, safe for colour blindness."""
 
 
 def draw_graph(model: Fusion | FusionGraph) -> Any:
-    """Draw towers as columns of layers and every tap as an arrow, in the colour of how open it is.
+    """Draw towers as columns of layers and taps as arrows, coloured by how open they are.
 
     >>> from multitower.testing import tiny_model
     >>> figure = draw_graph(tiny_model())
     >>> figure.savefig("/dev/null", format="png")
 
-    While all taps are closed, as in a model that is not trained, colours tell the links apart instead. Frozen
-    towers are grey, trained ones orange, those with adapters green and hatched.
+    If all taps are closed, as in an untrained model, each link has a colour of its own instead. Frozen towers
+    are grey, trained ones orange, those with adapters green and hatched.
 
     Args:
-        model: The fused model, or a graph: of its towers that are folders or Hub ids only the configs are
-            read then.
+        model: The fused model; or a graph, for whose folders and Hub ids only the configs are read.
 
     Returns:
         A ``matplotlib.figure.Figure``.
 
     Raises:
-        GraphError: A graph cannot be compiled; see ``FusionGraph.compile``.
-        TowerError: See there; or a folder or Hub id is of a quantised model.
-        ImportError: matplotlib is not installed; the extra "draw" brings it.
+        GraphError: The graph cannot be compiled; see ``FusionGraph.compile``.
+        TowerError: See there; or a folder or Hub id contains a quantised model.
+        ImportError: matplotlib is not installed; install the extra "draw".
     """
     opened: Mapping[str, float] = {}
     if isinstance(model, FusionGraph):
@@ -81,7 +80,7 @@ def draw_graph(model: Fusion | FusionGraph) -> Any:
 
 
 def as_svg(figure: Any) -> str:
-    """Return a figure as SVG, whose words take the colour of the text around it."""
+    """Return a figure as SVG whose text has the colour of the surrounding text (``currentColor``)."""
     with require("matplotlib", "draw").rc_context({"svg.fonttype": "none", "svg.hashsalt": "multitower"}):
         written = io.StringIO()
         figure.savefig(written, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
@@ -114,7 +113,7 @@ def _draw_tower(axes: Any, model: Fusion, name: str, centre: float, size: float)
 
 
 def _colours(model: Fusion, opened: Mapping[str, float], figure: Any, axes: Any) -> tuple[Any, list[Any]]:
-    """Return what gives a tap its colour, and what a legend is to hold."""
+    """Return a function from a tap to its colour, and the handles of the legend."""
     patches = require("matplotlib.patches", "draw")
     links = list(model.graph.links)
     counts = {link: sum(tap.link == link for tap in model.schedule.taps) for link in links}
@@ -140,7 +139,7 @@ def _draw_tap(axes: Any, tap: Tap, centre: Mapping[str, float], colour: Any) -> 
         color=colour,
         connectionstyle=f"arc3,rad={-0.12 * side}",
         lw=1.4,
-        zorder=2 if neighbours else 0,  # others pass behind the towers between
+        zorder=2 if neighbours else 0,  # longer arrows pass behind the towers in between
     )
     axes.add_patch(arrow)
 
@@ -148,7 +147,7 @@ def _draw_tap(axes: Any, tap: Tap, centre: Mapping[str, float], colour: Any) -> 
 def draw_attention(
     weights: Tensor, *, sources: Sequence[str] = (), targets: Sequence[str] = (), title: str = ""
 ) -> Any:
-    """Draw where each token of a target looks in its source.
+    """Draw the attention of each target token over the source tokens.
 
     >>> import multitower as mt
     >>> from multitower.testing import tiny_model
@@ -157,18 +156,18 @@ def draw_attention(
     >>> figure = draw_attention(out.attentions["speech->text"]["1-1"][0], targets=["begin", "a", "end"])
 
     Args:
-        weights: Of one example: shape (target length, source length), or (heads, target length, source
-            length), whose heads are averaged.
-        sources: A label for each source token, if any.
-        targets: A label for each target token, if any.
-        title: What stands above.
+        weights: Attention weights of one example, shape (target length, source length), or (heads, target
+            length, source length); heads are averaged.
+        sources: Optional labels of the source tokens.
+        targets: Optional labels of the target tokens.
+        title: Title of the figure.
 
     Returns:
         A ``matplotlib.figure.Figure``.
 
     Raises:
-        ValueError: The weights have another shape, or there are not as many labels as tokens.
-        ImportError: matplotlib is not installed; the extra "draw" brings it.
+        ValueError: The weights have another shape, or the number of labels is not that of the tokens.
+        ImportError: matplotlib is not installed; install the extra "draw".
     """
     grid = weights.detach().float().cpu()
     grid = grid.mean(0) if grid.dim() == 3 else grid
@@ -192,7 +191,7 @@ def draw_attention(
 
 
 def draw_estimate(estimate: Estimate) -> Any:
-    """Draw what each part of a model costs: FLOPs of a step, and memory.
+    """Draw the FLOPs of a step and the memory of each part of a model.
 
     >>> import multitower as mt
     >>> from multitower.testing import tiny_model
@@ -200,13 +199,13 @@ def draw_estimate(estimate: Estimate) -> Any:
     >>> figure = draw_estimate(tiny_model().estimate(batch))
 
     Args:
-        estimate: What ``estimate`` returned.
+        estimate: The result of ``estimate``.
 
     Returns:
         A ``matplotlib.figure.Figure``.
 
     Raises:
-        ImportError: matplotlib is not installed; the extra "draw" brings it.
+        ImportError: matplotlib is not installed; install the extra "draw".
     """
     kinds = (("tower", estimate.towers), ("adapter", estimate.adapters), ("link", estimate.links))
     parts = {f"{kind} {name}": cost for kind, costs in kinds for name, cost in costs.items()}
@@ -229,19 +228,19 @@ def draw_estimate(estimate: Estimate) -> Any:
 
 
 def draw_history(history: Sequence[Mapping[str, Any]]) -> Any:
-    """Draw the losses of a run: those of training as lines, those of evaluations as dots.
+    """Draw the losses of a run: training losses as lines, evaluation losses as dots.
 
     >>> figure = draw_history([{"step": 1, "loss_text": 2.0}, {"step": 2, "loss_text": 1.5}])
 
     Args:
-        history: The log of the ``Trainer``, ``trainer.state.log_history``.
+        history: The ``Trainer``'s log, ``trainer.state.log_history``.
 
     Returns:
         A ``matplotlib.figure.Figure``.
 
     Raises:
-        ValueError: It holds no loss.
-        ImportError: matplotlib is not installed; the extra "draw" brings it.
+        ValueError: The log contains no loss.
+        ImportError: matplotlib is not installed; install the extra "draw".
     """
     curves: dict[str, tuple[list[int], list[float]]] = {}
     for entry in history:

@@ -1,4 +1,4 @@
-"""What a batch costs a fused model: parameters, FLOPs and memory, found without running on any values."""
+"""Estimate the parameters, FLOPs and memory of a batch from shapes alone."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from .cost import Cost, Estimate
 from .shapes import MOST_VALUES, NEEDS_VALUES, ShapesOnly, on_meta
 
 CACHES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")
-"""What families of transformers call the cache in what their forward gives."""
+"""The names of the cache in the outputs of transformers models."""
 
 Part = tuple[str, str]
-"""A part of a model: one of "towers", "adapters", "links" or "loss", and its name there."""
+"""A part of a model: "towers", "adapters", "links" or "loss", and its name."""
 
 LOSS: Part = ("loss", "")
 
 
 def estimate(model: Fusion | FusionGraph, batch: Batch, *, logits: bool = True) -> Estimate:
-    """Estimate what a batch costs a model: parameters, FLOPs, and the memory of training and decoding.
+    """Estimate the parameters, FLOPs, and memory in training and decoding that a batch costs.
 
     >>> import multitower as mt
     >>> from multitower.testing import tiny_model
@@ -47,9 +47,8 @@ def estimate(model: Fusion | FusionGraph, batch: Batch, *, logits: bool = True) 
     >>> found.total.step_flops == found.total.forward_flops + found.total.backward_flops
     True
 
-    Of a graph it is what the compiled model would cost, before any weight is loaded: of a tower that is a
-    folder or a Hub id only the config is read (one that names no dtype counts as float32), and given modules
-    are left as they are. What a plugin loads it loads as ever.
+    A graph is estimated without loading weights: for a folder or Hub id, only the config is read (float32 if
+    it names no dtype), and given modules are not changed. Towers from plugins are loaded as usual.
 
     >>> from multitower.testing import tiny_tower
     >>> graph = FusionGraph()
@@ -64,23 +63,23 @@ def estimate(model: Fusion | FusionGraph, batch: Batch, *, logits: bool = True) 
     loss                        0        0       0 FLOP       0 FLOP     228 B    0 B
     total                   2,688      288  18.11 kFLOP  23.42 kFLOP  1.50 KiB  256 B
 
-    The model runs on shapes alone, on a copy without values, as it would on its device and in its present
-    mode; itself it is left as it is. Only what the batch's times, masks and labels decide is decided by
-    their values. A part that is on the meta device is taken to be where the batch is.
+    A copy of the model runs on fake tensors, for the model's device and in its present mode; the model is not
+    changed. Only the batch's tokens, times, masks and labels have values. Parts on the meta device are
+    assumed to be on the batch's device.
 
     Args:
         model: The model, or a graph.
-        batch: As ``collate`` gives it, on the device on which the model takes it.
+        batch: A batch made by ``collate``, on the device on which the model expects it.
         logits: As in ``FusedModel.forward``.
 
     Returns:
-        The costs, with a table of them for ``print``. A batch without labels has no backward.
+        The costs; ``print`` shows them as a table. Without labels, there is no backward.
 
     Raises:
         GraphError: See ``FusionGraph.compile``.
-        TowerError: See ``FusionGraph.compile``; or a folder or Hub id is of a quantised model.
-        ValueError: The batch does not fit the model, weights are offloaded, or a tower decides what to run
-            by values of its states, as a mixture of experts may.
+        TowerError: See ``FusionGraph.compile``; or a folder or Hub id contains a quantised model.
+        ValueError: The batch does not fit the model, weights are offloaded, or a tower's control flow depends
+            on the values of its states, as in some mixtures of experts.
     """
     if isinstance(model, FusionGraph):
         model = empty_model(model)
@@ -94,7 +93,7 @@ def estimate(model: Fusion | FusionGraph, batch: Batch, *, logits: bool = True) 
         )
     mode = ShapesOnly()
     empty: Fusion = mode.copy(model, next(iter(streams.values()))["tokens"].device)
-    empty.attn_implementation = SDPA  # the counts of flex_attention would need values
+    empty.attn_implementation = SDPA  # counting flex_attention would need values
     empty._graph = _without_blind_links(model.graph, streams)
     meter = _Meter([*empty.parameters(), *empty.buffers()], streams)
     try:
@@ -120,10 +119,10 @@ def estimate(model: Fusion | FusionGraph, batch: Batch, *, logits: bool = True) 
 
 
 class _Meter:
-    """Notes FLOPs and saved bytes for the part that runs.
+    """Attributes FLOPs and saved bytes to the part that runs.
 
-    In the backward that is the part which saved the tensor that was asked for last: no product of matrices
-    can be differentiated without one.
+    In the backward, this is the part that saved the last unpacked tensor: the backward of every matrix
+    product unpacks one.
     """
 
     def __init__(self, own: Sequence[Tensor], streams: Mapping[str, Stream]) -> None:
@@ -139,7 +138,7 @@ class _Meter:
     def measure(
         self, model: Fusion, streams: Mapping[str, Stream], logits: bool
     ) -> tuple[Counter[Part], Counter[Part], Counter[Part]]:
-        """Run a step; return the FLOPs of its forward, those of all of it, and the bytes saved, by part."""
+        """Run a step; return the FLOPs of its forward, of the whole step, and the saved bytes, by part."""
         hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
         with torch.enable_grad(), self.counter, hooks:
             loss = model(streams, logits=logits).loss
@@ -151,7 +150,7 @@ class _Meter:
         return forward, self.flops, saved
 
     def within(self, part: Part, method: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a method during which a part runs."""
+        """Wrap a method so that its FLOPs are attributed to a part."""
 
         @functools.wraps(method)
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -163,7 +162,7 @@ class _Meter:
         return run
 
     def enter(self, part: Part) -> Part:
-        """Note what the last part did, and that another one runs; return the last."""
+        """Attribute the FLOPs so far to the current part, and switch to another; return the previous part."""
         total = self.counter.get_total_flops()
         self.flops[self.part] += total - self.noted
         self.noted, self.part, before = total, part, self.part
@@ -182,7 +181,7 @@ class _Meter:
 
 
 def _watched(model: Fusion, meter: _Meter) -> Fusion:
-    """Copy a model shallowly, so that the meter is told which of its parts runs."""
+    """Return a shallow copy of a model that tells the meter which part runs."""
 
     def watched(part: Part, module: nn.Module, *methods: str) -> nn.Module:
         twin = copy.copy(module)
@@ -206,7 +205,7 @@ def _watched(model: Fusion, meter: _Meter) -> Fusion:
 
 
 def _without_blind_links(graph: FusionGraph, streams: Mapping[str, Stream]) -> FusionGraph:
-    """Return a graph without the links that have something to read in this batch, but see none of it."""
+    """Return a graph without links whose source has tokens in this batch, but none visible to the target."""
     data = graph.to_dict()
     blind = {link.name for link in graph.links.values() if _is_blind(link, streams)}
     data["links"] = [link for link in data["links"] if link["name"] not in blind]
@@ -218,7 +217,7 @@ def _is_blind(link: Any, streams: Mapping[str, Stream]) -> bool:
         return False
     source, queries = streams[link.source], moments(streams[link.target])
     keys, window = moments(source), reach(link.window, source)
-    some = max(1, MOST_VALUES // max(1, keys.numel()))  # what a model sees at once may be much
+    some = max(1, MOST_VALUES // max(1, keys.numel()))  # limits the memory of the mask
     return all(
         visibility(part, keys, source["mask"], window).is_blind()
         for part in torch.split(queries, some, dim=1)
@@ -227,7 +226,7 @@ def _is_blind(link: Any, streams: Mapping[str, Stream]) -> bool:
 
 @torch.no_grad()
 def _cache_bytes(model: Fusion, meter: _Meter, streams: Mapping[str, Stream]) -> Counter[Part]:
-    """Count what decoding keeps of the tokens, as ``generate`` would begin with it."""
+    """Return the size of the caches after ``generate``'s prefill, by part."""
     model.eval()
     caches: Counter[Part] = Counter()
     for name, stream in streams.items():
@@ -257,7 +256,7 @@ def _own_cache_bytes(tower: Any, tokens: Tensor) -> int:
 
 
 def _tensors_of(kept: Any, visited: set[int]) -> Iterator[Tensor]:
-    """Return the tensors in a cache, whatever objects it is made of."""
+    """Yield all tensors in a cache, of whatever nested objects it consists."""
     if id(kept) in visited or isinstance(kept, nn.Module | type):
         return
     visited.add(id(kept))
@@ -273,7 +272,7 @@ def _tensors_of(kept: Any, visited: set[int]) -> Iterator[Tensor]:
 
 
 def _parameters(model: Fusion) -> dict[Part, tuple[int, int, int]]:
-    """Count the parameters of each part, those that are trained, and their bytes."""
+    """Return, by part, the number of parameters, of trained ones, and their bytes."""
     counted: set[int] = set()
     counts = {}
     for kind in ("towers", "adapters", "links"):
@@ -294,11 +293,11 @@ FORMULAS = {
     ),
     _aten._grouped_mm: lambda one, other, *_, **__: 2 * one[-2] * one[-1] * other[-1],
 }
-"""FLOPs by shapes, where ``torch.utils.flop_counter`` has no formula of its own."""
+"""FLOP formulas of operators that ``torch.utils.flop_counter`` lacks."""
 
 
 def empty_model(graph: FusionGraph) -> Fusion:
-    """Make the model of a graph without values, on the meta device; see ``estimate``."""
+    """Compile a graph on the meta device; see ``estimate``."""
     copies = on_meta(nn.ModuleDict(dict(graph.modules)))
     towers = load_towers(graph.towers, dict(copies.items()), empty=True)
     return Fusion(graph, towers, empty=True)

@@ -1,4 +1,4 @@
-"""How much links and input adapters count: by their weights, and on a batch."""
+"""How much links and input adapters contribute: by their weights, and on a batch."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from ..run.fusion import Fusion
 
 
 def openness(model: Fusion) -> dict[str, float]:
-    """Return for each tap and input adapter how open it is: 0 at the start, about 1 where it counts in full.
+    """Return how open each tap and input adapter is: 0 at initialisation, about 1 if fully open.
 
     >>> from multitower.testing import tiny_model
     >>> found = openness(tiny_model())
     >>> found["speech->text 1-1"], found["speech->text 3-2"]
     (0.0, 0.0)
 
-    That is the norm of its last linear layer over the norm that such a layer is initialised with, times tanh
-    of its gate if it has one. It needs no batch; ``FusedModel.contributions`` says what a tap changes on one.
+    This is the norm of its last linear layer, relative to the default initialisation of such a layer, times
+    abs(tanh(gate)) if it has a gate. It needs no batch; ``FusedModel.contributions`` measures updates on one.
     """
     found = {f"{name} adapter": _of_adapter(each) for name, each in model.adapters.items()}
     found |= {
@@ -42,7 +42,7 @@ def _of_adapter(adapter: nn.Module) -> float:
 
 
 def _relative(layer: nn.Linear) -> float:
-    """Return the norm of a layer's weights over that of weights as ``nn.Linear`` initialises them."""
+    """Return the norm of a layer's weights, relative to the default initialisation of ``nn.Linear``."""
     norm = float(layer.weight.detach().float().norm())
     return norm / math.sqrt(layer.out_features / 3)
 
@@ -53,7 +53,7 @@ def _gate(gate: nn.Parameter | None) -> float:
 
 @torch.no_grad()
 def contributions(model: Fusion, streams: Mapping[str, Mapping[str, Tensor]]) -> dict[str, float]:
-    """Return the norm of each update over the norm of the state that it changes; see ``FusedModel``."""
+    """Return the norm of each update relative to that of the state it is added to; see ``FusedModel``."""
     found: dict[str, float] = {}
 
     def of_tap(name: str) -> Callable[..., None]:

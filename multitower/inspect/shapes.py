@@ -1,4 +1,4 @@
-"""Models of which only shapes are known: they run, but neither their weights nor their states take memory."""
+"""Run models on shapes alone: neither weights nor states take memory."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._pytree import tree_iter
 
 MOST_VALUES = 1 << 22
-"""How many values a tensor may have to be computed all the same, where they are known."""
+"""Maximum size of tensors that are computed with their values, if their inputs have values."""
 
 NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
-"""What running under ``ShapesOnly`` raises where a model decides by values that are not known."""
+"""Raised under ``ShapesOnly`` if control flow depends on unknown values."""
 
 
-class ShapesOnly(FakeTensorMode):  # type: ignore[no-untyped-call]  # torch leaves its __init_subclass__ so
-    """Under this mode shapes, dtypes and devices are computed in place of values.
+class ShapesOnly(FakeTensorMode):  # type: ignore[no-untyped-call]  # torch's __init_subclass__ is untyped
+    """A mode that computes shapes, dtypes and devices instead of values.
 
     >>> with ShapesOnly() as mode:
     ...     linear = mode.copy(nn.Linear(2, 3))
@@ -33,9 +33,9 @@ class ShapesOnly(FakeTensorMode):  # type: ignore[no-untyped-call]  # torch leav
     >>> states.shape, bool((positions > 3).any())
     (torch.Size([5, 3]), True)
 
-    What is small and depends on no weight keeps its values: tokens, times, positions, masks. So what a
-    model decides by these comes out as it would. Operators are chosen as for the device that tensors say
-    they are on, and save for a backward what they would save there.
+    Small tensors that do not depend on weights (tokens, times, positions, masks) keep their values, so
+    control flow that depends on them is the real one. Operators are dispatched for the device that the fake
+    tensors claim, and save for the backward what they would save there.
     """
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class ShapesOnly(FakeTensorMode):  # type: ignore[no-untyped-call]  # torch leav
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Compute the shape of what an operator gives, or the operator itself where its inputs are known."""
+        """Compute output shapes; or values, if all inputs have values and the outputs are small."""
         kwargs = kwargs or {}
         if self._inside:
             return super().__torch_dispatch__(func, types, args, kwargs)
@@ -78,7 +78,7 @@ class ShapesOnly(FakeTensorMode):  # type: ignore[no-untyped-call]  # torch leav
         return self._shapes(func, types, args, kwargs)
 
     def _shapes(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
-        """Let torch find the shapes; of what it may run for that, no values are needed."""
+        """Compute output shapes by ``FakeTensorMode``; operators that it calls in turn need no values."""
         outside, self._inside = self._inside, True
         try:
             return super().__torch_dispatch__(func, types, args, kwargs)
@@ -97,7 +97,7 @@ def on_meta(module: nn.Module) -> Any:
 
 
 def _copied(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Any:
-    """Copy a module with other tensors in place of its own; tied ones stay tied."""
+    """Copy a module with each tensor replaced by ``change``; tied ones stay tied."""
     changed: dict[int, Any] = {}
     for tensor in _all_tensors(module):
         if id(tensor) not in changed:
@@ -108,7 +108,7 @@ def _copied(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def _all_tensors(module: nn.Module) -> Iterator[Tensor]:
-    """Return parameters, buffers, and what modules keep beside them."""
+    """Yield parameters, buffers, and tensors in other attributes of modules."""
     for each in module.modules():
         yield from _tensors((each._parameters, each._buffers, list(vars(each).values())))
 
@@ -118,7 +118,7 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 
 
 def _grouped_mm(one: Tensor, other: Tensor, offs: Tensor, *unused: Any) -> Tensor:
-    """Return what experts make of their tokens; torch knows that shape for some dtypes only."""
+    """Return the output of a grouped matrix product; torch's fake implementation covers only some dtypes."""
     shape = [*one.shape[:-1], other.shape[-1]]
     if one.dim() == other.dim() == 2:
         shape = [len(offs), *shape]

@@ -1,4 +1,4 @@
-"""What a fused model consists of, as plain data."""
+"""A summary of a fused model as plain data."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .openness import openness
 
 
 def summarize(model: Fusion) -> dict[str, Any]:
-    """Return the towers, links and sizes of a model as plain data, which JSON can hold.
+    """Return the towers, links and sizes of a model as JSON-serialisable data.
 
     >>> from multitower.testing import tiny_model
     >>> summary = summarize(tiny_model())
@@ -22,10 +22,10 @@ def summarize(model: Fusion) -> dict[str, Any]:
     (2, {'1-1': 0.0, '3-2': 0.0})
 
     Returns:
-        "towers" and "links" by name, the first with the class of each decoder, its layers, width, vocabulary
-        and source, the second with the options of each link and how open each of its taps is (see
-        ``openness``); and for each of them, as for the whole, "parameters" and how many of these are
-        "trained". A parameter that several share is counted in each of them, and once in the whole.
+        "towers" by name, with class, number of layers, width, vocabulary size and source; "links" by name,
+        with their options and how open each tap is (see ``openness``). Each of them, and the model, has its
+        number of "parameters" and of "trained" ones. Shared parameters count in each tower or link, and once
+        in the model.
     """
     opened = openness(model)
     towers: dict[str, dict[str, Any]] = {}

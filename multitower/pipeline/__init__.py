@@ -1,1 +1,1 @@
-"""Raw data in, raw data out."""
+"""Pipelines and conversations from raw data to raw data."""

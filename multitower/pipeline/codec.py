@@ -1,4 +1,4 @@
-"""From raw data to segments and back, by the modalities of a model's towers."""
+"""Encode raw data as segments and decode them, with the modalities of a model's towers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Codec:
     modalities: Mapping[str, Modality]
 
     def modality(self, name: str, where: str) -> Modality:
-        """Return the modality of a tower; ``where`` says in errors what asks for it."""
+        """Return the modality of a tower; ``where`` begins the message of an error."""
         if not isinstance(name, str) or name not in self.model.towers:
             raise ValueError(
                 f"{where}: there is no tower {name!r}; the towers are {', '.join(self.model.towers)}"
@@ -33,7 +33,7 @@ class Codec:
         return self.modalities[name]
 
     def encode(self, examples: Sequence[Any]) -> list[list[Any]]:
-        """Return examples of segments, where raw data may stand; see ``Pipeline``."""
+        """Return examples with raw data encoded as segments; see ``Pipeline``."""
         rows = [read_example(example, number) for number, example in enumerate(examples)]
         table: dict[Raw, Segment] = {}
         for name, raws in by_tower(leaf for leaf in leaves(rows) if isinstance(leaf, Raw)).items():
@@ -54,7 +54,7 @@ class Codec:
         return replaced(rows, lambda leaf: table.get(leaf, leaf))
 
     def decode(self, rows: Sequence[Any], *, pairs: bool) -> list[list[Any]]:
-        """Return raw data in place of segments, or the pairs of a tower and its raw data."""
+        """Replace segments by raw data, or with ``pairs`` by (tower, raw data)."""
         table: dict[Segment, Any] = {}
         for name, segments in by_tower(leaves(rows)).items():
             raws = self.modality(name, "output").decode_batch([segment.tokens for segment in segments])
@@ -62,7 +62,7 @@ class Codec:
         return replaced(rows, lambda leaf: (leaf.tower, table[leaf]) if pairs else table[leaf])
 
     def with_edges(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Have towers begin and end with their modalities' tokens, where theirs are others."""
+        """Add the begin and end tokens of modalities to options, if they differ from their towers'."""
         edges: dict[str, dict[str, int]] = {}
         for name, modality in self.modalities.items():
             tower, own = self.model.tower(name), options_of(name, options)
@@ -79,7 +79,7 @@ class Codec:
 
 @dataclass(frozen=True, eq=False)
 class Raw:
-    """Raw data for a tower, and where in the examples it stands."""
+    """Raw data for a tower, and its place in the examples for error messages."""
 
     tower: str
     data: Any
@@ -87,7 +87,7 @@ class Raw:
 
 
 def read_example(example: Any, number: int) -> list[Any]:
-    """Return an example with ``Raw`` in place of pairs."""
+    """Return an example with ``Raw`` instead of pairs."""
     if not isinstance(example, list):
         raise TypeError(
             f"example {number} is a {type(example).__name__}: give a list, as in [('text', 'words'), ...]"
@@ -118,7 +118,7 @@ def _is_pair(part: Any) -> bool:
 
 
 def leaves(rows: Iterable[Any]) -> list[Any]:
-    """Return what stands in rows of entries, and in those entries that are tuples.
+    """Flatten rows of entries, where an entry may be a tuple.
 
     >>> leaves([[1, (2, 3)], [4]])
     [1, 2, 3, 4]
@@ -128,7 +128,7 @@ def leaves(rows: Iterable[Any]) -> list[Any]:
 
 
 def replaced(rows: Iterable[Any], replace: Callable[[Any], Any]) -> list[list[Any]]:
-    """Return rows of entries with something else in place of each leaf.
+    """Replace each leaf in rows of entries, where an entry may be a tuple.
 
     >>> replaced([[1, (2, 3)], [4]], str)
     [['1', ('2', '3')], ['4']]
@@ -140,7 +140,7 @@ def replaced(rows: Iterable[Any], replace: Callable[[Any], Any]) -> list[list[An
 
 
 def by_tower(parts: Iterable[Any]) -> dict[str, list[Any]]:
-    """Sort raw data or segments by their towers."""
+    """Group raw data or segments by tower."""
     found: dict[str, list[Any]] = {}
     for part in parts:
         found.setdefault(part.tower, []).append(part)

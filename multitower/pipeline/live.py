@@ -1,4 +1,4 @@
-"""When to read on and when to write, while what is read still comes in."""
+"""Simultaneous generation: policies that decide when to read and when to write."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from ..generate.session import Session
 
 
 class LivePolicy(Protocol):
-    """Decides after every piece that was read what is written; see ``Agreement`` and ``WaitK``."""
+    """Decides after every piece of input what to decode and write; see ``Agreement`` and ``WaitK``."""
 
     def limit(self, read: Sequence[Tensor], written: int) -> int | None:
-        """Return how many more tokens to decode: 0 to read on, None for as many as there come.
+        """Return how many more tokens to decode: 0 to read on, None for no limit.
 
         Args:
-            read: The pieces that have been read, int64 of shape (length,).
-            written: How many tokens have been written.
+            read: The pieces read so far, int64 of shape (length,).
+            written: The number of tokens written so far.
         """
 
     def settled(self, hypotheses: Sequence[Sequence[int]]) -> int:
-        """Return how many tokens of the last hypothesis are written, never to be changed.
+        """Return how many tokens of the last hypothesis are final and written.
 
         Args:
-            hypotheses: What was decoded after each piece that was read, what was written before included.
+            hypotheses: What was decoded after each piece, including the tokens already written.
         """
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Decode after every piece, and write what several such answers in a row begin with.
+    """Decode after every piece, and write the prefix on which several consecutive hypotheses agree.
 
     >>> Agreement(2, hold=0).settled([[5], [5, 6, 7], [5, 6, 8]])
     2
@@ -47,13 +47,14 @@ class Agreement:
     Hypothesis Selection" (arXiv 2005.11185): local agreement and hold-n, together.
 
     Attributes:
-        hypotheses: How many in a row have to agree.
-        hold: How many tokens at the end of each answer are not relied on, as more speech may change them:
-            about a word, where the model was never trained on speech that is cut off.
-        ahead: How many tokens are decoded at most beyond those written, which bounds what a piece costs.
+        hypotheses: How many consecutive hypotheses have to agree.
+        hold: How many tokens at the end of a hypothesis are held back, because more input may change them:
+            about a word if the model was not trained on truncated speech.
+        ahead: How many tokens are decoded at most beyond those written; bounds the cost of a piece.
 
     Raises:
-        ValueError: ``hold`` is not less than ``ahead``, so that nothing would ever be written.
+        ValueError: With these values, nothing would be written before the end, as when ``hold`` is not less
+            than ``ahead``.
     """
 
     hypotheses: int = 3
@@ -68,11 +69,11 @@ class Agreement:
             )
 
     def limit(self, read: Sequence[Tensor], written: int) -> int | None:
-        """Decode so far ahead."""
+        """Return ``ahead``."""
         return self.ahead
 
     def settled(self, hypotheses: Sequence[Sequence[int]]) -> int:
-        """Return how many tokens the last ones have in common, but for the end of each."""
+        """Return the length of the common prefix of the last hypotheses, without the tokens held back."""
         if len(hypotheses) < self.hypotheses:
             return 0
         last = hypotheses[-self.hypotheses :]
@@ -84,7 +85,7 @@ class Agreement:
 
 @dataclass(frozen=True)
 class WaitK:
-    """Read some pieces, then write so many tokens for each further one.
+    """Read some pieces, then write a fixed number of tokens per further piece.
 
     >>> piece = torch.tensor([5])
     >>> [WaitK(2).limit([piece] * count, written=0) for count in (1, 2, 3)]
@@ -94,15 +95,15 @@ class WaitK:
     using Prefix-to-Prefix Framework" (arXiv 1810.08398).
 
     Attributes:
-        pieces: How many are read before the first token is written.
-        tokens: How many tokens are written for each, on average.
+        pieces: Number of pieces read before the first token is written.
+        tokens: Tokens written per piece, on average.
     """
 
     pieces: int
     tokens: float = 1.0
 
     def limit(self, read: Sequence[Tensor], written: int) -> int | None:
-        """Return how many tokens are due."""
+        """Return the number of tokens due and not yet written."""
         return max(0, int((len(read) - self.pieces + 1) * self.tokens) - written)
 
     def settled(self, hypotheses: Sequence[Sequence[int]]) -> int:
@@ -112,7 +113,7 @@ class WaitK:
 
 @dataclass(frozen=True)
 class AtPauses:
-    """Write whenever the speaker pauses: whenever the last tokens that were read are all silence.
+    """Write whenever the speaker pauses, that is whenever the last tokens read are all silence.
 
     >>> policy = AtPauses(frozenset({3}), tokens=2)
     >>> pieces = [torch.tensor(each) for each in ([1, 7, 3], [3], [8, 3])]
@@ -120,15 +121,15 @@ class AtPauses:
     [0, None, 0]
 
     Attributes:
-        silence: The tokens of silence, as a modality encodes it.
-        tokens: How many of them in a row are a pause.
+        silence: The tokens that encode silence.
+        tokens: How many of them in a row make a pause.
     """
 
     silence: frozenset[int]
     tokens: int = 10
 
     def limit(self, read: Sequence[Tensor], written: int) -> int | None:
-        """Decode all that there is at a pause, and nothing elsewhere."""
+        """Return None at a pause, else 0."""
         last = torch.cat(list(read))[-self.tokens :].tolist()
         return None if len(last) == self.tokens and self.silence.issuperset(last) else 0
 
@@ -139,14 +140,14 @@ class AtPauses:
 
 @dataclass(frozen=True)
 class AtEnd:
-    """Read all, then write."""
+    """Read all input, then write."""
 
     def limit(self, read: Sequence[Tensor], written: int) -> int | None:
-        """Decode nothing."""
+        """Return 0."""
         return 0
 
     def settled(self, hypotheses: Sequence[Sequence[int]]) -> int:
-        """Write nothing."""
+        """Return 0."""
         return 0
 
 
@@ -158,18 +159,17 @@ def listen(
     policy: LivePolicy,
     options: Mapping[str, Any],
 ) -> Iterator[list[int]]:
-    """Append the pieces of a segment as they come, int64 of shape (length,), and decode another meanwhile.
+    """Append the pieces of a segment as they arrive, int64 of shape (length,), and decode another meanwhile.
 
-    What is decoded before the last piece is only tried: the session then goes back and reads on. In the end
-    it holds the segment that was read and the one that was written. Yielded are the tokens that are written,
-    without the begin token.
+    Decoding before the last piece is tentative: the session is rolled back before it reads on. In the end it
+    contains the segment read and the one written. Yields the tokens written, without the begin token.
     """
     settings = settle(output, session.model.tower(output), options_of(output, options))
     written: list[int] = []
     hypotheses: list[list[int]] = []
 
     def decoded(limit: int | None) -> list[int]:
-        """Return what is written by now, and as many more tokens as may be."""
+        """Return the tokens written so far and newly decoded ones, up to the limits."""
         most = settings.config.max_new_tokens
         room = [each for each in (None if most is None else most - len(written), limit) if each is not None]
         if written:
@@ -191,7 +191,7 @@ def listen(
         mark = session.mark()
         tokens = decoded(limit)
         session.rollback(mark)
-        ended = bool(tokens) and tokens[-1] in settings.ends  # which says only that what was read ends
+        ended = bool(tokens) and tokens[-1] in settings.ends  # more input may still follow
         hypotheses.append(tokens[:-1] if ended else tokens)
         new = hypotheses[-1][len(written) : policy.settled(hypotheses)]
         if new:

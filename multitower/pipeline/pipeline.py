@@ -1,4 +1,4 @@
-"""Raw data in, raw data out: a fused model with the modalities of its towers."""
+"""The pipeline: a fused model with the modalities of its towers."""
 
 from __future__ import annotations
 
@@ -74,11 +74,11 @@ class Pipeline:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is; see ``FusedModel.device``."""
+        """The model's device; see ``FusedModel.device``."""
         return self.model.device
 
     def to(self, *where: Any, **options: Any) -> Pipeline:
-        """Move the model, or give it another dtype, as ``torch.nn.Module.to`` does; return the pipeline."""
+        """Move or convert the model, as ``torch.nn.Module.to`` does; return the pipeline."""
         self.model.to(*where, **options)
         return self
 
@@ -145,7 +145,7 @@ class Pipeline:
         return results if several else results[0]
 
     def decode(self, segments: Any) -> Any:
-        """Return raw data in place of segments, in the form in which they come.
+        """Decode segments to raw data, keeping the structure of lists and tuples.
 
         >>> turns = [("text", "sing")]                                              # doctest: +SKIP
         >>> answer = pipe(turns, output="speech", return_segments=True)             # doctest: +SKIP
@@ -168,7 +168,7 @@ class Pipeline:
         return self._codec.decode([[segments]], pairs=False)[0][0]
 
     def session(self, rows: int = 1, *, outputs: Collection[str] | None = None) -> RawSession:
-        """Start a conversation on raw data in which each turn runs only new tokens; see ``RawSession``.
+        """Start a conversation on raw data, in which each turn runs only new tokens; see ``RawSession``.
 
         >>> session = pipe.session()                                                # doctest: +SKIP
         >>> session.append(("speech", "clip.wav"))                                  # doctest: +SKIP
@@ -266,18 +266,18 @@ class Pipeline:
 
         Args:
             folder: The checkpoint, or its Hub id, "owner/name"; an existing folder takes precedence.
-            towers: Where to take towers from instead, as for ``FusedModel.from_pretrained``.
-            modalities: Modalities by tower, in place of those of the checkpoint or in addition.
+            towers: Other sources for towers, as for ``FusedModel.from_pretrained``.
+            modalities: Modalities by tower, which replace those of the checkpoint or add to them.
             allow_changed_towers: See ``checkpoint.load_fusion``.
             dtype: See there.
             device_map: See there.
-            verify: Whether to read and compare every byte; see there.
+            verify: Whether to compare every byte; see there.
             revision: A branch, tag or commit on the Hub.
-            token: What opens a private repository on the Hub.
-            cache_dir: Where downloads are kept.
+            token: Access token for a private repository.
+            cache_dir: Download folder.
 
         Raises:
-            PluginError: A modality's plugin is not installed, which names the package, or broken.
+            PluginError: A modality's plugin is not installed (the message names its package) or broken.
             CheckpointError: A file is missing or damaged; or see ``FusedModel.from_pretrained``.
             ValueError: See ``Pipeline``.
         """
@@ -308,7 +308,7 @@ class Pipeline:
         license: str | None = None,  # noqa: A002  # what the Hub calls it
         max_shard_size: int | str = "5GB",
     ) -> str:
-        """Put a checkpoint of the model and its modalities on the Hub; see ``FusedModel.push_to_hub``."""
+        """Upload a checkpoint of the model and its modalities; see ``FusedModel.push_to_hub``."""
         return push_to_hub(
             self.model,
             repo_id,

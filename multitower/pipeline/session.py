@@ -1,4 +1,4 @@
-"""A conversation of raw data."""
+"""Conversations on raw data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .live import Agreement, LivePolicy, listen
 
 
 class RawSession:
-    """Examples of raw data that grow turn by turn; ``pipe.session()`` begins one.
+    """A conversation, one example per row, that grows turn by turn; started by ``pipe.session()``.
 
     >>> import torch, multitower as mt
     >>> from multitower.testing import tiny_model
@@ -34,11 +34,11 @@ class RawSession:
     >>> [segment.tower for segment in session.history[0]]
     ['speech', 'text']
 
-    What was decoded stays in the conversation as the tokens that it was, and is not encoded anew.
+    Generated segments stay in the conversation as tokens, and are not encoded again.
 
     Args:
-        codec: Encodes and decodes.
-        session: What keeps the tokens.
+        codec: Encodes and decodes raw data.
+        session: The conversation in tokens.
     """
 
     def __init__(self, codec: Codec, session: Session) -> None:
@@ -49,18 +49,18 @@ class RawSession:
 
     @property
     def history(self) -> list[list[Turn]]:
-        """The examples so far, of segments; ``Pipeline.decode`` makes raw data of them."""
+        """The examples so far, as segments; ``Pipeline.decode`` converts them to raw data."""
         return self._session.history
 
     def append(self, entries: Any) -> None:
-        """Encode what is given, add it, and run it.
+        """Encode entries, append them, and run the model on them.
 
         Args:
-            entries: A pair ``(tower, raw)``, a segment, or a tuple of such that begin at the same time; or a
-                list of these; for every row. Or a list with such a list for each row.
+            entries: A pair ``(tower, raw)``, a segment, or a tuple of these that start at the same time; or a
+                list of these, appended to every row; or a list with such a list for each row.
 
         Raises:
-            ValueError: See ``Session.append`` and ``Pipeline``. The session is then as it was.
+            ValueError: See ``Session.append`` and ``Pipeline``. The session is then unchanged.
             TypeError: See ``Pipeline``.
         """
         by_row = isinstance(entries, list) and any(isinstance(each, list) for each in entries)
@@ -77,16 +77,16 @@ class RawSession:
         return_segments: bool = False,
         **options: Any,
     ) -> Any:
-        """Decode what is asked for, add it, and return it as raw data.
+        """Generate outputs, append them, and return them as raw data.
 
         Args:
-            output: As ``Pipeline`` takes it: a tower, a tuple of towers, a list of both, or a function.
-            return_segments: Whether to return segments of tokens in place of raw data.
+            output: A tower, a tuple of towers, a list of both, or a function, as for ``Pipeline``.
+            return_segments: Whether to return segments of tokens instead of raw data.
             options: Options of ``FusedModel.generate``.
 
         Returns:
-            The result in the form of ``output``, as a call of the pipeline gives it; with several rows, a
-            list of one for each.
+            The result in the form of ``output``, as for a call of the pipeline; a list of these if there are
+            several rows.
 
         Raises:
             ValueError: See ``Session.generate`` and ``Pipeline``.
@@ -108,26 +108,25 @@ class RawSession:
         policy: LivePolicy = Agreement(),  # noqa: B008  # frozen
         **options: Any,
     ) -> Iterator[str]:
-        """Write a text while what it is made of still comes in.
+        """Generate text while the input is still arriving.
 
         >>> chunks = microphone()                                                  # doctest: +SKIP
         >>> for words in session.listen("speech", speech.encode_stream(chunks), "text"):  # doctest: +SKIP
         ...     print(words, end="", flush=True)
 
-        Each piece is run once, when it comes. In the end the conversation holds what was read and what was
-        written.
+        Each piece is run once, when it arrives. In the end, the conversation contains the input and the text.
 
         Args:
-            source: The tower that the pieces are of.
-            pieces: Tokens, int64, each of shape (length,), as a modality's ``encode_stream`` gives them: the
-                begin token in the first, the end token in the last.
-            output: The tower to decode, one whose raw data are text.
-            policy: When to read on and when to write: ``Agreement``, ``WaitK``, ``AtPauses``, ``AtEnd``, or
-                one of yours.
+            source: The tower of the input.
+            pieces: Tokens, int64, each of shape (length,), from the modality's ``encode_stream``: the begin
+                token in the first, the end token in the last.
+            output: The tower to decode; its modality must be text.
+            policy: Decides when to read and when to write: ``Agreement``, ``WaitK``, ``AtPauses``, ``AtEnd``,
+                or one of your own.
             options: Options of ``FusedModel.generate``.
 
         Yields:
-            What is added to the text; it is never changed afterwards.
+            Additions to the text, which are final.
 
         Raises:
             ValueError: The conversation has several rows, or see ``generate``.
@@ -144,21 +143,21 @@ class RawSession:
                 text = whole
 
     def mark(self) -> Mark:
-        """Return this point, to go back to; see ``Session.mark``."""
+        """Return a mark of the present state for ``rollback``; see ``Session.mark``."""
         return self._session.mark()
 
     def rollback(self, mark: Mark) -> None:
-        """Go back to a point; see ``Session.rollback``."""
+        """Roll back to a mark; see ``Session.rollback``."""
         self._session.rollback(mark)
 
     def fork(self) -> RawSession:
-        """Return a conversation that goes on from here by itself; see ``Session.fork``."""
+        """Return an independent copy; see ``Session.fork``."""
         return RawSession(self._codec, self._session.fork())
 
     def join(self, *others: RawSession) -> RawSession:
-        """Return a conversation of the rows of this one and of others; see ``Session.join``."""
+        """Return a conversation with the rows of this one and others; see ``Session.join``."""
         return RawSession(self._codec, self._session.join(*(each._session for each in others)))
 
     def split(self) -> list[RawSession]:
-        """Return a conversation of each row; see ``Session.split``."""
+        """Return one conversation per row; see ``Session.split``."""
         return [RawSession(self._codec, each) for each in self._session.split()]

@@ -1,4 +1,4 @@
-"""Raw data while they are decoded: text by transformers' own streamer, the rest as their modality says."""
+"""Stream raw data during generation: text with transformers' streamer, other data with the modality."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from ..plugins.modality import Modality
 def stream(
     generate: Callable[..., object], modality: Modality, begin: int | None, options: Mapping[str, Any]
 ) -> Iterator[Any]:
-    """Return the raw data of a segment piece by piece, while ``generate`` decodes it in a thread.
+    """Yield the raw data of a segment piece by piece, while ``generate`` runs in a thread.
 
-    The thread runs under what this call runs under: ``torch.autocast`` and what chooses a device. When the
-    iterator is closed, decoding ends after the token that is being computed. The options are those of
-    transformers' ``generate``; what stops and follows the decoding is added.
+    The thread inherits the caller's ``torch.autocast``, default device and CUDA stream. When the iterator is
+    closed, generation stops after the current token. ``options`` are those of transformers' ``generate``; a
+    streamer and a stopping criterion are added.
     """
     transformers = require("transformers", "transformers")
     closed = Event()
@@ -64,7 +64,7 @@ def stream(
 
 
 async def in_a_thread(begin: Callable[[], Iterator[Any]]) -> AsyncIterator[Any]:
-    """Return what an iterator gives, each waited for in a thread, so that the event loop goes on."""
+    """Turn an iterator into an async one: each item is awaited in a thread."""
     pieces: Any = await asyncio.to_thread(begin)
     waiting: asyncio.Future[Any] | None = None
     try:
@@ -76,15 +76,15 @@ async def in_a_thread(begin: Callable[[], Iterator[Any]]) -> AsyncIterator[Any]:
             yield piece
     finally:
         if waiting is not None:
-            await asyncio.wait([waiting])  # a generator that runs cannot be closed
+            await asyncio.wait([waiting])  # a running generator cannot be closed
         await asyncio.to_thread(pieces.close)
 
 
 class TokenStreamer:
-    """The tokens that are decoded, as transformers' ``generate`` hands them to a streamer.
+    """A streamer for transformers' ``generate`` that puts tokens into a queue.
 
     Attributes:
-        queue: Each as a tensor of shape (1,), and None at the end.
+        queue: Each token as a tensor of shape (1,), and None at the end.
     """
 
     def __init__(self) -> None:
@@ -92,18 +92,18 @@ class TokenStreamer:
         self._prompt = True
 
     def put(self, value: Tensor) -> None:
-        """Take the prompt first, then a token at a time."""
+        """Skip the prompt, which comes first; queue each token after it."""
         if not self._prompt:
             self.queue.put(value.reshape(-1).cpu())
         self._prompt = False
 
     def end(self) -> None:
-        """Note that there are no more."""
+        """Mark the end of the tokens."""
         self.queue.put(None)
 
 
 def _surroundings() -> Callable[[ExitStack], None]:
-    """Note what torch keeps for this thread alone; return a function that has another enter the same."""
+    """Capture torch's thread-local state; return a function that enters it in another thread."""
     accelerator = torch.accelerator.current_accelerator()
     casts = [
         torch.autocast(kind, torch.get_autocast_dtype(kind), cache_enabled=torch.is_autocast_cache_enabled())
@@ -116,7 +116,7 @@ def _surroundings() -> Callable[[ExitStack], None]:
 
     def enter(stack: ExitStack) -> None:
         if stream is not None:
-            stack.enter_context(torch.cuda.stream(stream))  # which chooses its device as well
+            stack.enter_context(torch.cuda.stream(stream))  # also selects its device
         if default != torch.get_default_device():
             stack.enter_context(default)
         for cast in casts:
@@ -126,10 +126,10 @@ def _surroundings() -> Callable[[ExitStack], None]:
 
 
 class TokenizerOf:
-    r"""A modality, as a streamer sees a tokenizer.
+    r"""Adapts a modality to the tokenizer interface of transformers' streamer.
 
-    A streamer begins anew after each line. What a token says may depend on those before it, so they are
-    kept here, and the text of all without that of the earlier lines is given.
+    The streamer decodes each line by itself. As decoding a token may depend on earlier ones, this class keeps
+    all tokens, decodes them together, and returns the text after the earlier lines.
 
     >>> from multitower import Modality
     >>> class Words(Modality):

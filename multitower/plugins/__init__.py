@@ -1,4 +1,4 @@
-"""What others add: modalities, and loaders of towers, found by entry points."""
+"""Plugins: modalities and tower loaders of other packages, found by entry points."""
 
 from .entry_points import Plugin, describe, installed, modality_class, tower_loader
 from .modality import Modality, check_tokens

@@ -1,6 +1,6 @@
 """Modalities and tower loaders of installed packages, found by their entry points.
 
-A package offers them in its ``pyproject.toml``::
+A package registers them in its ``pyproject.toml``::
 
     [project.entry-points."multitower.modalities"]
     music = "my_package:MusicModality"
@@ -8,7 +8,7 @@ A package offers them in its ``pyproject.toml``::
     [project.entry-points."multitower.towers"]
     mine = "my_package:load_tower"
 
-It is imported when one of them is first used, not before.
+A plugin is imported when it is first used.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ KINDS = {MODALITIES: "modality", TOWERS: "tower loader"}
 
 @dataclass(frozen=True)
 class Plugin:
-    """What an installed package offers under a name.
+    """An entry point of an installed package.
 
     Attributes:
-        name: The name of its entry point.
-        package: The package, as pip knows it.
+        name: The name of the entry point.
+        package: The distribution name of the package.
         version: The version of the package.
-        value: The ``Modality`` subclass, or the function that loads towers; None where it cannot be used.
-        error: Why it cannot be used; None where it can.
+        value: The ``Modality`` subclass, or the function that loads towers; None if it is unusable.
+        error: Why it is unusable, else None.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Plugin:
 
 
 def installed(group: str = MODALITIES) -> list[Plugin]:
-    """Import all plugins of a group; return them by name and package, those that are broken too.
+    """Import all plugins of a group; return them, also broken ones, sorted by name and package.
 
     >>> for plugin in installed():                      # doctest: +SKIP
     ...     print(plugin.name, plugin.package, plugin.version, plugin.error or "")
@@ -74,7 +74,7 @@ def installed(group: str = MODALITIES) -> list[Plugin]:
 
 
 def modality_class(name: str, package: str | None = None) -> type[Modality]:
-    """Return the modality of a name.
+    """Return the modality class of a name.
 
     >>> modality_class("smell", package="multitower-smell")
     Traceback (most recent call last):
@@ -82,19 +82,19 @@ def modality_class(name: str, package: str | None = None) -> type[Modality]:
 
     Args:
         name: The name of its entry point.
-        package: The package that has it, where that is known.
+        package: The package that provides it, if known; named in the error.
 
     Raises:
-        PluginError: It is not installed, or by two packages; or it cannot be imported, or is no ``Modality``
-            of that name.
+        PluginError: No package or several packages provide it; or it cannot be imported, or is not a
+            ``Modality`` of that name.
     """
     found: type[Modality] = _get(MODALITIES, name, package)
     return found
 
 
 def as_modality(given: Any) -> Any:
-    """Return a tokenizer of transformers as the modality "text" of it, and anything else as it is."""
-    transformers = sys.modules.get("transformers")  # a tokenizer of it was made, if there is one
+    """Wrap a transformers tokenizer in the modality "text"; return anything else unchanged."""
+    transformers = sys.modules.get("transformers")  # imported already if this is one of its tokenizers
     if transformers is None or not isinstance(given, transformers.PreTrainedTokenizerBase):
         return given
     text: Any = modality_class("text")
@@ -106,21 +106,21 @@ def as_modality(given: Any) -> Any:
 
 
 def tower_loader(name: str) -> Callable[[str], nn.Module]:
-    """Return the function that loads towers from sources ``name://...``; it is called with what follows ``://``.
+    """Return the function that loads towers from ``name://...``; its argument is the part after ``://``.
 
     >>> tower_loader("rwkv")
     Traceback (most recent call last):
     multitower.errors.PluginError: no installed package offers the tower loader 'rwkv'...
 
     Raises:
-        PluginError: It is not installed, or by two packages; or it cannot be imported or called.
+        PluginError: No package or several packages provide it; or it cannot be imported or called.
     """
     loader: Callable[[str], nn.Module] = _get(TOWERS, name, None)
     return loader
 
 
 def describe(modality: Modality) -> dict[str, str | None]:
-    """Return what a modality is, so that it can be found again.
+    """Return a modality's record in a checkpoint, by which ``modality_class`` finds its class again.
 
     >>> class Letters(Modality):
     ...     name = "letters"
@@ -129,7 +129,7 @@ def describe(modality: Modality) -> dict[str, str | None]:
     {'modality': 'letters', 'package': None, 'version': None}
 
     Returns:
-        Its name, and the package that offers its class and that package's version.
+        Its name, and the package that provides its class, with its version.
     """
     for entry in _by_name(MODALITIES).get(modality.name, []):
         try:
@@ -179,7 +179,7 @@ def _load(group: str, entry: EntryPoint) -> Any:
     what = f"{KINDS[group]} {entry.name!r} of package {' '.join(_package(entry))}"
     try:
         value = entry.load()
-    except Exception as error:  # an import runs code of others, which may raise anything
+    except Exception as error:  # an import may raise anything
         raise PluginError(f"{what} cannot be imported: {type(error).__name__}: {error}") from error
     if group == TOWERS and not callable(value):
         raise PluginError(f"{what} is {value!r}, not a function that loads a tower")
@@ -195,7 +195,7 @@ def _load(group: str, entry: EntryPoint) -> Any:
 def _package(entry: EntryPoint) -> tuple[str, str]:
     """Return name and version of the package of an entry point."""
     try:
-        name, release = entry.dist.name, entry.dist.version  # type: ignore[union-attr]  # None ends below, too
-    except Exception:  # of an installation without metadata, Python versions raise unlike things
+        name, release = entry.dist.name, entry.dist.version  # type: ignore[union-attr]  # caught below
+    except Exception:  # without metadata, the exception depends on the version of Python
         name = release = None
     return name or "(damaged installation)", release or "?"

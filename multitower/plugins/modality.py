@@ -62,7 +62,7 @@ class Modality(ABC):
 
     @property
     def pad(self) -> int:
-        """Id of the token that fills rows up."""
+        """Id of the padding token."""
         return self.end
 
     @abstractmethod
@@ -83,7 +83,7 @@ class Modality(ABC):
         """
 
     def decode_stream(self, pieces: Iterable[Tensor]) -> Iterator[Any]:
-        """Return raw data piece by piece, while the tokens come in pieces of shape (length,).
+        """Yield raw data piece by piece, while the tokens arrive in pieces of shape (length,).
 
         ``Pipeline.stream`` calls it. Text modalities need not override it: text is streamed word by word.
 
@@ -150,7 +150,7 @@ class Modality(ABC):
         return cls(**config, **tensors)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write ``modality.json`` and, where there are tensors, ``modality.safetensors`` into a folder."""
+        """Write ``modality.json`` and, if there are tensors, ``modality.safetensors`` to a folder."""
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         tensors = {key: tensor.contiguous() for key, tensor in self.tensors().items()}
@@ -169,10 +169,10 @@ class Modality(ABC):
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> Self:
-        """Load what ``save_pretrained`` wrote.
+        """Load a modality written by ``save_pretrained``.
 
         Raises:
-            CheckpointError: A file is missing, damaged, or that of another modality; the message names it.
+            CheckpointError: A file is missing, damaged, or of another modality; the message names it.
         """
         path = Path(folder)
         config = cls.read_config(path)
@@ -190,10 +190,10 @@ class Modality(ABC):
 
     @classmethod
     def read_config(cls, folder: Path) -> dict[str, Any]:
-        """Read what ``config`` gave when this was saved.
+        """Read the saved result of ``config``.
 
         Raises:
-            CheckpointError: The file is missing, damaged, or that of another modality.
+            CheckpointError: The file is missing, damaged, or of another modality.
         """
         file = folder / CONFIG
         document = read_json(file)
@@ -208,7 +208,7 @@ class Modality(ABC):
 
 
 def check_tokens(tokens: Tensor) -> list[int]:
-    """Return tokens as a list, where they can be tokens.
+    """Validate tokens and return them as a list.
 
     >>> import torch
     >>> check_tokens(torch.tensor([3, 1]))
@@ -218,7 +218,7 @@ def check_tokens(tokens: Tensor) -> list[int]:
         tokens: Integers, shape (length,).
 
     Raises:
-        ValueError: They are of another shape or dtype, or negative.
+        ValueError: The shape or dtype is wrong, or a token is negative.
     """
     tensor = torch.as_tensor(tokens)
     if tensor.ndim != 1 or (len(tensor) and (tensor.is_floating_point() or tensor.is_complex())):

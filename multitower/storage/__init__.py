@@ -1,1 +1,1 @@
-"""Files that are written whole or not at all, read without trust, and checked value by value."""
+"""Files on disk: atomic writes, validation of untrusted input, checksums and fingerprints."""

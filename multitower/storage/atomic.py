@@ -1,4 +1,4 @@
-"""A folder that is replaced as a whole, or not at all."""
+"""Atomic replacement of a folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NEW, OLD = "new", "old"
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """Return an empty folder to fill; it takes the place of another when all that is in it has been written.
+    """Yield an empty folder; on exit it atomically replaces the target.
 
     >>> with tempfile.TemporaryDirectory() as place:
     ...     target = Path(place, "poem")
@@ -27,11 +27,11 @@ def replacing(target: Path) -> Iterator[Path]:
     ...     (target / "line").read_text(), os.listdir(place)
     ('Violets are blue', ['poem'])
 
-    The folder is ``.<name>.saving-<random>/new`` beside the target, so on the same disk. When it is filled
-    and flushed to the disk, the old one is moved to ``old`` beside it, ``new`` to the target, and ``old``
-    removed. A process that is killed between the two leaves both, and nothing at the target: ``current`` then
-    finds ``new``, which is whole, and the next save moves it in. One process saves to a target at a time: a
-    save removes what others have left, so that one that is still at work fails.
+    The folder is ``.<name>.saving-<random>/new`` beside the target, hence on the same file system. After it
+    is flushed to disk, the target is renamed to ``old`` beside it, ``new`` is renamed to the target, and
+    ``old`` is removed. If the process is killed between the two renames, both folders remain and the target
+    is missing: ``current`` then returns ``new``, which is complete, and the next save moves it into place.
+    Only one process may save to a target at a time: a save removes the temporary folders of others.
     """
     target = target.resolve()
     if (halfway := current(target)) != target:
@@ -59,7 +59,7 @@ def replacing(target: Path) -> Iterator[Path]:
 
 
 def check_free(target: Path, index: str) -> None:
-    """Check that a folder can be replaced: it is new, empty, or holds the file that says what it is."""
+    """Raise unless a folder may be replaced: it does not exist, is empty, or contains the file ``index``."""
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"{target} is a file; give a folder to save to")
     if target.exists() and any(target.iterdir()) and not (target / index).exists():
@@ -67,7 +67,7 @@ def check_free(target: Path, index: str) -> None:
 
 
 def current(target: Path) -> Path:
-    """Return the folder that holds what ``replacing`` put at a path, also where that was killed halfway."""
+    """Return the folder with the data that ``replacing`` wrote to a path, even if it was killed halfway."""
     if target.exists():
         return target
     halfway = (left / NEW for left in _scratches(target.resolve()) if (left / OLD).exists())
@@ -79,7 +79,7 @@ def _scratches(target: Path) -> list[Path]:
 
 
 def _flush(folder: Path) -> None:
-    """Wait until a folder and all that is in it are on the disk."""
+    """Flush a folder and everything in it to disk."""
     for place, _, files in os.walk(folder):
         for path in (*(os.path.join(place, file) for file in files), place):
             if not os.path.islink(path):
@@ -88,7 +88,7 @@ def _flush(folder: Path) -> None:
 
 def _sync(path: str | os.PathLike[str]) -> None:
     if os.name == "nt":
-        return  # there a folder cannot be flushed, nor a file that is open to be read only
+        return  # Windows cannot flush folders or files opened read-only
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,4 +1,4 @@
-"""The files of a checkpoint, read without trust: ``fusion.json``, and what it says of all others."""
+"""Read and write ``fusion.json``, and check the files of an untrusted checkpoint against it."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from ..base.version import __version__
 from ..errors import CheckpointError
 
 FUSION = "fusion.json"
-"""What a checkpoint says of itself."""
+"""The manifest of a checkpoint."""
 LARGEST_JSON = 1 << 24
-"""How many bytes a JSON file of a checkpoint may have."""
+"""Maximum size of a JSON file in a checkpoint, in bytes."""
 FORMAT_VERSION = 1
 DIGEST, FILES = "digest", "files"
 SMALL, BLOCK, BLOCKS = 1 << 22, 1 << 12, 64
-"""Up to how many bytes a file is always read whole, and how many blocks of others, of how many bytes each."""
+"""Files of up to SMALL bytes are always hashed in full; of larger ones, BLOCKS blocks of BLOCK bytes."""
 PART = re.compile(r"(links(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|towers|modalities)(/.*)?")
 
 Files = dict[str, dict[str, Any]]
-"""By path, ``{"bytes", "sha256", "sample"}``, the last of some blocks of the file."""
+"""By path, ``{"bytes", "sha256", "sample"}``; "sample" is the hash of some blocks of the file."""
 
 
 def is_part(name: str) -> bool:
-    """Return whether a path in the folder of a checkpoint is the checkpoint's; all else is the user's."""
+    """Whether a path in a checkpoint's folder belongs to the checkpoint; anything else is the user's."""
     return PART.fullmatch(name) is not None
 
 
 def write_manifest(folder: Path, document: Mapping[str, Any]) -> None:
-    """Write ``fusion.json``, with size and checksums of each file of a checkpoint, and of itself."""
+    """Write ``fusion.json`` with the size and checksums of every file, and its own digest."""
     files = {
         name: {
             "bytes": (folder / name).stat().st_size,
@@ -48,7 +48,7 @@ def write_manifest(folder: Path, document: Mapping[str, Any]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read ``fusion.json``, whose digest has to be right; no file of the checkpoint may lie outside of it."""
+    """Read ``fusion.json`` and check its digest; refuse a checkpoint with links to files outside of it."""
     check_inside(folder)
     document, file = read_json(folder / FUSION), folder / FUSION
     version, release = document.get("format_version"), document.get("multitower")
@@ -72,9 +72,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def check_files(folder: Path, files: Files, parts: tuple[str, ...], *, verify: bool) -> None:
-    """Check that files whose paths begin so are there as they were saved, and no others.
+    """Check the files whose paths start with one of ``parts``: unchanged, none missing, none unexpected.
 
-    Of large files the size and a sample are compared, or every byte if ``verify``.
+    For large files, only the size and a sample are compared, unless ``verify`` is set.
     """
     found = [name for name in _parts(folder) if name.startswith(parts)]
     problems = [f"missing: {name}" for name in files if name.startswith(parts) and name not in found]
@@ -96,7 +96,7 @@ def check_files(folder: Path, files: Files, parts: tuple[str, ...], *, verify: b
 
 
 def _parts(folder: Path) -> list[str]:
-    """List the files of a checkpoint, but for the manifest."""
+    """List the files of a checkpoint, except the manifest."""
     tops = [top for top in folder.iterdir() if is_part(top.name)]
     files = (path for top in tops for path in ([top] if top.is_file() else top.rglob("*")))
     return sorted(path.relative_to(folder).as_posix() for path in files if not path.is_dir())
@@ -108,7 +108,7 @@ def _is_entry(found: Any) -> bool:
 
 
 def _digest(document: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of all that a document says beside its digest."""
+    """Return the SHA-256 of a document without its digest."""
     rest = {key: value for key, value in document.items() if key != DIGEST}
     return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
@@ -119,7 +119,7 @@ def _sha256(file: Path) -> str:
 
 
 def _sampled(file: Path) -> str:
-    """Return the SHA-256 of blocks that lie evenly in a file, from its first to its last byte."""
+    """Return the SHA-256 of blocks evenly spaced over a file, from its first to its last byte."""
     digest, last = hashlib.sha256(), max(file.stat().st_size - BLOCK, 0)
     with file.open("rb", buffering=0) as stream:
         for place in range(BLOCKS):
@@ -129,7 +129,7 @@ def _sampled(file: Path) -> str:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object that is no larger than ``LARGEST_JSON`` and means one thing only."""
+    """Read a JSON object of at most ``LARGEST_JSON`` bytes, without duplicate keys, NaN or infinities."""
     try:
         if file.is_file() and file.stat().st_size > LARGEST_JSON:
             raise CheckpointError(f"{file} is damaged: it has more than {LARGEST_JSON} bytes")
@@ -148,10 +148,10 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def check_inside(folder: Path) -> None:
-    """Check that a checkpoint is plain files and folders, so that reading it reads nothing else.
+    """Check that a checkpoint consists of plain files and folders, without symbolic links.
 
-    The cache of the Hub keeps the files of a ``snapshots/<revision>`` as links to ``blobs``, which are let
-    pass. What stands beside a checkpoint in its folder is never read, and may be anything.
+    The only links allowed are those of the Hub's cache, from ``snapshots/<revision>`` to ``blobs``. Other
+    files in the folder are never read and not checked.
     """
     root = folder.resolve()
     blobs = [place.parent / "blobs" for place in root.parents if place.name == "snapshots"]

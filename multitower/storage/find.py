@@ -1,4 +1,4 @@
-"""Checkpoints and towers on the Hugging Face Hub: what is an id, and where its files are."""
+"""Hub ids and paths: recognise them, and download checkpoints from the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from .atomic import current
 from .files import FUSION
 
 PARTS = [FUSION, "links*", "towers/*", "modalities/*"]
-"""The files of a checkpoint, as patterns of the Hub, whose ``*`` stands for folders, too."""
+"""The files of a checkpoint as glob patterns of the Hub, where ``*`` also matches ``/``."""
 
 _PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
 
 
 def hub_id(source: str | None) -> str | None:
-    """Return the id of a tower's source if it may be one on the Hub; a path that exists is none.
+    """Return the source if it may be a Hub id, else None; an existing path is not an id.
 
     >>> hub_id("HuggingFaceTB/SmolLM2-135M"), hub_id("gpt2"), hub_id("/models/text"), hub_id("loader://text")
     ('HuggingFaceTB/SmolLM2-135M', 'gpt2', None, None)
@@ -28,7 +28,7 @@ def hub_id(source: str | None) -> str | None:
 
 
 def is_path(source: str | None) -> bool:
-    """Return whether a tower's source is a path: no id on the Hub, and nothing that a plugin loads.
+    """Whether a tower's source is a path, rather than a Hub id or the URL of a plugin's loader.
 
     >>> is_path("/models/text"), is_path("./text"), is_path("gpt2"), is_path("loader://text"), is_path(None)
     (True, True, False, False, False)
@@ -37,7 +37,7 @@ def is_path(source: str | None) -> bool:
 
 
 def as_declared(source: str | os.PathLike[str]) -> str:
-    """Return a tower's source as graphs name it: a folder that is here in a form that no id on the Hub has.
+    """Return a tower's source as recorded in graphs: "./" is added to a folder that looks like a Hub id.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory(dir=".") as folder:
@@ -57,23 +57,23 @@ def find_checkpoint(
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> Path:
-    """Return the folder of a checkpoint: the one that is named, or what the Hub has under that id.
+    """Return the folder of a checkpoint; a Hub id is downloaded first.
 
     >>> find_checkpoint("/")
     PosixPath('/')
 
-    Only files of a checkpoint are downloaded, whatever else is there. A folder that exists wins over an id.
+    Only the files of a checkpoint are downloaded. An existing folder takes precedence over a Hub id.
 
     Args:
-        source: A folder, or an id on the Hub, "owner/name".
+        source: A folder, or a Hub id, "owner/name".
         revision: A branch, tag or commit on the Hub.
-        token: What opens a private repository; None for the one that this machine is logged in with.
-        cache_dir: Where downloads are kept, where the Hub's own cache is not wanted.
+        token: Access token for a private repository; by default that of the machine's login.
+        cache_dir: Download folder; by default the Hub's cache.
 
     Raises:
         CheckpointError: The Hub has no such repository or revision, or cannot be reached.
-        ValueError: A revision is given, but the source is a path here.
-        ImportError: The source is no folder, and huggingface_hub is not installed.
+        ValueError: A revision is given, but the source is a local path.
+        ImportError: The source is not a folder, and huggingface_hub is not installed.
     """
     folder = Path(source)
     if current(folder).exists() or not (isinstance(source, str) and re.fullmatch(f"{_PART}/{_PART}", source)):
@@ -93,7 +93,7 @@ def find_checkpoint(
                 source, revision=revision, token=token, cache_dir=cache_dir, allow_patterns=PARTS
             )
         )
-    except (OSError, ValueError) as error:  # what huggingface_hub raises is one or the other
+    except (OSError, ValueError) as error:  # all errors of huggingface_hub derive from one of these
         at = "" if revision is None else f" at revision {revision!r}"
         raise CheckpointError(
             f"there is no folder {source!r}, and the Hub does not give a checkpoint of that name{at}: {error}"

@@ -1,4 +1,4 @@
-"""Digests of a model's tensors, to tell whether it is still the same."""
+"""Fingerprints of a model's tensors, to detect changes."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 SAMPLE = 64
-"""How many values a sample takes at the begin, in the middle and at the end of a tensor."""
+"""Number of values sampled at the start, the middle and the end of a tensor."""
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """Return a digest of tensors: names, shapes, dtypes and all values, whatever their order and device.
+    """Return a digest of names, shapes, dtypes and all values; order and device do not matter.
 
     >>> from multitower.testing import tiny_tower
     >>> one, same, other = (fingerprint(tiny_tower(seed).state_dict()) for seed in (1, 1, 2))
@@ -25,17 +25,17 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
 
 
 def sampled_fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """Return a quick digest of tensors: names, shapes, dtypes, and three runs of up to 64 values of each.
+    """Return a cheap digest of names, shapes, dtypes, and three runs of up to 64 values of each tensor.
 
-    It tells other weights from the same, at the cost of a few pages of each tensor; a single value that has
-    changed it may miss. Of a tensor that FSDP2 has divided over processes it is that of the whole; all of
-    them then call this together, and send each other the sample alone.
+    It detects other weights while reading only a few pages of each tensor; it may miss single changed values.
+    For a tensor sharded by FSDP2, it is the digest of the full tensor; all processes must call this together,
+    and exchange only the sample.
     """
     return _digest(tensors, lambda tensor: [_sample(tensor)])
 
 
 def plain_parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Return the plain tensors, by name, of which a packed one is made; a plain tensor is its only part.
+    """Yield the plain tensors inside a packed (for instance quantised) one; a plain tensor yields itself.
 
     >>> import torch
     >>> [(name, tuple(part.shape)) for name, part in plain_parts("weight", torch.zeros(2, 3))]
@@ -50,7 +50,7 @@ def plain_parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 
 def is_packed(tensor: Tensor) -> bool:
-    """Return whether a tensor is of another library's class that holds several plain ones."""
+    """Whether a tensor is of another library's wrapper subclass, which holds several plain tensors."""
     foreign = type(tensor).__module__.partition(".")[0] != "torch"
     return foreign and hasattr(tensor, "__tensor_flatten__")
 
@@ -75,10 +75,10 @@ def _sample(tensor: Tensor) -> Tensor:
 
 
 def _values_at(tensor: Any, places: Tensor) -> Tensor:
-    """Return values of a DTensor by their places in the flat whole; its processes call this together.
+    """Return values of a DTensor by their flat indices; all processes must call this together.
 
-    Each process sends those that it has, so that no more is sent than is asked for. A tensor that is divided
-    otherwise than by rows, as FSDP2 divides unless told otherwise, is made whole for it.
+    Each process contributes the values that it holds, so only these are sent. A tensor not sharded by rows
+    (FSDP2's default) is gathered in full.
 
     Returns:
         (count,), in the dtype of the tensor, on its device.

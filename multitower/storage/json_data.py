@@ -1,4 +1,4 @@
-"""Python's own data in JSON, and back just as they were."""
+"""Lossless conversion of built-in Python data to JSON and back."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def to_json(value: Any) -> Any:
-    """Return data as what JSON can hold without loss: tuples, mappings and infinities are named as such.
+    """Convert data to JSON types without loss: tuples, mappings and non-finite floats are tagged.
 
     >>> import json, math
     >>> value = {"betas": (0.9, 0.999), 30: None, "best": -math.inf}
@@ -31,7 +31,7 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(value: Any) -> Any:
-    """Return back what ``to_json`` took."""
+    """Invert ``to_json``."""
     if isinstance(value, list):
         return [from_json(each) for each in value]
     if not isinstance(value, dict):

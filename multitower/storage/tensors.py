@@ -1,4 +1,4 @@
-"""Tensors in one safetensors file, or in several with an index, as the Hub has them; read without a copy."""
+"""Tensors in a safetensors file, or in several shards with an index in the Hub's format."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from .files import read_json
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 Inventory = dict[str, str]
-"""By tensor its dtype, as safetensors writes it, and its shape: ``F32 [2, 3]``."""
+"""By tensor, its dtype as safetensors spells it, and its shape: ``F32 [2, 3]``."""
 
 
 def write_tensors(tensors: Mapping[str, Tensor], file: Path, max_shard_size: int | str) -> None:
-    """Write tensors to a file, or to ``<stem>-00001-of-0000N.safetensors`` and an index above a size.
+    """Write tensors to a file; above a size, to ``<stem>-00001-of-0000N.safetensors`` and an index.
 
     >>> import tempfile, torch
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -50,7 +50,7 @@ def write_tensors(tensors: Mapping[str, Tensor], file: Path, max_shard_size: int
 
 
 def inventory(file: Path) -> Inventory:
-    """Return which tensors there are, from headers and index alone."""
+    """Return dtype and shape of every tensor, reading only headers and the index."""
     found: Inventory = {}
     for shard, expected in _shards(file).items():
         with _opened(shard) as stored:
@@ -65,7 +65,7 @@ def inventory(file: Path) -> Inventory:
 
 
 def mapped_tensors(file: Path) -> dict[str, Tensor]:
-    """Return all tensors as views of the files, which come into memory when they are used."""
+    """Return all tensors, memory-mapped from the files."""
     tensors: dict[str, Tensor] = {}
     for shard in _shards(file):
         with _opened(shard) as stored:
@@ -74,7 +74,7 @@ def mapped_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def size_in_bytes(size: int | str) -> int:
-    """Read a size as transformers writes it."""
+    """Parse a size, in bytes or as in "5GB"."""
     found = re.fullmatch(r"(\d+)\s*([KMGT]B)", size.upper()) if isinstance(size, str) else None
     number = int(found[1]) * UNITS[found[2]] if found else size
     if not isinstance(number, int) or isinstance(number, bool) or number <= 0:
@@ -83,7 +83,7 @@ def size_in_bytes(size: int | str) -> int:
 
 
 def index_of(file: Path) -> Path:
-    """Return where the index of a sharded file stands."""
+    """Return the path of the index of a sharded file."""
     return file.with_name(f"{file.name}.index.json")
 
 
@@ -100,7 +100,7 @@ def _split(tensors: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]
 
 
 def _shards(file: Path) -> dict[Path, set[str] | None]:
-    """Return the files with the tensors that the index says are in each; None without an index."""
+    """Return the shards, each with the tensor names that the index lists for it; None without an index."""
     index = index_of(file)
     if not index.exists():
         return {file: None}
@@ -135,7 +135,7 @@ def _opened(file: Path) -> Iterator[Any]:
 
 
 def check_fit(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Check that a file holds the tensors of a model, of the same shapes and dtypes."""
+    """Check that a file has the same tensor names, shapes and dtypes as a model."""
     expected, found = (
         {key: f"{tuple(tensor.shape)} {tensor.dtype}" for key, tensor in each.items()}
         for each in (state, tensors)
@@ -145,7 +145,7 @@ def check_fit(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], file: 
 
 
 def differences(expected: Mapping[str, str], found: Mapping[str, str], but: str) -> list[str]:
-    """List what is missing, what should not be there, and what is other than expected.
+    """List missing, unexpected and differing entries.
 
     >>> differences({"a": "[2]", "b": "[3]"}, {"b": "[4]", "c": "[5]"}, "not")
     ['missing: a', 'unexpected: c', 'b is [4], not [3]']

@@ -1,4 +1,4 @@
-"""What training needs beside a loop: data, transformers' Trainer, kept states, checkpoints to resume from."""
+"""Training: data set columns, a transformers Trainer, cached states, checkpoints to resume from, FSDP2."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +14,11 @@ __all__ = ["Collator", "KeptStates", "Trainer", "encode_columns", "load_training
 
 
 def __getattr__(name: str) -> Any:
-    if name == "Trainer":  # of transformers, an extra
+    if name == "Trainer":  # imports transformers, an extra
         from .trainer import Trainer
 
         return Trainer
-    if name == "shard":  # FSDP2 takes long to import
+    if name == "shard":  # FSDP2 is slow to import
         from .divide import shard
 
         return shard

@@ -1,4 +1,4 @@
-"""Examples from the columns of a data set, and batches of them."""
+"""Encode the columns of a data set into examples, and collate them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def encode_columns(
     targets: Collection[str],
     **options: Any,
 ) -> Any:
-    """Encode columns of a data set into examples: one segment each, in the order of the columns.
+    """Encode columns of a data set into examples: one segment per column, in the order of ``columns``.
 
     >>> from multitower_text import TextModality
     >>> text = TextModality()
@@ -36,31 +36,30 @@ def encode_columns(
     >>> row["length"], [(segment["tower"], segment["target"]) for segment in row["segments"]]
     (9, [('text', False), ('text', True)])
 
-    A tower without a modality takes columns of token ids as they are, begin and end included:
+    Without a modality, a tower's column must contain token ids, including begin and end:
 
     >>> rows = [{"units": [1, 5, 2], "words": [1, 7, 2]}]
     >>> encode_columns(rows, {"units": "speech", "words": "text"}, targets=["words"])[0]["length"]
     6
 
-    A data set of Hugging Face ``datasets`` is mapped, in worker processes (``num_proc=8``) and kept on disk,
-    or while it streams; ``datasets.interleave_datasets([asr, tts, text], probabilities, seed)`` mixes what
-    comes of several. Of anything else that gives rows, a list is made.
+    A Hugging Face ``datasets`` object is mapped: cached on disk, in worker processes with ``num_proc=8``, or
+    lazily if it streams; ``datasets.interleave_datasets([asr, tts, text], probabilities, seed)`` mixes
+    several. Any other iterable of rows gives a list.
 
     Args:
         dataset: Rows, each a mapping from columns to raw data.
-        columns: By column the tower that gets it.
-        modalities: By tower what encodes it: a modality, or a tokenizer of transformers. None for columns of
-            token ids.
+        columns: The tower of each column.
+        modalities: The modality or transformers tokenizer of each tower; towers without one take token ids.
         targets: The columns to learn.
-        options: What else ``datasets.Dataset.map`` takes.
+        options: Other arguments of ``datasets.Dataset.map``.
 
     Returns:
-        The same kind of data set (or a list) with the columns "segments" and "length", in tokens.
+        The same kind of data set (or a list) with the columns "segments" and "length" (in tokens).
 
     Raises:
-        ValueError: A column is to be learnt of which nothing is said.
-        TypeError: ``targets`` is one string, something else stands in place of a modality, or a column of a
-            tower without one does not hold token ids.
+        ValueError: A target is not among ``columns``, or a row lacks a column.
+        TypeError: ``targets`` is a string, something is neither a modality nor a tokenizer, or a column of a
+            tower without modality does not contain token ids.
     """
     if isinstance(targets, str):
         raise TypeError(f"targets is a list of columns: targets=[{targets!r}]")
@@ -107,7 +106,7 @@ def _encoded(
 
 
 def _ids(value: Any, tower: str) -> list[int]:
-    """Return token ids as they stand in a column."""
+    """Return a column's value as a list of token ids."""
     ids = value if isinstance(value, list) else getattr(value, "tolist", list)()
     if not ids or not all(isinstance(each, int) and not isinstance(each, bool) for each in ids):
         raise TypeError(
@@ -118,7 +117,7 @@ def _ids(value: Any, tower: str) -> list[int]:
 
 
 class Collator:
-    """Makes a batch of examples, or of rows that ``encode_columns`` made; for any ``DataLoader``.
+    """Collates examples, or rows of ``encode_columns``, into a batch; a ``collate_fn`` for ``DataLoader``.
 
     >>> import multitower as mt
     >>> rows = [[mt.Segment("text", [3, 5, 4], target=True)], [mt.Segment("text", [3, 4], target=True)]]
@@ -126,7 +125,7 @@ class Collator:
     torch.Size([2, 3])
 
     Args:
-        packed: Whether to put several examples into a row; see ``pack``.
+        packed: Whether to pack several examples into a row; see ``pack``.
     """
 
     def __init__(self, *, packed: bool = False) -> None:
@@ -139,7 +138,7 @@ class Collator:
 
 
 def as_example(row: Any) -> list[Any]:
-    """Return the example that a row holds, or is."""
+    """Return the example in a row of ``encode_columns``; an example is returned as a list."""
     if isinstance(row, Mapping):
         if SEGMENTS not in row:
             raise ValueError(

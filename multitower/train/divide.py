@@ -1,4 +1,4 @@
-"""Fused models divided over processes by torch's FSDP2, in units that the graph gives."""
+"""Shard fused models with FSDP2, with units derived from the graph."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ def shard(
     mixed_precision: MixedPrecisionPolicy | None = None,
     **options: Any,
 ) -> Fusion:
-    """Divide a model over the processes of a mesh, in place, by ``torch.distributed.fsdp.fully_shard``.
+    """Shard a model over a device mesh, in place, by ``torch.distributed.fsdp.fully_shard``.
 
     >>> from torch.distributed.device_mesh import init_device_mesh
     >>> from multitower.testing import tiny_model
     >>> model = shard(tiny_model(), init_device_mesh("cuda", (8,)))     # doctest: +SKIP
 
-    Each layer of a tower, each tap and each input adapter is a unit, gathered when it runs; what else a tower
-    has (embeddings, norm, head, tied or not) is one more. Where dtypes differ within a unit, as where
-    adapters are in float32 and their model in bfloat16, parameters of each dtype are a unit of their own.
+    Each layer of a tower, each tap and each input adapter is a unit, gathered when it runs; the rest of a
+    tower (embeddings, norm, head, tied or not) is one more. If dtypes differ within a unit, as with float32
+    adapters on a bfloat16 model, the parameters of each dtype are a unit of their own.
 
     Args:
-        model: The model. What was taken of its parameters before, as by an optimizer, is to be taken anew.
-        mesh: The processes, of one dimension, or of two for hybrid sharding.
-        frozen: What becomes of towers that are not trained: "per_layer" divides them as the others; "root"
-            makes all of them one unit with the model, which is gathered once a step and is whole until its
-            end; "replicate" leaves them whole on every process, and nothing of them is sent.
-        mixed_precision: In which dtypes units compute and gradients are reduced.
-        options: What else ``fully_shard`` takes, as ``reshard_after_forward`` or ``offload_policy``.
+        model: The model. Create the optimizer after this call, since parameters are replaced.
+        mesh: A device mesh with one dimension, or two for hybrid sharding.
+        frozen: How to treat frozen towers: "per_layer" shards them like the others; "root" puts all of them
+            into the model's root unit, gathered once per step and kept until its end; "replicate" keeps a
+            full copy on every process, without communication.
+        mixed_precision: The dtypes of computation and of gradient reduction.
+        options: Other arguments of ``fully_shard``, such as ``reshard_after_forward`` or ``offload_policy``.
 
     Returns:
         The model.
@@ -90,14 +90,14 @@ def _towers(model: Fusion) -> Iterator[tuple[str, Tower]]:
 
 
 def _layers(tower: Tower) -> Iterator[nn.Module]:
-    """Yield the layers of a tower, where it names the list of them."""
+    """Yield the layers of a tower, if it records the path of their list."""
     path = getattr(tower, "path", None)
     if path is not None:
         yield from tower.get_submodule(f"model.{path}").children()
 
 
 def _divide(module: nn.Module, mesh: DeviceMesh, options: dict[str, Any]) -> None:
-    """Make a module a unit; parameters of another dtype than most of it become units of their own first."""
+    """Make a module a unit; parameters not of its predominant dtype become units of their own first."""
     sizes: dict[torch.dtype, int] = {}
     ignored = options.get("ignored_params", set())
     for parameter in module.parameters():

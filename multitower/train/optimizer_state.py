@@ -1,4 +1,4 @@
-"""What of a training run changes, by name: parameters, the optimizer's state of them, random numbers."""
+"""The mutable state of a training run, by name: parameters, optimizer state, random number generators."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Settings = dict[str, Any]
 
 
 def trained_state(model: Fusion) -> dict[str, Tensor]:
-    """Return the tensors that training may change, each once: of links, input adapters and trained towers."""
+    """Return the tensors that training may change (links, input adapters, trained towers), each once."""
     trained: dict[int, str] = {}
     state = model.state_dict(keep_vars=True)
     changing = _changing(model)
@@ -31,7 +31,7 @@ def trained_state(model: Fusion) -> dict[str, Tensor]:
 
 
 def _changing(model: Fusion) -> tuple[str, ...]:
-    """Return how the names of tensors begin that belong to trained towers or to adapters."""
+    """Return the name prefixes of tensors in trained towers and peft adapters."""
     begins = []
     for name, spec in model.graph.towers.items():
         if spec.train == "all":
@@ -43,7 +43,7 @@ def _changing(model: Fusion) -> tuple[str, ...]:
 
 
 def frozen_fingerprints(model: Fusion) -> dict[str, str]:
-    """Return a fingerprint of what of each tower is not trained; of offloaded tensors there is none."""
+    """Return a fingerprint of each tower's frozen tensors, without offloaded ones."""
     trained = {id(tensor) for tensor in trained_state(model).values()}
     prints = {}
     for name in model.towers:
@@ -59,9 +59,9 @@ def frozen_fingerprints(model: Fusion) -> dict[str, str]:
 
 
 def optimizer_state(model: Fusion, optimizer: Optimizer) -> tuple[dict[str, Tensor], Settings]:
-    """Return what an optimizer keeps: its tensors as "optimizer.<key>.<parameter>", and all else.
+    """Return an optimizer's tensors, named "optimizer.<key>.<parameter>", and the rest of its state.
 
-    torch's ``get_optimizer_state_dict`` would make a step with an optimizer that has made none yet.
+    torch's ``get_optimizer_state_dict`` would take a step with an optimizer that has no state yet.
     """
     names, state = trained_names(model, optimizer), optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
@@ -75,7 +75,7 @@ def optimizer_state(model: Fusion, optimizer: Optimizer) -> tuple[dict[str, Tens
 
 
 def expected_tensors(model: Fusion, listed: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Make room for the tensors of an optimizer, divided among processes as their parameters are."""
+    """Allocate the tensors of an optimizer's state, sharded like their parameters."""
     parameters, room = {name: each for each, name in _names(model).items()}, {}
     for name, (shape, dtype) in listed.items():
         kind, _, rest = name.partition(".")
@@ -87,7 +87,7 @@ def expected_tensors(model: Fusion, listed: Mapping[str, Any]) -> dict[str, Tens
 
 
 def load_optimizer(optimizer: Optimizer, settings: Settings, tensors: Mapping[str, Tensor]) -> None:
-    """Load what ``optimizer_state`` gave of an optimizer of the same parameters."""
+    """Load the result of ``optimizer_state`` into an optimizer of the same parameters."""
     state = {place: dict(kept) for place, kept in settings["state"].items()}
     places = {name: place for place, name in enumerate(settings["names"])}
     for name, tensor in tensors.items():
@@ -99,7 +99,7 @@ def load_optimizer(optimizer: Optimizer, settings: Settings, tensors: Mapping[st
 
 
 def unlike_settings(model: Fusion, optimizer: Optimizer, settings: Settings) -> list[str]:
-    """Return where an optimizer is another one than that of which there are settings."""
+    """List the differences between an optimizer and the saved one."""
     problems = []
     if settings["class"] != type(optimizer).__name__:
         problems.append(f"the optimizer is {type(optimizer).__name__}; {settings['class']} was saved")
@@ -111,7 +111,7 @@ def unlike_settings(model: Fusion, optimizer: Optimizer, settings: Settings) -> 
 
 
 def trained_names(model: Fusion, optimizer: Optimizer) -> list[str]:
-    """Name the parameters that an optimizer trains, in its order."""
+    """Return the names of an optimizer's parameters, in its order."""
     names = _names(model)
     trained: list[Tensor] = [each for group in optimizer.param_groups for each in group["params"]]
     for parameter in trained:
@@ -124,7 +124,7 @@ def trained_names(model: Fusion, optimizer: Optimizer) -> list[str]:
 
 
 def _names(model: Fusion) -> dict[Tensor, str]:
-    """Name parameters as ``state_dict`` does, which leaves out that a layer is checkpointed."""
+    """Map parameters to their names in ``state_dict``, which omits wrappers of activation checkpointing."""
     named = model.named_parameters()
     return {parameter: name.replace("_checkpoint_wrapped_module.", "") for name, parameter in named}
 
@@ -135,7 +135,7 @@ def described(tensor: Tensor) -> list[Any]:
 
 
 def random_state() -> dict[str, Tensor]:
-    """Return the state of torch's random numbers in this process."""
+    """Return the states of torch's random number generators in this process."""
     rank = dist.get_rank() if trains_in_parallel() else 0
     state = {f"random.cpu.{rank}": torch.get_rng_state()}
     if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch's own
@@ -144,7 +144,7 @@ def random_state() -> dict[str, Tensor]:
 
 
 def load_random_state(tensors: Mapping[str, Tensor]) -> None:
-    """Set what ``random_state`` gave, for this process; warn where there is nothing for it."""
+    """Restore this process's random number generators; warn if a state was not saved."""
     for name in random_state():
         if name not in tensors:
             warnings.warn(

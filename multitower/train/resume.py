@@ -1,11 +1,11 @@
-"""A training run on disk, to go on with: what is trained, and what the optimizer keeps of it.
+"""Training checkpoints: trained weights, optimizer, scheduler and random state, to resume a run.
 
     folder/  training.json       graph, step, settings of the optimizer and scheduler, shape and dtype of each
-                                 tensor, fingerprints of what is not trained
-             *.safetensors       the tensors, as torch's distributed checkpoint writes them: each process its
-                                 part; "model.<name>", "optimizer.<key>.<name>", "random.<device>.<rank>"
+                                 tensor, fingerprints of frozen tensors
+             *.safetensors       the tensors, written by torch.distributed.checkpoint, each process its shard:
+                                 "model.<name>", "optimizer.<key>.<name>", "random.<device>.<rank>"
 
-Nothing of it is pickled. Towers that are not trained are not copied: build the model as for the first run.
+Nothing is pickled. Frozen towers are not stored: build the model as for the first run.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def save_training(
     scheduler: LRScheduler | None = None,
     step: int = 0,
 ) -> None:
-    """Write all that a training run needs to go on as if it had not been broken off, bit for bit.
+    """Write a training checkpoint, from which a run resumes bit for bit.
 
     >>> import tempfile
     >>> from multitower.testing import tiny_model
@@ -73,24 +73,23 @@ def save_training(
     ...     load_training(place + "/run", *start())
     200
 
-    Written are links, input adapters, towers with ``train="all"`` and peft adapters; what the optimizer keeps
-    of each parameter; and the state of torch's random numbers. That of the data loader is yours to keep. Of
-    several processes (``torch.distributed``, FSDP2) each calls this and writes its own part; where one
-    cannot, all fail. A save that is broken off leaves an older checkpoint as it was.
+    It contains links, input adapters, towers with ``train="all"`` and peft adapters; the optimizer's state;
+    and torch's random state. Save the state of the data loader yourself. With several processes
+    (``torch.distributed``, FSDP2), all call this and each writes its shard; if one fails, all raise. An
+    interrupted save leaves the older checkpoint unchanged.
 
     Args:
-        folder: A new folder, or an older training checkpoint, which is replaced. All processes see it.
+        folder: A new folder, or an older training checkpoint, which is replaced; shared by all processes.
         model: The model.
         optimizer: Its optimizer.
-        scheduler: What changes the learning rate, if anything does.
-        step: How many steps have been made.
+        scheduler: Its learning rate scheduler, if any.
+        step: The number of steps taken.
 
     Raises:
-        CheckpointError: The folder holds other things or cannot be written to; or the optimizer or scheduler
-            keeps something else than tensors and plain data; or a layer was replaced by
-            ``torch.compile(layer)``.
+        CheckpointError: The folder contains something else or is not writable; the state of the optimizer or
+            scheduler is not only tensors and plain data; or a layer was replaced by ``torch.compile(layer)``.
         ValueError: The optimizer trains a parameter that is not the model's.
-        ImportError: This torch cannot write distributed checkpoints as safetensors.
+        ImportError: torch is too old to write distributed checkpoints as safetensors.
     """
     target = Path(folder).absolute()
     check_names(model)
@@ -130,20 +129,20 @@ def load_training(
     *,
     scheduler: LRScheduler | None = None,
 ) -> int:
-    """Load what ``save_training`` wrote into a model that was built in the same way; return the step.
+    """Load a training checkpoint into a model that was built in the same way; return the step.
 
-    All is read and compared before anything is changed. There may be more or fewer processes than when it was
-    saved; a warning then says that random numbers will be others.
+    Everything is read and compared before anything is changed. The number of processes may differ; a warning
+    then says that random numbers will differ, too.
 
     Args:
         folder: The checkpoint.
         model: A model of the same graph.
-        optimizer: An optimizer of the same kind, for the same parameters; None to load the model alone.
-        scheduler: To be given with the optimizer if, and only if, one was saved.
+        optimizer: An optimizer of the same class and parameters; None to load only the model.
+        scheduler: Required with the optimizer if one was saved, otherwise not allowed.
 
     Raises:
-        CheckpointError: A file is missing or damaged; model, optimizer or scheduler are other ones than
-            those that were saved, of which all is listed; or a tower that is not trained is another one.
+        CheckpointError: A file is missing or damaged; the model, optimizer or scheduler does not match the
+            saved one (the message lists all differences); or a frozen tower has changed.
     """
     root = current(Path(folder))
     document = _read(root)
@@ -184,7 +183,7 @@ def load_training(
 
 
 def rebuild(cls: type[F], folder: str | os.PathLike[str], towers: Mapping[str, Source]) -> F:
-    """Return the model of a training checkpoint; see ``FusedModel.from_training``."""
+    """Rebuild the model of a training checkpoint; see ``FusedModel.from_training``."""
     graph, given = FusionGraph.from_dict(_read(current(Path(folder)))["graph"]), dict(towers)
     unknown = set(given) - set(graph.towers)
     if unknown:
@@ -198,7 +197,7 @@ def rebuild(cls: type[F], folder: str | os.PathLike[str], towers: Mapping[str, S
 
 
 def _unlike(document: dict[str, Any], model: Fusion) -> list[str]:
-    """Return where a model is another one than that of a training checkpoint."""
+    """List the differences between a model and that of a training checkpoint."""
     saved = {name: each for name, each in document["tensors"].items() if name.startswith("model.")}
     mine = {f"model.{name}": described(tensor) for name, tensor in trained_state(model).items()}
     problems = [
@@ -234,7 +233,7 @@ def _read(root: Path) -> dict[str, Any]:
 
 @contextmanager
 def _replacing(target: Path) -> Iterator[Path]:
-    """Return all processes the one folder that is to take the place of the target."""
+    """Run ``atomic.replacing`` on the first process; yield the new folder to all."""
     with ExitStack() as stack:
 
         def begin() -> Path:
@@ -247,7 +246,7 @@ def _replacing(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def _distributed_checkpoint() -> Iterator[Any]:
-    """Return ``torch.distributed.checkpoint``, with errors like others and no word about a single process."""
+    """Yield ``torch.distributed.checkpoint``; convert its errors and silence its single-process warning."""
     import torch.distributed.checkpoint as checkpoint
     from torch.distributed.checkpoint.api import CheckpointException
 

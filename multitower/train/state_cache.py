@@ -1,8 +1,8 @@
-"""The states of frozen towers that nothing feeds, computed once for a data set and kept on disk.
+"""Hidden states of frozen towers without incoming links, computed once for a data set and stored on disk.
 
 folder/  kept.json                    by tower: fingerprint, layers, number of files
-         <tower>-00001.safetensors    "layer 2", of shape (tokens, width), for each layer; "keys" of rows,
-                                      and how many tokens each of them has, "lengths"
+         <tower>-00001.safetensors    "layer 2", shape (tokens, width), for each layer; "keys" of the rows,
+                                      and their "lengths" in tokens
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from ..tower.weights import whole_state
 FORMAT_VERSION = 1
 INDEX = "kept.json"
 KEY = 16
-"""How many bytes the key of a row has."""
+"""Size of a row's key, in bytes."""
 
 
 class KeptStates:
-    """What taps read of frozen towers, kept in a folder and added to batches: the towers need not run.
+    """Cached hidden states of frozen towers, read from a folder and added to batches, so towers need not run.
 
     >>> import multitower as mt, tempfile, torch
     >>> from multitower.testing import tiny_tower
@@ -56,18 +56,18 @@ class KeptStates:
     >>> torch.equal(model(**ready).loss, model(**batch).loss)
     True
 
-    A row is found by its tokens, so that the order of batches does not matter, nor how rows are put together.
-    It gets the states of the first batch that held it, which differ by rounding at most from those that it
-    would get in other company. In a ``DataLoader`` this stands behind ``collate``, also in its workers: a
-    pickle holds the path, and the files are mapped anew.
+    Rows are looked up by their tokens, so batches may be shuffled and composed differently. States come from
+    the first batch with that row; in another batch, they would differ at most by rounding. In a
+    ``DataLoader``, apply it after ``collate``; it works in worker processes, because only the path is pickled
+    and the files are mapped again.
 
     Args:
-        folder: What ``compute`` wrote.
-        model: The model that is to be trained.
+        folder: The folder written by ``compute``.
+        model: The model to train.
 
     Raises:
-        CheckpointError: The folder holds no kept states, or is damaged; or a tower has changed since, may
-            change in training, or is read at a layer that was not kept.
+        CheckpointError: The folder has no cached states or is damaged; or a tower has changed since, may
+            change in training, or is read at a layer that was not cached.
     """
 
     def __init__(self, folder: str | os.PathLike[str], model: Fusion) -> None:
@@ -90,23 +90,21 @@ class KeptStates:
         *,
         max_shard_size: int | str = "1GB",
     ) -> KeptStates:
-        """Run the frozen towers that read no other over batches, and keep what taps read of them.
+        """Run the frozen towers without incoming links on batches, and write the states that taps read.
 
-        Padding is not kept, nor a row that is there already. Files are written to a folder
-        beside it, which then takes its place: where this is broken off or killed, nothing is there, or what
-        was there before. Give ``tqdm(batches)`` for a progress bar, and compute under the
-        ``torch.autocast`` under which the model is trained, if any.
+        Padding and duplicate rows are not stored. The write is atomic: if interrupted, the folder is
+        unchanged. Pass ``tqdm(batches)`` for a progress bar; use the same ``torch.autocast`` as in training.
 
         Args:
-            model: The model. Kept are towers with train="none" and adapter=None into which no link leads.
-            batches: As ``collate`` gives them.
-            folder: A new folder, an empty one, or older kept states, which are replaced.
-            max_shard_size: At which size a file of a tower is full, in bytes or as in "1GB"; about twice as
-                much of each tower is in memory.
+            model: The model. Cached are towers with train="none", adapter=None and no incoming links.
+            batches: Batches made by ``collate``.
+            folder: A new or empty folder, or older cached states, which are replaced.
+            max_shard_size: Size at which a tower's file is full, in bytes or as in "1GB"; about twice as
+                much memory is needed per tower.
 
         Raises:
-            ValueError: The model has no such tower, or the batches have no tokens of any.
-            CheckpointError: The folder holds other things, or the disk is full or may not be written to.
+            ValueError: The model has no such tower, or the batches have no tokens for any.
+            CheckpointError: The folder contains something else or is not writable, or the disk is full.
         """
         target = Path(folder).absolute()
         check_free(target, INDEX)
@@ -130,19 +128,19 @@ class KeptStates:
         return cls(target, model)
 
     def __call__(self, batch: Batch) -> Batch:
-        """Add to a batch the states that were kept of its rows.
+        """Add the cached states of its rows to a batch.
 
-        A stream with labels is left as it is: its tower has to run.
+        A stream with labels is unchanged, because its tower has to run.
 
         Args:
-            batch: As ``collate`` gives it.
+            batch: A batch made by ``collate``.
 
         Returns:
-            A batch in which streams of kept towers have, for each layer that some tap reads, what it gives:
+            A batch in which the streams of cached towers have the output of each layer that a tap reads:
             "layer 2" of shape (batch, length, width), zero at padding.
 
         Raises:
-            ValueError: No states were kept of a row.
+            ValueError: A row has no cached states.
         """
         streams = {
             name: {**stream, **self._towers[name].states(stream, self._read.get(name, []))}
@@ -183,7 +181,7 @@ class KeptStates:
 
 
 def _why_not_kept(model: Fusion, name: str) -> str:
-    """Return why the states of a tower may change, by what is declared or by what was done to it since."""
+    """Return why a tower's states may change, by its declaration or its present state; "" if they cannot."""
     tower, declared = model.tower(name), why_not_constant(model.graph, name)
     if not declared and any(parameter.requires_grad for parameter in tower.parameters()):
         return "has parameters with requires_grad=True"
@@ -193,7 +191,7 @@ def _why_not_kept(model: Fusion, name: str) -> str:
 
 
 def _read_layers(model: Fusion) -> dict[str, list[int]]:
-    """Return, by tower, the layers that taps read."""
+    """Return the layers that taps read, by tower."""
     read: dict[str, list[int]] = {}
     for name, layer in sorted(model.schedule.read_layers):
         read.setdefault(name, []).append(layer)
@@ -201,7 +199,7 @@ def _read_layers(model: Fusion) -> dict[str, list[int]]:
 
 
 class TowerRows:
-    """The rows of one tower: mapped files, and where in them the states of each row are."""
+    """The mapped files of one tower, and the place of each row in them."""
 
     def __init__(self, folder: Path, name: str, record: Mapping[str, Any]) -> None:
         self.folder, self.name = folder, name
@@ -234,7 +232,7 @@ class TowerRows:
 
 
 class RowWriter:
-    """Collects the rows of one tower, and writes a file whenever they are many."""
+    """Collects the rows of one tower, and writes a file whenever they reach the size limit."""
 
     def __init__(self, model: Fusion, folder: Path, name: str, layers: list[int], limit: int) -> None:
         self.model, self.folder, self.name, self.layers, self.limit = model, folder, name, layers, limit
@@ -243,7 +241,7 @@ class RowWriter:
         self._bytes = self._files = 0
 
     def add(self, stream: Stream) -> None:
-        """Run the tower over a stream that has new rows, and keep these."""
+        """Run the tower on a stream if it has new rows, and collect these."""
         new = {_key(row): (number, len(row)) for number, row in _rows(stream)}
         new = {key: place for key, place in new.items() if key not in self._seen}
         states = self._run(stream) if new else {}
@@ -256,7 +254,7 @@ class RowWriter:
             self._flush()
 
     def finish(self) -> dict[str, Any]:
-        """Write what is left; return what the index says of the tower."""
+        """Write the remaining rows; return the tower's record for the index."""
         if self._waiting:
             self._flush()
         digest = tower_fingerprint(self.model, self.name)
@@ -279,7 +277,7 @@ class RowWriter:
 
 
 def write_index(writers: Iterable[RowWriter], folder: Path) -> None:
-    """Write what is left of the rows of each tower, and of which towers there are states."""
+    """Write the remaining rows of each tower, and the index."""
     records = {writer.name: writer.finish() for writer in writers}
     towers = {name: record for name, record in records.items() if record["files"]}
     if not towers:
@@ -287,12 +285,12 @@ def write_index(writers: Iterable[RowWriter], folder: Path) -> None:
         raise ValueError(f"there are no states to keep: the batches have no tokens of tower {names}")
     document = {"format_version": FORMAT_VERSION, "towers": towers}
     (folder / INDEX).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    for file in folder.glob("*.safetensors"):  # safetensors lets none but their owner read them
+    for file in folder.glob("*.safetensors"):  # safetensors makes them readable only by the owner
         file.chmod((folder / INDEX).stat().st_mode)
 
 
 def open_rows(folder: Path, document: Mapping[str, Any]) -> dict[str, TowerRows]:
-    """Map the files that an index speaks of; return what is in them by tower."""
+    """Map the files listed in an index, by tower."""
     root = current(folder)
     version = document.get("format_version")
     if version != FORMAT_VERSION:
@@ -310,12 +308,12 @@ def open_rows(folder: Path, document: Mapping[str, Any]) -> dict[str, TowerRows]
 
 
 def tower_fingerprint(model: Fusion, name: str) -> str:
-    """Return a digest of all tensors of a tower, adapters of peft included."""
+    """Return a digest of all tensors of a tower, including peft adapters."""
     return fingerprint(whole_state(whole(model.tower(name))))
 
 
 def _rows(stream: Stream) -> list[tuple[int, Tensor]]:
-    """Return the tokens of each row that has some, without padding, and its number."""
+    """Return number and tokens, without padding, of each row that is not empty."""
     if EXAMPLES in stream:
         raise ValueError("the batch is packed; states are kept of padded batches: call multitower.pack after")
     lengths = stream["mask"].sum(1).tolist()

@@ -1,4 +1,4 @@
-"""transformers' Trainer for fused models."""
+"""The transformers Trainer for fused models."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Counts = dict[str, Tensor]
 Decoded = Callable[[list[Example], list[Any], list[Example]], Mapping[str, float]]
 
 
-class Trainer(transformers.Trainer):  # type: ignore[misc]  # known only when it runs
+class Trainer(transformers.Trainer):  # type: ignore[misc]  # known only at run time
     """``transformers.Trainer`` for a ``FusedModel``, with the same arguments.
 
     >>> import tempfile, multitower as mt, transformers
@@ -121,9 +121,9 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]  # known only when it
         if getattr(args, "push_to_hub", False):
             check_reachable(model, embed_towers=False)
         if getattr(args, "remove_unused_columns", False):
-            args.remove_unused_columns = False  # rows hold segments, which no argument of forward is called
+            args.remove_unused_columns = False  # the column "segments" is not an argument of forward
         if getattr(args, "ddp_find_unused_parameters", False) is None:
-            args.ddp_find_unused_parameters = False  # a training step leaves none unused
+            args.ddp_find_unused_parameters = False  # every training step uses all parameters
         self.rates = dict(rates or {})
         self.modalities = {name: as_modality(each) for name, each in (modalities or {}).items()}
         self.history_noise, self.source_noise = dict(history_noise or {}), dict(source_noise or {})
@@ -135,7 +135,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]  # known only when it
         self.model_accepts_loss_kwargs = True
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
-        """Create the optimizer of the arguments, over ``parameter_groups``."""
+        """Create the optimizer from the arguments, with the model's ``parameter_groups``."""
         if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             if not set(options) & {"params", "model", "optimizer_dict"}:
@@ -150,7 +150,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]  # known only when it
         return to_device(super()._prepare_inputs(inputs), self._fused().devices)
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **options: Any) -> Tensor:
-        """Train on a batch, with noise in it if there is to be any."""
+        """Train on a batch, after adding noise to it if configured."""
         learnt = {name for name, stream in inputs["streams"].items() if "labels" in stream}
         history = {name: rate for name, rate in self.history_noise.items() if name in learnt}
         batch = corrupt_sources(corrupt_history(inputs, history), self.source_noise)
@@ -158,7 +158,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]  # known only when it
         return loss
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Counts:
-        """Count the tokens to predict by tower, in all batches of a step and in all processes if asked."""
+        """Count each tower's target tokens in all batches of a step, over all processes if configured."""
         counts = self._counted(batch_samples, device)
         if self.args.average_tokens_across_devices:
             table = self.accelerator.reduce(torch.stack(list(counts.values())))
@@ -176,9 +176,9 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]  # known only when it
         return_outputs: bool = False,
         num_items_in_batch: Counts | None = None,
     ) -> Any:
-        """Return the sum of the losses of all towers, each over the tokens of the whole step.
+        """Return the sum of the towers' losses, each normalised by the tokens of the whole step.
 
-        Logits come with the outputs alone; without, what no loss depends on is not computed.
+        Logits are computed only with ``return_outputs``.
         """
         out = model(**inputs, logits=return_outputs, num_items_in_batch=num_items_in_batch)
         if out.loss is None:
@@ -187,9 +187,9 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]  # known only when it
             )
         if num_items_in_batch is not None:
             self._note(inputs["streams"], out.losses, num_items_in_batch)
-        loss = out.loss.to(self.args.device)  # towers may be on several
+        loss = out.loss.to(self.args.device)  # towers may be on several devices
         if model.training and self.args.average_tokens_across_devices:
-            loss = loss * self.accelerator.num_processes  # over which gradients are averaged
+            loss = loss * self.accelerator.num_processes  # DDP averages gradients over processes
         return (loss, out) if return_outputs else loss
 
     def prediction_step(
@@ -214,7 +214,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]  # known only when it
         return loss.detach(), logits, labels
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **options: Any) -> Any:
-        """Evaluate as ``transformers.Trainer`` does, with losses by tower, and metrics of what is decoded."""
+        """Evaluate like ``transformers.Trainer``, with losses by tower and the metrics of ``score``."""
         before, self._seen = self._seen, {}
         out = super().evaluation_loop(dataloader, *args, **options)
         prefix = options.get("metric_key_prefix", "eval")
@@ -229,7 +229,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]  # known only when it
         return out
 
     def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
-        """Log the losses of towers beside their sum."""
+        """Log the loss of each tower in addition to their sum."""
         if "loss" in logs:
             logs |= {f"loss_{name}": round(loss, 4) for name, loss in self._losses().items()}
             self._seen = {}
@@ -243,14 +243,14 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]  # known only when it
     def _note(self, streams: Streams, losses: Mapping[str, Tensor], counts: Counts) -> None:
         for name, loss in losses.items():
             if "labels" not in streams.get(name, {}):
-                continue  # run for the sake of other processes
+                continue  # ran only to keep processes in step
             seen = self._seen.setdefault(name, {"sum": torch.zeros(()), "tokens": torch.zeros(())})
             here = (streams[name]["labels"][:, 1:] != IGNORE).sum()
             seen["sum"] = seen["sum"].to(loss.device) + loss.detach() * counts[name].to(loss.device)
             seen["tokens"] = seen["tokens"].to(loss.device) + here
 
     def _losses(self) -> dict[str, float]:
-        """Return the mean loss by tower of what was seen since the last time, in all processes."""
+        """Return the mean loss by tower since ``_seen`` was reset, over all processes."""
         zero = torch.zeros((), device=self.args.device)
         table = torch.stack(
             [
@@ -264,7 +264,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]  # known only when it
         return {name: total / tokens for name, (total, tokens) in found if tokens}
 
     def _decoded(self, dataset: Any) -> tuple[list[Any], list[Any], list[Any]]:
-        """Decode, for each example of a data set, the towers of its targets; each process takes its share."""
+        """Generate the target towers of each example of a data set, which is split over processes."""
         found: list[tuple[Any, Any, Any]] = []
         place, processes = self.accelerator.process_index, self.accelerator.num_processes
         share = islice(dataset, place, None, processes)
@@ -281,7 +281,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]  # known only when it
         return prompts, decoded, originals
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save a fused checkpoint; where the first process cannot, all fail with its error."""
+        """Save a fused checkpoint; if the first process fails, all raise its error."""
         all_or_none(lambda: super(Trainer, self).save_model(output_dir, _internal_call=True))
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
@@ -290,7 +290,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]  # known only when it
         all_or_none(lambda: super(Trainer, self)._save_checkpoint(model, trial))
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Save a fused checkpoint into a folder that may hold what else belongs to the run."""
+        """Save a fused checkpoint into a folder that may contain other files of the run."""
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
         if not self.args.should_save:
             return
@@ -305,14 +305,14 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]  # known only when it
         torch.save(self.args, folder / ARGUMENTS)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Push a fused checkpoint; transformers would take but the files that its own models have."""
+        """Push a fused checkpoint; transformers alone would push only the files of its own models."""
         busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
         if self.args.hub_strategy != "end" and (self.args.hub_always_push or not busy):
             self._save()
         super()._push_from_checkpoint(checkpoint_folder)
 
     def create_model_card(self, model_name: str | None = None, license: str | None = None) -> None:  # noqa: A002
-        """Write a model card, ``README.md``, that says how the model was trained and what it scores."""
+        """Write a model card, ``README.md``, with training settings and the latest scores."""
         if not self.is_world_process_zero():
             return
         args, name = self.args, model_name or Path(self.args.output_dir).name

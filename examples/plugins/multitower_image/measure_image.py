@@ -1,4 +1,4 @@
-"""Try the image modality on Fashion-MNIST, as Debian packages it, and draw what is left of the images.
+"""Measure the reconstruction quality of the image modality on Fashion-MNIST, from Debian's package.
 
 apt-get download dataset-fashion-mnist && dpkg-deb -x dataset-fashion-mnist_*.deb fashion
 python examples/plugins/multitower_image/measure_image.py fashion --picture reconstructions.png
@@ -21,13 +21,13 @@ SETTINGS = ((7, 256), (4, 16), (4, 64), (4, 256), (4, 1024), (2, 64), (2, 256))
 
 
 def images_in(folder: Path, part: str) -> np.ndarray:
-    """Read the images of a part, "train" or "t10k": uint8, shape (count, 28, 28)."""
+    """Read the images of a split, "train" or "t10k": uint8, shape (count, 28, 28)."""
     (file,) = folder.rglob(f"{part}-images-idx3-ubyte.gz")
     return np.frombuffer(gzip.decompress(file.read_bytes()), np.uint8, offset=16).reshape(-1, 28, 28)
 
 
 def draw(rows: dict[str, list[np.ndarray]], file: Path) -> None:
-    """Draw a row of images for each name."""
+    """Draw one row of images per name."""
     count = len(next(iter(rows.values())))
     figure = Figure(figsize=(0.7 * count + 1.6, 0.75 * len(rows)))
     for line, axes in zip(rows.items(), figure.subplots(len(rows), count), strict=True):

@@ -1,4 +1,4 @@
-"""Try the music modality on the 12,762 tunes in ABC notation that come with music21.
+"""Measure the music modality on the 12,762 tunes in ABC notation that come with music21.
 
 pip install --no-deps music21==10.5.1
 python examples/plugins/multitower_music/measure_music.py
@@ -19,7 +19,7 @@ COLLECTIONS = ("essenFolksong", "oneills1850", "airdsAirs", "ryansMammoth")
 
 
 def corpus() -> Path:
-    """Find the corpus of music21, which need not be importable."""
+    """Return the path of music21's corpus, without importing music21."""
     found = importlib.util.find_spec("music21")
     if found is None or found.origin is None:
         sys.exit("music21 is not installed: pip install --no-deps music21==10.5.1")
@@ -33,7 +33,7 @@ def tunes_in(folder: Path) -> list[str]:
 
 
 def without_fields(tune: str) -> str:
-    """Leave out the lines that are no music."""
+    """Remove the lines that are not music."""
     return "".join(line for line in tune.splitlines(keepends=True) if not FIELD.match(line))
 
 

@@ -1,1 +1,1 @@
-"""A server for a fused model, with the endpoints of OpenAI's API that its modalities allow."""
+"""A server for a fused model with an OpenAI-compatible API."""

@@ -1,4 +1,4 @@
-"""Answers: whole, in pieces, or as server-sent events."""
+"""Responses: complete, in pieces, or as server-sent events."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """A whole answer of one tower.
+    """The complete output of one tower.
 
     Attributes:
         tower: The tower.
-        tokens: int64, shape (length,), begin and end included.
-        count: How many tokens were decoded.
+        tokens: int64, shape (length,), including begin and end.
+        count: Number of decoded tokens.
         finish: "stop" or "length".
     """
 
@@ -41,7 +41,7 @@ class Answer:
 
 
 def whole(pieces: Sequence[Piece]) -> Answer:
-    """Put the pieces of one tower's answer together."""
+    """Join the pieces of one tower's output."""
     finish = pieces[-1].finish
     assert finish is not None, "the last piece is missing"
     tokens = torch.cat([piece.tokens for piece in pieces])
@@ -51,7 +51,7 @@ def whole(pieces: Sequence[Piece]) -> Answer:
 async def answers(
     served: Served, request: Request, given: Sequence[Segment], wanted: Sequence[Decoding]
 ) -> list[Answer]:
-    """Return whole answers, unless the client goes before they are complete."""
+    """Return complete outputs; raise if the client disconnects before."""
     served.check_given(given)
     found: dict[str, list[Piece]] = {}
     async with served.events(served.session(wanted), given, wanted) as events:
@@ -66,7 +66,7 @@ async def answers(
 async def pieces(
     served: Served, given: Sequence[Segment], wanted: Sequence[Decoding]
 ) -> AsyncGenerator[tuple[Piece, str]]:
-    """Yield the pieces of answers as they are decoded, each with what it adds to a text."""
+    """Yield pieces of output as they are decoded, each with the text it adds."""
     served.check_given(given)
     text, tokens = Growing(), list[torch.Tensor]()
     async with served.events(served.session(wanted), given, wanted) as events:
@@ -76,7 +76,7 @@ async def pieces(
 
 
 async def new_text(served: Served, piece: Piece, text: Growing, tokens: list[torch.Tensor]) -> str:
-    """Return what a piece adds to a text; nothing if it is of another tower."""
+    """Return the text that a piece adds; "" if it is not of the text tower."""
     if piece.tower != served.offer.text:
         return ""
     tokens.append(piece.tokens)
@@ -84,7 +84,7 @@ async def new_text(served: Served, piece: Piece, text: Growing, tokens: list[tor
 
 
 class Growing:
-    r"""A text that grows as its tokens come; what ends inside of a character is held back.
+    r"""Incremental text; an incomplete character at the end is held back.
 
     >>> text = Growing()
     >>> [text.grown(whole) for whole in ("a", "a\ufffd", "aé")]
@@ -95,7 +95,7 @@ class Growing:
         self._text = ""
 
     def grown(self, text: str, *, last: bool = False) -> str:
-        """Return what is new of a text; all of it with the last."""
+        """Return the new part of the text so far, without an incomplete character unless ``last``."""
         known = text if last else text.rstrip("\ufffd")
         new = known[len(self._text) :] if last or known.startswith(self._text) else ""
         self._text += new
@@ -103,7 +103,7 @@ class Growing:
 
 
 class Streamed(StreamingResponse):
-    """An answer in parts, which ends what makes them when the client goes."""
+    """A streaming response that closes its generator when the client disconnects."""
 
     def __init__(self, parts: AsyncIterator[str | bytes], media_type: str) -> None:
         self._parts = parts
@@ -111,18 +111,18 @@ class Streamed(StreamingResponse):
         super().__init__(parts, media_type=media_type, headers=headers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer."""
+        """Send the response."""
         async with aclosing(self._parts):  # type: ignore[type-var]  # it is a generator
             await super().__call__(scope, receive, send)
 
 
 async def streamed(parts: AsyncIterator[bytes], media_type: str) -> Streamed:
-    """Begin a stream once the first part is there: an error before it is an answer itself."""
+    """Start a stream once its first part is ready, so that earlier errors become error responses."""
     return Streamed(_after(await anext(parts, b""), parts), media_type)
 
 
 async def events(documents: AsyncIterator[Any], last: str | None = None) -> Streamed:
-    """Begin a stream of server-sent events once the first document is there."""
+    """Start a stream of server-sent events once its first document is ready."""
     documents = _after(await anext(documents), documents)
 
     async def written() -> AsyncIterator[str]:

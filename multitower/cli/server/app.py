@@ -1,4 +1,4 @@
-"""The app that uvicorn runs."""
+"""The ASGI app."""
 
 from __future__ import annotations
 
@@ -33,23 +33,23 @@ def make_app(
     text_tower: str | None = None,
     audio_tower: str | None = None,
 ) -> FastAPI:
-    """Return an ASGI app that serves a pipeline by OpenAI's API, with those endpoints that it has towers for.
+    """Return an ASGI app that serves a pipeline with the endpoints of OpenAI's API that its towers support.
 
     >>> import uvicorn                                                          # doctest: +SKIP
     >>> uvicorn.run(make_app(mt.Pipeline.from_pretrained("fused")))             # doctest: +SKIP
 
-    One app has one thread that decodes. It ends with the app's lifespan.
+    The app has one decoding thread, which ends with its lifespan.
 
     Args:
-        pipe: The model with its modalities.
-        name: What clients call the model.
-        limits: What they may ask of it.
-        text_tower: The tower of text, if there are several.
-        audio_tower: The tower of sound, if there are several.
+        pipe: The pipeline.
+        name: The model's name for clients.
+        limits: Limits on requests.
+        text_tower: The text tower, if there are several.
+        audio_tower: The audio tower, if there are several.
 
     Raises:
-        ValueError: No tower has a modality of text, or several have one of a kind and none was chosen; or a
-            tower cannot be decoded in pieces.
+        ValueError: No tower has a text modality; several towers are of one kind and none was chosen; or a
+            tower's generation config does not allow decoding in chunks.
     """
     limits, metrics = limits or Limits(), Metrics()
     served = Served(pipe, offer_of(pipe, text_tower, audio_tower), limits, name, metrics)
@@ -78,19 +78,19 @@ def _add_light(app: FastAPI, served: Served) -> None:
 
     @app.get("/health", response_model=None)
     async def health() -> dict[str, str]:
-        """Say whether requests are answered."""
+        """Report whether the server accepts requests."""
         if not served.engine.alive:
             raise Refusal(503, "the engine does not run", code="closing")
         return {"status": "ok"}
 
     @app.get("/metrics", response_model=None)
     async def metrics() -> PlainTextResponse:
-        """Return what was counted."""
+        """Return metrics in Prometheus' text format."""
         return PlainTextResponse(served.metrics.text(), media_type="text/plain; version=0.0.4")
 
     @app.get("/v1/models", response_model=None)
     async def models() -> dict[str, Any]:
-        """List the one model."""
+        """List the model."""
         return {"object": "list", "data": [model]}
 
     @app.get("/v1/models/{name:path}", response_model=None)

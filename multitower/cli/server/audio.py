@@ -1,4 +1,4 @@
-"""Sounds in requests and answers: checked before they are encoded, and written in the form asked for."""
+"""Audio in requests and responses: validation, and output in the requested format."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ TYPES = {
     "ogg": "audio/ogg",
     "pcm": f"audio/pcm;rate={PCM_RATE}",
 }
-"""The forms of sound that can be asked for, with their media types; "pcm" is 16 bit, mono, at 24 kHz."""
+"""Output formats and their media types; "pcm" is 16-bit mono at 24 kHz."""
 
 
 def check_sound(data: bytes, seconds: float) -> None:
-    """Check that bytes are a sound file that is not too long, by reading it once in blocks."""
+    """Check that bytes are a valid sound file of at most this duration, reading it in blocks."""
     soundfile = require("soundfile", "speech")
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
@@ -56,7 +56,7 @@ def check_sound(data: bytes, seconds: float) -> None:
 
 
 def raw_of(modality: Modality, data: bytes, seconds: float) -> Any:
-    """Return a sound file as a modality takes it: its bytes, or what ``read_file`` makes of it."""
+    """Return a sound file in a form that a modality accepts: its bytes, or the result of ``read_file``."""
     check_sound(data, seconds)
     if bytes in modality.accepts:
         return data
@@ -67,7 +67,7 @@ def raw_of(modality: Modality, data: bytes, seconds: float) -> Any:
 
 
 def bytes_of(modality: Modality, raw: Any, form: str) -> bytes:
-    """Return what a modality decoded as a file, by its ``write_file``, or as bare samples."""
+    """Convert a modality's raw data to a file, by its ``write_file``, or to raw PCM."""
     if form == "pcm":
         return b"".join(pcm_in_pieces(modality, [raw]))
     with tempfile.TemporaryDirectory() as folder:
@@ -77,7 +77,7 @@ def bytes_of(modality: Modality, raw: Any, form: str) -> bytes:
 
 
 def pcm_in_pieces(modality: Modality, raws: Iterable[Any]) -> Iterator[bytes]:
-    """Yield what a modality decodes piece by piece as 16-bit samples, mono, at 24 kHz."""
+    """Convert pieces of a modality's raw data to 16-bit mono PCM at 24 kHz."""
     resampler: Any = None
     for raw in raws:
         with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""``POST /v1/chat/completions``: turns of text and sound, answered in text, in sound, or in both."""
+"""``POST /v1/chat/completions``: messages of text and audio, answered in text, audio, or both."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from .schemas import AudioPart, Chat
 from .served import Served
 
 FORMS = {"pcm16": "pcm"}
-"""Forms of sound that chats call otherwise."""
+"""Audio formats with another name in chats."""
 
 
 def chat(served: Served) -> APIRouter:
-    """Return the endpoint."""
+    """Return the router of the endpoint."""
     router = APIRouter()
 
     @router.post("/v1/chat/completions", response_model=None)
@@ -43,7 +43,7 @@ def chat(served: Served) -> APIRouter:
 
 
 def _wanted(served: Served, body: Chat) -> list[Decoding]:
-    """Return what is to be decoded: the text first, which the sound then reads."""
+    """Return what to decode: first the text, which the audio tower then reads."""
     served.check_model(body.model)
     if body.max_tokens is not None and body.max_completion_tokens is not None:
         raise Refusal(400, "give max_completion_tokens or max_tokens, not both", "max_tokens")
@@ -62,7 +62,7 @@ def _wanted(served: Served, body: Chat) -> list[Decoding]:
 
 
 async def _given(served: Served, body: Chat) -> list[Segment]:
-    """Encode the messages, part by part."""
+    """Encode the parts of all messages."""
     given = []
     for number, message in enumerate(body.messages):
         if isinstance(message.content, str):
@@ -83,7 +83,7 @@ async def _given(served: Served, body: Chat) -> list[Segment]:
 
 
 class _Reply:
-    """What is said in answer to a chat."""
+    """Builds the response to a chat."""
 
     def __init__(self, served: Served, body: Chat, given: list[Segment]) -> None:
         self.served, self.body, self.given = served, body, given
@@ -123,7 +123,7 @@ class _Reply:
         async with aclosing(pieces(self.served, self.given, wanted)) as coming:
             async for piece, new in coming:
                 came.append(piece)
-                if not begun:  # errors come before
+                if not begun:  # earlier errors can still become error responses
                     begun = True
                     yield self._chunk({"role": "assistant", "content": None if speaks else ""})
                 if piece.tower == self.served.offer.audio:
@@ -139,7 +139,7 @@ class _Reply:
             yield {**self._head("chat.completion.chunk"), "choices": [], "usage": self._usage(count)}
 
     async def _streamed(self, tokens: AsyncIterator[torch.Tensor]) -> AsyncGenerator[str]:
-        """Yield sound in base64, while its tokens come if the modality can."""
+        """Yield audio in base64, while tokens arrive if the modality supports streaming."""
         if self.served.speaks_in_pieces:
             async for part in self.served.pcm(tokens):
                 yield base64.b64encode(part).decode()

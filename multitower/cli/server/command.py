@@ -14,7 +14,7 @@ from .limits import Limits
 typer: Any = require("typer", "cli")
 
 LATER = 5
-"""So many seconds after the grace has ended connections are cut; their clients are told by then."""
+"""Seconds from the end of the grace period until connections are cut, for error responses to arrive."""
 
 NEEDED = ("fastapi", "prometheus_client", "python_multipart", "websockets")
 
@@ -96,14 +96,14 @@ def serve(
 
 
 def _run(uvicorn: Any, config: Any, grace: int) -> None:
-    """Run a server until a signal comes; by SIGTERM it ends as if it had nothing more to do."""
+    """Run a server until a signal; after SIGTERM, exit normally."""
 
-    class Server(uvicorn.Server):  # type: ignore[misc]  # known only when it runs
+    class Server(uvicorn.Server):  # type: ignore[misc]  # known only at run time
         def handle_exit(self, number: int, frame: Any) -> None:
             config.app.state.engine.end_within(grace)
             super().handle_exit(number, frame)
 
-    signal.signal(signal.SIGTERM, lambda *_: None)  # which uvicorn raises once more when it has ended
+    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again on exit
     server = Server(config)
     server.run()
     if not server.started:

@@ -1,4 +1,4 @@
-"""Answers that are decoded together: one thread has the model, and rows join and leave as requests do."""
+"""Continuous batching: one thread runs the model, and requests join and leave its batch between steps."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ COUNTED = (
     "max_time",
     "min_new_tokens",
 )
-"""Options that count from where a call of ``generate`` begins, and mean nothing where calls follow."""
+"""Options relative to the start of a ``generate`` call, meaningless when output is split over calls."""
 
 
 CLOSING = "the server is closing; ask again later"
@@ -33,7 +33,7 @@ CLOSING = "the server is closing; ask again later"
 
 @dataclass(frozen=True)
 class Decoding:
-    """What is to be decoded: a tower, how many tokens at most, and greedily unless there is a temperature."""
+    """A tower to decode, its maximum number of tokens, and sampling; temperature 0 is greedy."""
 
     tower: str
     most: int
@@ -49,13 +49,13 @@ class Decoding:
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """Some tokens of an answer.
+    """Some tokens of a tower's output.
 
     Attributes:
-        tower: The tower that they are of.
-        tokens: int64, shape (length,); begin with the first piece, and end with the last.
-        new: How many of them count: all but the begin token.
-        finish: With the last piece "stop" if the end token was decoded, "length" if there may be no more.
+        tower: The tower.
+        tokens: int64, shape (length,); the first piece has the begin token, the last may have the end token.
+        new: Number of decoded tokens: all but the begin token.
+        finish: For the last piece, "stop" after an end token, "length" at the limit; else None.
     """
 
     tower: str
@@ -65,14 +65,14 @@ class Piece:
 
 
 Event = Piece | Session | Exception
-"""What becomes of a job: pieces, and at the end the session as it then is, or the error that ended it."""
+"""The events of a job: pieces of output, then the updated session or an error."""
 
 
 class Job:
-    """A session of one row that is to grow by what is given and by what is decoded.
+    """Extends a session of one row by given segments and by decoded output.
 
-    It stays what it is: the last event that is emitted, in the thread of the engine, is the session that has
-    grown. Of one that is not lasting, the last answer may have been decoded further than was wanted.
+    The given session is not modified; the last event is the extended one. Events are emitted in the engine's
+    thread. If not ``lasting``, the extended session may contain more tokens of the last output than wanted.
     """
 
     def __init__(
@@ -92,21 +92,21 @@ class Job:
         self._deadline, self._seconds, self._emit = time.monotonic() + seconds, seconds, emit
 
     def cancel(self) -> None:
-        """Have the engine let go of it before its next step."""
+        """Make the engine drop the job before its next step."""
         self.over = True
 
     def tell(self, event: Event) -> None:
-        """Hand an event on; all but a piece end the job."""
+        """Emit an event; any event except a piece ends the job."""
         if self.over:
             return
         self.over = not isinstance(event, Piece)
         try:
             self._emit(event)
-        except RuntimeError:  # the loop of whoever asked has ended
+        except RuntimeError:  # the caller's event loop has ended
             self.over = True
 
     def check_time(self, latest: float) -> None:
-        """Fail if it took too long, or if the time is past the latest at which anything may be under way."""
+        """Fail after the job's deadline, or after ``latest``, the end of the server's grace period."""
         now = time.monotonic()
         if now > self._deadline:
             self.tell(TimeoutError(f"the request took more than {self._seconds:g} s"))
@@ -115,12 +115,11 @@ class Job:
 
 
 class Engine:
-    """One thread that decodes some tokens of all that is under way, again and again.
+    """A thread that repeatedly decodes a few tokens of all active jobs.
 
-    Before each step it takes in what has come, and it lets go of what has ended, took too long or is wanted
-    no more. So requests of unlike lengths decode together, and each gets what it would get alone, up to
-    rounding. ``observe`` is called after each step with the tower, how many rows it had, and the seconds that
-    it took.
+    Before each step, new jobs join, and finished, timed-out or cancelled ones leave. Requests of different
+    lengths thus share batches, and the output of each equals that of the request alone, up to rounding.
+    ``observe`` is called after each step with the tower, the number of rows and the seconds.
     """
 
     def __init__(
@@ -140,11 +139,11 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        """Whether it takes jobs."""
+        """Whether the engine accepts jobs."""
         return self._thread.is_alive() and not self._closed
 
     def submit(self, job: Job) -> None:
-        """Begin a job; one that comes when the engine is closed fails."""
+        """Queue a job; if the engine is closed, the job fails."""
         with self._changed:
             if not self._closed:
                 self._arrived.append(job)
@@ -153,11 +152,11 @@ class Engine:
         job.tell(ConnectionError(CLOSING))
 
     def end_within(self, seconds: float) -> None:
-        """Let what is under way, and what still comes, take so long; what is not done by then fails."""
+        """Set a grace period; jobs, also new ones, that are not done by its end fail."""
         self._latest = time.monotonic() + seconds
 
     def close(self) -> None:
-        """End the thread after its present step; jobs under way fail."""
+        """End the thread after its current step; active jobs fail."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -185,7 +184,7 @@ class Engine:
                 job.tell(ConnectionError(CLOSING))
 
     def _step(self) -> bool:
-        """Take in what has come, and decode some tokens of all that is under way; say whether to go on."""
+        """Add new jobs, and decode some tokens of all active ones; return False once closed."""
         with self._changed:
             while not (self._going or self._arrived or self._closed):
                 self._changed.wait()
@@ -201,7 +200,7 @@ class Engine:
     def _each(
         self, jobs: Iterable[Job], key: Callable[[Job], Any], step: Callable[[list[Job]], None]
     ) -> None:
-        """Take a step for all jobs of a key at once; if that fails for each alone, so that only some fail."""
+        """Run a step on each group of jobs with the same key; if a group fails, retry its jobs one by one."""
         alike: dict[Any, list[Job]] = {}
         for job in jobs:
             job.check_time(self._latest)
@@ -217,7 +216,7 @@ class Engine:
                     self._each(together, id, step)
 
     def _append(self, jobs: list[Job]) -> None:
-        """Run what is given."""
+        """Run the given segments of new jobs."""
         giving = [job for job in jobs if job.given]
         if giving:
             first, *others = (job.session for job in giving)
@@ -229,7 +228,7 @@ class Engine:
             self._begin(job)
 
     def _begin(self, job: Job) -> None:
-        """Turn to what a job is to decode next, or end it."""
+        """Prepare a job's next output, or finish the job."""
         if not job.wanted:
             job.tell(job.session)
             return
@@ -249,12 +248,12 @@ class Engine:
             )
 
     def _key(self, job: Job) -> tuple[Any, ...]:
-        """Return by what jobs are sorted into those that are decoded together."""
+        """Return the key of jobs that can be decoded in one batch."""
         wanted = job.wanted[0]
         return job.session.outputs, wanted.tower, wanted.temperature, wanted.top_p, job.goes_on
 
     def _decode(self, jobs: list[Job]) -> None:
-        """Decode some tokens."""
+        """Decode some tokens of jobs with the same key."""
         started = time.monotonic()
         name, longest = jobs[0].wanted[0].tower, max(job.left for job in jobs)
         most = int(min(self._chunk, longest, *(job.room for job in jobs)))
@@ -268,7 +267,7 @@ class Engine:
         self._observe(name, len(jobs), time.monotonic() - started)
 
     def _hand_on(self, job: Job, tokens: Tensor) -> None:
-        """Hand new tokens on, and turn to what comes next if they are the last."""
+        """Emit new tokens; if they finish an output, prepare the next."""
         name, begin = job.wanted[0].tower, int(not job.begun)
         tokens = tokens[: begin + job.left]
         new = len(tokens) - begin

@@ -1,4 +1,4 @@
-"""Errors as clients of OpenAI's API know them."""
+"""Errors in the format of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ...base.logs import logger
 
 
 class Refusal(HTTPException):
-    """What a client did wrong, or why it cannot be answered now."""
+    """A request is invalid, or cannot be answered now."""
 
     def __init__(
         self,
@@ -30,21 +30,21 @@ class Refusal(HTTPException):
 
 
 def body_of(error: HTTPException) -> dict[str, Any]:
-    """Return an error as the body of an answer."""
+    """Return the JSON body of an error."""
     kind = "invalid_request_error" if error.status_code < 500 else "server_error"
     param, code = getattr(error, "param", None), getattr(error, "code", None)
     return {"error": {"message": str(error.detail), "type": kind, "param": param, "code": code}}
 
 
 def refusal_of(errors: Sequence[Mapping[str, Any]], skip: int = 0) -> Refusal:
-    """Return what a client is told of what pydantic found: the error that lies deepest."""
+    """Convert pydantic's errors: report the most deeply nested one."""
     first = max(errors, key=lambda each: len(each["loc"]))
     place = ".".join(str(each) for each in first["loc"][skip:]) or None
     return Refusal(400, f"{place or 'the message'}: {first['msg']}", place)
 
 
 def as_refusal(error: Exception) -> HTTPException:
-    """Return what a client is told of an error, which is logged if the client did nothing wrong."""
+    """Convert an exception to an HTTP error; unexpected exceptions are logged."""
     if isinstance(error, HTTPException):
         return error
     if isinstance(error, ValueError):
@@ -58,12 +58,12 @@ def as_refusal(error: Exception) -> HTTPException:
 
 
 def answer_of(error: HTTPException) -> Response:
-    """Return the answer that tells an error; in ASCII, since what it quotes may be no valid Unicode."""
+    """Return the response for an error, in ASCII because it may quote invalid Unicode."""
     return Response(json.dumps(body_of(error)), error.status_code, error.headers, "application/json")
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Have all errors of an app told in this form."""
+    """Make an app return all errors in this format."""
 
     async def told(request: Request, error: Exception) -> Response:
         if isinstance(error, RequestValidationError):

@@ -1,4 +1,4 @@
-"""What stands before a server's endpoints: room for so many requests, so large, from clients that keep up."""
+"""Middleware that limits the number and size of requests, and drops clients that stall."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 DISCARD_SECONDS = 5.0
-"""How long the rest of a request is read and dropped before it is refused, since most clients read no answer
-until they have sent all."""
+"""How long the rest of a request is read and discarded before it is refused: most clients read no response
+before they have sent everything."""
 
 CLOSE = {"Connection": "close"}
-"""With an answer to a request that may not have been read to its end, so that no more of it comes."""
+"""Headers of a response to a request that may not have been read completely."""
 
 
 class Gate:
-    """ASGI middleware that keeps a server within its limits, and counts."""
+    """ASGI middleware that enforces limits and records metrics."""
 
     def __init__(
         self, app: Any, limits: Limits, metrics: Metrics, works: frozenset[str], others: frozenset[str]
@@ -35,7 +35,7 @@ class Gate:
         self.under_way = 0
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Pass a request on, or refuse it."""
+        """Pass a request to the app, or refuse it."""
         if scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
             return
@@ -67,16 +67,16 @@ class Gate:
 
 
 class _Caller:
-    """One request, of which is counted what comes and goes."""
+    """One request, with its limits on size and time."""
 
     def __init__(self, scope: Message, receive: Receive, send: Send, limits: Limits) -> None:
         self.scope, self._receive, self._send, self.limits = scope, receive, send, limits
         self.size, self.complete, self.stalled = 0, scope["type"] != "http", False
         self.status = 499
-        """What it was answered with; 499 if it went before that."""
+        """Status of the response; 499 if the client disconnected first."""
 
     async def call(self, app: Any) -> None:
-        """Have an app answer."""
+        """Run the app on this request."""
         if self._declared() > self.limits.body_bytes:
             await self.refuse(self._too_large())
             return
@@ -101,7 +101,7 @@ class _Caller:
         await answer_of(error)(self.scope, self.receive, self.send)
 
     async def receive(self) -> Message:
-        """Return what comes next; refuse more than may come, and wait for it only so long."""
+        """Return the next ASGI message; raise if it exceeds the limits of size or time."""
         if self.complete:
             return await self._receive()
         try:
@@ -119,7 +119,7 @@ class _Caller:
         return message
 
     async def send(self, message: Message) -> None:
-        """Send, or give up on a client that does not read."""
+        """Send an ASGI message; raise if the client does not read it in time."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
         elif message["type"] == "websocket.accept":
@@ -132,7 +132,7 @@ class _Caller:
             raise ConnectionError("the client does not read") from None
 
     async def _discard(self) -> None:
-        """Read what is left of the body, for some time, and drop it."""
+        """Read and discard the rest of the body, for a limited time."""
         try:
             async with asyncio.timeout(DISCARD_SECONDS):
                 while not self.complete:

@@ -1,4 +1,4 @@
-"""How much a client may ask of a server."""
+"""Limits on requests to a server."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Limits:
-    """How much a client may ask of a server, and how long things may take.
+    """Limits on requests to a server.
 
     Attributes:
-        requests: How many requests and live sessions may be under way; others get 503.
-        body_bytes: How large a request may be, and a message of a live session.
-        audio_seconds: How long a sound may be, and what is said between two commits of a live session.
-        input_tokens: How many tokens may be given in a request, or in all of a live session.
-        tokens: How many tokens of a tower may be decoded; also how many are where a request does not say.
-        seconds: How long it may take to answer, and how long a live session may be silent.
-        stall_seconds: How long a client may take to send or to read some more.
+        requests: Maximum number of concurrent requests and live sessions; others get 503.
+        body_bytes: Maximum size of a request, or of a message in a live session.
+        audio_seconds: Maximum duration of a sound, or of the audio between JSON messages in a live session.
+        input_tokens: Maximum number of tokens in a request, or in a whole live session.
+        tokens: Maximum, and default, number of tokens to decode per tower.
+        seconds: Maximum time of a response, or of silence in a live session.
+        stall_seconds: Maximum time for which a client may neither send nor read.
     """
 
     requests: int = 64

@@ -1,4 +1,4 @@
-"""``WS /v1/live``: sound as it is recorded, and texts; answers when they are asked for."""
+"""``WS /v1/live``: a conversation over a WebSocket, with audio encoded while it arrives."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ MESSAGE: TypeAdapter[Said | Commit] = TypeAdapter(Annotated[Said | Commit, Field
 Samples: TypeAlias = npt.NDArray[np.int16]
 RATES = range(8_000, 48_001)
 BAD, LATE = 1008, 1001
-"""Codes with which a socket is closed: what came cannot be used; nothing came."""
+"""Close codes of the WebSocket: invalid message; timeout."""
 
 
 def live(served: Served) -> APIRouter:
-    """Return the endpoint."""
+    """Return the router of the endpoint."""
     router = APIRouter()
 
     @router.websocket("/v1/live")
@@ -55,7 +55,7 @@ def live(served: Served) -> APIRouter:
 
 
 class _Conversation:
-    """A session that grows as its client says."""
+    """The session of one client."""
 
     def __init__(self, served: Served, socket: WebSocket) -> None:
         self.served, self.socket = served, socket
@@ -64,7 +64,7 @@ class _Conversation:
         self.listening: _Listening | None = None
 
     async def hold(self) -> None:
-        """Take messages until the client goes."""
+        """Handle messages until the client disconnects."""
         rate = self._rate()
         while True:
             try:
@@ -82,7 +82,7 @@ class _Conversation:
                 await self._read(message["text"])
 
     def end(self) -> None:
-        """Let go of the thread that encodes."""
+        """End the encoding thread, if any."""
         if self.listening is not None:
             self.listening.end()
 
@@ -93,7 +93,7 @@ class _Conversation:
         return int(rate)
 
     async def _hear(self, data: bytes, rate: int) -> None:
-        """Take some sound: what of it is certain is encoded and run."""
+        """Handle audio samples; append the tokens that are already final."""
         if not self.served.offer.hears:
             raise Refusal(400, "this model does not read sound")
         if len(data) % 2:
@@ -109,7 +109,7 @@ class _Conversation:
         await self._listened(self.listening.certain())
 
     async def _read(self, text: str) -> None:
-        """Take a message in JSON."""
+        """Handle a JSON message; audio before it is encoded to its end first."""
         try:
             message = MESSAGE.validate_json(text)
         except ValidationError as error:
@@ -123,12 +123,12 @@ class _Conversation:
             await self._answer(message)
 
     async def _listened(self, tokens: torch.Tensor | None) -> None:
-        """Add tokens of sound to the session and run them."""
+        """Append audio tokens to the session."""
         if tokens is not None and len(tokens):
             await self._add(Segment(self.served.audio, tokens))
 
     async def _add(self, segment: Segment) -> None:
-        """Add a segment, or a part of one, to the session and run it."""
+        """Append a segment, or a part of one, to the session."""
         self.count = self.served.check_given([segment], self.count)
         async with self.served.events(self.session, [segment], [], lasting=True) as events:
             async for event in events:
@@ -136,7 +136,7 @@ class _Conversation:
                     self.session = event
 
     async def _answer(self, asked: Commit) -> None:
-        """Decode, and say what comes as it comes."""
+        """Generate the requested output, and send text as it is decoded."""
         spoken = asked.output == "audio"
         if spoken and not self.served.offer.speaks:
             raise Refusal(400, "this model gives no sound", "output")
@@ -164,7 +164,7 @@ class _Conversation:
 
 
 class _Listening:
-    """A sound that is encoded as it comes, in a thread of its own."""
+    """Encodes audio in a thread while it arrives."""
 
     def __init__(self, encode: Callable[..., Iterator[torch.Tensor]], rate: int) -> None:
         self.heard = 0.0
@@ -173,7 +173,7 @@ class _Listening:
         loop = asyncio.get_running_loop()
 
         def tell(found: torch.Tensor | Exception | None) -> None:
-            with suppress(RuntimeError):  # the server has gone
+            with suppress(RuntimeError):  # the event loop is closed
                 loop.call_soon_threadsafe(self._found.put_nowait, found)
 
         def run() -> None:
@@ -187,22 +187,22 @@ class _Listening:
         Thread(target=run, name="multitower-live", daemon=True).start()
 
     def add(self, samples: Samples) -> None:
-        """Take some samples."""
+        """Queue samples."""
         self._chunks.put(samples)
 
     def end(self) -> None:
-        """Take no more."""
+        """Mark the end of the audio."""
         self._chunks.put(None)
 
     def certain(self) -> torch.Tensor | None:
-        """Return the tokens that were found since the last call; None if there are none."""
+        """Return the tokens that became final since the last call; None if there are none."""
         found = []
         while not self._found.empty():
             found.append(self._found.get_nowait())
         return _joined(found)
 
     async def rest(self) -> torch.Tensor | None:
-        """Return all tokens that have not been returned."""
+        """End the audio, and return all remaining tokens."""
         self.end()
         found = [await self._found.get()]
         while isinstance(found[-1], torch.Tensor):

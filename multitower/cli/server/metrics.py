@@ -1,4 +1,4 @@
-"""What a server counts, in the form of Prometheus."""
+"""Prometheus metrics of a server."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 class Metrics:
-    """What one server counts.
+    """The metrics of one server.
 
     Attributes:
-        under_way: Requests and live sessions that are being answered.
-        given: Tokens that came with requests, by tower.
-        decoded: Tokens that were decoded, by tower.
+        under_way: Active requests and live sessions.
+        given: Input tokens, by tower.
+        decoded: Decoded tokens, by tower.
     """
 
     def __init__(self) -> None:
@@ -35,15 +35,15 @@ class Metrics:
         )
 
     def answered(self, endpoint: str, status: int, seconds: float) -> None:
-        """Count a request."""
+        """Record a request."""
         self._requests.labels(endpoint, str(status)).inc()
         self._seconds.labels(endpoint).observe(seconds)
 
     def stepped(self, tower: str, rows: int, seconds: float) -> None:
-        """Count a step of decoding."""
+        """Record a decoding step."""
         self._rows.labels(tower).observe(rows)
         self._steps.labels(tower).observe(seconds)
 
     def text(self) -> str:
-        """Return all of it as Prometheus reads it."""
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self._registry).decode()

@@ -1,4 +1,4 @@
-"""What requests may hold. What cannot be honoured is no field, or a field of a single value."""
+"""Schemas of requests. Options of OpenAI's API that are not supported are missing or have a single value."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SoundForm = Literal["mp3", "wav", "flac", "ogg", "pcm"]
 
 
 class Body(BaseModel):
-    """A JSON body: no other fields, no other types."""
+    """A JSON body, validated strictly: no unknown fields, no type coercion."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -42,7 +42,7 @@ class Speech(Body):
 
 
 class TextPart(Body):
-    """A text in a message."""
+    """Text in a message."""
 
     type: Literal["text"]
     text: str
@@ -56,7 +56,7 @@ class Sound(Body):
 
 
 class AudioPart(Body):
-    """A sound in a message."""
+    """Audio in a message."""
 
     type: Literal["input_audio"]
     input_audio: Sound
@@ -66,21 +66,21 @@ Part = Annotated[TextPart | AudioPart, Field(discriminator="type")]
 
 
 class ChatMessage(Body):
-    """A turn of a chat."""
+    """A message of a chat."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[Part], Field(min_length=1)]
 
 
 class ChatAudio(Body):
-    """In which form a chat is answered in sound."""
+    """The format of audio in the response."""
 
     voice: Literal["default"] = "default"
     format: Literal["mp3", "wav", "flac", "ogg", "pcm16"]
 
 
 class StreamOptions(Body):
-    """Whether the last chunk of a stream says how many tokens there were."""
+    """Whether a stream ends with a chunk of token counts."""
 
     include_usage: bool = False
 
@@ -105,14 +105,14 @@ class Chat(Body):
 
 
 class Said(Body):
-    """A text that a client of a live session adds."""
+    """A live session's message that appends text."""
 
     type: Literal["text"]
     text: str
 
 
 class Commit(Body):
-    """What a client of a live session sends when it wants an answer."""
+    """A live session's message that requests output."""
 
     type: Literal["commit"]
     output: Literal["text", "audio"] = "text"

@@ -1,4 +1,4 @@
-"""A model that is served: raw data in, answers out, for coroutines."""
+"""Asynchronous access to a served pipeline: encoding, generation, and decoding."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Offer:
-    """Which towers stand for text and for sound.
+    """The text and audio towers of a server.
 
     Attributes:
-        text: The tower of text.
-        audio: The tower of sound; None where there is none.
-        hears: Whether text is written after sound: the tower of text reads that of sound.
-        speaks: Whether sound is made after text.
+        text: The text tower.
+        audio: The audio tower, if any.
+        hears: Whether the text tower reads the audio tower.
+        speaks: Whether the audio tower reads the text tower.
     """
 
     text: str
@@ -48,12 +48,12 @@ class Offer:
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """The towers that are decoded."""
+        """The towers that can be decoded."""
         return (self.text, *([self.audio] if self.audio is not None and self.speaks else []))
 
 
 def offer_of(pipe: Pipeline, text: str | None = None, audio: str | None = None) -> Offer:
-    """Find out what a pipeline has to offer."""
+    """Determine the text and audio towers of a pipeline."""
     text, audio = _tower(pipe, "text", text), _tower(pipe, "audio", audio)
     if text is None:
         raise ValueError(
@@ -78,7 +78,7 @@ def _tower(pipe: Pipeline, media: str, chosen: str | None) -> str | None:
 
 
 class Served:
-    """A pipeline, the engine that decodes, and a thread for each modality that encodes and decodes."""
+    """A pipeline, its decoding engine, and one thread per modality for encoding and decoding raw data."""
 
     def __init__(self, pipe: Pipeline, offer: Offer, limits: Limits, name: str, metrics: Metrics) -> None:
         self.pipe, self.offer, self.limits, self.name, self.metrics = pipe, offer, limits, name, metrics
@@ -95,7 +95,7 @@ class Served:
             threads.shutdown()
 
     def check_model(self, name: str) -> None:
-        """Refuse requests for another model."""
+        """Raise if a request is for another model."""
         if name != self.name:
             raise Refusal(
                 404, f"there is no model {name!r}; this server has {self.name!r}", "model", "model_not_found"
@@ -103,7 +103,7 @@ class Served:
 
     @property
     def audio(self) -> str:
-        """The tower of sound, where there is one."""
+        """The audio tower; there must be one."""
         assert self.offer.audio is not None, "no endpoint of sound is offered"
         return self.offer.audio
 
@@ -118,7 +118,7 @@ class Served:
         )
 
     def stream_of_sound(self) -> Callable[..., Iterator[Tensor]]:
-        """Return what encodes a sound as it comes."""
+        """Return the audio modality's ``encode_stream``."""
         encode = getattr(self.pipe.modalities[self.audio], "encode_stream", None)
         if encode is None:
             raise Refusal(400, f"the modality of tower {self.audio!r} does not encode sound as it comes")
@@ -126,22 +126,22 @@ class Served:
         return stream
 
     async def decode(self, tower: str, tokens: Tensor) -> Any:
-        """Return the raw data of tokens."""
+        """Decode tokens to raw data."""
         return await self._in_thread(tower, lambda modality: modality.decode(tokens))
 
     async def sound_file(self, tokens: Tensor, form: str) -> bytes:
-        """Return the sound of tokens as a file."""
+        """Decode audio tokens to a sound file."""
         return await self._in_thread(
             self.audio, lambda modality: bytes_of(modality, modality.decode(tokens), form)
         )
 
     @property
     def speaks_in_pieces(self) -> bool:
-        """Whether the modality of sound can be decoded while its tokens come."""
+        """Whether the audio modality supports streaming."""
         return type(self.pipe.modalities[self.audio]).decode_stream is not Modality.decode_stream
 
     async def pcm(self, parts: AsyncIterator[Tensor]) -> AsyncIterator[bytes]:
-        """Yield the sound of tokens while they come: 16-bit samples, mono, at 24 kHz."""
+        """Decode audio tokens while they arrive; yield 16-bit mono PCM at 24 kHz."""
         loop, modality = asyncio.get_running_loop(), self.pipe.modalities[self.audio]
         lock = self._locks[self.audio]
         tokens, made = SimpleQueue[Tensor | None](), asyncio.Queue[bytes | Exception | None]()
@@ -187,11 +187,11 @@ class Served:
             await asyncio.wait([feeder, maker])
 
     def session(self, wanted: Sequence[Decoding]) -> Session:
-        """Begin a session in which this can be decoded."""
+        """Start a session with the wanted outputs."""
         return self.pipe.model.session(outputs=sorted({each.tower for each in wanted}))
 
     def check_given(self, given: Sequence[Segment], before: int = 0) -> int:
-        """Refuse what is longer than may be given; return how many tokens it has."""
+        """Raise if the input exceeds the limit; return the number of its tokens, added to ``before``."""
         count = before + sum(len(segment.tokens) for segment in given)
         if count > self.limits.input_tokens:
             raise Refusal(
@@ -204,7 +204,7 @@ class Served:
         return count
 
     def most(self, asked: int | None) -> int:
-        """Return how many tokens are to be decoded at most."""
+        """Return the maximum number of tokens to decode; raise if more are requested than allowed."""
         if asked is not None and asked > self.limits.tokens:
             raise Refusal(
                 400,
@@ -222,7 +222,7 @@ class Served:
         *,
         lasting: bool = False,
     ) -> AsyncIterator[AsyncIterator[Piece | Session]]:
-        """Have the engine extend a session; what is under way is ended with the context."""
+        """Extend a session by the engine; yield its events. Leaving the context cancels the job."""
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[Event]()
         job = Job(
             session,

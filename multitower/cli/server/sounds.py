@@ -1,4 +1,4 @@
-"""``/v1/audio/transcriptions`` and ``/v1/audio/speech``: what is said in a sound file; a text, said."""
+"""``/v1/audio/transcriptions`` and ``/v1/audio/speech``."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from .served import Served
 
 
 def transcriptions(served: Served) -> APIRouter:
-    """Return the endpoint."""
+    """Return the router of the endpoint."""
     router = APIRouter()
 
     @router.post("/v1/audio/transcriptions", response_model=None)
     async def transcribe(
         request: Request, form: Annotated[Transcription, Form(media_type="multipart/form-data")]
     ) -> Response:
-        """Write down what is said in a sound file."""
+        """Transcribe a sound file."""
         served.check_model(form.model)
         given = [await served.sound(await form.file.read())]
         wanted = Decoding(served.offer.text, served.limits.tokens, form.temperature)
@@ -62,12 +62,12 @@ def _usage(given: list[Segment], decoded: int) -> dict[str, Any]:
 
 
 def speech(served: Served) -> APIRouter:
-    """Return the endpoint."""
+    """Return the router of the endpoint."""
     router = APIRouter()
 
     @router.post("/v1/audio/speech", response_model=None)
     async def speak(request: Request, body: Speech) -> Response:
-        """Say a text."""
+        """Synthesise speech from text."""
         served.check_model(body.model)
         given = [await served.text(body.input)]
         wanted = Decoding(served.audio, served.limits.tokens)

@@ -1,4 +1,4 @@
-"""Small grey images, as a modality of multitower."""
+"""A modality of multitower for small grey images."""
 
 from .modality import ImageModality
 

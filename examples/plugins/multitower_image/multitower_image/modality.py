@@ -1,4 +1,4 @@
-"""Small grey images to a token for each patch, and back."""
+"""Small grey images with a token for each patch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Image = np.ndarray[Any, np.dtype[Any]]
 
 
 class ImageModality(Modality):
-    """Grey images of one size to the tokens of an image tower, and back with some loss.
+    """Grey images of one size as tokens, a lossy codec.
 
     >>> images = np.random.default_rng(0).random((9, 8, 12), dtype=np.float32)
     >>> modality = ImageModality.fit(images, patches=16, side=4)
@@ -32,13 +32,13 @@ class ImageModality(Modality):
     >>> modality.decode(modality.encode(images[0])).shape
     (8, 12)
 
-    An image is cut into square patches, row by row as one reads, and a token stands for the nearest of those
-    that k-means found.
+    An image is cut into square patches, row by row; each is represented by the nearest of the patches that
+    k-means found.
 
     Args:
-        patches: What tokens stand for; float32 in 0..1, shape (patches, side, side).
-        height: Pixels from top to bottom, a multiple of side.
-        width: Pixels from left to right, a multiple of side.
+        patches: The patch of each token, float32 in 0..1, shape (patches, side, side).
+        height: Height of the images in pixels, a multiple of side.
+        width: Width of the images in pixels, a multiple of side.
 
     Attributes:
         vocab_size: Number of ids: the patches, begin and end.
@@ -68,16 +68,16 @@ class ImageModality(Modality):
 
     @classmethod
     def fit(cls, images: Iterable[Image], *, patches: int = 256, side: int = 4, seed: int = 0) -> Self:
-        """Find the patches that tokens stand for; on the same machine, the same for the same seed.
+        """Fit patches by k-means.
 
         Args:
-            images: As ``encode`` takes them, all of one size.
-            patches: How many.
-            side: Pixels of a patch from top to bottom, and from left to right.
-            seed: Where k-means begins.
+            images: Images as for ``encode``, all of one size.
+            patches: Number of patches.
+            side: Side of a patch in pixels.
+            seed: Random seed; the patches are reproducible on the same machine.
 
         Raises:
-            ValueError: The images are of several sizes or none, or hold fewer different patches.
+            ValueError: There are no images, they have several sizes, or fewer different patches.
         """
         grey = [as_grey(image) for image in images]
         sizes = {image.shape for image in grey}
@@ -97,7 +97,7 @@ class ImageModality(Modality):
             raw: Floats in 0..1, or uint8, shape (height, width).
 
         Raises:
-            TypeError: It is no array of floats or uint8.
+            TypeError: The image is not an array of floats or uint8.
             ValueError: It has another size, or values out of range.
         """
         grey = as_grey(raw)
@@ -108,10 +108,10 @@ class ImageModality(Modality):
         return torch.cat([ids.new_tensor([self.begin]), ids, ids.new_tensor([self.end])])
 
     def decode(self, tokens: Tensor) -> Image:
-        """Return the image of tokens, as a tower may emit them: float32 in 0..1, shape (height, width).
+        """Return the image of any sequence of tokens: float32 in 0..1, shape (height, width).
 
-        Begin, end and ids past the vocabulary are dropped. What no patch fills is black; patches that find
-        no room are dropped.
+        Begin, end and ids beyond the vocabulary are dropped. Missing patches are black; surplus ones are
+        dropped.
         """
         rows, columns = self.height // self.side, self.width // self.side
         ids = [token for token in check_tokens(tokens) if token < self.begin][: rows * columns]
@@ -120,7 +120,7 @@ class ImageModality(Modality):
         return np.asarray(rearrange(filled, "(r c) h w -> (r h) (c w)", r=rows))
 
     def read_file(self, path: str | os.PathLike[str]) -> Image:
-        """Return the image of a file in grey, resized for ``encode``: uint8, shape (height, width)."""
+        """Read an image file as grey, resized for ``encode``: uint8, shape (height, width)."""
         with PillowImage.open(path) as file:
             return np.asarray(file.convert("L").resize((self.width, self.height)))
 

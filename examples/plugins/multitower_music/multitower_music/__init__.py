@@ -1,4 +1,4 @@
-"""Tunes in ABC notation, as a modality of multitower."""
+"""A modality of multitower for tunes in ABC notation."""
 
 from .modality import MusicModality
 

@@ -1,4 +1,4 @@
-"""Tunes in ABC notation to musical tokens, and back."""
+"""Tunes in ABC notation as musical tokens."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MUSIC = re.compile(
 
 
 class MusicModality(Modality):
-    r"""Tunes to the tokens of a music tower, and back, without any loss.
+    r"""Tunes in ABC notation as tokens, a lossless codec.
 
     >>> tune = "X:1\nM:6/8\nK:Gm\n|: ^F2G {a}g>d :|\n"
     >>> music = MusicModality.fit([tune])
@@ -43,19 +43,19 @@ class MusicModality(Modality):
     >>> [music.decode(token[None]) for token in music.encode("|: ^F2G")]
     ['', '|: ', '^F2', 'G', '']
 
-    A token is what a musician reads as one sign: a note with its accidental, octave and length, a bar, the
-    name of a chord, that of a field of the header or a word in it. What the fitted vocabulary lacks is spelt
-    out in the bytes of its UTF-8, so that every tune comes back as it was.
+    A token is what a musician reads as one sign: a note with its accidental, octave and length, a bar, a
+    chord name, a header field or a word in it. Signs outside the vocabulary are encoded as UTF-8 bytes, so
+    every tune can be restored exactly.
 
     Args:
-        signs: The musical tokens, each another text that is not empty.
+        signs: The musical tokens, distinct texts that are not empty.
 
     Attributes:
         vocab_size: Number of ids: 256 bytes, the signs, begin and end.
         signs: The musical tokens; the first has id 256.
 
     Raises:
-        ValueError: A sign is empty, no text, or given twice.
+        ValueError: A sign is empty, not a str, or given twice.
     """
 
     name = "music"
@@ -79,15 +79,15 @@ class MusicModality(Modality):
 
     @classmethod
     def fit(cls, tunes: Iterable[str], *, signs: int = 1024) -> Self:
-        """Find the musical tokens of some tunes.
+        """Use the most frequent signs of tunes as the vocabulary.
 
         Args:
             tunes: Tunes, each with its header.
-            signs: At most how many; the most frequent are taken.
+            signs: Maximum number of signs.
 
         Raises:
             TypeError: A tune is not a str.
-            ValueError: There is nothing in the tunes.
+            ValueError: The tunes have no signs.
         """
         found = Counter(sign for tune in tunes for sign in read(tune))
         if not found:
@@ -95,11 +95,11 @@ class MusicModality(Modality):
         return cls(sign for sign, _ in found.most_common(signs))
 
     def encode(self, raw: str) -> torch.Tensor:
-        """Return the tokens of a tune: int64, shape (length,), begin and end included.
+        """Return the tokens of a tune: int64, shape (length,), including begin and end.
 
         Raises:
-            TypeError: It is not a str.
-            ValueError: It holds lone surrogates, which UTF-8 cannot write.
+            TypeError: The tune is not a str.
+            ValueError: It contains lone surrogates, which UTF-8 cannot encode.
         """
         ids = [self.begin]
         for sign in read(raw):
@@ -107,9 +107,9 @@ class MusicModality(Modality):
         return torch.tensor([*ids, self.end], dtype=torch.int64)
 
     def decode(self, tokens: torch.Tensor) -> str:
-        """Return the tune of tokens, as a tower may emit them.
+        """Return the tune of any sequence of tokens.
 
-        Begin, end and ids past the vocabulary are dropped. Bytes that are no UTF-8 become U+FFFD.
+        Begin, end and ids beyond the vocabulary are dropped. Invalid UTF-8 becomes U+FFFD.
         """
         spelt = b"".join(self._spelling[token] for token in check_tokens(tokens) if token < self.begin)
         return spelt.decode(errors="replace")
@@ -120,13 +120,13 @@ class MusicModality(Modality):
 
 
 def read(tune: str) -> Iterator[str]:
-    r"""Read a tune sign by sign; together they are the tune.
+    r"""Split a tune into signs; joined, they are the tune.
 
     >>> list(read("T:A Reel\nA2 | (3BcB"))
     ['T:', 'A', ' Reel', '\n', 'A2', ' | ', '(3', 'B', 'c', 'B']
 
     Raises:
-        TypeError: It is not a str.
+        TypeError: The tune is not a str.
     """
     if not isinstance(tune, str):
         raise TypeError(f"a tune must be a str in ABC notation, not {type(tune).__name__}")

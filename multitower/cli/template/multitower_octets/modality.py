@@ -7,7 +7,7 @@ from multitower.plugins import check_tokens
 
 
 class OctetsModality(mt.Modality):
-    """Bytes to tokens, and back.
+    """One token per byte.
 
     >>> octets = OctetsModality()
     >>> octets.encode(b"hi")
@@ -23,11 +23,11 @@ class OctetsModality(mt.Modality):
     end = 257
 
     def encode(self, raw: bytes) -> torch.Tensor:
-        """Return the tokens of bytes: int64, shape (length,), begin and end included."""
+        """Return the tokens of bytes: int64, shape (length,), including begin and end."""
         if not isinstance(raw, bytes):
             raise TypeError(f"octets is encoded from bytes, not from {type(raw).__name__}")
         return torch.tensor([self.begin, *raw, self.end])
 
     def decode(self, tokens: torch.Tensor) -> bytes:
-        """Return the bytes of tokens of shape (length,); what is no byte is dropped."""
+        """Return the bytes of tokens of shape (length,); other ids are dropped."""
         return bytes(token for token in check_tokens(tokens) if token < 256)

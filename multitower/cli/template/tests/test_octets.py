@@ -1,4 +1,4 @@
-"""The modality octets keeps what modalities promise."""
+"""Tests of the modality octets."""
 
 import pytest
 import torch
