@@ -70,7 +70,7 @@ class Native:
         source, text = self.model.unimodal(said.tower), self.model.unimodal("text")
         tokens = torch.as_tensor(said.tokens, device=source.device)[None]
         source.base_model(input_ids=tokens, past_key_values=self.caches["source"], use_cache=True)
-        prompt = torch.cat([self.text, torch.ones_like(self.text[:, :1]).new_ones(1, 1)], 1)
+        prompt = torch.cat([self.text, self.text.new_ones(1, 1)], 1)
         self.text = text.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),

@@ -6,7 +6,6 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ from ..declare.graph import redeclared
 from ..errors import CheckpointError
 from ..plugins.modality import Modality
 from ..run.fusion import Fusion
-from ..storage.find import PARTS, hub_id, is_path
+from ..storage.files import is_part
+from ..storage.find import hub_id, is_path
 from ..tower.peft_tower import base_model, is_peft_model
 from .card import is_generated, model_card
 
@@ -94,7 +94,7 @@ def push_to_hub(
             )
             (folder / CARD).write_text(card, encoding="utf-8")
         files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-        stale = (file for file in there - set(files) if any(fnmatch(file, part) for part in PARTS))
+        stale = filter(is_part, there - set(files))
         commit = api.create_commit(
             repo_id,
             [

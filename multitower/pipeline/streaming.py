@@ -17,6 +17,9 @@ from torch import Tensor
 from ..base.extras import require
 from ..plugins.modality import Modality
 
+END = object()
+"""What ``next`` returns at the end of an iterator, which may yield anything else."""
+
 
 def stream(
     generate: Callable[..., object], modality: Modality, begin: int | None, options: Mapping[str, Any]
@@ -69,9 +72,9 @@ async def in_a_thread(begin: Callable[[], Iterator[Any]]) -> AsyncIterator[Any]:
     waiting: asyncio.Future[Any] | None = None
     try:
         while True:
-            waiting = asyncio.ensure_future(asyncio.to_thread(next, pieces, None))
+            waiting = asyncio.ensure_future(asyncio.to_thread(next, pieces, END))
             piece = await asyncio.shield(waiting)
-            if piece is None:
+            if piece is END:
                 return
             yield piece
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection, Mapping, Sequence
+from numbers import Integral
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -108,12 +109,12 @@ def _encoded(
 def _ids(value: Any, tower: str) -> list[int]:
     """Return a column's value as a list of token ids."""
     ids = value if isinstance(value, list) else getattr(value, "tolist", list)()
-    if not ids or not all(isinstance(each, int) and not isinstance(each, bool) for each in ids):
+    if not ids or not all(isinstance(each, Integral) and not isinstance(each, bool) for each in ids):
         raise TypeError(
             f"there is no modality for {tower!r}, and this {type(value).__name__} is no list of token ids; "
             f"give encode_columns a modality, as in {{{tower!r}: TextModality(...)}}"
         )
-    return ids
+    return [int(each) for each in ids]
 
 
 class Collator:

@@ -95,6 +95,19 @@ def test_an_edited_card_is_kept_and_a_generated_one_renewed(model: mt.FusedModel
     assert readme(hub).read_text() == edited
 
 
+def test_files_of_a_model_that_is_no_more_are_deleted_and_no_others(
+    model: mt.FusedModel, hub: FakeHub
+) -> None:
+    model.push_to_hub(REPO)
+    assert any("towers/speech" in each for each in hub.files(REPO))
+    for name in ("links.png", "linksammlung.md", "notes.md"):
+        readme(hub).with_name(name).write_text("mine")
+    model.drop("speech").push_to_hub(REPO)
+    left = hub.files(REPO)
+    assert {"links.png", "linksammlung.md", "notes.md"} <= set(left)
+    assert not any("towers/speech" in each for each in left)
+
+
 def test_a_pull_request_is_proposed(model: mt.FusedModel, hub: FakeHub) -> None:
     model.push_to_hub(REPO)
     before = hub.files(REPO)

@@ -16,7 +16,7 @@ from torch import Tensor
 import multitower as mt
 from letters import STEPS, Letters, Tune, pipe_of_other_edges, simple_pipe
 from models import causal_lm, pair, segment
-from multitower.pipeline.streaming import stream
+from multitower.pipeline.streaming import in_a_thread, stream
 
 
 class Pieces(Letters):
@@ -222,6 +222,13 @@ def test_pieces_are_waited_for_without_holding_up_others(output: str) -> None:
 
     assert asyncio.run(both()) == [expected] * 3
     assert expected
+
+
+def test_a_piece_may_be_none() -> None:
+    async def waited_for() -> list:
+        return await _all(in_a_thread(lambda: (each for each in (1, None, 2))))
+
+    assert asyncio.run(waited_for()) == [1, None, 2]
 
 
 def test_a_task_that_is_cancelled_stops_decoding() -> None:

@@ -271,7 +271,7 @@ def test_columns_that_nothing_encodes_are_refused() -> None:
 
 
 def test_token_ids_are_taken_as_they_are() -> None:
-    rows = [{"units": [1, 5, 2], "words": torch.tensor([1, 7, 2])}]
+    rows = [{"units": list(torch.tensor([1, 5, 2]).numpy()), "words": torch.tensor([1, 7, 2])}]
     (row,) = encode_columns(rows, {"units": "speech", "words": "text"}, targets=["words"])
     assert [(each["tower"], each["tokens"]) for each in row["segments"]] == [
         ("speech", [1, 5, 2]),
