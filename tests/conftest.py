@@ -15,7 +15,7 @@ from spoken_fusion import fused, parts  # noqa: F401  # fixtures
 from victims import _offline, base  # noqa: F401  # fixtures
 
 MODELS_TAKE_TIME = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
-settings.register_profile("ci", max_examples=12, derandomize=True, **MODELS_TAKE_TIME)
+settings.register_profile("ci", max_examples=10, derandomize=True, **MODELS_TAKE_TIME)
 settings.register_profile("deep", max_examples=500, print_blob=True, **MODELS_TAKE_TIME)
 settings.load_profile("ci")
 

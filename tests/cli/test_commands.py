@@ -100,6 +100,7 @@ def test_an_unknown_picture_is_refused(
     assert "abc" in refused(capsys, 1, "draw", str(fused), "--output", str(tmp_path / "graph.abc"))
 
 
+@pytest.mark.slow
 def test_a_graph_is_estimated_as_its_checkpoint(
     fused: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

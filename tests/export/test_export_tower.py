@@ -146,8 +146,16 @@ class Looks(nn.Module):
             lambda x: x if bool(x.sum() > 1000) else x + 1,
             r"cannot trace towers 'speech' \(Tiny",
         ),
-        (lambda x: x[:, : int(x.shape[1])] if len(x) == 2 else x, "cannot trace towers"),
-        (lambda x: x + float(torch.tensor(x.shape[1])), "cannot trace|other logits"),
+        pytest.param(
+            lambda x: x[:, : int(x.shape[1])] if len(x) == 2 else x,
+            "cannot trace towers",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            lambda x: x + float(torch.tensor(x.shape[1])),
+            "cannot trace|other logits",
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["values", "sizes", "constants"],
 )
@@ -163,6 +171,7 @@ def test_an_unknown_tower_is_named() -> None:
         export_tower(pair(), "txt")
 
 
+@pytest.mark.slow
 def test_towers_that_share_a_model_are_named_where_it_cannot_be_traced() -> None:
     graph, one = mt.FusionGraph(), causal_lm("llama")
     graph.add_tower("text", one)

@@ -25,7 +25,10 @@ TURNS = [
 ]
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=pytest.mark.slow if kind in ("gpt2", "mistral") else ()) for kind in FAMILIES],
+)
 def test_logits_of_every_turn_are_those_of_a_forward(kind: str) -> None:
     options: Any = {"position": "segment"} if kind == "llama" else {"position": "rotary", "window": 4}
     check_session(fusion(kind, **options), GIVEN)

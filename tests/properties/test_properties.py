@@ -20,7 +20,7 @@ from multitower.declare.spec import LinkSpec
 from multitower.testing.strategies import Case, cases, cyclic_structures, structures, tiny_towers
 
 FAMILIES = ("llama", "gpt2", "bloom", "gemma3_text", "mistral")
-FEWER = settings(max_examples=settings().max_examples // 4)
+FEWER = settings(max_examples=settings().max_examples // 3)
 SEEDS = st.integers(0, 999)
 ELSEWHERE = {"schedule", "order", "padding", "prefill", "session"}
 """What is checked below: on structures alone, with seeds, of towers that decode with a cache."""

@@ -151,6 +151,7 @@ def test_a_call_within_a_call_reads_its_own_source() -> None:
     assert inner == [eagerly(model, given(1, seed), max_new_tokens=4) for seed in range(1, 6)]
 
 
+@pytest.mark.slow
 def test_calls_in_threads_read_their_own_sources() -> None:
     model = fusion().eval()
     for seed in range(2):
@@ -169,6 +170,7 @@ def test_calls_in_threads_read_their_own_sources() -> None:
         assert found[first] == [eagerly(model, given(1, first + each), max_new_tokens=8) for each in range(5)]
 
 
+@pytest.mark.slow
 def test_what_is_compiled_is_of_the_model_as_it_is_now() -> None:
     model, examples = fusion(position="rotary"), given(1, 0)
 

@@ -207,6 +207,7 @@ def test_pairs_mean_the_same() -> None:
         assert torch.equal(both["signs"], translated(both["letters"]))
 
 
+@pytest.mark.slow
 def test_links_learn_and_are_saved(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr("sys.argv", ["custom_tower.py", "--steps", "50"])
     main()

@@ -86,6 +86,7 @@ def test_wrapping_leaves_the_model_as_it_was() -> None:
     assert not any(module._forward_hooks for module in model.modules())
 
 
+@pytest.mark.slow
 def test_compiled_as_one_graph() -> None:
     torch._dynamo.reset()
     model = open_links(pair(causal_lm("llama"), causal_lm("gpt2", depth=4, vocab_size=14)))
