@@ -1,4 +1,4 @@
-"""Tables and the picture of the comparison on real words: ``docs/evidence.md``, ``docs/images/evidence.png``.
+"""Tables and the picture of the comparison on real words: ``evidence.md`` and ``evidence.png`` beside this.
 
     export PYTHONPATH=benchmarks/learning:examples      # in this order, as each has a report.py
     python benchmarks/evidence/document.py --data runs/evidence/words
@@ -27,8 +27,7 @@ from report import Run, filled, group, rate, table
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 RESULTS = HERE / "results.jsonl"
-DOCUMENT = ROOT / "docs/evidence.md"
-IMAGES = ROOT / "docs/images"
+DOCUMENT = HERE / "evidence.md"
 COLOURS = {
     "zipper": "#009e73",
     "zipper-frozen": "#56b4e9",
@@ -125,7 +124,8 @@ def by_length(runs: Iterable[Run], corpus: Corpus) -> str:
             rates = [
                 f"{100 * errors[each].sum() / words[each].sum():.1f}" if each.any() else "" for each in chosen
             ]
-            human = "{:.1f} ({:.1f} to {:.1f})".format(*rate(seeds, "human")) if task == "asr" else ""
+            heard = task == "asr" and all("human" in run for run in seeds)
+            human = "{:.1f} ({:.1f} to {:.1f})".format(*rate(seeds, "human")) if heard else ""
             rows.append([f"{method}, {task.upper()}", *rates, human])
     spans = [f"to {high} characters" for high in LENGTHS[1:]]
     return table(["", *spans, "human recordings"], rows)
@@ -165,10 +165,11 @@ def main() -> None:
     )
     parser.add_argument("--data", type=Path, required=True, help="a folder that words.py made")
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--document", type=Path, default=DOCUMENT)
     options = parser.parse_args()
     runs = results_on(options.data, options.results)
-    write(DOCUMENT, tables(runs, load_corpus(options.data)))
-    draw(runs, IMAGES / "evidence.png")
+    write(options.document, tables(runs, load_corpus(options.data)))
+    draw(runs, options.document.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ is not run again.
 from __future__ import annotations
 
 import argparse
+import math
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -64,7 +65,7 @@ def main() -> None:
     there = {(run["links"], run["pairs"], run["seed"]) for run in read_results(options.results)}
     for links in ("as trained", "moved", "new"):
         for share in SHARES if links != "as trained" else SHARES[:1]:
-            pairs = round(share * len(corpus.train))
+            pairs = math.ceil(share * len(corpus.train))
             if (links, pairs, options.seed) in there or (links, pairs) == ("new", 0):
                 continue
             torch.manual_seed(options.seed)
@@ -82,6 +83,7 @@ def main() -> None:
             found = scored(model, corpus, "test", options.judged)
             entry = {"links": links, "pairs": pairs, "seed": options.seed, "steps": options.further_steps}
             append(options.results, {**entry, **found})
+            there.add((links, pairs, options.seed))
             print(links, pairs, found["asr"]["wer"], found["tts"]["wer"])
 
 

@@ -6,7 +6,7 @@
 
 The methods are the files in ``methods``: to compare another one, add a file. Runs go on where they were
 stopped, two at a time, a thread each, and each is a line of ``results.jsonl``. ``document.py`` writes them
-into ``docs/evidence.md``.
+into ``evidence.md``.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from paths import ROOT
 FOLDERS = ("benchmarks/learning", "benchmarks/evidence", "examples", ".", "modalities")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / folder) for folder in FOLDERS)}
 METHODS = ROOT / "benchmarks/evidence/methods"
-SMALL = "--pairs 8 --unpaired 6 --dev 2 --test 3 --units 16 --width 16 --depth 1 --pretraining 2"
+SMALL = "--pairs 8 --unpaired 6 --dev 2 --test 3 --units 16 --width 16 --depth 4 --pretraining 2"
 WORDS = ["river", "stone", "green", "light", "quick", "house", "table", "water", "road", "small", "winter"]
 
 
@@ -62,10 +62,29 @@ def test_every_method_is_trained_and_has_its_row(words: Path, tmp_path: Path, me
     run("learning/train.py", *options, "--variant", METHODS / f"{method}.toml", "--steps", 2, "--pairs", 8)
     (found,) = map(json.loads, results.read_text().splitlines())
     assert found["variant"] == method
-    if method != "zipper-paper":
-        table = run("evidence/table.py", "pairs", *options, "--no-runs")
-        assert "true units" in table
-    assert results.with_suffix(".png").exists() or method == "zipper-paper"
+    assert found["kept"].keys() == {"text perplexity", "speech perplexity", "cloze"}
+    assert "true units" in run("evidence/table.py", "pairs", *options, "--no-runs")
+    document = tmp_path / "evidence.md"
+    document.write_text((METHODS.parent / "evidence.md").read_text())
+    run("evidence/document.py", *options, "--document", document)
+    assert f"| {method} | 8 |" in document.read_text()
+    assert document.with_suffix(".png").exists()
+
+
+@pytest.mark.slow
+def test_a_link_is_moved_to_another_decoder(words: Path, tmp_path: Path) -> None:
+    results = tmp_path / "reuse.jsonl"
+    options = ("--data", words, "--results", results, "--steps", 1, "--further-steps", 1, "--judged", 1)
+    run("evidence/reuse.py", *options)
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [(each["links"], each["pairs"]) for each in lines] == [
+        ("as trained", 0),
+        ("moved", 0),
+        ("moved", 1),
+        ("new", 1),
+    ]
+    run("evidence/reuse.py", *options)
+    assert len(results.read_text().splitlines()) == len(lines)
 
 
 @pytest.fixture(scope="module")
