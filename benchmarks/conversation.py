@@ -13,6 +13,7 @@ several conversations.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -172,6 +173,8 @@ def main() -> None:
         print(
             f"turn {number + 1}: {medians} ms, session over native + links {over['median']:.2f}", flush=True
         )
+    middle = statistics.median(result["ratio"]["median"] for result in results)
+    print(f"the median turn: session over native + links {middle:.2f}")
     write(chosen, results)
     plot(chosen.out / "turns.png", results, f"a turn of {chosen.said} and {chosen.new} tokens, {chosen.size}")
 

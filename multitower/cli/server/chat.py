@@ -111,8 +111,7 @@ class _Reply:
 
     async def chunks(self, wanted: list[Decoding]) -> AsyncIterator[dict[str, Any]]:
         """Yield the chunks of a stream."""
-        speaks, begun = self.body.audio is not None, False
-        came = list[Piece]()
+        speaks, came = self.body.audio is not None, list[Piece]()
 
         async def heard(coming: AsyncIterator[tuple[Piece, str]]) -> AsyncIterator[torch.Tensor]:
             yield came[-1].tokens
@@ -122,10 +121,9 @@ class _Reply:
 
         async with aclosing(pieces(self.served, self.given, wanted)) as coming:
             async for piece, new in coming:
-                came.append(piece)
-                if not begun:  # earlier errors can still become error responses
-                    begun = True
+                if not came:  # earlier errors can still become error responses
                     yield self._chunk({"role": "assistant", "content": None if speaks else ""})
+                came.append(piece)
                 if piece.tower == self.served.offer.audio:
                     async with aclosing(self._streamed(heard(coming))) as parts:
                         async for data in parts:

@@ -7,12 +7,11 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Form, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
-from torch import Tensor
 
 from ...batch.collate import Segment
 from .answers import answers, events, pieces, streamed
 from .audio import TYPES
-from .engine import Decoding, Piece
+from .engine import Decoding
 from .schemas import Speech, Transcription
 from .served import Served
 
@@ -48,13 +47,6 @@ async def _pieces(served: Served, given: list[Segment], wanted: Decoding) -> Asy
     yield {"type": "transcript.text.done", "text": text, "usage": _usage(given, count)}
 
 
-async def _tokens(served: Served, given: list[Segment], wanted: Decoding) -> AsyncIterator[Tensor]:
-    async with served.events(served.session([wanted]), given, [wanted]) as coming:
-        async for event in coming:
-            if isinstance(event, Piece):
-                yield event.tokens
-
-
 def _usage(given: list[Segment], decoded: int) -> dict[str, Any]:
     count = sum(len(segment.tokens) for segment in given)
     total = count + decoded
@@ -72,8 +64,8 @@ def speech(served: Served) -> APIRouter:
         given = [await served.text(body.input)]
         wanted = Decoding(served.audio, served.limits.tokens)
         if body.response_format == "pcm" and served.speaks_in_pieces:
-            served.check_given(given)
-            return await streamed(served.pcm(_tokens(served, given, wanted)), TYPES["pcm"])
+            tokens = (piece.tokens async for piece, _ in pieces(served, given, [wanted]))
+            return await streamed(served.pcm(tokens), TYPES["pcm"])
         (answer,) = await answers(served, request, given, [wanted])
         sound = await served.sound_file(answer.tokens, body.response_format)
         return Response(sound, media_type=TYPES[body.response_format])
