@@ -42,6 +42,7 @@ def tables(runs: Sequence[Run], corpus: Corpus) -> dict[str, str]:
     """Return each table of the document by its name."""
     full = [run for run in runs if run["pairs"] == len(corpus.train)]
     return {
+        "words": words(corpus),
         "floor and ceiling": floor_and_ceiling(corpus),
         "pairs": by_pairs([run for run in runs if run["variant"] in COLOURS]),
         "links": by_pairs(
@@ -51,6 +52,17 @@ def tables(runs: Sequence[Run], corpus: Corpus) -> dict[str, str]:
         "chosen": by_pairs(full, split="dev"),
         "length": by_length(full, corpus),
     }
+
+
+def words(corpus: Corpus) -> str:
+    """Return how much there is to learn from, and how much of the test is new."""
+    known = {word for pair in corpus.train for word in pair.transcript.split()}
+    asked = [word for pair in corpus.test for word in pair.transcript.split()]
+    tokens = sum(len(pair.speech) - 2 for pair in corpus.train)
+    hours = tokens / corpus.speech.rate / 3600
+    new = 100 * sum(word not in known for word in asked) / len(asked)
+    rows = [[str(len(corpus.train)), f"{hours:.1f}", str(len(known)), f"{new:.0f}"]]
+    return table(["pairs", "hours of speech", "different words", "% of test words in none"], rows)
 
 
 def by_method(runs: Iterable[Run], split: str = "test") -> list[tuple[str, int, int, list[Run]]]:
