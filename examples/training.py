@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import math
 import random
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -16,6 +18,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers.trainer_utils import get_last_checkpoint
 
 import multitower as mt
 from multitower.train import Trainer
@@ -24,30 +27,40 @@ Example = list[mt.Segment]
 POOL = 16  # batches sorted by length together, to reduce padding
 WATCHED = 16  # held-out examples per direction for measuring contributions
 FOR_TRAINING = 0.8  # fraction of the remaining time; the rest is for the report
+SAVED = 250  # steps between checkpoints
 WARM_UP, TIMED = 4, 8  # steps; multiples of the number of alternating tasks (two or four)
 
 
 @dataclass
 class Run:
-    """The steps, seconds and log of a training run."""
+    """The steps, time and log of a training run: seconds by the clock, and of processor time."""
 
     steps: int
     seconds: float = 0.0
+    processor: float = 0.0
     history: list[dict[str, float]] = field(default_factory=list)
     contributions: list[dict[str, float]] = field(default_factory=list)
 
 
 class Follow(transformers.TrainerCallback):
-    """Records the loss of every step, and the result of ``watch`` about fifty times; shows a progress bar."""
+    """Adds to the log what ``watch`` returns, about fifty times, and the time; shows a progress bar."""
 
     def __init__(self, run: Run, names: Sequence[str], watch: Callable[[], dict] | None, title: str) -> None:
         self.run, self.names, self.watch, self.shown = run, names, watch, {}
         self.bar = tqdm(total=run.steps, desc=title, unit="step")
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        before = state.log_history[-1] if state.log_history else {}
+        self.seconds = time.perf_counter() - before.get("seconds", 0.0)
+        self.processor = time.process_time() - before.get("processor", 0.0)
+        self.bar.update(state.global_step)
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
         if "loss" in logs:
-            name = self.names[state.global_step - 1]
-            self.run.history.append({"step": state.global_step, name: logs["loss"]})
+            entry, name = state.log_history[-1], self.names[state.global_step - 1]
+            entry["name"] = name
+            entry["seconds"] = time.perf_counter() - self.seconds
+            entry["processor"] = time.process_time() - self.processor
             self.shown[name] = f"{logs['loss']:.3f}"
             self.bar.set_postfix(self.shown, refresh=False)
             self.bar.update()
@@ -58,8 +71,11 @@ class Follow(transformers.TrainerCallback):
             model.eval()
             self.run.contributions.append({"step": step, **self.watch()})
 
-    def on_train_end(self, *_: Any, **__: Any) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar.close()
+        entries = [entry for entry in state.log_history if "name" in entry]
+        self.run.history += [{"step": entry["step"], entry["name"]: entry["loss"]} for entry in entries]
+        self.run.seconds, self.run.processor = entries[-1]["seconds"], entries[-1]["processor"]
 
 
 def train(
@@ -72,10 +88,12 @@ def train(
     collate: Callable[[list[Example]], dict] = mt.collate,
     named: Callable[[Example], str] = lambda example: example[-1].tower,
     watch: Callable[[], dict[str, float]] | None = None,
+    folder: Path | None = None,
 ) -> Run:
     """Train with AdamW; the learning rate warms up, then decays along a cosine to a tenth.
 
-    The result does not depend on the speed of the machine. torch's random state is restored afterwards.
+    The result does not depend on the speed of the machine, nor on how often a run with a folder is cut off.
+    torch's random state is restored afterwards.
 
     Args:
         module: a FusedModel, or any module for ``transformers.Trainer``; in eval mode afterwards.
@@ -86,15 +104,17 @@ def train(
         collate: converts a batch to the module's inputs.
         named: returns the name under which to record a batch's loss, from its first example.
         watch: returns values by name, recorded as the run's `contributions`; called about fifty times, and
-            after the last step, with the module in eval mode.
+            after the last step, with the module in eval mode. Lost if the run is cut off.
+        folder: where to keep a checkpoint, from which the next call with the same arguments goes on. It is
+            the caller's to delete.
     """
     taken, run = list(islice(batches, steps)), Run(steps)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.01)
     rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: scale(step / steps))
     kind = Trainer if isinstance(module, mt.FusedModel) else transformers.Trainer
-    with TemporaryDirectory() as folder, torch.random.fork_rng():
+    with nullcontext(folder) if folder else TemporaryDirectory() as out, torch.random.fork_rng():
         arguments = transformers.TrainingArguments(
-            folder,
+            str(out),
             max_steps=steps,
             per_device_train_batch_size=1,  # items are complete batches
             train_sampling_strategy="sequential",
@@ -104,7 +124,9 @@ def train(
             logging_nan_inf_filter=False,
             disable_tqdm=True,
             report_to="none",
-            save_strategy="no",
+            save_strategy="steps" if folder else "no",
+            save_steps=SAVED,
+            save_total_limit=1,
             use_cache=True,
             use_cpu=next(module.parameters()).device.type == "cpu",
             dataloader_pin_memory=False,
@@ -118,7 +140,11 @@ def train(
             callbacks=[Follow(run, [named(batch[0]) for batch in taken], watch, title)],
         )
         trainer.remove_callback(transformers.PrinterCallback)
-        run.seconds = trainer.train().metrics["train_runtime"]
+        last = get_last_checkpoint(out) if folder and folder.exists() else None
+        if last:
+            for batch in taken[: int(last.rpartition("-")[2])]:
+                collate(batch)  # its noise goes on as if it had not been cut off
+        trainer.train(resume_from_checkpoint=last)
     module.eval()
     return run
 

@@ -76,6 +76,9 @@ class VocabularyExpansion(nn.Module):
             native.requires_grad_(True)
         else:
             self.model = _with_new_rows(native, list(range(own, size)), train)
+        hooked: Any = self  # torch does not annotate these
+        hooked.register_state_dict_post_hook(_without_ties)
+        hooked.register_load_state_dict_pre_hook(_with_ties)
 
     def forward(self, streams: Mapping[str, Mapping[str, Tensor]]) -> FusedOutput:
         """Interleave the streams to one row by their times, and run the decoder.
@@ -184,6 +187,26 @@ def _with_new_rows(model: Any, new: list[int], train: str | PeftConfig) -> Any:
     config = copy.deepcopy(train)
     config.trainable_token_indices = dict.fromkeys(names, new)
     return peft.get_peft_model(model, config)
+
+
+def _ties(model: nn.Module) -> dict[str, str]:
+    """Return the first name of each parameter that has several, by the others."""
+    names: dict[int, str] = {}
+    each = model.named_parameters(remove_duplicate=False)
+    firsts = {name: names.setdefault(id(parameter), name) for name, parameter in each}
+    return {name: first for name, first in firsts.items() if name != first}
+
+
+def _without_ties(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """Keep tied weights once, as safetensors and so ``transformers.Trainer`` need them."""
+    for name in _ties(module):
+        state.pop(prefix + name, None)
+
+
+def _with_ties(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    for name, first in _ties(module).items():
+        if prefix + first in state:
+            state.setdefault(prefix + name, state[prefix + first])
 
 
 class _Native:

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import multitower as mt
 from models import causal_lm
@@ -147,3 +150,21 @@ def test_a_batch_is_its_rows_one_by_one(family: str, limit: dict) -> None:
         return [row[0].tokens.tolist() for row in model.generate(examples, ["speech"], **limit)]
 
     assert lengths(rows) == [tokens for row in rows for tokens in lengths([row])]
+
+
+@pytest.mark.parametrize(("family", "tied"), [("gpt2", True), ("llama", False)])
+def test_tied_weights_are_saved_once_and_loaded(family: str, tied: bool, tmp_path: Path) -> None:
+    model, other = (
+        mt.baseline.VocabularyExpansion(causal_lm(family), {"text": Codec(20), "speech": Codec(14)})
+        for _ in range(2)
+    )
+    assert ("model.lm_head.weight" in model.state_dict()) != tied
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(1)
+    other.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    batch = mt.collate(EXAMPLES)
+    assert torch.equal(other(**batch).logits["row"], model(**batch).logits["row"])
+    with pytest.raises(RuntimeError, match="Missing key"):
+        other.load_state_dict({})

@@ -5,7 +5,8 @@
 
 Recognition and synthesis take turns, a batch each. A result is one line of JSON: the settings, the losses on
 the way, those of held-out pairs, word errors in both directions, what each link contributes, and the seconds
-of processor time. A run whose line is there already is not run again.
+of processor time. A run whose line is there already is not run again; one that was cut off goes on from its
+last checkpoint, in the folder ``runs`` beside the file.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import json
 import math
 import platform
 import resource
-import time
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -43,19 +44,34 @@ Model = mt.FusedModel | mt.baseline.VocabularyExpansion
 
 
 def run(
-    corpus: Corpus, variant: Variant, *, steps: int, seed: int, pairs: int | None, split: str, judged: int
+    corpus: Corpus,
+    variant: Variant,
+    *,
+    steps: int,
+    seed: int,
+    pairs: int | None,
+    split: str,
+    judged: int,
+    folder: Path,
 ) -> dict[str, Any]:
     """Train and score one variant; return what is found."""
     trials.change_library(variant.trials, corpus)
     torch.manual_seed(seed)
     model = make_model(corpus, variant)
-    found = teach(model, corpus, variant, steps=steps, seed=seed, pairs=pairs)
+    found = teach(model, corpus, variant, steps=steps, seed=seed, pairs=pairs, folder=folder)
     options = trials.guidance(model, variant.trials["guidance"]) if "guidance" in variant.trials else {}
     return found | scored(model, corpus, split, judged, **options)
 
 
 def teach(
-    model: Model, corpus: Corpus, variant: Variant, *, steps: int, seed: int, pairs: int | None
+    model: Model,
+    corpus: Corpus,
+    variant: Variant,
+    *,
+    steps: int,
+    seed: int,
+    pairs: int | None,
+    folder: Path | None = None,
 ) -> dict[str, Any]:
     """Train a model on the first pairs; return what that took, and the losses on the way."""
     groups = (
@@ -68,10 +84,9 @@ def teach(
         trained = trials.Aligned(model, variant.trials["alignment"], steps)
     batches = training_batches(corpus.train[:pairs], variant, seed)
     collate = noisy({"speech": variant.noise, "text": variant.text_noise}, seed, variant.sources)
-    began = time.process_time()
-    done = train(trained, batches, groups, steps, title=str(steps), collate=collate)
+    done = train(trained, batches, groups, steps, title=str(steps), collate=collate, folder=folder)
     return {
-        "seconds": round(time.process_time() - began, 1),
+        "seconds": round(done.processor, 1),
         "MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         "trained": sum(each.numel() for each in model.parameters() if each.requires_grad),
         "curve": averaged(done.history),
@@ -133,7 +148,7 @@ def training_batches(pairs: Sequence[Pair], variant: Variant, seed: int) -> Iter
     supplies = [
         endless(
             directed([(getattr(pair, source), getattr(pair, target)) for pair in pairs], source, target),
-            BATCH,
+            variant.batch,
             seed,
         )
         for source, target in TASKS.values()
@@ -267,13 +282,15 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     settings = {key: getattr(options, key) for key in ("steps", "seed", "pairs", "split", "judged")}
-    found = run(load_corpus(options.data), variant, **settings)
+    folder = options.results.parent / "runs" / "-".join(str(each) for each in key_of(entry))
+    found = run(load_corpus(options.data), variant, folder=folder, **settings)
     machine = {
         "processor": platform.machine(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }
     append(options.results, {**entry, "settings": asdict(variant), "machine": machine, **found})
+    shutil.rmtree(folder)
     print(name, options.steps, options.seed, *(found[task]["wer"] for task in TASKS))
 
 

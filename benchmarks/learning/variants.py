@@ -6,6 +6,8 @@ import tomllib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from data import BATCH
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -22,6 +24,7 @@ class Variant:
         noise: Share of the speech tokens that are replaced in what the speech tower is given of its own past.
         text_noise: The same of text.
         sources: By tower the share of tokens that are replaced in what is given, not learnt.
+        batch: Pairs in a batch.
         paced: Whether links know the pace of the two towers, as counted in the pairs.
         trials: What was tried outside of the library, by name; see ``trials``.
     """
@@ -35,6 +38,7 @@ class Variant:
     noise: float = 0.15
     text_noise: float = 0.0
     sources: dict[str, float] = field(default_factory=dict)
+    batch: int = BATCH
     paced: bool = False
     trials: dict[str, object] = field(default_factory=dict)
 

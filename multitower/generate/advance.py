@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,9 +19,7 @@ from ..run.embed import check_room, embed
 from ..run.fusion import Fusion
 from ..run.tables import Rotations
 from ..tower.abilities import plain
-from .rows import Row, Said, cache_of, rows_of, stacked
-
-NONE = torch.empty(0, dtype=torch.long)
+from .rows import Row, Said, cache_of, places_beside, rows_of, stacked
 
 
 class Keeping(NamedTuple):
@@ -180,19 +177,16 @@ class _Pass:
         times = self.times[name]
         stream = {"tokens": tokens, "times": times, "mask": times >= 0}
         for other in self.keeping.beside(name):
-            stream[PLACES + other] = self._new(name, partial(Row.places, other=other))
+            stream[PLACES + other] = self._new(name, places_beside(self.rows, name, other))
         return {key: each.to(device) for key, each in stream.items()}
 
     def _times(self, name: str) -> Tensor:
         """Return the times of the tokens to run, on the CPU, padded on the right with -1."""
-        return self._new(name, lambda row, name: row.of(name).times)
+        return self._new(name, [row.of(name).times for row in self.rows])
 
-    def _new(self, name: str, known: Callable[[Row, str], Tensor]) -> Tensor:
-        """Return the values of ``known`` for the tokens to run, padded on the right with -1."""
-        starts = zip(self.rows, self.starts[name], strict=True)
-        new = [
-            known(row, name)[start:] if start < len(row.of(name).tokens) else NONE for row, start in starts
-        ]
+    def _new(self, name: str, known: Sequence[Tensor]) -> Tensor:
+        """Return those of each row's values that are of tokens to run, padded on the right with -1."""
+        new = [each[start:] for each, start in zip(known, self.starts[name], strict=True)]
         return pad_sequence(new, batch_first=True, padding_value=-1)
 
     def _earlier(self, name: str) -> Tensor:

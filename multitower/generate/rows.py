@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..base.extras import require
 from ..batch.collate import Example, Segment, place_in_time
@@ -159,15 +159,6 @@ class Row:
             said[name] = each._replace(tokens=each.tokens[:count], times=each.times[:count])
         return replace(self, said=said)
 
-    def places(self, name: str, other: str, times: Tensor | None = None) -> Tensor:
-        """Return the places of a tower's tokens with respect to another tower, int64, shape (length,).
-
-        See ``batch.places``.
-        """
-        both = {name: self.of(name).times if times is None else times, other: self.of(other).times}
-        streams = {each: {"times": when[None]} for each, when in both.items() if len(when)}
-        return places(streams)[name][0]
-
     def but_last(self, name: str) -> Row:
         """Return the row as if a tower's last token had not been run."""
         said = self.of(name)
@@ -205,6 +196,23 @@ class Prompt(NamedTuple):
         return self.times[:, :-1] >= 0
 
 
+def places_beside(
+    rows: Sequence[Row], name: str, other: str, times: Sequence[Tensor] | None = None
+) -> list[Tensor]:
+    """Return the places of a tower's tokens with respect to another tower, int64, shape (length,), by row.
+
+    Some row must have a token. ``times`` are those of the tokens if they are not the rows' own; see
+    ``batch.places``.
+    """
+    own = [row.of(name).times for row in rows] if times is None else times
+    both = {name: own, other: [row.of(other).times for row in rows]}
+    streams = {
+        each: pad_sequence(list(when), batch_first=True, padding_value=-1) for each, when in both.items()
+    }
+    found = places({each: {"times": when} for each, when in streams.items() if when.shape[1]})[name]
+    return [row[: len(when)] for row, when in zip(found, own, strict=True)]
+
+
 def stacked(parts: Sequence[Tensor]) -> Tensor:
     """Concatenate tensors of shape (1, heads, length, width) along the batch, padded on the left.
 
@@ -213,8 +221,12 @@ def stacked(parts: Sequence[Tensor]) -> Tensor:
     """
     if len(parts) == 1:
         return parts[0]
+    _, heads, _, width = parts[0].shape
     longest = max(part.shape[2] for part in parts)
-    return torch.cat([F.pad(part, (0, 0, longest - part.shape[2], 0)) for part in parts])
+    batch = parts[0].new_zeros(len(parts), heads, longest, width)
+    for row, part in enumerate(parts):
+        batch[row, :, longest - part.shape[2] :] = part[0]
+    return batch
 
 
 def cache_of(said: Sequence[Said]) -> Any:

@@ -19,7 +19,7 @@ from ..run.tables import Rotations
 from ..tower.abilities import plain
 from .advance import Keeping, advance, kept_of
 from .options import Settings, groups
-from .rows import Prompt, Row, Said, cache_of, rows_of
+from .rows import Prompt, Row, Said, cache_of, places_beside, rows_of
 from .simultaneous import decode_together
 from .tap_cache import Entry, TapCache, TapReader
 
@@ -265,10 +265,8 @@ def _prompts(keeping: Keeping, rows: Sequence[Row], settings: Settings) -> tuple
     starts = [max(len(each) for each in tokens) - begin for begin in begins]
     places = {}
     for other in keeping.beside(name):
-        each = [
-            row.places(name, other, when)[row.of(name).base :] for row, when in zip(rows, times, strict=True)
-        ]
-        places[PLACES + other] = pad_left(each, 0).to(device)
+        found = zip(rows, places_beside(rows, name, other, times), strict=True)
+        places[PLACES + other] = pad_left([each[row.of(name).base :] for row, each in found], 0).to(device)
     padded = pad_left(tokens, settings.begin).to(device)
     times = [when[row.of(name).base :] for row, when in zip(rows, times, strict=True)]
     return rows, Prompt(padded, pad_left(times, -1).to(device), starts, places)

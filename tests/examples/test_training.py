@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from itertools import count, islice, repeat
+from pathlib import Path
 
 import pytest
 import torch
@@ -129,6 +130,39 @@ def test_losses_are_those_of_the_recipe(make: Callable[[], tuple[nn.Module, list
     state = twin.state_dict()
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(tensor, state[name], rtol=1e-3, atol=3e-4)
+
+
+class CutOffError(Exception):
+    """What ends a run before its last step."""
+
+
+@pytest.mark.parametrize("make", [fused, rival])
+def test_a_run_that_is_cut_off_goes_on(
+    make: Callable[[], tuple[nn.Module, list[dict]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "SAVED", 3)
+    batches = list(islice(in_turn(*(endless(task, 4, seed=1) for task in TASKS.values())), 8))
+
+    def run(folder: Path | None, last: int | None = None) -> tuple[nn.Module, Run]:
+        model, groups = make()
+        noise, calls = noisy({"speech": 0.3}, 0), count(1)
+
+        def collate(examples: list[training.Example]) -> dict:
+            if next(calls) == last:
+                raise CutOffError
+            return noise(examples)
+
+        return model, train(model, iter(batches), groups, 8, title="", collate=collate, folder=folder)
+
+    whole, expected = run(None)
+    with pytest.raises(CutOffError):
+        run(tmp_path / "run", last=6)
+    model, found = run(tmp_path / "run")
+    assert found.history == expected.history
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, whole.state_dict()[name])
+    assert found.processor > 0
+    assert run(tmp_path / "run")[1].history == expected.history, "a run that is over"
 
 
 def test_the_rate_rises_then_falls_to_a_tenth() -> None:
