@@ -96,7 +96,7 @@ class Decoding:
             self.link_step = torch.compile(self._link_step, fullgraph=True, backend=backend)
 
     def runs(self) -> dict[str, Any]:
-        """Return what is timed against each other."""
+        """Return the runs to compare."""
         return {
             "fused": self.fused,
             "native": self.native,

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by torch: tiny models would only wait for threads
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch reads it; threads slow down tiny models
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ settings.register_profile("deep", max_examples=500, print_blob=True, **MODELS_TA
 settings.load_profile("ci")
 
 
-# They register a device with torch, for a process of their own; see test_other_device.py.
+# These register a device with torch, so they run in a new process; see test_other_device.py.
 collect_ignore_glob = ["helpers/other_device.py", "helpers/checks_o*.py"]
 
 

@@ -11,7 +11,7 @@ from models import causal_lm
 
 
 class Codec:
-    """As much of a modality as vocabulary expansion looks at."""
+    """A fake modality with the attributes that vocabulary expansion uses."""
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size

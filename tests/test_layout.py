@@ -1,4 +1,4 @@
-"""The storeys of the library: what may import what, and how large the parts may grow."""
+"""The layers of the library: which imports are allowed, and how large files may be."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ STOREYS = (
     "__main__",
     "__init__",
 )
-"""From the ground up: a file imports from its own storey and from those before it."""
+"""From the bottom up: a file imports only from its own layer and those before it."""
 
 UPWARD = {("declare.graph", "model")}
-"""``graph.compile()`` is what users type, so the declaration knows, when asked, what it compiles to."""
+"""For the user's convenience, ``graph.compile()`` imports the model when it is called."""
 
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
@@ -48,7 +48,7 @@ MODULES = {
 
 
 def imports(module: str) -> Iterator[str]:
-    """Yield the modules of the library that one imports: at once, when needed, or for types alone."""
+    """Yield the library's modules that a module imports: at the top, lazily, or only for types."""
     path = MODULES[module]
     package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
     package = [] if module == "__init__" else package
@@ -90,7 +90,7 @@ def test_only_the_strategies_need_hypothesis() -> None:
 def test_no_files_import_each_other() -> None:
     graph = nx.DiGraph(edge for edge in EDGES if edge not in UPWARD)
     packages = [module for module in graph if MODULES[module].name == "__init__.py"]
-    graph.remove_nodes_from(packages)  # they only hand names on
+    graph.remove_nodes_from(packages)  # they only re-export names
     assert not [circle for circle in nx.strongly_connected_components(graph) if len(circle) > 1]
 
 

@@ -1,4 +1,4 @@
-"""Recordings of a human speaker that nobody trained on: the prompts of the Asterisk telephone exchange."""
+"""Human recordings for tests only: the prompts of the Asterisk telephone exchange, by one speaker."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def read_asterisk(root: Path) -> list[Utterance]:
     """Return the clips whose transcript has 3 to 24 words and no digits; each transcript once.
 
     Args:
-        root: where Debian's ``asterisk-core-sounds-en`` and ``asterisk-core-sounds-en-g722`` are installed or
-            unpacked (``dpkg-deb -x``): ``/`` or a folder.
+        root: The folder where Debian's ``asterisk-core-sounds-en`` and ``asterisk-core-sounds-en-g722`` are
+            installed (``/``) or unpacked (``dpkg-deb -x``).
 
     Raises:
         ValueError: A file is missing.

@@ -1,10 +1,9 @@
-"""Tables and the picture of the comparison on real words: ``evidence.md`` and ``evidence.png`` beside this.
+"""Write the tables and the plot of the comparison on real words, ``evidence.md`` and ``evidence.png``.
 
-    export PYTHONPATH=benchmarks/learning:examples      # in this order, as each has a report.py
+    export PYTHONPATH=benchmarks/learning:examples      # in this order: each has a report.py
     python benchmarks/evidence/document.py --data runs/evidence/words
 
-The tables stand in the document between comments that name them, and are written anew; the prose is left
-alone.
+Each table is between comments, the first of which names it. Only the tables are replaced.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ def tables(runs: Sequence[Run], corpus: Corpus) -> dict[str, str]:
 
 
 def words(corpus: Corpus) -> str:
-    """Return how much there is to learn from, and how much of the test is new."""
+    """Return the size of the training data, and the share of test words that are new."""
     known = {word for pair in corpus.train for word in pair.transcript.split()}
     asked = [word for pair in corpus.test for word in pair.transcript.split()]
     tokens = sum(len(pair.speech) - 2 for pair in corpus.train)
@@ -66,7 +65,7 @@ def words(corpus: Corpus) -> str:
 
 
 def by_method(runs: Iterable[Run], split: str = "test") -> list[tuple[str, int, int, list[Run]]]:
-    """Return method, pairs, steps and seeds of each row, in the order of the legend, most pairs first."""
+    """Return method, pairs, steps and runs of each row, in the order of the legend, most pairs first."""
     order = list(COLOURS)
     found = [(key[4], key[1], key[3], seeds) for key, seeds in group(runs).items() if key[2] == split]
     place = {name: number for number, name in enumerate(order)}
@@ -98,7 +97,7 @@ def by_pairs(runs: Iterable[Run], split: str = "test") -> str:
 
 
 def kept(runs: Iterable[Run], corpus: Corpus) -> str:
-    """Return what each method still knows of one modality, beside what the decoders knew before."""
+    """Return perplexities and cloze accuracy, before training and after each method."""
     before = what_is_kept(unlinked(corpus), corpus)
     rows = [["before training", *(f"{value:.4f}" for value in before.values()), ""]]
     for method, _, _, seeds in by_method(runs):
@@ -108,7 +107,7 @@ def kept(runs: Iterable[Run], corpus: Corpus) -> str:
 
 
 def unlinked(corpus: Corpus) -> mt.FusedModel:
-    """Return the two decoders as they were, side by side."""
+    """Return a model of both pretrained decoders, without links."""
     graph = mt.FusionGraph()
     for name, folder in corpus.decoders.items():
         graph.add_tower(name, folder)
@@ -116,7 +115,7 @@ def unlinked(corpus: Corpus) -> mt.FusedModel:
 
 
 def floor_and_ceiling(corpus: Corpus) -> str:
-    """Return what the judge makes of the original audio, and of audio made from the true units."""
+    """Return the judge's error rates on the original audio, and on audio decoded from the true units."""
     rows = [
         [name, str(word_errors([pair.transcript for pair in corpus.test[: len(heard)]], heard))]
         for name, heard in corpus.heard.items()
@@ -144,7 +143,7 @@ def by_length(runs: Iterable[Run], corpus: Corpus) -> str:
 
 
 def draw(runs: Iterable[Run], file: Path) -> None:
-    """Draw errors against the number of pairs."""
+    """Plot errors against the number of pairs."""
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
     found = by_method(runs)
     for panel, task in zip(panels, TASKS, strict=True):
@@ -166,12 +165,12 @@ def results_on(data: Path, file: Path) -> list[dict[str, Any]]:
 
 
 def write(document: Path, found: Mapping[str, str]) -> None:
-    """Put the tables into a document."""
+    """Write the tables into a document."""
     document.write_text(filled(document.read_text(), found))
 
 
 def main() -> None:
-    """Write the tables into the document, and draw the picture."""
+    """Write the tables into the document, and plot."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

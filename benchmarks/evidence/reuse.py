@@ -1,12 +1,12 @@
-"""What a trained link is worth where another decoder takes the place of the one that it learnt with.
+"""Measure how well trained links work with another decoder than the one that they were trained with.
 
     export PYTHONPATH=benchmarks/learning:examples OMP_NUM_THREADS=1
     python benchmarks/evidence/reuse.py --data runs/evidence/words
 
 A fusion is trained on all pairs (``methods/zipper.toml``) and saved. Its frozen text decoder is then
-replaced, by ``swap``, with one that was pretrained from another seed; the links go on learning from few
-pairs, and beside them new links learn from the same pairs. Each is a line of ``reuse.jsonl``; what is there
-is not run again.
+replaced, by ``swap``, with one pretrained from another seed, and the links are trained further on few pairs.
+For comparison, new links are trained on the same pairs. Each result is a line of ``reuse.jsonl``; runs that
+have one are skipped.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SHARES = (0.0, 0.01, 0.1)
 
 
 def pretrained(corpus: Corpus, variant: Variant, folder: Path, *, steps: int, seed: int) -> mt.FusedModel:
-    """Return the fusion that was trained on all pairs; train and save it if it is not there."""
+    """Load the fusion trained on all pairs; train and save it first if it does not exist."""
     if not folder.exists():
         torch.manual_seed(seed)
         model = make_model(corpus, variant)
@@ -43,7 +43,7 @@ def pretrained(corpus: Corpus, variant: Variant, folder: Path, *, steps: int, se
 
 
 def main() -> None:
-    """Run what is missing."""
+    """Do the missing runs."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -72,7 +72,7 @@ def main() -> None:
             model = fused
             if links == "moved":
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # that the links learnt with another decoder
+                    warnings.simplefilter("ignore")  # about links trained with another decoder
                     model = mt.FusedModel.from_pretrained(folder).swap("text", other)
             elif links == "new":
                 made = make_model(elsewhere, variant)

@@ -1,12 +1,11 @@
-"""Run what a table still lacks, and print it.
+"""Do the runs that a table lacks, and print it.
 
-    export PYTHONPATH=benchmarks/learning:examples      # in this order, as each has a report.py
+    export PYTHONPATH=benchmarks/learning:examples      # in this order: each has a report.py
     python benchmarks/evidence/table.py pairs --data runs/evidence/words
-    python benchmarks/evidence/table.py pairs --data runs/evidence/words --no-runs      # what is there by now
+    python benchmarks/evidence/table.py pairs --data runs/evidence/words --no-runs      # existing results
 
-The methods are the files in ``methods``: to compare another one, add a file. Runs go on where they were
-stopped, two at a time, a thread each, and each is a line of ``results.jsonl``. ``document.py`` writes them
-into ``evidence.md``.
+The methods are files in ``methods``. Two runs are done at a time, with one thread each; interrupted runs
+resume. Each result is a line of ``results.jsonl``; ``document.py`` writes them into ``evidence.md``.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ SHARES = {"pairs": (1, 0.3, 0.1, 0.03, 0.01), "links": (1,)}
 
 
 def wanted(name: str, count: int) -> list[tuple[str, int]]:
-    """Return each method with each number of pairs that a table has, of so many pairs in all."""
+    """Return each method of a table with each number of pairs, for ``count`` pairs in total."""
     return [(method, round(share * count)) for share in SHARES[name] for method in METHODS[name]]
 
 
@@ -45,7 +44,7 @@ def missing(
 
 
 def foreseen(runs: Sequence[Run], steps: int) -> str:
-    """Return how long so many steps take on two cores, going by the runs that are there."""
+    """Return an estimate of the time for some steps on two cores, from existing runs."""
     if not runs:
         return "; the bar tells how long they take after the first"
     seconds = np.mean([run["seconds"] / run["steps"] for run in runs])
@@ -53,7 +52,7 @@ def foreseen(runs: Sequence[Run], steps: int) -> str:
 
 
 def main() -> None:
-    """Run and print what the command line says."""
+    """Parse the command line, do the missing runs and print the tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,4 +1,4 @@
-"""Sentences and definitions of WordNet, as they are read aloud and as a text decoder reads them."""
+"""Example sentences of WordNet, to be spoken, and its definitions, to pretrain a text decoder."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ LONGEST = 150  # characters
 
 
 def read_wordnet(folder: Path) -> tuple[list[str], list[str]]:
-    """Return the example sentences and the definitions, each once, lower-case words without punctuation.
+    """Return the unique example sentences and definitions, in lower case and without punctuation.
 
     Sentences have 3 to 24 words and at most 150 characters, all of letters and apostrophes.
 
     Args:
-        folder: holds WordNet's ``data.noun`` and so on (Debian: ``wordnet-base``, in ``/usr/share/wordnet``).
+        folder: The folder of ``data.noun`` and so on (Debian: ``wordnet-base``, in ``/usr/share/wordnet``).
 
     Raises:
         ValueError: A file is missing.

@@ -1,15 +1,15 @@
-"""Real words as tokens of text and of speech, and a pretrained decoder of each, made once.
+"""Make the data of the comparison on real words: text and speech tokens, and pretrained decoders.
 
     pip install -c constraints.txt -e '.[examples,lora]'
     export PYTHONPATH=examples:benchmarks/learning
     python benchmarks/evidence/words.py runs/evidence/words --wordnet /usr/share/wordnet
 
-The sentences are WordNet's examples, read by hibari. The text decoder is pretrained on WordNet's definitions
-and on examples that nobody reads; the speech decoder on other sentences, without their transcripts. Some
-definitions are held out, to tell what the text decoder still knows after training: their perplexity, and
-which of four words of one length ends them. With ``--asterisk`` human recordings are encoded, to test on.
-Stopped, it goes on where it was; with other options give another folder. The folder has the form of
-``benchmarks/learning/data.py``, and ``benchmarks/learning/train.py`` trains on it.
+The sentences are WordNet's examples, spoken by hibari. The text decoder is pretrained on WordNet's
+definitions and on examples that are not spoken; the speech decoder on other sentences, without their
+transcripts. Some definitions are held out to measure what the text decoder still knows after training: by
+their perplexity, and by a cloze, a choice of the last word among four of equal length. With ``--asterisk``,
+human recordings are encoded for tests. An interrupted run resumes; for other options use another folder. The
+folder has the format of ``benchmarks/learning/data.py``, and ``benchmarks/learning/train.py`` trains on it.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from training import pretrain_decoders
 
 FIT_ON, CHUNK = 400, 500
 OTHER = "other-text"
-"""A second decoder of the same text, to which a trained link is moved; see ``reuse.py``."""
+"""A second decoder of the same text, for ``reuse.py``."""
 
-KEPT = 500  # definitions that nobody trains on, at most
-LONGEST_TEXT = 200  # tokens of a definition
+KEPT = 500  # maximum number of held-out definitions
+LONGEST_TEXT = 200  # maximum tokens of a definition
 
 
 def make_corpus(
@@ -60,7 +60,7 @@ def make_corpus(
     seed: int,
     asterisk: Path | None,
 ) -> None:
-    """Read WordNet, have it spoken, encode it, and pretrain both decoders."""
+    """Read WordNet, synthesise speech, encode it, and pretrain the decoders."""
     folder.mkdir(parents=True, exist_ok=True)
     sentences, definitions = read_wordnet(wordnet)
     random.Random(seed).shuffle(sentences)
@@ -115,7 +115,7 @@ def make_corpus(
 
 
 def last_words(definitions: Sequence[str], seed: int) -> list[list[str]]:
-    """Return four endings of each definition, its own first: its last word and three as long.
+    """Return definitions with four endings: the last word, then three others of the same length.
 
     >>> last_words(["a wet dog", "a big cat", "a red sun", "a new hat"], seed=0)[0]
     ['a wet dog', 'a wet hat', 'a wet cat', 'a wet sun']
@@ -132,7 +132,7 @@ def last_words(definitions: Sequence[str], seed: int) -> list[list[str]]:
 
 
 def fitted(sentences: Sequence[str], folder: Path, *, units: int, rate: float, seed: int) -> SpeechModality:
-    """Fit the units on some clips, or read those that were fitted before."""
+    """Fit the units on some clips, or load them if they exist."""
     if folder.exists():
         return SpeechModality.from_pretrained(folder)
     clips = [one.waveform for one in speak(sentences[:FIT_ON], seed=seed, workers=1)]
@@ -150,7 +150,7 @@ def encode_in_chunks(
     seed: int,
     workers: int,
 ) -> list[dict[str, Any]]:
-    """Speak and encode the sentences, a file for so many at a time; files that are there are read."""
+    """Speak and encode the sentences in chunks, one file each; skip chunks whose file exists."""
     folder.mkdir(exist_ok=True)
     starts = range(0, len(sentences), CHUNK)
     jobs = [
@@ -178,7 +178,7 @@ def _encode_chunk(job: tuple[Sequence[str], TextModality, SpeechModality, Path, 
 def floor_and_ceiling(
     sentences: Sequence[str], speech: SpeechModality, file: Path, seed: int
 ) -> dict[str, list[str]]:
-    """Return what the judge hears in the original audio, and in audio made from the true units."""
+    """Return the judge's transcripts of the original audio, and of audio decoded from the true units."""
     if not file.exists():
         sounds = [one.waveform for one in speak(sentences, seed=seed, workers=1)]
         judge = Judge(workers=1)
@@ -191,7 +191,7 @@ def floor_and_ceiling(
 
 
 def main() -> None:
-    """Make a folder of data as the command line says."""
+    """Parse the command line, and make the data."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

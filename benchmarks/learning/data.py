@@ -1,13 +1,13 @@
-"""What the runs learn from, made once: spoken digits as tokens, and two small pretrained decoders.
+"""Make the data of the learning benchmark: spoken digits as tokens, and two small pretrained decoders.
 
     pip install -c constraints.txt -e '.[examples,lora]'
     export PYTHONPATH=examples
     python benchmarks/learning/data.py runs/learning/short             # phrases of 1 to 5 digits
     python benchmarks/learning/data.py runs/learning/long --digits 30 --pairs 3000
 
-A folder then holds the modalities, both decoders as transformers checkpoints, the tokens of every phrase
-(``corpus.json``), and, for the held-out ones, what whisper hears in the original audio and in audio made from
-the true units: the floor and the ceiling of synthesis.
+The folder then holds the modalities, both decoders as transformers checkpoints, the tokens of every phrase
+(``corpus.json``), and, for test phrases, whisper's transcripts of the original audio and of audio decoded
+from the true units. Their error rates are bounds for synthesis.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ class Pair:
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """Modalities, folders of pretrained decoders, and phrases: to train on, to choose by, to test on.
+    """Modalities, folders of pretrained decoders, and phrases for training, development and test.
 
-    ``benchmarks/evidence/words.py`` adds human recordings, unpaired tokens that tell what each decoder still
-    knows, and texts with four endings of which the first is right.
+    ``benchmarks/evidence/words.py`` adds human recordings; held-out tokens (``kept``) that measure what each
+    decoder still knows; and texts with four endings, the first of which is correct (``cloze``).
     """
 
     text: TextModality
@@ -71,7 +71,7 @@ class Corpus:
     cloze: list[list[Tensor]] = field(default_factory=list)
 
     def longest(self, name: str) -> int:
-        """Return a generous limit for what is decoded."""
+        """Return a generous limit on the number of tokens to decode."""
         return 10 + max(len(getattr(pair, name)) for pair in (*self.train, *self.dev, *self.test))
 
 
@@ -106,7 +106,7 @@ def make_corpus(
     pretraining: int,
     seed: int,
 ) -> None:
-    """Speak, fit units, encode, pretrain both decoders, and have the held-out audio judged."""
+    """Synthesise speech, fit units, encode, pretrain both decoders, and transcribe the test audio."""
     folder.mkdir(parents=True, exist_ok=True)
     held_out = dev + test
     lengths = None if digits == 5 else dict.fromkeys(range(1, digits + 1), 1.0)
@@ -187,7 +187,7 @@ def _pair(entry: dict[str, Any]) -> Pair:
 
 
 def main() -> None:
-    """Make a folder of data as the command line says."""
+    """Parse the command line, and make the data."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

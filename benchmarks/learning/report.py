@@ -1,10 +1,9 @@
-"""Tables and pictures of what the runs found: ``docs/learning.md`` and ``docs/images/learning*.png``.
+"""Write the results into the tables of ``docs/learning.md``, and plot ``docs/images/learning.png``.
 
     export PYTHONPATH=examples
     python benchmarks/learning/report.py
 
-The tables stand in the document between comments that name them, and are written anew; the prose is left
-alone.
+Each table is between comments, the first of which names it. Only the tables are replaced.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ Run = Mapping[str, Any]
 
 
 def group(runs: Iterable[Run]) -> dict[tuple[Any, ...], list[Run]]:
-    """Put together the seeds of each variant, data, number of pairs and number of steps."""
+    """Group runs that differ only in their seed."""
     grouped: dict[tuple[Any, ...], list[Run]] = {}
     for run in runs:
         key = tuple(run[name] for name in ("data", "pairs", "split", "steps", "variant"))
@@ -57,7 +56,7 @@ def rate(runs: Sequence[Run], task: str) -> tuple[float, float, float]:
 
 
 def cells(runs: Sequence[Run]) -> list[str]:
-    """Return what a table says of the seeds of one variant."""
+    """Return the cells of a table row for the seeds of one variant."""
     rates = ["{:.1f} ({:.1f} to {:.1f})".format(*rate(runs, task)) for task in TASKS]
     seconds = np.mean([run["seconds"] for run in runs])
     perplexity = np.mean([run["text perplexity"] for run in runs])
@@ -119,7 +118,7 @@ def by_length(runs: Sequence[Run], names: Sequence[str], *, data: str) -> str:
 
 
 def draw_progress(runs: Sequence[Run], names: Mapping[str, str], file: Path) -> None:
-    """Draw errors against steps and against processor time."""
+    """Plot errors against steps and against processor time."""
     figure, panels = plt.subplots(2, 2, figsize=(9, 6), sharey="row", layout="constrained")
     axes: Mapping[str, Callable[[Run], float]] = {
         "steps": lambda run: run["steps"],
@@ -143,7 +142,7 @@ def draw_progress(runs: Sequence[Run], names: Mapping[str, str], file: Path) -> 
 
 
 def filled(document: str, found: Mapping[str, str]) -> str:
-    """Put each table between the comments that name it."""
+    """Insert each table between its comments."""
     for name, text in found.items():
         begin, end = f"<!-- {name} -->\n", "<!-- end -->"
         pattern = f"{re.escape(begin)}.*?{end}"
@@ -169,7 +168,7 @@ def tables(runs: Sequence[Run]) -> dict[str, str]:
 
 
 def main() -> None:
-    """Write the tables into the document, and draw the picture."""
+    """Write the tables into the document, and plot."""
     runs = read_results(RESULTS)
     DOCUMENT.write_text(filled(DOCUMENT.read_text(), tables(runs)))
     draw_progress(runs, BEST, IMAGES / "learning.png")

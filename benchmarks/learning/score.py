@@ -1,4 +1,4 @@
-"""What a trained model gets wrong: words substituted, skipped, repeated, put in, with intervals."""
+"""Count word errors: substituted, skipped, repeated and inserted words, with confidence intervals."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def score(truth: Sequence[str], found: Sequence[str]) -> dict[str, Any]:
     (66.7, {'substituted': 1, 'skipped': 0, 'repeated': 1, 'put in': 0})
 
     Returns:
-        Of all words together: "wer" in per cent, its 95 % "interval" by bootstrap over utterances, and the
-        number of words of each kind of error. By utterance: "words" and "errors".
+        Over all utterances: "wer" in per cent, its 95 % "interval" by bootstrap over utterances, and the
+        number of errors of each kind. Per utterance: "words" and "errors".
     """
     output = jiwer.process_words([normalise(each) for each in truth], [normalise(each) for each in found])
     kinds = dict.fromkeys(KINDS, 0)

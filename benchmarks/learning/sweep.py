@@ -1,9 +1,9 @@
-"""Train many variants, two at a time, one thread each; what is in the results already is left out.
+"""Train many variants, two at a time with one thread each, except those that have results already.
 
     export PYTHONPATH=examples
     python benchmarks/learning/sweep.py --data runs/learning/short --variants base "tanh gates" --seeds 0 1 2
 
-Stop it at any time and start it again: it goes on with the runs that are missing.
+It can be stopped at any time; started again, it continues with the missing runs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TRAIN = Path(__file__).with_name("train.py")
 
 
 def main() -> None:
-    """Start the runs that are missing."""
+    """Do the missing runs."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -3,10 +3,10 @@
     export PYTHONPATH=examples OMP_NUM_THREADS=1
     python benchmarks/learning/train.py --data runs/learning/short --variant base --steps 800 --seed 0
 
-Recognition and synthesis take turns, a batch each. A result is one line of JSON: the settings, the losses on
-the way, those of held-out pairs, word errors in both directions, what each link contributes, and the seconds
-of processor time. A run whose line is there already is not run again; one that was cut off goes on from its
-last checkpoint, in the folder ``runs`` beside the file.
+Batches of recognition and synthesis alternate. A result is one line of JSON: the settings, the training and
+held-out losses, word errors in both directions, the contribution of each link, and the seconds of processor
+time. A run that has a result is skipped; an interrupted one resumes from its last checkpoint, in the folder
+``runs`` next to the results.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def run(
     judged: int,
     folder: Path,
 ) -> dict[str, Any]:
-    """Train and score one variant; return what is found."""
+    """Train and evaluate one variant; return the results."""
     trials.change_library(variant.trials, corpus)
     torch.manual_seed(seed)
     model = make_model(corpus, variant)
@@ -73,7 +73,7 @@ def teach(
     pairs: int | None,
     folder: Path | None = None,
 ) -> dict[str, Any]:
-    """Train a model on the first pairs; return what that took, and the losses on the way."""
+    """Train a model on the first pairs; return time, memory, trained parameters and losses."""
     groups = (
         model.parameter_groups(variant.lr, **variant.rates)
         if isinstance(model, mt.FusedModel)
@@ -94,7 +94,7 @@ def teach(
 
 
 def scored(model: Model, corpus: Corpus, split: str, judged: int, **options: Any) -> dict[str, Any]:
-    """Return what a model gets wrong of held-out pairs; the options are of synthesis."""
+    """Evaluate a model on held-out pairs; the options are those of ``generate`` for synthesis."""
     held_out = getattr(corpus, split)
     found: dict[str, Any] = {
         "held-out loss": {task: held_out_loss(model, held_out, *ends) for task, ends in TASKS.items()},
@@ -118,7 +118,7 @@ def scored(model: Model, corpus: Corpus, split: str, judged: int, **options: Any
 
 
 def make_model(corpus: Corpus, variant: Variant) -> Model:
-    """Join the decoders as a variant says."""
+    """Return the model of a variant."""
     method, _, what = variant.method.partition(" ")
     if method == "expansion":
         native = transformers.AutoModelForCausalLM.from_pretrained(corpus.decoders["text"])
@@ -144,7 +144,7 @@ def make_model(corpus: Corpus, variant: Variant) -> Model:
 
 
 def training_batches(pairs: Sequence[Pair], variant: Variant, seed: int) -> Iterator[list[Example]]:
-    """Yield batches of recognition and of synthesis in turn."""
+    """Return alternating batches of recognition and of synthesis."""
     supplies = [
         endless(
             directed([(getattr(pair, source), getattr(pair, target)) for pair in pairs], source, target),
@@ -161,7 +161,7 @@ def training_batches(pairs: Sequence[Pair], variant: Variant, seed: int) -> Iter
 
 
 def averaged(history: Sequence[dict[str, float]], every: int = 40) -> dict[str, list[float]]:
-    """Average what was logged over stretches of steps, by name."""
+    """Average each logged value over every ``every`` entries."""
     names = {name for entry in history for name in entry if name != "step"}
     curves: dict[str, list[float]] = {}
     for name in sorted(names):
@@ -181,16 +181,16 @@ def held_out_loss(model: nn.Module, pairs: Sequence[Pair], source: str, target: 
 
 @torch.no_grad()
 def text_perplexity(model: Model, pairs: Sequence[Pair]) -> float:
-    """Return the perplexity of held-out text alone, without anything else to read."""
+    """Return the perplexity of held-out text without a source."""
     batch = mt.collate([[mt.Segment("text", pair.text, target=True)] for pair in pairs])
     return round(float(model(**batch).losses["text"].exp()), 3)
 
 
 @torch.no_grad()
 def what_is_kept(model: Model, corpus: Corpus) -> dict[str, float]:
-    """Return what the model knows of each modality alone: perplexities per token, and per cent of the cloze.
+    """Return the perplexity per token of each modality alone, and the accuracy of the cloze in per cent.
 
-    An ending counts as found if its loss is the smallest of the four.
+    A cloze item is correct if the true ending has the smallest loss of the four.
     """
     found = {}
     for name, rows in corpus.kept.items():
@@ -206,14 +206,14 @@ def what_is_kept(model: Model, corpus: Corpus) -> dict[str, float]:
 
 
 def _losses(model: nn.Module, name: str, rows: Sequence[Tensor]) -> tuple[float, int]:
-    """Return the loss of all tokens of some rows of one modality, and their number; the first is given."""
+    """Return the summed loss of all tokens but the first of each row, and their number."""
     batch = mt.collate([[mt.Segment(name, row, target=True)] for row in rows])
     count = sum(len(row) - 1 for row in rows)
     return float(model(**batch).losses[name]) * count, count
 
 
 def contributions(model: mt.FusedModel, pairs: Sequence[Pair]) -> dict[str, float]:
-    """Return what each link adds, over the state that it is added to."""
+    """Return the contribution of each link, relative to the state that it is added to."""
     found: dict[str, float] = {}
     for source, target in TASKS.values():
         rows = [[mt.Segment(name, getattr(pair, name)) for name in (source, target)] for pair in pairs[:32]]
@@ -229,7 +229,7 @@ def decoded(
     limit: int,
     **options: Any,
 ) -> list[Tensor]:
-    """Decode greedily what the target answers to the source."""
+    """Decode the target greedily after the source."""
     found = []
     for start in range(0, len(pairs), DECODED):
         given = [[mt.Segment(source, getattr(pair, source))] for pair in pairs[start : start + DECODED]]
@@ -239,17 +239,17 @@ def decoded(
 
 
 def key_of(entry: dict[str, Any]) -> tuple[Any, ...]:
-    """Return what tells one run from another."""
+    """Return the values that identify a run."""
     return tuple(entry[key] for key in ("data", "variant", "steps", "pairs", "seed", "split"))
 
 
 def read_results(file: Path) -> list[dict[str, Any]]:
-    """Read a file of results, one in each line."""
+    """Read a file of results, one per line."""
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def append(file: Path, entry: dict[str, Any]) -> None:
-    """Add a line to a file to which another process may be adding."""
+    """Append a line to a file to which other processes may append at the same time."""
     with file.open("a") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         stream.write(json.dumps(entry, separators=(",", ":")) + "\n")
@@ -272,7 +272,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Run what the command line says, unless its result is there."""
+    """Do the run of the command line, unless it has a result."""
     options = parse()
     name, variant = read_variant(options.variant)
     chosen = {key: getattr(options, key) for key in ("steps", "pairs", "seed", "split")}

@@ -1,14 +1,14 @@
-"""What was tried on links outside of the library: each changes it for one process, by name.
+"""Experiments with links outside of the library, by name; some patch it in this process.
 
-- ``"stop gradient": True``: no gradient passes a link into its source (knowledge insulation, arXiv
+- ``"stop gradient": True``: no gradient flows through a link to its source (knowledge insulation, arXiv
   2505.23705).
 - ``"q/k norms": True``: queries and keys are normalised for each head (as in Mllama's cross-attention).
-- ``"warm start": True``: queries, keys, values and norms begin as those of the target's own layer after the
+- ``"warm start": True``: queries, keys, values and norms are initialised from the target's layer after the
   tap (T5Gemma, arXiv 2504.06225).
-- ``"alignment": weight``: attention far off the diagonal costs, by a weight that fades to zero over half of
+- ``"alignment": weight``: a loss on attention far off the diagonal, whose weight decays to zero over half of
   the steps (guided attention, arXiv 1710.08969).
-- ``"drop": share``: in so many batches the target has nothing to read.
-- ``"guidance": scale``: the logits of synthesis are moved away from those of the speech tower alone, by
+- ``"drop": share``: this fraction of the batches has no source.
+- ``"guidance": scale``: classifier-free guidance of synthesis against the speech tower alone, by
   transformers' ``UnbatchedClassifierFreeGuidanceLogitsProcessor``.
 """
 
@@ -30,7 +30,7 @@ from multitower.link.cross_attention import GatedCrossAttention, KeysValues
 
 
 def change_library(trials: Mapping[str, Any], corpus: Corpus) -> None:
-    """Change what links do, before any is made."""
+    """Patch the links of the library; must be called before any is created."""
     if trials.get("stop gradient"):
         read = GatedCrossAttention.read
         GatedCrossAttention.read = lambda tap, source, *rest: read(tap, source.detach(), *rest)  # type: ignore[method-assign]
@@ -39,7 +39,7 @@ def change_library(trials: Mapping[str, Any], corpus: Corpus) -> None:
 
 
 def start_warm(model: mt.FusedModel) -> None:
-    """Copy a target layer's self-attention into the tap before it, but for its last projection."""
+    """Copy a target layer's self-attention, except its output projection, into the tap before it."""
     for tap in model.schedule.taps:
         layers = model.unimodal(tap.target).model.layers
         layer, module = layers[min(tap.target_layer, len(layers) - 1)], model.tap(tap)
@@ -57,7 +57,7 @@ def start_warm(model: mt.FusedModel) -> None:
 def with_dropped_links(
     batches: Iterator[list[list[mt.Segment]]], share: float, seed: int, learning: Collection[str]
 ) -> Iterator[list[list[mt.Segment]]]:
-    """Take from some batches all but what is to be predicted, where its tower learns."""
+    """Remove the sources from a share of the batches, if their target tower is trained."""
     draw = random.Random(seed)
     for batch in batches:
         alone = draw.random() < share and batch[0][-1].tower in learning
@@ -65,7 +65,7 @@ def with_dropped_links(
 
 
 class Aligned(nn.Module):
-    """A fused model whose loss is that of the target, and that of attention off the diagonal."""
+    """A fused model with an additional loss on attention off the diagonal."""
 
     def __init__(self, model: mt.FusedModel, weight: float, steps: int) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class Aligned(nn.Module):
 
 
 def guidance(model: mt.FusedModel, scale: float) -> dict[str, Any]:
-    """Return the options of ``generate`` that guide speech by the speech tower alone."""
+    """Return the options of ``generate`` that guide speech against the speech tower alone."""
     from transformers import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
     alone = model.unimodal("speech")

@@ -1,4 +1,4 @@
-"""What is compared: one line of settings for each variant, by name."""
+"""The variants to compare, by name."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ class Variant:
 
     Attributes:
         method: "fusion", or "expansion all", "expansion lora", "expansion new": vocabulary expansion of the
-            text decoder, where all learns, LoRA and the new rows, or the new rows alone.
+            text decoder that trains everything, LoRA and the new rows, or only the new rows.
         lr: Learning rate.
-        rates: Other rates, as ``FusedModel.parameter_groups`` takes them.
-        train: What learns of each tower.
-        adapter: Of both towers.
-        link: Options of both links, as ``add_link`` takes them.
-        noise: Share of the speech tokens that are replaced in what the speech tower is given of its own past.
-        text_noise: The same of text.
-        sources: By tower the share of tokens that are replaced in what is given, not learnt.
+        rates: Other learning rates, as for ``FusedModel.parameter_groups``.
+        train: What to train, by tower.
+        adapter: Input adapter of both towers.
+        link: Options of ``add_link`` for both links.
+        noise: Share of the input tokens that are replaced in speech targets; their labels stay.
+        text_noise: The same for text.
+        sources: Share of the tokens that are replaced in sources, by tower.
         batch: Pairs in a batch.
-        paced: Whether links know the pace of the two towers, as counted in the pairs.
-        trials: What was tried outside of the library, by name; see ``trials``.
+        paced: Whether links get the pace of the two towers, measured on the pairs.
+        trials: Experiments outside of the library, by name; see ``trials``.
     """
 
     method: str = "fusion"
@@ -52,16 +52,16 @@ LINK = {
     "position": "segment",
 }
 BASE = Variant(link=LINK)
-"""The default of ``add_link``, by the recipe of the main example: the others have one thing changed."""
+"""The defaults of ``add_link`` with the recipe of the main example; other variants change it."""
 
 
 def linked(**changes: object) -> Variant:
-    """Return the base with links of another kind."""
+    """Return the base variant with other link options."""
     return replace(BASE, link={**LINK, **changes})
 
 
 SHARED_TIME = linked(position="rotary")
-"""With positions of the shared time, which were the default while most other things were tried first."""
+"""With positions of the shared time, the default when most other settings were first tried."""
 
 
 def expansion(kind: str, lr: float, noise: float = 0.0) -> Variant:
@@ -127,11 +127,11 @@ CHANGES = {
         "rates": {"towers": 3e-4},
     },
 }
-"""What is changed, by the names of the fields of a variant; ``link`` is put over the base's."""
+"""Changed fields of a variant; ``link`` is merged into that of the base."""
 
 
 def changed(base: Variant, changes: dict[str, object]) -> Variant:
-    """Return a variant with some things changed."""
+    """Return a variant with changed fields."""
     link = {**base.link, **changes.get("link", {})}  # type: ignore[dict-item]
     return replace(base, **{**changes, "link": link})  # type: ignore[arg-type]
 
@@ -166,10 +166,10 @@ VARIANTS = {
 
 
 def read_variant(name: str) -> tuple[str, Variant]:
-    """Return a variant and its name: one of ``VARIANTS``, or that of a TOML file with its fields.
+    """Return the name of a variant, and the variant: one of ``VARIANTS``, or from a TOML file.
 
     Raises:
-        ValueError: There is no such variant, or the file has a field that a variant has not.
+        ValueError: The variant does not exist, or the file has an unknown field.
     """
     if not name.endswith(".toml"):
         if name not in VARIANTS:

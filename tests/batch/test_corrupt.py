@@ -1,4 +1,4 @@
-"""Noise in training batches: what it changes, and what it leaves."""
+"""Noise in training batches changes only the tokens that it should."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def batches(draw: st.DrawFn) -> mt.batch.Batch:
 
 
 def learnt(stream: dict) -> torch.Tensor:
-    """Where tokens are to be predicted."""
+    """Return the mask of tokens with a label."""
     return stream["labels"] != -100 if "labels" in stream else torch.zeros_like(stream["mask"])
 
 

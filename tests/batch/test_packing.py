@@ -1,4 +1,4 @@
-"""Batches without padding. That they give what padded ones give is a property: see test_properties.py."""
+"""Packed batches. That they equal padded ones is tested in test_properties.py."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_families_that_cannot_tell_examples_apart_are_refused(family: str) -> No
 def single_row_packing(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, **options: Any
 ) -> tuple[Tensor, None]:
-    """Attend as transformers' flash_attention_2 does: examples are told apart in batches of one row alone."""
+    """Attend like transformers' flash_attention_2, which separates examples only in batches of one row."""
     places = options["position_ids"]
     starts = torch.zeros_like(places) if len(places) > 1 else (places == 0).cumsum(-1)
     seen = (starts[:, :, None] == starts[:, None]).tril()[:, None]

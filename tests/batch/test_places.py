@@ -1,4 +1,4 @@
-"""Places in segments, written down anew from what is promised, for any streams."""
+"""Compare places in segments with a plain implementation of their definition."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import multitower as mt
 from models import segment
 from multitower.batch.places import ROOM, places
 
-st = pytest.importorskip("hypothesis.strategies", reason="drawn by hypothesis, of the testing extra")
+st = pytest.importorskip("hypothesis.strategies", reason="needs the testing extra")
 
 from hypothesis import given, settings  # noqa: E402
 
@@ -23,7 +23,7 @@ def pairs(found: torch.Tensor) -> list[tuple[int, int]]:
 
 
 def by_hand(row: list) -> dict[str, list[tuple[int, int]]]:
-    """Go through an example token by token."""
+    """Compute the places by walking through an example."""
     said: dict[str, list[tuple[int, int]]] = {}
     times: dict[str, list[int]] = {}
     time, begun = 0, 0
@@ -62,7 +62,7 @@ def test_places_are_those_of_a_walk(rows: list, packed: bool, one_row: bool) -> 
 
 
 def test_an_example_that_goes_on_where_another_ended_has_segments_of_its_own() -> None:
-    """Clocks begin anew with each packed example: "b" ends at 6 in the second, begins at 7 in the first."""
+    """Times restart with each packed example: "b" ends at 6 in the second and begins at 7 in the first."""
     rows = [[segment("a", *range(1, 6)), segment("b")], [segment("a", 1, 2, 3), segment("b")]]
     for one, other in ((0, 1), (1, 0)):
         packed = mt.pack(mt.collate([rows[one], rows[other]]), one_row=True)["streams"]

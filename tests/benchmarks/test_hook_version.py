@@ -1,4 +1,4 @@
-"""The fusion by forward hooks that benchmarks/peer_hooks.py times is the same model."""
+"""Compare a fused model with the same fusion by forward hooks, which benchmarks/peer_hooks.py times."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LENGTHS = {"full": ((6, 6, 6), (5, 5, 5)), "ragged": ((6, 3, 4), (5, 7, 2))}
 
 
 def both(*, careful: bool) -> tuple[mt.FusedModel, Any, list[Any]]:
-    """Return a fused model, the same by hooks, and the taps of the first in the order of TAPS."""
+    """Return a fused model, its hook version with equal weights, and its taps in the order of TAPS."""
     graph = mt.FusionGraph()
     graph.add_tower("source", causal_lm("llama", depth=3, seed=1), adapter=None)
     graph.add_tower("text", causal_lm("llama", depth=4, seed=3), adapter=None)

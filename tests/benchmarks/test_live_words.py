@@ -1,4 +1,4 @@
-"""The bench of live transcription, on a small checkpoint."""
+"""Run the benchmark of live transcription on a small checkpoint."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from paths import ROOT
 
 for needed in ("soundfile", "librosa", "tqdm"):
-    pytest.importorskip(needed, reason="the bench reads and encodes speech")
+    pytest.importorskip(needed, reason="the benchmark needs the speech extra")
 
 
 @pytest.mark.slow

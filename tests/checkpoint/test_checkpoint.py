@@ -22,7 +22,7 @@ def text_folder(downloaded: Download) -> Path:
 
 @pytest.fixture
 def model(text_folder: Path, tmp_path: Path) -> mt.FusedModel:
-    """Text is referred to, speech is stored."""
+    """Return a model whose checkpoint stores its speech tower, and refers to its text tower."""
     causal_lm("gpt2", depth=4, vocab_size=14).save_pretrained(tmp_path / "speech-model")
     graph = mt.FusionGraph()
     graph.add_tower("speech", tmp_path / "speech-model", train="all")

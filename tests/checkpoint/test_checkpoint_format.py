@@ -1,4 +1,4 @@
-"""What stands on disk: format versions, shards, and how all that is wrong is said at once."""
+"""The files of a checkpoint: format versions, shards, and errors that list everything wrong at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the towers of a checkpoint come from, where they go, and what of a failed load remains."""
+"""Options of loading: changed towers, revisions, dtypes, devices, and single, tied or shared towers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from multitower.testing import open_links, tiny_tower
 from tampering import rewrite_manifest
 from test_checkpoint_format import BLANKS, assert_same, blanks, document
 
-# peft 0.21 asks transformers 5.23 in the old way.
+# peft 0.21 uses a deprecated attribute of transformers 5.23.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 
@@ -32,7 +32,7 @@ def origin(downloaded: Download) -> Path:
 
 @pytest.fixture
 def model(origin: Path) -> mt.FusedModel:
-    """Text is referred to, speech is stored."""
+    """Return a model whose checkpoint stores its speech tower, and refers to its text tower."""
     graph = mt.FusionGraph()
     speech = causal_lm("gpt2", depth=4, vocab_size=14)
     graph.add_tower("speech", speech, train="all", adapter="residual")
@@ -48,7 +48,7 @@ def test_one_changed_value_is_noticed_where_all_are_compared(
     model.save_pretrained(tmp_path / "fused")
     tensors = load_file(origin / "model.safetensors")
     changed = {key: value.clone() for key, value in tensors.items()}
-    changed["model.embed_tokens.weight"][7, 3] += 1e-3  # between the begin, the middle and the end
+    changed["model.embed_tokens.weight"][7, 3] += 1e-3  # not in the samples of start, middle and end
     save_file(changed, origin / "model.safetensors", metadata={"format": "pt"})
     mt.FusedModel.from_pretrained(tmp_path / "fused")
     with pytest.raises(mt.errors.CheckpointError, match=r"is not the one .* allow_changed_towers=\['text'\]"):

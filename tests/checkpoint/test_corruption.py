@@ -1,4 +1,4 @@
-"""Noise in what a tower is given of its own past."""
+"""Noise in the input tokens of target segments."""
 
 from __future__ import annotations
 

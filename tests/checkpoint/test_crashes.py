@@ -1,4 +1,4 @@
-"""Saves that are killed, run into a full disk, or have company."""
+"""Saves that are killed, run out of disk space, or run at the same time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from multitower.testing import tiny_model
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A checkpoint beside which nothing else stands."""
+    """Save a checkpoint to a folder with nothing next to it."""
     (tmp_path / "place").mkdir()
     tiny_model(0).save_pretrained(tmp_path / "place/fused")
     (tmp_path / "place/fused/README.md").write_text("mine")
@@ -29,11 +29,11 @@ def folder(tmp_path: Path) -> Path:
 
 
 def kill_at_random(folder: Path, kills: int, seed: int, **options: bool) -> list[int]:
-    """Kill savers, each at a moment of its own; return which model was found each time."""
+    """Kill savers at random times; return which model was found after each."""
     chance, found = random.Random(seed), []
     started = time.perf_counter()
     tiny_model(0).save_pretrained(folder)
-    several = 4 * (time.perf_counter() - started)  # saves, on this machine as busy as it is
+    several = 4 * (time.perf_counter() - started)  # the time of four saves under the present load
     for _ in range(kills):
         child, pipe = savers.start(folder, **options)
         assert pipe.recv() == "begins"
@@ -47,7 +47,7 @@ def kill_at_random(folder: Path, kills: int, seed: int, **options: bool) -> list
 
 
 def kill_at_each_step(folder: Path, every: int = 1, limit: int = 10_000) -> list[int]:
-    """Kill savers before the first, second, ... thing that each does to the file system."""
+    """Kill savers before their first, second, ... file operation; return which model was found."""
     found = []
     for step in range(0, limit, every):
         child, _ = savers.start(folder, kill_at=step, saves=1)
@@ -55,7 +55,7 @@ def kill_at_each_step(folder: Path, every: int = 1, limit: int = 10_000) -> list
         found.append(savers.which(folder))
         if child.exitcode == 0:
             break
-        if found[-1] == 1:  # so that each begins with the other model
+        if found[-1] == 1:  # so that each saver replaces the other model
             shutil.rmtree(folder, ignore_errors=True)
             for left in folder.parent.iterdir():
                 shutil.rmtree(left)
@@ -90,7 +90,7 @@ def test_killed_at_each_step_a_whole_checkpoint_is_there(folder: Path) -> None:
 def test_a_full_disk_leaves_the_old_checkpoint(folder: Path, limit: str) -> None:
     reports = savers.save_where_it_cannot(folder, limit)
     if reports is None:
-        pytest.skip("may not mount a disk")
+        pytest.skip("no permission to mount a disk")
     assert len(reports) > 5
     for report, found, left in reports[:-1]:
         assert report.startswith(f"cannot save to {folder}, which is as it was: ")
@@ -100,7 +100,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(folder: Path, limit: str) -> None
 
 
 def test_a_read_only_folder_is_named(tmp_path: Path) -> None:
-    with tempfile.TemporaryDirectory() as place:  # tmp_path itself is closed to others than its owner
+    with tempfile.TemporaryDirectory() as place:  # other users cannot access tmp_path
         folder = Path(place, "fused")
         tiny_model(0).save_pretrained(folder)
         for path in (*folder.rglob("*.safetensors"), Path(place)):

@@ -1,4 +1,4 @@
-"""What of a load that fails remains: nothing."""
+"""A failed load changes nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import multitower as mt
 from models import causal_lm
 from multitower.testing import open_links, tiny_tower
 
-# peft 0.21 asks transformers 5.23 in the old way.
+# peft 0.21 uses a deprecated attribute of transformers 5.23.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 

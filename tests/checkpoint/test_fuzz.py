@@ -1,4 +1,4 @@
-"""Files of checkpoints that are changed at random."""
+"""Load checkpoints with randomly changed files."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ KINDS = ["plain", "transformers", "lora", "modality"]
 
 
 def fuzz(base: Base, rounds: int, seed: int) -> Counter[str]:
-    """Change a file in each round, half of the time with the manifest; count what comes of it.
+    """Change a file in each round, half of the time with the manifest; count the outcomes.
 
-    Half of the time files are read whole, as small ones are, and else in samples, as large ones are.
+    Half of the time files are hashed in full, like small ones, otherwise by samples, like large ones.
     """
     chance, outcomes = random.Random(seed), Counter[str]()
     before = base.load()
@@ -43,7 +43,7 @@ def fuzz(base: Base, rounds: int, seed: int) -> Counter[str]:
             try:
                 rewrite_manifest(base.folder, tensors=file != fusion)
             except (ValueError, RecursionError, AttributeError, LookupError, TypeError):
-                again = False  # no JSON any more
+                again = False  # no longer JSON
         whole = chance.random() < 0.5
         try:
             with at_most(60), pytest.MonkeyPatch.context() as patch:
@@ -74,12 +74,12 @@ def fuzz(base: Base, rounds: int, seed: int) -> Counter[str]:
         file.write_bytes(kept)
         fusion.write_bytes(manifest)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak
-    assert grown < 1_000_000, f"{grown} kB more memory were used"
+    assert grown < 1_000_000, f"memory grew by {grown} kB"
     return outcomes
 
 
 def same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether tensors are the same bit for bit, NaN included."""
+    """Return whether tensors are equal bit for bit, including NaN."""
     return alike(one, other) and one.detach().numpy().tobytes() == other.detach().numpy().tobytes()
 
 
@@ -88,7 +88,7 @@ def alike(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.filterwarnings("ignore")  # what transformers and peft say of damaged files
+@pytest.mark.filterwarnings("ignore")  # warnings of transformers and peft about damaged files
 def test_what_is_changed_at_random_is_refused_or_loaded_right(kind: str, base: Base) -> None:
     outcomes = fuzz(base, 100 if kind in ("plain", "modality") else 25, seed=1)
     assert outcomes["refused"] > 5
@@ -97,7 +97,7 @@ def test_what_is_changed_at_random_is_refused_or_loaded_right(kind: str, base: B
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.filterwarnings("ignore")  # what transformers and peft say of damaged files
+@pytest.mark.filterwarnings("ignore")  # warnings of transformers and peft about damaged files
 def test_thousands_of_changes_are_refused_or_loaded_right(kind: str, base: Base) -> None:
     rounds = 2000 if kind in ("plain", "modality") else 1000
     begin = time.monotonic()

@@ -1,4 +1,4 @@
-"""Checkpoints from strangers, made to do harm."""
+"""Malicious checkpoints."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from victims import Base, at_most
 
 
 def small(folder: Path) -> mt.FusedModel:
-    """Save a model whose one tower is stored as a transformers checkpoint."""
+    """Save and load a model whose only tower is stored as a transformers checkpoint."""
     graph = mt.FusionGraph()
     graph.add_tower("text", causal_lm("llama", width=8), train="all", adapter="residual")
     graph.compile().save_pretrained(folder)
@@ -127,7 +127,7 @@ def test_of_large_files_samples_are_read_unless_all_is_asked_for(
     small(folder)
     file = folder / part
     whole, size = file.read_bytes(), file.stat().st_size
-    flip(file, size - size // 128)  # between the last two blocks
+    flip(file, size - size // 128)  # between the last two sampled blocks
     mt.FusedModel.from_pretrained(folder)
     refused(folder, f"damaged: {part}", verify=True)
     with pytest.raises(mt.errors.CheckpointError, match=f"damaged: {part}"):
@@ -137,7 +137,7 @@ def test_of_large_files_samples_are_read_unless_all_is_asked_for(
             mt.load_tower(folder, "text", verify=True)
     file.write_bytes(whole)
     mt.FusedModel.from_pretrained(folder, verify=True)
-    flip(file, -1)  # in the last block
+    flip(file, -1)  # in the last sampled block
     refused(folder, f"damaged: {part}")
     file.write_bytes(whole + b"x")
     refused(folder, f"{part} (has {size + 1} bytes|is damaged)")
@@ -218,7 +218,7 @@ def test_an_index_that_points_elsewhere_is_refused(tmp_path: Path, place: Any) -
     ],
 )
 @pytest.mark.parametrize("kind", ["lora"])
-@pytest.mark.filterwarnings("ignore")  # what transformers and peft say of damaged files
+@pytest.mark.filterwarnings("ignore")  # warnings of transformers and peft about damaged files
 def test_adapters_that_ask_for_too_much_are_refused(
     base: Base, changes: dict[str, Any], message: str
 ) -> None:
@@ -281,5 +281,5 @@ def test_tensors_of_no_size_and_great_names_are_refused(tmp_path: Path) -> None:
 
 
 def tiny_towers() -> dict[str, torch.nn.Module]:
-    """Towers as those of ``tiny_model``, with other values."""
+    """Return towers like those of ``tiny_model``, with other weights."""
     return {"speech": tiny_tower(7, depth=3, width=12), "text": tiny_tower(7, depth=2, width=8)}

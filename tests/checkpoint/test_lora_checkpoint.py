@@ -16,7 +16,7 @@ from fake_hub import Download
 from models import EXAMPLES, causal_lm
 from tampering import rewrite_manifest
 
-# peft 0.21 asks transformers 5.23 in the old way when these tests call peft themselves.
+# peft 0.21 uses a deprecated attribute of transformers 5.23 when tests call it directly.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 
@@ -133,7 +133,7 @@ def test_plain_peft_loads_the_adapters(origin: Path, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-# peft says so of VeRA without its projections.
+# peft warns about VeRA without its projections.
 @pytest.mark.filterwarnings("ignore:Specified to not (save|load) vera_A")
 def test_other_configs(tmp_path: Path, folder: Path, kind: str) -> None:
     config = CONFIGS[kind]()
@@ -281,7 +281,7 @@ def test_adapters_of_another_model_are_refused(origin: Path, folder: Path) -> No
         ("fusion.json", {"active_adapters": ["other"]}, "cannot have adapters 'other'"),
     ],
 )
-# peft says so of a damaged config before it is refused.
+# peft warns about a damaged config before the error.
 @pytest.mark.filterwarnings("ignore:Unexpected keyword arguments")
 def test_damaged_files_are_refused(
     origin: Path, folder: Path, file: str, change: dict[str, Any], message: str

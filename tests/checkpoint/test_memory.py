@@ -1,4 +1,4 @@
-"""Memory of a process of its own that loads a checkpoint."""
+"""Memory of a new process that loads a checkpoint."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ print(resident() - before)
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A small checkpoint, and one of 100 MB or so."""
+    """Save a small checkpoint, and one of about 100 MB."""
     place = tmp_path_factory.mktemp("memory")
     for name, width in (("small", 16), ("large", 512)):
         config = transformers.LlamaConfig(
@@ -48,7 +48,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return place / "small", place / "large"
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells how much memory a process has held")
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is measured only on Linux")
 @pytest.mark.parametrize("dtype", [pytest.param(None, marks=pytest.mark.slow), "bfloat16"])
 def test_loading_takes_what_is_stored_and_what_is_converted(
     folders: tuple[Path, Path], dtype: str | None
@@ -57,5 +57,5 @@ def test_loading_takes_what_is_stored_and_what_is_converted(
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     stored = sum(file.stat().st_size for file in folders[1].rglob("*.safetensors"))
     assert stored > 100e6
-    converted = stored / 2 if dtype else 0  # a mapped file stays mapped until its last tensor has gone
+    converted = stored / 2 if dtype else 0  # a file stays mapped until its last tensor is freed
     assert 0.5 * stored < int(done.stdout) < 1.1 * stored + converted

@@ -1,4 +1,4 @@
-"""What a checkpoint refers to is to be had again, wherever it lies; all else is in it."""
+"""A checkpoint refers only to towers that can be loaded from anywhere, and stores all others."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def assert_same(model: mt.FusedModel, again: mt.FusedModel) -> None:
 
 @pytest.fixture
 def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Two towers at relative paths, as ids on the Hub may be written."""
+    """Save two towers at relative paths that look like ids on the Hub."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     causal_lm("gpt2", vocab_size=14).save_pretrained("models/speech")

@@ -1,4 +1,4 @@
-"""What a tower has shown before it was saved is not shown again, but where something has changed."""
+"""A loaded tower is probed again only if something has changed since it was saved."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line, and the package that it writes for the author of a modality."""
+"""The command line, and the template that it writes for a modality's package."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ Install = Callable[..., None]
 
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
-    """Install a package that offers plugins, as pip leaves it: files, and metadata beside them."""
+    """Return a function that fakes an installed package with plugins: modules and metadata."""
 
     def install(package: str, entry_points: str, **modules: str) -> None:
         site = tmp_path / "site" / package

@@ -13,14 +13,14 @@ import multitower as mt
 from multitower.cli import main
 from spoken_fusion import RATE
 
-soundfile = pytest.importorskip("soundfile", reason="speech is read and written")
-yaml = pytest.importorskip("yaml", reason="recipes are YAML")
+soundfile = pytest.importorskip("soundfile", reason="needs soundfile")
+yaml = pytest.importorskip("yaml", reason="recipes need PyYAML")
 
 QUIET = {"use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
 
 
 def recipe(parts: Path, folder: Path, **changes: Any) -> dict[str, Any]:
-    """A recipe for the parts; entries may be changed."""
+    """Return a recipe that trains the parts, with changed entries."""
     return {
         "output": str(folder / "out"),
         "towers": {
@@ -54,7 +54,7 @@ def said(capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def refused(capsys: pytest.CaptureFixture[str], status: int, *arguments: str) -> str:
-    """Return what a command says that ends with this status; it says it without a traceback."""
+    """Check a command's exit status, and that it prints no traceback; return its error message."""
     assert main(arguments) == status
     error = capsys.readouterr().err
     assert "Traceback" not in error

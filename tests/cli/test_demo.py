@@ -15,7 +15,7 @@ from letters import Letters
 from multitower.cli.demo import answers, attention, joined, make_page
 from multitower.testing import tiny_tower
 
-pytest.importorskip("matplotlib", reason="attention is drawn")
+pytest.importorskip("matplotlib", reason="needs matplotlib")
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +49,9 @@ def test_attention_is_that_of_the_link(pipe: mt.Pipeline) -> None:
     torch.testing.assert_close(torch.as_tensor(image.get_array().data), expected)
 
 
-@pytest.mark.filterwarnings("ignore")  # of loops that Gradio leaves open
+@pytest.mark.filterwarnings("ignore")  # about event loops that Gradio leaves open
 def test_each_direction_is_called_by_its_name_from_other_programs(pipe: mt.Pipeline) -> None:
-    pytest.importorskip("gradio", reason="the page is made by the extra demo")
+    pytest.importorskip("gradio", reason="the page needs the extra demo")
     named = make_page(pipe).get_api_info()["named_endpoints"]
     gc.collect()
     assert set(named) == {"/speech_to_text", "/text_to_speech"}
@@ -69,11 +69,11 @@ def test_only_towers_that_read_each_other_have_a_tab() -> None:
 
 @pytest.fixture
 def page(pipe: mt.Pipeline) -> Iterator[object]:
-    pytest.importorskip("gradio", reason="the page is made by Gradio")
-    browsers = pytest.importorskip("playwright.sync_api", reason="a browser looks at the page")
+    pytest.importorskip("gradio", reason="the page needs the extra demo")
+    browsers = pytest.importorskip("playwright.sync_api", reason="needs playwright")
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
-        pytest.skip("there is no Chromium")
+        pytest.skip("needs Chromium")
     blocks = make_page(pipe)
     _, url, _ = blocks.launch(prevent_thread_lock=True, quiet=True, server_name="127.0.0.1")
     with browsers.sync_playwright() as started:
@@ -83,11 +83,11 @@ def page(pipe: mt.Pipeline) -> Iterator[object]:
         yield opened
         browser.close()
     blocks.close()
-    gc.collect()  # loops that were left open are complained of here, not in a later test
+    gc.collect()  # warn about open loops here, not in a later test
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # of what serves the page
+@pytest.mark.filterwarnings("ignore")  # of the server of the page
 def test_a_recording_is_uploaded_and_its_transcript_read(page, pipe: mt.Pipeline, parts: Path) -> None:
     clip = parts / "clips" / "0.wav"
     page.wait_for_selector("text=speech", timeout=120_000)

@@ -36,7 +36,7 @@ SHAPES: dict[str, Shape] = {
 
 
 def towers(shape: str, seed: int = 0) -> dict[str, torch.nn.Module]:
-    """Towers of unlike width and depth, every third frozen."""
+    """Return towers of different width and depth."""
     return {
         f"t{n}": tiny_tower(seed + n, depth=1 + n % 3, width=4 * (1 + n % 2), vocab_size=10 + n)
         for n in range(SHAPES[shape][0])
@@ -60,7 +60,7 @@ def examples(names: list[str]) -> list[list[mt.Segment]]:
 
 
 QUICK = ("one tower", "two components", "towers nobody reads", "star both ways", "complete")
-"""No two of these are alike; others add numbers, and the graphs that hypothesis draws are of all kinds."""
+"""Different kinds of graphs; the other shapes are larger, and hypothesis draws graphs of all kinds."""
 
 
 @pytest.mark.parametrize(

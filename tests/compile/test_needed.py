@@ -1,4 +1,4 @@
-"""Only what something depends on is run."""
+"""Only steps whose results are needed are run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from multitower.testing import open_links, tiny_tower
 
 
 def chain() -> mt.FusedModel:
-    """Image reads nothing, speech reads image, text reads speech: at lower layers than there are."""
+    """Link image to speech and speech to text, at layers below the last."""
     graph = mt.FusionGraph()
     for seed, name in enumerate(("image", "speech", "text")):
         graph.add_tower(name, tiny_tower(seed, depth=4), train="all", adapter=None)
@@ -144,7 +144,7 @@ def test_what_is_needed_is_what_a_search_backwards_finds(wanted: dict[str, int])
 @pytest.mark.parametrize("train", ["none", "lora"])
 def test_heads_run_only_where_some_row_has_a_label(train: str) -> None:
     if train == "lora":
-        pytest.importorskip("peft", reason="adapters are peft's")
+        pytest.importorskip("peft", reason="adapters need the lora extra")
     decoder = causal_lm("llama")
     graph = mt.FusionGraph()
     graph.add_tower("text", decoder, train=train, adapter=None)

@@ -1,4 +1,4 @@
-"""Two towers may be one model: its weights are there once, and the towers are told apart by name."""
+"""Two towers may share a model, whose weights exist only once."""
 
 from __future__ import annotations
 

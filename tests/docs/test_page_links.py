@@ -1,4 +1,4 @@
-"""Links and pictures of the README and of the documentation lead to what is there."""
+"""Check that the links and pictures of the README and the documentation exist."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ CODE = re.compile(r"^```.*?^```$|`[^`\n]+`", re.MULTILINE | re.DOTALL)
 
 
 def anchors(page: Path) -> set[str]:
-    """Return what the headings of a page are called in links."""
+    """Return the anchors of a page's headings."""
     text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     plain = (re.sub(r"[^\w\s-]", "", each).strip().lower() for each in HEADING.findall(text))
     return {re.sub(r"[-\s]+", "-", each) for each in plain}
 
 
 def broken(page: Path) -> list[str]:
-    """List the links of a page that lead nowhere inside of the repository."""
+    """Return the links of a page to files or headings that do not exist."""
     found = []
     for target in LINK.findall(CODE.sub("", page.read_text(encoding="utf-8"))):
         if re.match(r"[a-z]+:", target):

@@ -1,4 +1,4 @@
-"""The Python of the documentation's pages, pasted block after block, and what it prints."""
+"""Run the Python blocks of the documentation's pages, and compare what they print."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from models import causal_lm
 from pages import DOCS, PAGES, Block, blocks, name
 
 for needed in ("accelerate", "datasets", "peft", "tokenizers", "transformers"):
-    pytest.importorskip(needed, reason="the pages fuse and train decoders of transformers")
+    pytest.importorskip(needed, reason="the pages train decoders of transformers")
 
 QUICK = ("index.md", "concepts.md", "own_decoder.md", "troubleshooting.md", "tutorials/reuse.md")
 RUN = (*QUICK, "start.md", "tutorials/two_models.md", "tutorials/recordings.md", "raw_data.md")
 ELSEWHERE = ("conversations.md", "own_modality.md", "training.md")
 """Pages that other tests run."""
 FRAGMENTS = ("estimate.md", "hub_and_export.md", "kept_states.md", "serving.md", "speech.md")
-"""Pages whose Python speaks of what is not there, and is compiled alone."""
+"""Pages whose Python needs objects that they do not define; it is only compiled."""
 
 NOT_ON_CPU = "ignore:'pin_memory' argument is set"
 
@@ -31,7 +31,7 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(page: str, change: dict[str, str] | None = None) -> dict[str, Any]:
-    """Run the blocks of a page in one namespace; where a block of text follows, it is what was printed."""
+    """Run the blocks of a page in one namespace; compare text blocks with the output before them."""
     names: dict[str, Any] = {"__name__": "__main__"}
     printed = ""
     for block in blocks(DOCS / page):
@@ -116,9 +116,9 @@ def write_tokenizer(folder: str) -> None:
 @pytest.mark.filterwarnings("ignore:.*vectors are few")
 def test_recordings_become_a_model_that_speaks() -> None:
     np = pytest.importorskip("numpy")
-    soundfile = pytest.importorskip("soundfile", reason="the page speaks, which needs the speech extra")
+    soundfile = pytest.importorskip("soundfile", reason="the page needs the speech extra")
     for needed in ("librosa", "typer", "yaml"):
-        pytest.importorskip(needed, reason="the page speaks and trains by the command line")
+        pytest.importorskip(needed, reason="the page needs the speech and cli extras")
     from multitower.cli import main
 
     Path("recordings").mkdir()
@@ -153,8 +153,8 @@ def test_recordings_become_a_model_that_speaks() -> None:
 
 def test_raw_data_go_in_and_come_out() -> None:
     np = pytest.importorskip("numpy")
-    soundfile = pytest.importorskip("soundfile", reason="the page speaks, which needs the speech extra")
-    pytest.importorskip("librosa", reason="the page speaks, which needs the speech extra")
+    soundfile = pytest.importorskip("soundfile", reason="the page needs the speech extra")
+    pytest.importorskip("librosa", reason="the page needs the speech extra")
     import multitower as mt
 
     write_tokenizer("path/to/text-decoder")

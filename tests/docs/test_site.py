@@ -1,4 +1,4 @@
-"""The site builds, with nothing to complain about."""
+"""The site builds without warnings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ for needed in ("jupytext", "mkdocs", "material", "mkdocstrings", "latex2mathml")
 
 
 def public() -> list[tuple[str, set[str]]]:
-    """Return what the library offers: each name, and the anchors any of which may describe it."""
+    """Return the public names of the library, each with the anchors that may document it."""
     modules = [each for each in dir(multitower) if each not in (*multitower.__all__, "__version__")]
     found = [(f"multitower.{name}", {f"multitower.{name}"}) for name in multitower.__all__]
     for module in (*modules, "testing"):

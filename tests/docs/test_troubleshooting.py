@@ -1,4 +1,4 @@
-"""The messages that docs/troubleshooting.md quotes are those that the library gives."""
+"""Check that the messages in docs/troubleshooting.md are those of the library."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PAGE = ROOT / "docs/troubleshooting.md"
 
 
 def messages() -> list[str]:
-    """Return all strings of the library, with a mark for each value that is filled in."""
+    """Return all strings of the library, with an ellipsis for each formatted value."""
     found = []
     for path in Path(multitower.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -26,7 +26,7 @@ def messages() -> list[str]:
 
 
 def quoted() -> list[str]:
-    """Return what stands as code in the first column of tables whose heading speaks of messages."""
+    """Return the code in the first column of tables of messages."""
     found, speaks = [], False
     for line in PAGE.read_text(encoding="utf-8").splitlines():
         cell = line.split("|")[1] if line.startswith("|") else ""

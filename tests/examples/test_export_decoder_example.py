@@ -8,7 +8,7 @@ import pytest
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler"),
-    # torch's own export and inductor warn of their own parts.
+    # torch's export and inductor use deprecated parts of torch.
     pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
 ]
 

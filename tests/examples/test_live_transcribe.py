@@ -1,4 +1,4 @@
-"""A clip that is written down while it is spoken."""
+"""Transcribe a clip while it is being heard."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("soundfile", reason="speech is read")
-pytest.importorskip("librosa", reason="speech is encoded")
+pytest.importorskip("soundfile", reason="needs soundfile")
+pytest.importorskip("librosa", reason="needs librosa")
 
 import live_transcribe
 

@@ -1,4 +1,4 @@
-"""The Python of README.md."""
+"""Run the Python of README.md."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import pytest
 from models import causal_lm
 from paths import ROOT
 
-pytest.importorskip("transformers", reason="the README takes towers from transformers")
+pytest.importorskip("transformers", reason="the README needs transformers")
 
 HUB_ID = '"HuggingFaceTB/SmolLM2-135M"'
 
 
 @pytest.fixture
 def pretrained(tmp_path: Path) -> str:
-    """Return a small decoder in place of the one that would be downloaded."""
+    """Save a small decoder, to use instead of the one to download; return its path as a literal."""
     causal_lm("llama", vocab_size=80, depth=4).save_pretrained(tmp_path / "lm")
     return f'"{tmp_path / "lm"}"'
 

@@ -1,4 +1,4 @@
-"""Three towers, of which each batch holds two: the parts of the example, on tiny data."""
+"""Test the three-tower example, whose batches hold two towers, on tiny data."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("librosa", reason="speech needs the speech extra")
 pytest.importorskip("soundfile", reason="speech needs the speech extra")
-pytest.importorskip("sklearn", reason="the digits come with scikit-learn, of the speech extra")
+pytest.importorskip("sklearn", reason="the digits need scikit-learn, from the speech extra")
 pytest.importorskip("matplotlib", reason="the pictures need the draw extra")
 
 import multitower as mt
@@ -28,7 +28,7 @@ WORDS = ("four seven", "one", "zero two nine")
 
 
 class Numbers:
-    """Raw data that are lists of token ids; each id is a word."""
+    """A fake modality whose raw data are lists of token ids."""
 
     vocab_size, begin, end = 20, 0, 1
 
@@ -40,7 +40,7 @@ class Numbers:
 
 
 class Ear:
-    """Hears the length of a sound; counts how often it was asked."""
+    """A fake recogniser that hears a digit by a sound's length, and counts the sounds."""
 
     def __init__(self) -> None:
         self.sounds = 0

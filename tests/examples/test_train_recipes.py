@@ -1,4 +1,4 @@
-"""One recipe by four engines: the same losses at every step, and the same weights at the end."""
+"""Four engines train one recipe with the same losses at every step and the same final weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from letters import Letters
 from models import causal_lm
 
 for needed in ("transformers", "accelerate", "datasets"):
-    pytest.importorskip(needed, reason="the recipes train by kept engines on kept data sets")
+    pytest.importorskip(needed, reason="the recipes need transformers, accelerate and datasets")
 
 from multitower_text import TextModality  # noqa: E402
 from train_data import Recipe, fuse, loader, parse, read  # noqa: E402
@@ -65,7 +65,7 @@ def plain(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> tuple[lis
 
 
 def test_rows_of_a_step_are_unlike(recipe: Recipe) -> None:
-    """Otherwise a mean of means would be the mean, and nothing below would tell one from the other."""
+    """Otherwise a mean of means equals the mean, and the tests below could not tell them apart."""
     steps = list(loader(recipe))
     assert [len(batches) for batches in steps] == [recipe.accumulate] * recipe.steps
     unlike = 0
@@ -110,7 +110,7 @@ def test_engines_train_as_the_plain_loop(
     engine: str, plain: tuple[list[float], mt.FusedModel], recipe: Recipe, tmp_path: Path
 ) -> None:
     if engine == "lightning":
-        pytest.importorskip("lightning", reason="the recipe is Lightning's")
+        pytest.importorskip("lightning", reason="needs lightning")
     expected, model = plain
     losses, found = train(engine, recipe, tmp_path)
     assert losses == pytest.approx(expected, rel=1e-4)

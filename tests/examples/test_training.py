@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import multitower as mt
 from models import causal_lm, pair, segment
 
-pytest.importorskip("accelerate", reason="the examples train by transformers' Trainer")
+pytest.importorskip("accelerate", reason="the examples use transformers' Trainer")
 
 import training  # needs accelerate
 from training import (
@@ -89,7 +89,7 @@ def test_pretraining_learns_and_keeps_to_its_steps(capsys: pytest.CaptureFixture
 
 
 def by_hand(model: nn.Module, batches: list[dict], groups: list[dict]) -> list[float]:
-    """Train by a loop that does what the recipe says, written out."""
+    """Train with a plain loop that follows the recipe."""
     optimizer, found = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.01), []
     rates = [group["lr"] for group in optimizer.param_groups]
     lean = {"logits": False} if isinstance(model, mt.FusedModel) else {}
@@ -133,7 +133,7 @@ def test_losses_are_those_of_the_recipe(make: Callable[[], tuple[nn.Module, list
 
 
 class CutOffError(Exception):
-    """What ends a run before its last step."""
+    """Ends a run before its last step."""
 
 
 @pytest.mark.parametrize("make", [fused, rival])
@@ -162,7 +162,7 @@ def test_a_run_that_is_cut_off_goes_on(
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(tensor, whole.state_dict()[name])
     assert found.processor > 0
-    assert run(tmp_path / "run")[1].history == expected.history, "a run that is over"
+    assert run(tmp_path / "run")[1].history == expected.history, "a finished run"
 
 
 def test_the_rate_rises_then_falls_to_a_tenth() -> None:

@@ -1,4 +1,4 @@
-"""The first example of docs/training.md, on small decoders and a sound."""
+"""Run the first example of docs/training.md on small decoders and noise."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from models import causal_lm
 from paths import ROOT
 
 for needed in ("accelerate", "datasets", "soundfile", "tokenizers", "transformers"):
-    pytest.importorskip(needed, reason="the page trains speech and text by transformers' Trainer")
+    pytest.importorskip(needed, reason="the page trains speech and text with transformers' Trainer")
 
 SHORTER = {
     "num_proc=8": "num_proc=1",
@@ -28,7 +28,7 @@ SHORTER = {
 
 @pytest.fixture
 def material(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Write the files that the page speaks of, under the names that it gives them."""
+    """Write the files that the page uses."""
     import datasets
     import soundfile
     import tokenizers

@@ -1,4 +1,4 @@
-"""docs/own_modality.md, from its first line to its last."""
+"""Run docs/own_modality.md from the first line to the last."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def forget() -> None:
 
 
 def shell(code: str, offer: Offer, capsys: pytest.CaptureFixture) -> None:
-    """Run each line; of pip, which would change this environment, what it makes of a plugin."""
+    """Run each line, but instead of running pip only register the plugin."""
     for line in code.splitlines():
         command = shlex.split(line, comments=True)
         if command[0] == "multitower":
@@ -56,7 +56,7 @@ def shell(code: str, offer: Offer, capsys: pytest.CaptureFixture) -> None:
 
 
 def follow(shorter: bool, offer: Offer, capsys: pytest.CaptureFixture) -> dict:
-    """Do what the tutorial says; return what its script has at the end."""
+    """Follow the tutorial; return the variables of its script."""
     script: dict = {}
     for kind, code in BLOCKS:
         named = re.match(r"# (multitower-colour/\S+)\n", code)

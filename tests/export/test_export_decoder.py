@@ -20,7 +20,7 @@ from multitower.link.attention import visibility
 from multitower.testing import open_links, tiny_tower
 from pages import DOCS, blocks
 
-# torch's own export warns of its own parts.
+# torch.export uses deprecated parts of torch.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:torch", "ignore::DeprecationWarning:torch")
 
 LONGEST = 24
@@ -46,7 +46,7 @@ def streams_of(examples: Any) -> dict[str, dict[str, Tensor]]:
 
 
 def small(text: nn.Module, **link: Any) -> mt.FusedModel:
-    """Two towers of a layer each, the text reading the speech; quickly traced."""
+    """Link speech to text, with one layer each, so that tracing is quick."""
     graph = mt.FusionGraph()
     graph.add_tower("speech", tiny_tower(1, depth=1))
     graph.add_tower("text", text)
@@ -55,7 +55,7 @@ def small(text: nn.Module, **link: Any) -> mt.FusedModel:
 
 
 def the_loop() -> str:
-    """The greedy loop of the documentation."""
+    """Return the greedy loop of the documentation."""
     (loop,) = [block.code for block in blocks(DOCS / "hub_and_export.md") if "step(tokens" in block.code]
     return loop
 
@@ -63,7 +63,7 @@ def the_loop() -> str:
 def decoded_elsewhere(
     programs: DecoderPrograms, streams: dict[str, dict[str, Tensor]], folder: Path
 ) -> tuple[Tensor, Tensor]:
-    """What the documentation's loop decodes in a process that has only torch, and the logits of the last."""
+    """Run the documentation's loop in a process with only torch; return the text and the last logits."""
     for name, program in programs._asdict().items():
         torch.export.save(program, folder / f"{name}.pt2")
     given = {f"{name}.{key}": value for name, stream in streams.items() for key, value in stream.items()}
@@ -156,7 +156,7 @@ def test_the_step_holds_the_tower_alone() -> None:
 
 
 class Looks(nn.Module):
-    """Puts into a tower what cannot be traced."""
+    """Adds an operation that torch.export cannot trace."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x if bool(x.sum() > 1000) else x + 1

@@ -20,7 +20,7 @@ from multitower.errors import ExportError
 from multitower.export import export_tower
 from multitower.testing import open_links, tiny_tower
 
-# torch's own export warns of its own parts.
+# torch.export uses deprecated parts of torch.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:torch", "ignore::DeprecationWarning:torch")
 
 ELSEWHERE = """
@@ -129,7 +129,7 @@ def test_adapters_dtype_and_mode_are_kept() -> None:
 
 
 class Looks(nn.Module):
-    """Puts into a tower what cannot be traced, or is traced wrongly."""
+    """Adds an operation that torch.export cannot trace, or traces wrongly."""
 
     def __init__(self, how: Callable[[Tensor], Tensor]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Segments that have begun are gone on with, as if they had been decoded in one go."""
+"""Segments that are continued equal segments decoded in one call."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BEFORE = [
 
 
 def by_hand(model: mt.FusedModel, row: list, name: str, steps: int) -> list[int]:
-    """Decode greedily by forwards over everything."""
+    """Decode greedily, with a forward over the whole row for each token."""
     row, found = list(row), list[int]()
     for _ in range(steps):
         scores = model(**mt.collate([row])).logits[name][0, -1]

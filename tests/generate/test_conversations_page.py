@@ -1,4 +1,4 @@
-"""What docs/conversations.md shows, on small towers."""
+"""Run docs/conversations.md on small towers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Towers that forget: they attend to their current segment alone, and keep no more than that."""
+"""Towers with ``memory="segment"`` attend only to their current segment, and cache only that."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TURN = [segment("speech", 5, 6, 7), segment("text", 4, 5)]
 
 
 def forgetful(family: str = "llama", *, train: str = "all") -> mt.FusedModel:
-    """Speech that forgets, and text that does not, linked in both directions."""
+    """Link a speech tower that forgets and a text tower that does not, in both directions."""
     graph = mt.FusionGraph()
     speech = causal_lm(family, width=12, depth=3, vocab_size=14, seed=1)
     graph.add_tower("speech", speech, train=train, memory="segment")
@@ -63,13 +63,13 @@ def test_what_is_kept_is_of_one_segment() -> None:
         (row,) = session._rows
         lengths.append(row.of("speech").cache[0].keys.shape[2])
         assert row.of("text").cache[0].keys.shape[2] == len(row.of("text").tokens)
-    assert lengths == [4] * 4  # the begin token and what was decoded, of which the last did not run
+    assert lengths == [4] * 4  # the begin token and the decoded ones, of which the last did not run
     assert len(session._rows[0].of("speech").tokens) == 4 * (5 + 5)
 
 
 def test_no_token_runs_twice() -> None:
     model = forgetful()
-    model.session().generate(["speech"], max_new_tokens=1)  # which asks towers how they decode
+    model.session().generate(["speech"], max_new_tokens=1)  # runs one-time checks
     ran, session, totals = counted(model), model.session(), []
     for _ in range(4):
         ran.clear()

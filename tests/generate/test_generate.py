@@ -132,7 +132,7 @@ def test_only_the_tower_that_got_new_tokens_runs_again() -> None:
 
 
 def spoiled(tower: str, when: Callable[[int, torch.Tensor | None], bool]) -> torch.nn.Module:
-    """A model whose decoding goes wrong for some lengths of its cache and some masks."""
+    """Return a model whose logits are wrong for some cache lengths and masks."""
     model = causal_lm(tower)
     native = type(model).forward
 

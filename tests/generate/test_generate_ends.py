@@ -1,4 +1,4 @@
-"""Where decoding ends, who watches it, and what the tower or a generation config says of it."""
+"""Ends of decoding, streamers, and settings of the tower or of a generation config."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_a_generation_config_is_not_changed(monkeypatch: pytest.MonkeyPatch) -> 
     given = decode(model, GIVEN, generation_config=config)
     assert config.to_dict() == before
     assert given == decode(model, GIVEN, num_beams=2)
-    assert max(map(len, given)) == 31  # where transformers' own limit is 20 with the prompt
+    assert max(map(len, given)) == 31  # transformers' own limit is 20 with the prompt
 
 
 def test_a_begin_token_in_a_generation_config_opens_the_segment() -> None:
@@ -204,7 +204,7 @@ def test_a_row_that_is_too_long_already_is_named(monkeypatch: pytest.MonkeyPatch
         pair(text).generate([[segment("text", 4, 5, 6, 7)]], output=[("text", "speech")])
 
 
-# It stands in docs/coverage.md; the limit is what is looked at.
+# docs/coverage.md documents this warning; only the limit is tested here.
 @pytest.mark.filterwarnings("ignore:XLNetLMHeadModel decodes without its cache")
 def test_a_family_that_says_it_has_no_last_position_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("multitower.generate.options.MAX_NEW_TOKENS", 5)

@@ -1,4 +1,4 @@
-"""What the options of transformers' generate do in a fused model, against the same tower decoding alone."""
+"""Compare options of transformers' generate in a fused model with the native model."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from multitower.testing import open_links, tiny_tower
 
 
 def skip_unless_offered(family: str, options: dict) -> None:
-    """Skip what this version of transformers does wrong; the one in constraints.txt does nothing wrong."""
+    """Skip options that are broken in this version of transformers; in constraints.txt's, none is."""
     model = text_model(family)
     for example in GIVEN:
         right = decode_alone(model, [example], max_new_tokens=STEPS, use_cache=False)
@@ -123,7 +123,7 @@ def test_closed_gates_decode_as_the_native_model(family: str, name: str) -> None
 
 @pytest.mark.parametrize("name", [name for name in GREEDY if name not in ("nothing", "dynamic cache")])
 def test_options_change_something(name: str) -> None:
-    """Were this not so, the comparison above would say nothing about the option."""
+    """Otherwise the comparison above would not test the option."""
     same = ("use_cache", "max_time", "renormalize_logits", "no end")
     model = text_model("llama")
     options = {"max_new_tokens": STEPS, **GREEDY[name]}

@@ -1,4 +1,4 @@
-"""What generate cannot do is refused with the reason."""
+"""Options that generate does not support raise an error with the reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a transformers model carries in its configs and its vocabulary, as a tower."""
+"""Configs, generation defaults and vocabularies of transformers models, as towers."""
 
 from __future__ import annotations
 

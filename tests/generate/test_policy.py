@@ -1,4 +1,4 @@
-"""A model learns by its end tokens which modality comes next, and a policy follows what it has learned."""
+"""A model learns to choose the next modality by its end token, and a policy follows its choice."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def heard(task: int, word: int) -> mt.Segment:
 
 
 def answer(task: int, word: int) -> list[mt.Segment]:
-    """The word is written down and, if asked for, said: the end of what is written announces it."""
+    """Return the word as text and, if asked for, as voice, which the end token of the text announces."""
     written = mt.Segment("text", [BEGIN, word, SAY if task == SAY_IT else DONE], target=True)
     return [written, mt.Segment("voice", [BEGIN, word, word, DONE], target=True)][: 1 + (task == SAY_IT)]
 

@@ -1,4 +1,4 @@
-"""Conversations: every turn what running everything at once gives, and no token run twice."""
+"""Sessions: each turn equals a run over the whole conversation, and no token runs twice."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_tokens_of_every_turn_are_those_of_the_whole_history(kind: str, output: 
 
 def test_a_turn_runs_its_own_tokens_alone() -> None:
     model = fusion("llama")
-    model.session().generate(["text"], max_new_tokens=1)  # which asks towers how they decode
+    model.session().generate(["text"], max_new_tokens=1)  # runs one-time checks
     model.session().generate(["speech"], max_new_tokens=1)
     ran, session, totals = counted(model), model.session(), []
     for _ in range(4):
@@ -61,7 +61,7 @@ def test_a_turn_runs_its_own_tokens_alone() -> None:
         session.generate(["text", "speech"], max_new_tokens=4, eos_token_id=None)
         totals.append(dict(ran))
     layers = {("text", 1), ("text", 2), *(("speech", place) for place in range(1, 5))}
-    # What is given, the begin token and what is decoded, of which the last token runs when it is first read.
+    # Given tokens, the begin token and decoded ones, of which the last runs only when it is first read.
     first = {key: 3 + 5 if key[0] == "text" else 5 + 4 for key in layers}
     assert totals[0] == first
     later = {key: 3 + 5 if key[0] == "text" else 5 + 5 for key in layers}
@@ -101,7 +101,7 @@ def test_layers_that_nothing_reads_do_not_run_for_a_tower_that_is_no_output() ->
     graph.add_link("speech", "text", taps=[(2, 1)])
     model = graph.compile().eval()
     session = model.session(outputs=["text"])
-    session.append(segment("speech", 5, 6))  # and asks the tower how it decodes
+    session.append(segment("speech", 5, 6))  # runs one-time checks, too
     ran = counted(model)
     for _ in range(2):
         session.append(segment("speech", 5, 6))

@@ -166,7 +166,7 @@ def test_a_row_that_has_ended_keeps_its_place_for_towers_without_a_cache(seed: i
 
 @pytest.mark.parametrize("policy", [{"speech": "text", "text": "speech"}, {"speech": "text"}])
 def test_functions_that_count_rows_are_refused_where_rows_part(policy: dict[str, str]) -> None:
-    """They would be told places among the rows that are decoded together, not among all."""
+    """They would get row numbers among the rows that are decoded together, not among all."""
     given = [[segment("speech", 5)], [segment("text", 4)]]
     options = {"prefix_allowed_tokens_fn": lambda row, tokens: [row + 5], "max_new_tokens": 2}
     with pytest.raises(ValueError, match="prefix_allowed_tokens_fn would see these examples in 2 batches"):

@@ -1,4 +1,4 @@
-"""What options of generate do to towers that are decoded at the same time, against one decoded alone."""
+"""Compare options of generate for towers decoded at the same time with one decoded alone."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def set_own(model: torch.nn.Module, options: dict, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize(("name", "own"), CASES)
 def test_options_mean_the_same_token_by_token(name: str, own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under closed gates a tower decodes beside others as by itself, whoever set the option."""
+    """With closed gates, a tower decodes with others as alone, whether the call or the model sets options."""
     text, model = text_model("llama"), fused("llama", gates=False)
     options = {} if own else {key: {"text": value} for key, value in GREEDY[name].items()}
     if name == "watermarking" and not own:
-        options = GREEDY[name]  # which may be a mapping by itself, and so is none by tower
+        options = GREEDY[name]  # its value is a mapping, which cannot be by tower
     if own:
         set_own(text, GREEDY[name], monkeypatch)
     alone = decode(model, GIVEN, max_new_tokens=STEPS, **options)
@@ -39,10 +39,10 @@ def test_options_mean_the_same_token_by_token(name: str, own: bool, monkeypatch:
 
 
 def test_a_batch_is_its_rows_where_tokens_that_were_there_are_penalised() -> None:
-    """Some of transformers' penalties take padding for tokens of the row."""
+    """Some of transformers' penalties count padding as tokens of the row."""
     begin, text, speech = 3, causal_lm("llama"), causal_lm("llama", depth=4, vocab_size=14)
     text.generation_config.bos_token_id = speech.generation_config.bos_token_id = begin
-    text.lm_head.weight.data[0] *= 9  # token 0, with which nothing begins here, is likely
+    text.lm_head.weight.data[0] *= 9  # makes token 0 likely, which is not a begin token here
     model, seen = pair(text, speech, gates=True), []
     given = [[mt.Segment("text", [begin, 4, 5, 6, 7, 8, 9, 1])], [mt.Segment("text", [begin, 4, 1])], []]
     options = {"output": [("text", "speech")], "repetition_penalty": 1.8, "max_new_tokens": STEPS}

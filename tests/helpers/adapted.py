@@ -35,7 +35,7 @@ CONFIGS: dict[str, Callable[[], peft.PeftConfig]] = {
 
 
 def fused(text: Any, train: Any = "lora", *, trained: bool = True) -> mt.FusedModel:
-    """A frozen speech tower and a text tower; with ``trained``, gates are open and adapters random."""
+    """Fuse a frozen speech tower with a text tower; with ``trained``, open gates and randomise adapters."""
     graph = mt.FusionGraph()
     graph.add_tower("speech", causal_lm("gpt2", width=12, depth=4, vocab_size=14, seed=5))
     graph.add_tower("text", text, train=train)

@@ -1,4 +1,4 @@
-"""Classes that each break a promise, and beside each what its check says of it."""
+"""Collect classes that each break a promise, with the message that its check must give."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ class Breakage(NamedTuple):
 
     @property
     def report(self) -> str:
-        """What the check of this promise alone raises: a regular expression."""
+        """Return a regular expression of the error that the check of this promise alone raises."""
         return rf"{self.kind.__name__} breaks 1 of 1 promises:\n  {self.promise}: .*(?:{self.message})"
 
 
 class Breakages(list[Breakage]):
     def of(self, promise: str, message: str, *, alone: bool = False) -> Callable[[type[Any]], type[Any]]:
-        """Note of the class below what it breaks, a regular expression of what is said, and if it is all."""
+        """Register a class: the promise it breaks, a regex of the message, and if it breaks no other."""
 
         def note(kind: type[Any]) -> type[Any]:
             self.append(Breakage(kind, promise, message, alone))
@@ -31,6 +31,6 @@ class Breakages(list[Breakage]):
         return note
 
     def each(self, *, alone: bool = False) -> pytest.MarkDecorator:
-        """Run a test on each, or on those that break one promise alone, as its argument ``broken``."""
+        """Parametrise ``broken`` by the classes; with ``alone``, by those that break only one promise."""
         chosen = [broken for broken in self if broken.alone or not alone]
         return pytest.mark.parametrize("broken", chosen, ids=[broken.kind.__name__ for broken in chosen])

@@ -17,7 +17,7 @@ BROKEN = Breakages()
 
 
 class Cipher(mt.Modality):
-    """Bytes, each written as another; the table of bytes is what is saved."""
+    """A substitution cipher of bytes, whose table is saved."""
 
     name, accepts = "cipher", (bytes, bytearray)
     vocab_size, begin, end = 258, 256, 257
@@ -197,7 +197,7 @@ class StacksItsBatches(Cipher):
 
 @BROKEN.of("batches", "decode_batch gives b.* at place .*, where one by one there is b")
 class StopsItsBatches(Cipher):
-    """Cuts the rows of a batch at the first end, which a row alone may go beyond."""
+    """Cuts each row of a batch at its first end token, unlike ``decode``."""
 
     def decode_batch(self, rows: Any) -> list[bytes]:
         return [self.decode(row[: [*row.tolist(), self.end].index(self.end)]) for row in rows]
@@ -248,7 +248,7 @@ class KeepsItsTokens(Cipher):
 
 
 class Tokens(Cipher):
-    """Data that are tokens already, given on as they are."""
+    """Returns its data, which are tokens already, without a copy."""
 
     accepts = (torch.Tensor,)
 

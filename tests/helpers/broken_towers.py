@@ -182,7 +182,7 @@ class MixesExamples(TinyTower):
 
 @BROKEN.of("padding", "a row of nothing but zeros.* not finite")
 class MasksTokenZero(TinyTower):
-    """Takes token 0 for padding: rows of nothing else have no one to attend to."""
+    """Masks token 0 as padding, so rows of zeros have nothing to attend to."""
 
     def embed(self, tokens: Tensor) -> tuple[Tensor, Any]:
         return self.table(tokens), tokens != 0
@@ -238,7 +238,7 @@ class DecodesWithoutLinks(TinyTower):
 
 
 class Caches(TinyTower):
-    """A tiny tower that decodes with a cache, and so only attends to all that came before."""
+    """A tiny tower whose layers attend to all earlier tokens, with a decoding cache."""
 
     caches, packs = True, False
 

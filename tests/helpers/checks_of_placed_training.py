@@ -1,4 +1,4 @@
-"""Training where each tower is on a device of its own; test_other_device.py runs it in its own process."""
+"""Tests of training with towers on different devices; test_other_device.py runs them in a new process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from models import causal_lm, segment
 from multitower.testing import open_links
 from other_device import COPIES, Remote, run
 
-transformers = pytest.importorskip("transformers", reason="towers are of transformers")
+transformers = pytest.importorskip("transformers", reason="needs transformers")
 
 PLACES = {"speech": "other:0", "text": "cpu", "music": "other:0"}
 EXAMPLES = [
@@ -30,7 +30,7 @@ EXAMPLES = [
 
 
 class Crossings(TorchDispatchMode):
-    """Adds up the bytes that go from one device to another, by whether they are of floating-point numbers."""
+    """Counts the bytes copied between devices, separately for floating-point and other tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ def crossings() -> Iterator[Crossings]:
 
 
 def make() -> mt.FusedModel:
-    """A frozen source that nothing feeds, and two towers, one with adapters, that read it and each other."""
+    """Link two towers, one with LoRA, to each other and to a frozen source that reads nothing."""
     graph = mt.FusionGraph()
     graph.add_tower("speech", causal_lm("llama", depth=3, width=12, seed=1), adapter=None)
     graph.add_tower("text", causal_lm("gpt2", seed=2), train="lora")
@@ -76,8 +76,8 @@ def place(model: mt.FusedModel, folder: Path) -> mt.FusedModel:
 
 
 def planned(model: mt.FusedModel, batch: mt.batch.Batch) -> int:
-    """Return the bytes of each state that is read on another device, once for each such device; as many come
-    back as gradients where something trained has had a part in it. Losses, scalars, are added up on one.
+    """Return the bytes that must cross: each state that is read on other devices, once per device, and as
+    many bytes of gradients, except for the frozen source. The losses are summed on one device.
     """
     streams, total = batch["streams"], 0
     reads = {(tap.source, tap.source_layer, PLACES[tap.target]) for tap in model.schedule.taps}
@@ -95,7 +95,7 @@ def test_only_states_that_taps_read_cross(crossings: Crossings, tmp_path: Path) 
     assert {name: str(device) for name, device in model.devices.items()} == PLACES
     moved = mt.batch.to_device(batch, model.devices)
     optimizer = torch.optim.AdamW(model.parameter_groups(lr=1e-2), foreach=False)
-    model(**moved).loss.backward()  # what a tower looks at once, it has looked at
+    model(**moved).loss.backward()  # one-time checks of the towers
     optimizer.zero_grad()
     crossings.bytes.clear()
     loss = model(**moved).loss
@@ -111,7 +111,7 @@ def test_a_model_on_two_devices_learns_what_one_learns(crossings: Crossings, tmp
     alone = make()
     placed = place(alone, tmp_path)
     for model in (alone, placed):
-        torch.manual_seed(3)  # of dropout
+        torch.manual_seed(3)  # for dropout
         optimizer = torch.optim.SGD(model.parameter_groups(lr=0.1), foreach=False)
         for start in range(3):
             batch = mt.batch.to_device(mt.collate(EXAMPLES[start : start + 2]), model.devices)

@@ -1,4 +1,4 @@
-"""What a fused model does on a device other than the CPU; test_other_device.py runs it in its own process."""
+"""Tests of fused models on a device other than the CPU; test_other_device.py runs them in a new process."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from other_device import DEVICE, OtherDevice, Wait
 
 @pytest.fixture
 def device() -> Iterator[OtherDevice]:
-    # Parameters stay the same objects, as they do on real devices, and with them those that are tied.
+    # Keep parameters the same objects, as on real devices; otherwise tied ones come apart.
     torch.__future__.set_swap_module_params_on_conversion(True)
     with OtherDevice() as device:
         yield device
@@ -37,9 +37,9 @@ def ready_made() -> mt.FusedModel:
     return pair(causal_lm("llama", width=8), causal_lm("gpt2", width=12, depth=4, vocab_size=14), gates=True)
 
 
-UNMOVED = {"saved"}  # its check assigns values of the device to parameters of the CPU, one by one
+UNMOVED = {"saved"}  # its check copies values from the device into parameters on the CPU
 QUICK = {"definition", "identity", "schedule", "sight", "unimodal"}
-"""The others run a model again and again; a step and decoding are looked at below, on one batch."""
+"""The other promises run a model many times; a step and decoding are tested below, on one batch."""
 
 MODELS = pytest.mark.parametrize("make", [custom, ready_made])
 
@@ -49,7 +49,7 @@ def there(batch: Any, device: torch.device = DEVICE) -> Any:
 
 
 def ours(waits: list[Wait]) -> list[Wait]:
-    """The waits that are not transformers' own."""
+    """Return the waits that transformers' own code does not cause."""
     folders = tuple(str(Path(package.__file__).parent) for package in (mt, transformers))
     packages = [[line for line in wait.lines if line.startswith(folders)] for wait in waits]
     return [wait for wait, lines in zip(waits, packages, strict=True) if lines[-1].startswith(folders[0])]
@@ -148,7 +148,7 @@ def test_a_step_waits_for_nothing(
     model, batch = make().train().to(DEVICE), mt.collate(EXAMPLES)
     batch = there(mt.pack(batch) if packed else batch)
     optimizer = torch.optim.AdamW(model.parameter_groups(lr=1e-3), foreach=True)
-    model(**batch, logits=logits)  # whether a tower packs is asked once
+    model(**batch, logits=logits)  # the check for packing runs once
     device.waits.clear()
     model(**batch, logits=logits).loss.backward()
     optimizer.step()
@@ -170,10 +170,10 @@ def test_a_model_of_transformers_waits_in_a_step_as_often_as_alone(device: Other
 def waits_by_tokens(
     device: OtherDevice, model: mt.FusedModel, output: list[Any], **options: Any
 ) -> list[int]:
-    """How often a call waits beyond transformers' own waits, for 4 tokens and for 12."""
+    """Return how often ``generate`` waits for 4 and for 12 tokens, without transformers' own waits."""
     counts = []
     options = {"eos_token_id": None, "do_sample": False, **options}
-    for tokens in (4, 4, 12):  # whether a model decodes as it says is asked in the first call
+    for tokens in (4, 4, 12):  # the first call also checks the decoding
         device.waits.clear()
         model.generate([row[:1] for row in EXAMPLES[:2]], output, max_new_tokens=tokens, **options)
         counts.append(len(ours(device.waits)))

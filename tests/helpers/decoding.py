@@ -1,4 +1,4 @@
-"""Decoding in a fused model, by the tower alone and by hand, for the tests that compare them."""
+"""Decode with a fused model, with the native model alone and by a plain loop, to compare them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ EVEN = [
 
 @functools.cache
 def text_model(family: str) -> nn.Module:
-    """A decoder whose weights are large enough for it to say something else at every step."""
+    """Return a decoder with weights so large that its output changes at every step."""
     model = causal_lm(family, seed=5, config={**FAMILIES[family], "tie_word_embeddings": False})
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -68,7 +68,7 @@ def decode(model: mt.FusedModel, examples: list[list[mt.Segment]], **options: ob
 def decode_alone(
     model: nn.Module, examples: list[list[mt.Segment]], *, ends: tuple[int, ...] = (END,), **options: object
 ) -> list[list[int]]:
-    """Decode prompts of one length by the tower itself, each from its begin to its end token."""
+    """Decode prompts of equal length with the native model; return each row from begin to end token."""
     torch.manual_seed(11)
     prompts = torch.tensor([prompt(example) for example in examples])
     mask = torch.ones_like(prompts)
@@ -87,7 +87,7 @@ def greedy(
     change: Callable[[Tensor, Tensor], Tensor] = lambda tokens, scores: scores,
     ends: tuple[int, ...] = (END,),
 ) -> list[int]:
-    """Decode without a cache, padding or generate."""
+    """Decode greedily without a cache, padding or ``generate``."""
     before, tokens = prompt(example)[:-1], [BEGIN]
     for _ in range(STEPS):
         logits = model(**mt.collate([[*example, mt.Segment("text", tokens)]])).logits["text"][:, -1]
@@ -98,7 +98,7 @@ def greedy(
 
 
 class Stop(transformers.StoppingCriteria):
-    """Stops a row that has an even token in the second place or later after its prompt."""
+    """Stops a row at an even token, except directly after the begin token."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **unused: object) -> Tensor:
         return (input_ids[:, -1] % 2 == 0) & (input_ids[:, -2] != BEGIN)

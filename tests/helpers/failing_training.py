@@ -1,4 +1,4 @@
-"""One of two processes of which one cannot save: python failing_training.py RANK PROCESSES FOLDER."""
+"""Train in two processes, one of which fails to save: python failing_training.py RANK PROCESSES FOLDER."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ TRAINING = (
     (0, atomic, "_flush"),
     (0, Path, "rename"),
 )
-"""Which process fails, and in what."""
+"""The rank that fails, and the function in which it fails."""
 FUSED = ((0, tempfile, "mkdtemp"), (0, Path, "write_text"), (0, Path, "rename"))
 
 
@@ -103,7 +103,7 @@ def main(rank: int, processes: int, folder: Path) -> None:
 
 
 def while_others_evaluate(rank: int, processes: int) -> None:
-    """What one process does alone ends with an error when its group has waited long enough."""
+    """Check that a training step on one process alone fails after the timeout of its group."""
     group = dist.new_group(timeout=timedelta(seconds=5))
     assert isinstance(group, dist.ProcessGroup)
     model = shard(tiny_model(), DeviceMesh.from_group(group, "cpu"))

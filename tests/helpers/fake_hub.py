@@ -1,4 +1,4 @@
-"""The Hub as far as this library asks of it, in a folder; no network."""
+"""A fake of the Hub in a folder, without network, with the calls that this library makes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class NoRevisionError(RevisionNotFoundError):
 
 
 def checked(real: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
-    """Have a stand-in called only as the real function can be."""
+    """Make a fake refuse arguments that the real function would not accept."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         inspect.signature(real).bind(*args, **kwargs)
@@ -42,7 +42,7 @@ def checked(real: Callable[..., Any], fake: Callable[..., Any]) -> Callable[...,
 
 
 class FakeHub:
-    """Repositories as folders of commits; downloads lie in a cache of links to blobs, as the Hub's do."""
+    """Repositories as folders of revisions; like the Hub's, its download cache holds links to blobs."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.commits, self.tokens = root, 0, []
@@ -145,7 +145,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
 
 @pytest.fixture
 def downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Download:
-    """Put models where the Hub's own cache has them after a download; there is no network."""
+    """Go offline; return a function that puts a model into the Hub's cache, as if downloaded."""
     cache = tmp_path / "hub-cache"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

@@ -15,11 +15,11 @@ from transformers.models.auto.modeling_auto import (
 DEPTH = 4
 VOCAB_SIZE = 64
 FIRST_TOKEN = 32
-"""Ids below it may have a meaning of their own (padding, begin, images, ...)."""
+"""Smaller ids may be special tokens (padding, BOS, images, ...)."""
 WEIGHT_NOISE = 0.15
 
 SMALL: dict[str, int] = {}
-"""Most that a setting may be, so that a model is small and its windows shorter than a test's tokens."""
+"""Maximum values of settings: models are small, and windows shorter than the inputs of tests."""
 for _value, _keys in (
     (
         VOCAB_SIZE,
@@ -88,16 +88,16 @@ for _value, _keys in (
 
 
 def families() -> list[str]:
-    """All model types that transformers can build as a causal LM."""
+    """Return all model types that transformers can build as a causal LM."""
     return list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
 def tiny(family: str, seed: int = 0) -> nn.Module:
-    """A tiny random model of one family, in float32 eager attention and eval mode."""
+    """Return a tiny random model of one family, in float32, eager attention and eval mode."""
     config = tiny_config(family)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if hasattr(config, "decoder"):  # MusicGen's, which the auto class does not look into
+        if hasattr(config, "decoder"):  # MusicGen: the auto class does not handle its config
             model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
             model = model_class._from_config(config.decoder, attn_implementation="eager")
         else:
@@ -111,22 +111,22 @@ def tiny(family: str, seed: int = 0) -> nn.Module:
 
 @torch.no_grad()
 def scatter(model: nn.Module) -> None:
-    """Moves every weight off its initial value, as zeros and ones would hide what they do."""
+    """Add noise to every weight, because initial zeros and ones would hide errors."""
     for weight in model.parameters():
         if weight.is_floating_point():
             weight += WEIGHT_NOISE * torch.randn_like(weight)
     for name, table in model.named_buffers():
-        if name.endswith("tid2eid"):  # experts by token, which DeepSeek-V4 reads from its checkpoint
+        if name.endswith("tid2eid"):  # DeepSeek-V4 loads this table of experts by token from its checkpoint
             table.random_(SMALL["n_routed_experts"])
 
 
 def tiny_config(family: str) -> transformers.PreTrainedConfig:
-    """The family's default config made small."""
+    """Return the default config of a family, made small."""
     return shrink(transformers.CONFIG_MAPPING[family](), OVERRIDES.get(family, {}))
 
 
 def shrink(config: transformers.PreTrainedConfig, overrides: dict[str, Any]) -> Any:
-    """A smaller config of the same class, and so for the configs within it, which overrides may name too."""
+    """Return a smaller config of the same class; nested configs are shrunk, too, with nested overrides."""
     kept = typical_layers(config)
     settings: dict[str, Any] = {}
     for key, value in vars(config).items():
@@ -148,7 +148,7 @@ def shrink(config: transformers.PreTrainedConfig, overrides: dict[str, Any]) -> 
 
 
 def at_most(key: str, value: Any) -> Any:
-    """The value, cut to what `SMALL` allows."""
+    """Limit a value by ``SMALL``, and token ids by ``FIRST_TOKEN``."""
     if key.endswith(("token_id", "token_index")):
         if isinstance(value, list):
             return [at_most(key, token) for token in value]
@@ -157,7 +157,7 @@ def at_most(key: str, value: Any) -> Any:
 
 
 def is_per_layer(value: Any, config: transformers.PreTrainedConfig) -> bool:
-    """Whether a setting lists something for each layer, rather than the numbers of some layers."""
+    """Return whether a setting lists a value for each layer, and not the indices of layers."""
     depth = getattr(config, "num_hidden_layers", 0)
     return (
         isinstance(value, list | tuple) and depth == len(value) > DEPTH and list(value) != list(range(depth))
@@ -165,7 +165,7 @@ def is_per_layer(value: Any, config: transformers.PreTrainedConfig) -> bool:
 
 
 def typical_layers(config: transformers.PreTrainedConfig) -> list[int]:
-    """`DEPTH` layers, in order, among which every kind of layer occurs."""
+    """Return the indices of ``DEPTH`` layers that include every kind of layer."""
     kinds = list(zip(*[value for value in vars(config).values() if is_per_layer(value, config)], strict=True))
     chosen: list[int] = []
     for layer, kind in enumerate(kinds):

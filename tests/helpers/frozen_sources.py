@@ -1,4 +1,4 @@
-"""Models with frozen sources, batches for them, and what kept states add to these."""
+"""Models with frozen sources, batches for them, and the cached states in a batch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def fused(
     train: str = "none",
     layers: tuple[int, ...] = (1, 3),
 ) -> mt.FusedModel:
-    """Two frozen sources, of which "speech" is read by two links, and a trained tower."""
+    """Link a trained tower to two frozen sources, to "speech" by two links."""
     graph = mt.FusionGraph()
     speech = speech or tiny_tower(1, depth=4, width=12, vocab_size=14).to(dtype)
     graph.add_tower("speech", speech, adapter=adapter, train=train)
@@ -34,7 +34,7 @@ def fused(
 
 
 def row(seed: int) -> list[mt.Segment]:
-    """One of a few rows, of unlike length, some without one of the sources; the same for the same seed."""
+    """Return a random row; lengths differ, and some rows have no speech."""
     draw = random.Random(seed)
     parts = [
         segment("speech", *(draw.randint(2, 13) for _ in range(draw.randint(0, 9)))),

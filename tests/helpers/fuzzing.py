@@ -93,7 +93,7 @@ def _json(data: bytes, chance: random.Random) -> Mutated:
 
 
 def _text(data: bytes, chance: random.Random) -> Mutated:
-    """Put something in place of one value that no JSON library would write."""
+    """Replace a value by text that no JSON library would write."""
     document = json.loads(data)
     places = list(_places(document))
     container, key = chance.choice(places)

@@ -1,4 +1,4 @@
-"""A fusion that a third tower is added to, for the tests of surgery."""
+"""A fused pair and a third tower to add to it, for tests of surgery."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def music(**options: int) -> nn.Module:
 
 
 def with_music(model: mt.FusedModel, tower: nn.Module | None = None, **options: str) -> mt.FusedModel:
-    """Add a tower that is read by and reads both towers of ``pair``."""
+    """Add a tower, linked in both directions with both towers of ``pair``."""
     graph = model.graph
     graph.add_tower("music", tower or music(), **options)
     for other in ("speech", "text"):

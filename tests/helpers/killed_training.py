@@ -1,7 +1,7 @@
-"""Training of which a process is killed: torchrun --nproc-per-node 2 killed_training.py PART FOLDER.
+"""Training with a process that is killed: torchrun --nproc-per-node 2 killed_training.py PART FOLDER.
 
-The parts are "trainer" and "loop", in which it is killed, and "resumed", which goes on with both and compares
-what comes of it with runs that nothing disturbed.
+In the parts "trainer" and "loop", the process is killed. "resumed" resumes both runs and compares the results
+with those of uninterrupted runs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from multitower.train.resume import load_training, save_training
 from parallel_training import whole
 
 SAVED, LOST, LAST = 2, 3, 4
-"""After which step there is a checkpoint, after which a process is killed, and which is the last."""
+"""The step after which a checkpoint is saved, the one after which a process is killed, the last one."""
 
 
 def make() -> mt.FusedModel:

@@ -1,4 +1,4 @@
-"""Training by examples/train_accelerate.py, of which each launcher of accelerate starts its processes:
+"""Training with examples/train_accelerate.py, for processes that accelerate's launcher starts:
 
 accelerate launch ... launched_training.py FOLDER STEPS ACCUMULATE.
 """
@@ -31,7 +31,7 @@ def prepare(folder: Path) -> None:
 
 
 def main(folder: Path, steps: int, accumulate: int) -> None:
-    """Train, and have the first process write the losses."""
+    """Train; the first process writes the losses."""
     datasets.config.HF_DATASETS_CACHE = folder / f"cache{RANK}"
     losses = train_accelerate.main(
         Recipe(

@@ -1,4 +1,4 @@
-"""Small modalities for tiny towers, and what goes through a pipeline with them."""
+"""Small modalities for tiny towers, and pipelines with them."""
 
 from __future__ import annotations
 
@@ -49,5 +49,5 @@ def simple_pipe() -> mt.Pipeline:
 
 
 def pipe_of_other_edges() -> mt.Pipeline:
-    """Modalities that begin and end with other tokens than their towers; of speech only the end differs."""
+    """Return a pipeline whose modalities have other begin and end tokens than their towers."""
     return mt.Pipeline(pair(gates=True), {"text": Letters(begin=12, end=13), "speech": Tune(begin=1, end=11)})

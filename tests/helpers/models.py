@@ -9,7 +9,7 @@ import multitower as mt
 from multitower.testing import open_links, tiny_tower
 
 BEGIN, END = 1, 2
-"""Of every tiny tower; what pads is 0, so that no one of them can pass for another."""
+"""The begin and end tokens of all tiny towers; padding is 0, so the three differ."""
 
 transformers_families = ("llama", "gpt2", "qwen3", "gemma3_text", "bloom", "phi3")
 
@@ -23,7 +23,7 @@ def causal_lm(
     seed: int = 0,
     config: dict | None = None,
 ) -> nn.Module:
-    """A tiny random transformers model: ``config`` adds to its config."""
+    """Return a tiny random transformers model; ``config`` adds to its config."""
     import transformers
 
     default = transformers.AutoConfig.for_model(family)
@@ -55,7 +55,7 @@ def pair(
     position: str | None = None,
     window: int | None = None,
 ) -> mt.FusedModel:
-    """Speech and text, linked in both directions as in Zipper; speech of unlike width and depth."""
+    """Link speech and text, of different width and depth, in both directions as in Zipper."""
     graph = mt.FusionGraph()
     speech = speech or tiny_tower(1, depth=4, width=12, vocab_size=14)
     graph.add_tower("speech", speech, train=train, adapter="gated")

@@ -1,8 +1,8 @@
-"""A simulated device: its tensors say that they are there, and hold their values on the CPU.
+"""A simulated device: its tensors report it as their device, but hold their values on the CPU.
 
-It shows, where no accelerator is at hand, what one would: operations that mix devices are refused, and each
-wait of the host for a value of the device is noted. Importing this registers the device with torch for good,
-so a process that does is best used for nothing else.
+It finds errors of accelerators without having one: operations that mix devices raise an error, and each time
+the host waits for a value from the device is recorded. Importing this module registers the device with torch
+permanently, so import it only in a process of its own.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ WAITING = {
     ATEN.nonzero.default,
     ATEN.repeat_interleave.Tensor,
 }
-"""What cannot be known, or whose shape cannot, without a look at values."""
+"""Operations that return a Python value, or a shape that depends on the values of tensors."""
 
 
 class Wait(NamedTuple):
-    """An operation for which the host waits, and the lines of files that ran, the innermost last."""
+    """An operation for which the host waits, and its stack as "file:line", the innermost last."""
 
     operation: str
     lines: tuple[str, ...]
 
 
 class OtherDevice(TorchDispatchMode):
-    """Makes tensors on the device, and notes waits.
+    """Creates tensors on the device, and records waits.
 
     >>> with OtherDevice() as other:
     ...     two = torch.ones(2, device=DEVICE).sum().item()
@@ -85,7 +85,7 @@ class Remote(Tensor):
         return self.cpu().tolist()
 
     def untyped_storage(self) -> torch.UntypedStorage:
-        return self.raw.untyped_storage()  # by which others tell what shares memory
+        return self.raw.untyped_storage()  # tells which tensors share memory
 
     @classmethod
     def __torch_dispatch__(
@@ -97,7 +97,7 @@ class Remote(Tensor):
 def run(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     remote = [tensor for tensor in tensors if isinstance(tensor, Remote)]
-    if func not in COPIES and 0 < len(remote) < len(tensors):  # even of one number, which real devices take
+    if func not in COPIES and 0 < len(remote) < len(tensors):  # real devices take CPU scalars
         places = ", ".join(f"{tuple(tensor.shape)} on {tensor.device}" for tensor in tensors)
         raise RuntimeError(f"{func} mixes devices: {places}")
     there, given_args = _gives_remote(func, args, kwargs), args
@@ -107,10 +107,10 @@ def run(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     result = func(*args, **kwargs)
     if not there:
         return result
-    if torch.Tag.inplace_view in func.tags:  # squeeze_ and others change the shape of the tensor itself
+    if torch.Tag.inplace_view in func.tags:  # such as squeeze_, which changes the tensor's shape
         with no_dispatch():
             func(*given_args, **kwargs)
-    given = {id(tensor.raw): tensor for tensor in remote}  # what ran in place stays the tensor that it was
+    given = {id(tensor.raw): tensor for tensor in remote}  # in-place operations return their input
     return tree_map_only(Tensor, lambda raw: given.get(id(raw)) if id(raw) in given else Remote(raw), result)
 
 
@@ -146,7 +146,7 @@ def _copy_from(source: Tensor, into: Tensor, non_blocking: bool = False) -> Tens
     return into
 
 
-# torch.tensor(..., device=...) makes its tensor below the reach of a mode.
+# Dispatch modes do not see the creation of tensors by torch.tensor(..., device=...).
 LIBRARY = torch.library.Library("aten", "IMPL")
 LIBRARY.impl("empty.memory_format", _empty, "PrivateUse1")
 LIBRARY.impl("empty_strided", _empty_strided, "PrivateUse1")

@@ -1,4 +1,4 @@
-"""Pages of documentation as the tests read them."""
+"""Find the pages of the documentation, and their code blocks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FENCE = re.compile(
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block: its language, what stands in it, and the comment that stands right before it."""
+    """A fenced block: its language, its content, the comment directly before it, and its line."""
 
     kind: str
     code: str
@@ -36,5 +36,5 @@ def blocks(page: Path) -> list[Block]:
 
 
 def name(page: Path) -> str:
-    """Return what a page is called in the repository."""
+    """Return the path of a page in the repository."""
     return page.relative_to(ROOT).as_posix()

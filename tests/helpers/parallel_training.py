@@ -1,7 +1,7 @@
-"""One of several processes that train together: python parallel_training.py RANK PROCESSES FOLDER.
+"""Distributed training, one process of several: python parallel_training.py RANK PROCESSES FOLDER.
 
-Each writes the weights after some steps with every engine; a single process would be given all batches of a
-step.
+Each process trains with every engine on its share of the batches of each step, and writes the weights. A
+single process would get all batches.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from processes import join
 LR = 0.1
 PROMPTS = [[segment("speech", 5, 6, 7)]]
 STEPS = (
-    (  # each batch lacks another tower
+    (  # each batch lacks a different tower
         [[segment("speech", 5, 6), segment("text", 3, 4, 5, 6, target=True)]],
         [[segment("music", 9, 3), segment("text", 9, target=True)], [segment("music", 3, target=True)]],
         [[segment("music", 4), segment("speech", 12, target=True)]],
         [[segment("speech", 6, target=True)]],
     ),
-    (  # all lack the same
+    (  # all batches lack the same tower
         [[segment("speech", 5, 6), segment("text", 3, 4, target=True)]],
         [[segment("text", 9, 8, 7), segment("speech", 9, target=True)]],
         [[segment("speech", 4), segment("text", 12, target=True)]],
@@ -48,7 +48,7 @@ STEPS = (
 
 
 def make(towers: str) -> mt.FusedModel:
-    """Three towers. "frozen": one of them is. "shared": two are one, and a third has adapters in bfloat16."""
+    """Link three towers. "frozen": one is frozen. "shared": two share a model, one has LoRA in bfloat16."""
     torch.manual_seed(0)
     graph = mt.FusionGraph()
     tied = causal_lm("llama", seed=1, config={"tie_word_embeddings": True})
@@ -91,12 +91,12 @@ def within_halves(model: mt.FusedModel) -> nn.Module:
 
 
 def with_accelerate(model: mt.FusedModel) -> nn.Module:
-    """Have accelerate divide it as its launcher asks it to: each process takes the weights of the first."""
+    """Shard with accelerate as from its launcher; all processes get the weights of the first."""
     from accelerate import Accelerator, FullyShardedDataParallelPlugin
     from accelerate.utils import DistributedType
 
     accelerator = Accelerator(cpu=True)
-    accelerator.state.distributed_type = DistributedType.FSDP  # which it does not offer on the CPU
+    accelerator.state.distributed_type = DistributedType.FSDP  # accelerate does not offer it on the CPU
     accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2, cpu_ram_efficient_loading=True, auto_wrap_policy="transformer_based_wrap"
     )
@@ -145,7 +145,7 @@ CASES: dict[int, list[Case]] = {
         *(("shared", engine) for engine in ("per_layer", "hybrid")),
     ],
 }
-"""Which towers are trained by which engines, by how many processes there are."""
+"""The towers and engines to train, by number of processes."""
 
 
 def counted(batches: list[dict]) -> dict[str, int]:
@@ -200,10 +200,10 @@ def main(rank: int, processes: int, folder: Path) -> None:
         with CommDebugMode() as sent:
             assert sampled_fingerprint(model.state_dict()) == sampled_fingerprint(found)
         assert not any("gather" in str(each) for each in sent.get_comm_counts())
-        decoded = answer(model, 2 + rank)  # one process takes longer than another
+        decoded = answer(model, 2 + rank)  # some processes decode longer than others
         if rank == 0 or is_divided(model):
             model.save_pretrained(place)
-        train(wrapped, optimizer, STEPS[:1], rank, processes)  # goes on
+        train(wrapped, optimizer, STEPS[:1], rank, processes)  # continues training
         later = {f"later.{name}": tensor for name, tensor in whole(model).items()}
         save_file({**found, **later, "answer": decoded}, folder / f"{towers}, {engine}.{rank}.safetensors")
     dist.destroy_process_group()

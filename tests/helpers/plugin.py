@@ -1,4 +1,4 @@
-"""Packages that offer plugins, written for a test and found as if they were installed."""
+"""A fixture that makes fake installed packages with plugins."""
 
 from __future__ import annotations
 

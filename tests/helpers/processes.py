@@ -1,4 +1,4 @@
-"""Processes that train together, each the same script with a rank of its own."""
+"""Start the processes of distributed training."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import torch.distributed as dist
 
 
 def environment(**more: str) -> Mapping[str, str]:
-    """What a process needs to import what this one can, on one thread."""
+    """Return environment variables that give a process this one's import path and a single thread."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", **more}
 
 
 def join(rank: int, processes: int, folder: Path) -> None:
-    """Join the others over gloo, in an environment as torchrun's, by which accelerate goes."""
+    """Join the gloo process group, and set the environment variables of torchrun, for accelerate."""
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
     os.environ.update({name: str(number) for name, number in numbers.items()})
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
@@ -28,7 +28,7 @@ def join(rank: int, processes: int, folder: Path) -> None:
 
 
 def together(script: str, processes: int, folder: Path, limit: float = 300) -> None:
-    """Run a script as ``script RANK PROCESSES FOLDER``; where one fails, or time is up, all are ended."""
+    """Run ``script RANK PROCESSES FOLDER`` in all processes; if one fails or times out, kill all."""
     command = [sys.executable, "-W", "error::UserWarning:multitower", script]
     children = [
         subprocess.Popen([*command, str(rank), str(processes), str(folder)], env=environment())

@@ -1,4 +1,4 @@
-"""Processes that save checkpoints, to be killed."""
+"""Processes that save checkpoints, and are killed or cannot write."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["multitower.testing", "multitower.checkpoint"])
 Report = tuple[str, int, list[str]]
 TOUCHES = ("open", "os.", "shutil.", "tempfile.", "ctypes.", "fcntl.")
-"""How the audit events begin of what may change a file system."""
+"""Prefixes of the audit events of operations that may change a file system."""
 
 
 def start(folder: Path, **options: Any) -> tuple[BaseProcess, Connection]:
-    """Start a process that saves two models in turn; what it sends first says that it begins."""
+    """Start a process that saves two models in turn; it sends a message before the first save."""
     mine, its = CONTEXT.Pipe()
     child = CONTEXT.Process(target=_save, args=(folder, its), kwargs=options, daemon=True)
     child.start()
@@ -39,7 +39,7 @@ def start(folder: Path, **options: Any) -> tuple[BaseProcess, Connection]:
 
 
 def which(folder: Path) -> int:
-    """Load a checkpoint; return which of the two models it is, every tensor of it."""
+    """Load a checkpoint; return which of the two models all its tensors are from."""
     towers = {"speech": tiny_tower(depth=3, width=12), "text": tiny_tower(depth=2, width=8)}
     found = mt.FusedModel.from_pretrained(folder, towers=towers).state_dict()
     for seed in (0, 1):
@@ -85,15 +85,16 @@ def _kill_itself(after: int) -> None:
 
 
 def save_where_it_cannot(folder: Path, limit: str) -> list[Report] | None:
-    """Save the second model over the first in a process of its own, which has no right or too little space.
+    """Save the second model over the first in a new process without permission or with too little space.
 
     Args:
         folder: A checkpoint of the first model.
-        limit: "file", a limit to the length of a file that grows until all fit; "disk", the same with a disk
-            that is full, or None where one may not be mounted; or "read-only".
+        limit: "file" limits the size of files, "disk" saves to a full disk; both add space until the save
+            succeeds. "read-only" saves to a folder without permission.
 
     Returns:
-        For each save "saved" or the error, which model is there, and what stands in the parent folder.
+        For each save: "saved" or the error, which model the folder holds, and the names in its parent
+        folder. None if no disk can be mounted.
     """
     mine, its = CONTEXT.Pipe(duplex=False)
     child = CONTEXT.Process(target=_save_with_less, args=(folder, limit, its), daemon=True)
@@ -109,7 +110,7 @@ def _save_with_less(folder: Path, limit: str, pipe: Connection) -> None:
     if limit == "read-only":
         if os.geteuid() == 0:
             with tempfile.TemporaryDirectory() as place:
-                _try(Path(place, "fused"))  # imports all that it takes: another user may not read it
+                _try(Path(place, "fused"))  # import all modules, which another user may not read
             os.setuid(65534)
         pipe.send([_try(folder)])
         return
@@ -139,7 +140,7 @@ def _try(folder: Path) -> Report:
 
 
 def _fill(disk: Path, folder: Path) -> bool:
-    """Mount a small disk that this process alone sees; put the first model on it, and fill it up."""
+    """Mount a small disk that only this process sees, save the first model on it, and fill it."""
     clone_newns = 0x20000
     if ctypes.CDLL(None).unshare(clone_newns):
         return False

@@ -1,4 +1,4 @@
-"""Fixtures: a server of a tiny model, and a client of it."""
+"""Fixtures: a server of a tiny model, and its client."""
 
 from __future__ import annotations
 

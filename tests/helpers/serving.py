@@ -21,12 +21,12 @@ for needed in ("fastapi", "prometheus_client", "python_multipart", "soundfile", 
 uvicorn = pytest.importorskip("uvicorn", reason="the server needs the extra serve")
 
 LIMIT = 20
-"""How many tokens the servers of the tests decode at most."""
+"""Maximum number of tokens that the tests' servers decode."""
 
 
 @dataclass(frozen=True)
 class Running:
-    """A server that runs."""
+    """A running server: its app and port."""
 
     app: Any
     port: int
@@ -37,22 +37,22 @@ class Running:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """What it has counted, by name and labels."""
+        """Return the metric values, by name and labels."""
         with urllib.request.urlopen(f"{self.url}/metrics") as answer:
             lines = answer.read().decode().splitlines()
         return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if line[0] != "#"}
 
     def wait_until_idle(self, seconds: float = 20) -> None:
-        """Wait until nothing is under way."""
+        """Wait until no request is being processed."""
         end = time.monotonic() + seconds
         while self.metrics["multitower_requests_under_way"]:
-            assert time.monotonic() < end, "something is still under way"
+            assert time.monotonic() < end, "a request is still being processed"
             time.sleep(0.05)
 
 
 @contextmanager
 def running(app: Any, **options: Any) -> Iterator[Running]:
-    """Run an app by uvicorn on a free port."""
+    """Run an app with uvicorn on a free port."""
     listening = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(app, log_level="critical", ws="websockets-sansio", **options)
     server = uvicorn.Server(config)
@@ -71,7 +71,7 @@ def running(app: Any, **options: Any) -> Iterator[Running]:
 
 
 def send(server: Running, path: str, body: bytes, kind: str = "application/json") -> tuple[int, bytes]:
-    """Send a body as it is; return the status and the answer."""
+    """Send a raw body; return the status and the body of the response."""
     request = urllib.request.Request(server.url + path, body, {"Content-Type": kind})
     try:
         with urllib.request.urlopen(request, timeout=30) as answer:

@@ -1,4 +1,4 @@
-"""Fusions for conversations, and what is counted of them."""
+"""Fused models for conversations, and a count of the tokens that they run."""
 
 from __future__ import annotations
 

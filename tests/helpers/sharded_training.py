@@ -1,4 +1,4 @@
-"""One of several processes that divide a model: python sharded_training.py RANK PROCESSES FOLDER."""
+"""Training of a sharded model, one process: python sharded_training.py RANK PROCESSES FOLDER."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def main(rank: int, processes: int, folder: Path) -> None:
 
 
 def check(folder: Path) -> None:
-    """Load what other processes, or more or fewer of them, have saved."""
+    """Load what an earlier run has saved, possibly with another number of processes."""
     expected = load_file(folder / "saved.safetensors")
     model, optimizer = start()
     with warnings.catch_warnings():

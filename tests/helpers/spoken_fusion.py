@@ -1,4 +1,4 @@
-"""A checkpoint of speech and text, and what it is made of; sounds are noise."""
+"""Fixtures: a checkpoint of speech and text, and its parts; the clips are noise."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ RATE = 16_000
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Both decoders and the modality of speech, each in a folder, and a few clips with their transcripts."""
-    soundfile = pytest.importorskip("soundfile", reason="speech is read and written")
+    """Save decoders and modalities, each in a folder, and a few clips with transcripts."""
+    soundfile = pytest.importorskip("soundfile", reason="needs soundfile")
     from multitower_speech import SpeechModality
     from multitower_text import TextModality
 

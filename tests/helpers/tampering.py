@@ -1,4 +1,4 @@
-"""Checkpoints as a stranger may write them: changed, and the manifest too, so that it is not noticed."""
+"""Change a checkpoint together with its manifest, as an attacker would."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from multitower.storage.tensors import inventory
 def rewrite_manifest(
     folder: Path, change: Callable[[dict[str, Any]], object] = lambda document: None, *, tensors: bool = False
 ) -> None:
-    """Make ``fusion.json`` agree with the files of a checkpoint; before that, change what it says.
+    """Change ``fusion.json``, then make it match the files of the checkpoint.
 
     Args:
         folder: The checkpoint.
-        change: Changes what ``fusion.json`` says.
-        tensors: Whether it shall also agree with which tensors there are.
+        change: Changes the document in place.
+        tensors: Whether to update the list of tensors, too.
     """
     document = json.loads((folder / "fusion.json").read_text())
     change(document)

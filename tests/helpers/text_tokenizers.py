@@ -1,4 +1,4 @@
-"""Tokenizers trained on the spot on a few lines, for tests of the text modality."""
+"""Tokenizers trained on a few lines, for tests of the text modality."""
 
 from pathlib import Path
 
@@ -34,7 +34,7 @@ def byte_level_bpe(**special):
 
 
 def unigram():
-    """Special tokens are pieces of the model itself, which the backend cannot keep apart."""
+    """Return a tokenizer whose special tokens are ordinary pieces of its model."""
     pieces = [("<s>", 0.0), ("</s>", 0.0), ("<pad>", 0.0), ("<unk>", 0.0)]
     letters = sorted(set("".join(LINES)) | set("\u2581</>"))
     pieces += [(letter, -5.0) for letter in letters]
@@ -45,7 +45,7 @@ def unigram():
 
 
 def byte_fallback():
-    """Of the Llama kind: pieces with a space in front, bytes for what has no piece."""
+    """Return a tokenizer like Llama's: pieces begin with a space, other characters become bytes."""
     names = [*SPECIAL, "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *"\u2581adeorstw"]
     vocab = {name: i for i, name in enumerate(names)}
     inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
@@ -59,17 +59,15 @@ def byte_fallback():
 
 
 def lower_casing(folder: Path):
-    """WordPiece, without bos and eos."""
+    """Return a WordPiece tokenizer without BOS and EOS."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "two", "tow", "##ers", ","]
     (folder / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
     return transformers.BertTokenizer(str(folder / "vocab.txt"))
 
 
 def sentencepiece(folder: Path):
-    """One that runs in Python, on a sentencepiece model."""
-    trainer = pytest.importorskip(
-        "sentencepiece", reason="trains a vocabulary of that kind"
-    ).SentencePieceTrainer
+    """Return a tokenizer in Python with a sentencepiece model."""
+    trainer = pytest.importorskip("sentencepiece", reason="needs sentencepiece").SentencePieceTrainer
     lines = iter(LINES * 20)
     trainer.train(
         sentence_iterator=lines,
@@ -82,5 +80,5 @@ def sentencepiece(folder: Path):
 
 
 def python_bytes():
-    """One that runs in Python, without bos."""
+    """Return a tokenizer in Python without BOS."""
     return transformers.ByT5Tokenizer()

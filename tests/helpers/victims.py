@@ -1,4 +1,4 @@
-"""Checkpoints to be damaged, by a stranger or by chance."""
+"""Checkpoints for tests that damage them, on purpose or at random."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from plugin import LETTERS, Offer
 
 @dataclass
 class Base:
-    """A checkpoint to be changed, and how it is loaded."""
+    """A checkpoint, and a function that loads it."""
 
     folder: Path
     load: Callable[[], mt.FusedModel]

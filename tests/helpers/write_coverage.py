@@ -1,6 +1,6 @@
 """Try every causal LM family of the installed transformers as a tower; write docs/coverage.md.
 
-python tests/helpers/write_coverage.py            # minutes; a tiny random model of each family, on the CPU
+python tests/helpers/write_coverage.py            # takes minutes, on the CPU
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Result(NamedTuple):
 def try_family(family: str) -> Result:
     try:
         model = tiny(family)
-    except Exception as error:  # whatever a family needs that is not here
+    except Exception as error:  # of any kind, such as a missing package
         return Result(family, reason=f"the model cannot be built: {one_line(error)}")
     name = type(model).__name__
     try:
@@ -48,7 +48,7 @@ def try_family(family: str) -> Result:
     except mt.errors.TowerError as error:
         return Result(family, name, reason=f"refused: {one_line(error)}")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it decodes without a cache stands in the table
+        warnings.simplefilter("ignore")  # the table says which decode without a cache
         report = tower_report(tower)
     broken = {key: reason for key, reason in report.items() if reason}
     wrong = {"attributes", "shapes", "identity", "causality", "rows"} & set(broken)
@@ -71,7 +71,7 @@ def try_family(family: str) -> Result:
 
 @torch.no_grad()
 def decodes_cached(tower: mt.TransformersTower) -> bool:
-    """Whether decoding runs each token through the layers only once."""
+    """Return whether decoding runs each token through the layers only once."""
     prompt, steps, seen = torch.full((1, 5), FIRST_TOKEN, device=tower.device), 3, 0
 
     def count(layer: int, state: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -80,7 +80,7 @@ def decodes_cached(tower: mt.TransformersTower) -> bool:
         return state
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the same
+        warnings.simplefilter("ignore")  # as above
         tower.decoder(count).generate(
             prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=steps, min_new_tokens=steps
         )

@@ -1,4 +1,4 @@
-"""Pictures: what they show of a model, an output, an estimate and a run."""
+"""Drawings of a model, an output, an estimate and a run."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import multitower as mt
 from models import EXAMPLES, causal_lm, pair
 from multitower.inspect import draw_attention, draw_estimate, draw_graph, draw_history, openness
 
-pytest.importorskip("matplotlib", reason="pictures are drawn")
+pytest.importorskip("matplotlib", reason="needs matplotlib")
 
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch  # an extra
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch  # optional dependency
 
 
 def arrows(figure) -> list[FancyArrowPatch]:
@@ -43,7 +43,7 @@ def test_open_taps_are_coloured_by_how_open_they_are() -> None:
 
 
 def test_towers_tell_by_colour_and_pattern_what_is_trained() -> None:
-    pytest.importorskip("peft", reason="a tower has adapters")
+    pytest.importorskip("peft", reason="adapters need the lora extra")
     graph = mt.FusionGraph()
     for name, train in (("a", "none"), ("b", "all"), ("c", "lora")):
         graph.add_tower(name, causal_lm("llama"), train=train)

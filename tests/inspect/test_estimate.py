@@ -24,7 +24,7 @@ QUICK = {("llama", "lora"), ("gpt2", "all")}
 
 
 def saved(model: mt.FusedModel, batch: Batch) -> int:
-    """The bytes that a real forward on the CPU saves for its backward."""
+    """Return the bytes that a real forward on the CPU saves for its backward."""
     given = [tensor for stream in batch["streams"].values() for tensor in stream.values()]
     known = {each.untyped_storage().data_ptr() for each in [*model.parameters(), *model.buffers(), *given]}
     kept: dict[int, Tensor] = {}
@@ -40,7 +40,7 @@ def saved(model: mt.FusedModel, batch: Batch) -> int:
 
 
 def flops(model: mt.FusedModel, batch: Batch, *, backward: bool) -> int:
-    """The FLOPs of a real run, attention on the CPU included."""
+    """Return the FLOPs of a real run, including attention on the CPU."""
     aten = torch.ops.aten
     formulas = {
         aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
@@ -59,7 +59,7 @@ def flops(model: mt.FusedModel, batch: Batch, *, backward: bool) -> int:
 
 
 def check(model: mt.FusedModel, batch: Batch) -> mt.inspect.Estimate:
-    """Compare an estimate with what is measured."""
+    """Compare an estimate with measurements."""
     found = model.estimate(batch)
     total = found.total
     assert total.parameters == sum(each.numel() for each in model.parameters())
@@ -165,7 +165,7 @@ def test_weights_that_are_shared_or_tied_count_once():
 
 
 def test_each_part_has_its_own_flops():
-    """Counted on paper: two FLOPs for each weight of a matrix and token, and attention."""
+    """Compare with a count by hand: two FLOPs per matrix weight and token, and attention."""
     width, inner, vocabulary, rows, length = 16, 32, 20, 2, 5
     graph = FusionGraph()
     graph.add_tower("speech", causal_lm("llama"), adapter=None)
@@ -181,9 +181,9 @@ def test_each_part_has_its_own_flops():
     assert found.towers["text"].forward_flops == tower
     assert found.adapters["text"].forward_flops == 2 * tokens * 4 * width**2
     assert found.links["speech->text"].forward_flops == tap
-    # of the frozen tower: with respect to states, not to weights; attention is computed anew
+    # frozen tower: gradients of states, not of weights; attention is recomputed
     assert found.towers["text"].backward_flops == tower + 2 * 6 * pairs * width
-    # of the tap, all trained: with respect to weights and states, down to the norms
+    # trained tap: gradients of weights and states, down to the norms
     assert found.links["speech->text"].backward_flops == 2 * tap + 2 * pairs * width
 
 
@@ -197,7 +197,7 @@ def test_the_cache_of_a_tower(family):
     cache = model.unimodal("text")(tokens, use_cache=True).past_key_values
     held = [part for layer in cache.layers for part in (layer.keys, layer.values)]
     keys_values = sum(part.untyped_storage().nbytes() for part in held)
-    assert found.towers["text"].cache_bytes == pytest.approx(keys_values, rel=0.01)  # a sliding one counts
+    assert found.towers["text"].cache_bytes == pytest.approx(keys_values, rel=0.01)  # allows for a counter
     assert found.towers["speech"].cache_bytes == 0  # a Tower in plain PyTorch decodes without a cache
 
 
@@ -207,7 +207,7 @@ def test_what_is_not_run_costs_nothing():
     found = model.estimate(mt.collate([[text, speech]]))
     assert found.links["speech->text"].forward_flops == 0  # text sees no speech: it comes first
     assert found.links["text->speech"].forward_flops > 0
-    assert found.links["speech->text"].cache_bytes > 0  # what comes next will see it
+    assert found.links["speech->text"].cache_bytes > 0  # later text will see it
     only = model.estimate(mt.collate([[text, speech]]), logits=False)
     assert only.towers["speech"].forward_flops == only.links["text->speech"].forward_flops == 0
     assert only.towers["text"].step_flops == found.towers["text"].step_flops > 0
@@ -215,7 +215,7 @@ def test_what_is_not_run_costs_nothing():
 
 def test_a_batch_without_labels_has_no_backward():
     batch = mt.collate([[segment("text", 4)]])
-    assert pair().estimate(batch).total.backward_flops > 0  # of a loss of 0
+    assert pair().estimate(batch).total.backward_flops > 0  # the loss is 0
     del batch["streams"]["text"]["labels"]
     found = pair().estimate(batch).total
     assert found.forward_flops == found.step_flops > 0

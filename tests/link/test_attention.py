@@ -1,6 +1,6 @@
-"""Links attend by flex_attention as they do by sdpa.
+"""Links give the same results with flex_attention as with sdpa.
 
-Uncompiled it computes the same, slowly, without a compiler for C++; compiled it has no backward on the CPU.
+Uncompiled, flex_attention is slow, but needs no C++ compiler; compiled, it has no backward on the CPU.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from multitower.link.attention import block_visibility, visibility
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning"),
-    # while torch itself traces and compiles
+    # torch warns about its own code while it traces and compiles
     pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
@@ -66,7 +66,7 @@ def test_flex_attention_gives_what_sdpa_gives(window: int | None, packed: bool) 
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="compiled it needs a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="compiled flex_attention needs a GPU")
 @torch.no_grad()
 def test_compiled_it_gives_the_same_for_all_lengths() -> None:
     torch._dynamo.reset()
@@ -151,7 +151,7 @@ def test_one_graph_for_packed_batches_of_any_size() -> None:
 def test_gradients_are_those_of_sdpa(
     monkeypatch: pytest.MonkeyPatch, window: int | None, packed: bool
 ) -> None:
-    # torch refuses a backward on the CPU, for which it has no kernel; uncompiled it needs none.
+    # torch refuses a backward on the CPU because it has no kernel; uncompiled, it needs none.
     monkeypatch.setattr(flex_attention, "_validate_device", lambda query, key, value: None)
     check_gradients(pair(gates=True, window=window, position="rotary"), torch.device("cpu"), packed)
 

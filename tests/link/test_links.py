@@ -1,4 +1,4 @@
-"""How links and input adapters begin, what they contribute, and at which rates they learn."""
+"""Initial values, contributions and learning rates of links and input adapters."""
 
 from __future__ import annotations
 

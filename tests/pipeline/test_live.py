@@ -1,4 +1,4 @@
-"""Texts that are written while speech still comes in."""
+"""Text that is written while speech is still coming in."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_at_a_pause_all_is_written_that_the_model_says_of_what_was_read() -> Non
     ((expected,),) = pipe.model.generate([[mt.Segment("speech", SPEECH[:6])]], ["text"], **options)
     assert next(pieces) == pipe.modalities["text"].decode(expected.tokens)
     read = torch.cat([each.tokens for each in session.history[0] if each.tower == "speech"])
-    assert torch.equal(read, SPEECH[:6])  # which ends in 8 and 9; 6 and 7 were no pause
+    assert torch.equal(read, SPEECH[:6])  # ends with 8 and 9, a pause; 6 and 7 are none
 
 
 def test_a_policy_that_would_never_write_is_refused() -> None:
@@ -94,16 +94,14 @@ def test_a_first_token_is_what_was_decoded_of_what_was_read() -> None:
 def test_speech_runs_once() -> None:
     pipe = piped("llama")
     session = pipe.session()
-    list(
-        session.fork().listen("speech", SPEECH.split(2), "text", **OPTIONS)
-    )  # what towers can do is asked once
+    list(session.fork().listen("speech", SPEECH.split(2), "text", **OPTIONS))  # runs one-time checks
     ran = counted(pipe.model)
     list(session.listen("speech", SPEECH.split(2), "text", **OPTIONS))
     assert {number for (name, _), number in ran.items() if name == "speech"} == {len(SPEECH)}
 
 
 def test_no_written_token_is_taken_back() -> None:
-    """Answers that agree by chance and then turn out otherwise stay."""
+    """Only tokens on which the last answers agree are settled."""
     policy = Agreement(2, hold=0)
     assert policy.settled([[4]]) == 0
     assert policy.settled([[4, 5], [4, 5, 6]]) == 2

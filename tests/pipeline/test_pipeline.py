@@ -76,7 +76,7 @@ def tokens_of(result: Any) -> Any:
 
 
 class Lossy(Letters):
-    """Letters that do not come back as the tokens that they were decoded from."""
+    """Encodes only the first letter, so tokens are not restored from decoded text."""
 
     def encode(self, raw: str) -> Tensor:
         return super().encode(raw[:1])

@@ -20,7 +20,7 @@ from multitower.pipeline.streaming import in_a_thread, stream
 
 
 class Pieces(Letters):
-    """Bytes that make spaces, lines, wide characters and broken ones; a leading space is dropped."""
+    """Tokens of spaces, newlines, and whole or partial UTF-8 characters; a leading space is dropped."""
 
     name, vocab_size = "pieces", 11
     TABLE = (b"", b"", b"", b"a", b" ", b"\n", b"\xc3", b"\xa9", "你".encode(), b"\xe4\xbd", b" b")
@@ -173,7 +173,7 @@ def test_a_stream_that_cannot_be_is_refused_at_once(
 
 
 class Melody(Tune):
-    """Notes two by two, as soon as there are two."""
+    """Streams notes in pairs, as soon as there are two."""
 
     name = "melody"
 

@@ -1,4 +1,4 @@
-"""A modality in a package of its own: built, installed, found, fused, saved; and missed where it is not."""
+"""Build, install and use a package with a modality; without it, the error names it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import pytest
 import multitower as mt
 from paths import ROOT
 
-if not any(importlib.metadata.distributions(name="pip")):  # to import it would change distutils for all tests
-    pytest.skip("packages are built and installed by pip", allow_module_level=True)
+if not any(importlib.metadata.distributions(name="pip")):  # importing pip changes distutils for all tests
+    pytest.skip("needs pip", allow_module_level=True)
 
 MUSIC = ROOT / "examples" / "plugins" / "multitower_music"
 
@@ -65,12 +65,12 @@ assert written == music.decode(segment.tokens)
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the music package installed, built as its users build it."""
+    """Build the music package as users do, and install it into a folder."""
     folder = tmp_path_factory.mktemp("packages")
     isolation = ["--no-build-isolation"] if find_spec("hatchling") else []
     built = _pip("wheel", "--no-deps", *isolation, "--wheel-dir", folder, MUSIC)
     if built.returncode and "No matching distribution found for hatchling" in built.stderr:
-        pytest.skip("hatchling is neither installed nor on a package index that can be reached")
+        pytest.skip("needs hatchling, installed or from a package index")
     assert not built.returncode, built.stdout + built.stderr
     (wheel,) = folder.glob("multitower_music-*.whl")
     done = _pip("install", "--no-deps", "--no-index", "--target", folder / "site", wheel)
@@ -80,7 +80,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def saved(site: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder where a process that has the package left a fused model."""
+    """Save a fused model by a process with the package; return its parent folder."""
     folder = tmp_path_factory.mktemp("work")
     done = _python(FUSE_AND_SAVE, folder, site, ROOT / "tests" / "helpers")
     assert not done.returncode, done.stderr
@@ -113,7 +113,7 @@ def _pip(command: str, *arguments: str | Path) -> subprocess.CompletedProcess[st
 
 
 def _python(code: str, folder: Path, *paths: Path) -> subprocess.CompletedProcess[str]:
-    """Run code in a folder, in a process that finds the library, and what is in the paths."""
+    """Run code in a folder, by a process with the library and ``paths`` on its import path."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, *paths)))}
     line = [sys.executable, "-W", "error", "-c", code]
     return subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""What every fused model promises, over all graphs and examples that hypothesis can think of."""
+"""Properties of every fused model, on graphs and examples drawn by hypothesis."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FAMILIES = ("llama", "gpt2", "bloom", "gemma3_text", "mistral")
 FEWER = settings(max_examples=settings().max_examples // 3)
 SEEDS = st.integers(0, 999)
 ELSEWHERE = {"schedule", "order", "padding", "prefill", "session"}
-"""What is checked below: on structures alone, with seeds, of towers that decode with a cache."""
+"""Promises with tests of their own below: on structures only, with seeds, on towers with a cache."""
 
 
 @functools.cache
@@ -38,7 +38,7 @@ def pretrained(family: str, depth: int) -> mt.TransformersTower:
 
 @st.composite
 def transformers_towers(draw: st.DrawFn) -> mt.TransformersTower:
-    """Draw towers that differ in family and depth; copies know already how their model decodes."""
+    """Draw towers of different family and depth; copies skip the one-time check of decoding."""
     return copy.deepcopy(pretrained(draw(st.sampled_from(FAMILIES)), draw(st.integers(1, 3))))
 
 
@@ -70,7 +70,7 @@ def test_transformers_towers_keep_every_promise(case: Case) -> None:
 
 
 class Bag(mt.Tower):
-    """A tower as its author would write it: each layer adds up what was said so far."""
+    """A custom tower whose layers average over all tokens so far."""
 
     width, vocab_size, begin, end = 6, 10, 0, (1, 2)
 

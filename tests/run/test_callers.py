@@ -1,4 +1,4 @@
-"""Several threads use one model, each as if it were alone."""
+"""Several threads can use one model at the same time."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_forward_in_the_midst_of_another_disturbs_neither() -> None:
 
     def another(*_: Any) -> None:
         calls.count = getattr(calls, "count", 0) + 1
-        if calls.count == 2 and threading.current_thread() is outer:  # by then the head runs
+        if calls.count == 2 and threading.current_thread() is outer:  # the second call is from the head
             inner = threading.Thread(target=lambda: found.update(inner=logits(model, EXAMPLES[1])))
             inner.start()
             inner.join()

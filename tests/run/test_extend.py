@@ -1,4 +1,4 @@
-"""Towers and links are added to trained models; what was there is not touched."""
+"""Add towers and links to trained models without changing what is there."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def given(length: int) -> mt.Segment:
     ],
 )
 def test_a_limit_is_that_of_the_model(family: str, limit: int | None) -> None:
-    """``families`` has 128 positions in each config; what a model does beyond is what counts."""
+    """All configs have 128 positions, but the limit is where the model itself fails."""
     model = families.tiny(family)
     tower = mt.TransformersTower(model)
     assert tower.hard_limit == limit
@@ -115,7 +115,7 @@ def test_a_prompt_that_others_read_is_refused() -> None:
 @pytest.mark.parametrize("entry", ["text", ("text", "speech")])
 @pytest.mark.parametrize("own", [False, True])
 def test_decoding_ends_at_the_last_position_or_says_so(entry: Any, own: bool) -> None:
-    """The last token that fits is one that no step reads; a tower of one's own decodes without a cache."""
+    """The last token takes no position, because no step reads it; custom towers have no cache."""
     tower = tiny_tower(2, depth=2, width=8, vocab_size=20)
     tower.hard_limit = LIMIT
     model = pair(text=tower, gates=True) if own else fused("gpt2")
@@ -162,7 +162,7 @@ def test_where_nothing_is_said_decoding_ends_at_the_last_position() -> None:
 
 
 def test_text_that_was_decoded_to_the_last_position_is_not_read_beyond() -> None:
-    """Its last token was never read; that other towers are to read it takes one more position."""
+    """The last decoded token was not read yet; if another tower reads it, it takes one more position."""
     model = fused("gpt2")
     with pytest.raises(ValueError, match=r"row 0 of the batch has 17 tokens of tower 'text'"):
         model.generate(
@@ -178,7 +178,7 @@ def test_the_longest_example_of_a_packed_row_counts() -> None:
     speech = segment("speech", *[4] * 20)
     rows = [[text(LIMIT)], [text(5)], [speech]]
     packed = mt.pack(mt.collate(rows))
-    assert packed["streams"]["text"]["tokens"].shape == (2, 21)  # padding alone beyond the last position
+    assert packed["streams"]["text"]["tokens"].shape == (2, 21)  # only padding beyond the last position
     assert torch.allclose(model(**packed).loss, model(**mt.collate(rows)).loss)
     batch = mt.pack(mt.collate([[text(4)], [speech, text(LIMIT + 1)], [text(LIMIT)]]), one_row=True)
     with pytest.raises(ValueError, match=r"example 1 of the packed batch has 17 tokens of .* time 38 goes"):

@@ -1,4 +1,4 @@
-"""Adapters that cannot be folded into the weights leave the model as it was; others leave its logits."""
+"""Merging adapters keeps the logits; a merge that fails changes nothing."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from adapted import assert_same, fused, logits
 from models import causal_lm
 from multitower.testing import tiny_tower
 
-# peft 0.21 asks transformers 5.23 in the old way when these tests call peft themselves.
+# peft 0.21 uses a deprecated attribute of transformers 5.23 when tests call it directly.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed"),
-    pytest.mark.filterwarnings("ignore:Adapter .default.. 4 LoRA tensor"),  # which are biases
+    pytest.mark.filterwarnings("ignore:Adapter .default.. 4 LoRA tensor"),  # these are biases
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
 ]
 

@@ -1,4 +1,4 @@
-"""Fused models run on a device that is not the CPU, mix no devices and hardly wait for one."""
+"""Fused models run on a device other than the CPU, without mixing devices and with few waits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from paths import ROOT
 
 HELPERS = ROOT / "tests" / "helpers"
 
-# The device is registered for good, and torch cannot take it down again when the interpreter ends.
+# The device stays registered, and torch cannot clean it up when the interpreter exits.
 RUN = "import os, pytest, sys; os._exit(pytest.main(sys.argv[1:]))"
 
 

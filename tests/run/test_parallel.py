@@ -1,4 +1,4 @@
-"""Training in several processes, each of whose batches lacks another tower."""
+"""Training in several processes whose batches lack different towers."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ import multitower as mt
 from models import causal_lm, pair, segment
 from processes import together
 
-pytest.importorskip("transformers", reason="towers are of transformers")
-parallel = pytest.importorskip("parallel_training", reason="towers have adapters", exc_type=ImportError)
+pytest.importorskip("transformers", reason="needs transformers")
+parallel = pytest.importorskip(
+    "parallel_training", reason="adapters need the lora extra", exc_type=ImportError
+)
 
 
 @functools.cache
 def alone(towers: str) -> dict[str, torch.Tensor]:
-    """Return the weights after the same steps, and some later ones, in this process alone."""
+    """Train in this process only; return the weights after the same steps and after one more."""
     model = parallel.make(towers)
     optimizer = parallel.sgd(model)
     parallel.train(model, optimizer, parallel.STEPS)

@@ -1,4 +1,4 @@
-"""What fused models do, by example; ``test_properties`` has what holds for all graphs."""
+"""Examples of what fused models do; ``test_properties`` tests what holds for all graphs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def logits_by_time(model: mt.FusedModel, example: list[mt.Segment]) -> dict[tupl
 
 
 def test_causality_would_be_seen_along_every_path() -> None:
-    """The counterpart: later tokens of other towers do change when an earlier token does."""
+    """Check the opposite of causality: a changed token changes later logits of all towers."""
     model = pair(gates=True)
     example = [segment("speech", 5, 6), segment("text", 4, 5), segment("speech", 7)]
     altered = [segment("speech", 5, 7), *example[1:]]
@@ -110,7 +110,7 @@ def test_rotary_positions_see_distances_in_time() -> None:
 
 
 def test_positions_in_segments_see_no_distances_in_time() -> None:
-    """A gap in time changes nothing; another pace does."""
+    """A gap in time changes nothing; a different pace does."""
     model = pair(gates=True, position="segment")
     assert [link.pace for link in model.graph.links.values()] == [2.5, 0.4]
     speech, text = segment("speech", 5, 6, 7), segment("text", 4, 5)
@@ -174,7 +174,7 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
 
 def test_a_window_says_how_far_back_a_link_sees() -> None:
     speech = tiny_tower(1, depth=1, width=12)
-    speech.layers[0].forward = lambda x, mask: x  # or states would tell of tokens before the window
+    speech.layers[0].forward = lambda x, mask: x  # otherwise states would depend on tokens before the window
     graph = mt.FusionGraph()
     graph.add_tower("speech", speech)
     graph.add_tower("text", tiny_tower(2))

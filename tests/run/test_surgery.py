@@ -1,4 +1,4 @@
-"""Towers and links are taken out of trained models and exchanged; what stays is not touched."""
+"""Remove and exchange towers and links of trained models without changing the rest."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def trained() -> mt.FusedModel:
 
 @given(st.data())
 def test_dropping_is_the_inverse_of_adding(data: st.DataObject) -> None:
-    """Random links come to random models and go again; logits stay, bit for bit."""
+    """Add a tower with random links, then drop it; the logits stay equal, bit for bit."""
     names = "abc"[: data.draw(st.integers(1, 3))]
     graph = mt.FusionGraph()
     for number, name in enumerate(names):
@@ -82,7 +82,7 @@ def test_a_dropped_tower_is_freed() -> None:
     assert gone() is None
 
 
-# peft 0.21 asks transformers 5.23 in the old way.
+# peft 0.21 uses a deprecated attribute of transformers 5.23.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 def test_a_tower_that_is_taken_out_is_an_ordinary_model_again(tmp_path: Path) -> None:
     text = causal_lm("llama")

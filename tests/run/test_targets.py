@@ -1,4 +1,4 @@
-"""Batches from which nothing, or not what was meant, would be learnt."""
+"""Batches without targets, or with targets that are likely mistakes."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def gradients(model: mt.FusedModel) -> dict[str, torch.Tensor]:
 
 
 def checkpoint(model: nn.Module, options: dict[str, bool] | None = None) -> None:
-    """Switch activation checkpointing on, by the name that this version of transformers has for it."""
+    """Enable activation checkpointing, by its name in this version of transformers."""
     older = "gradient_checkpointing_enable"
     getattr(model, "activation_checkpointing_enable", getattr(model, older))(options)
 
@@ -133,7 +133,7 @@ def test_dropout_is_the_models_own(family: str) -> None:
         assert hasattr(config, key)
         setattr(config, key, value)
     if family in ("opt", "biogpt") and version.parse(transformers.__version__) < version.parse("5.22"):
-        pytest.skip("its layers draw in turn with the loop around them, which a tower runs at once")
+        pytest.skip("the loop around its layers draws random numbers, too, in another order than a tower")
     model = type(causal_lm(family))(config).eval()
     tower = mt.TransformersTower(model)
     seen = []

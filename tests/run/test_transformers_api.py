@@ -1,4 +1,4 @@
-"""What users of transformers and peft expect to find, under the names that they know."""
+"""Methods and attributes that users of transformers and peft expect."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_a_batch_is_moved_whole() -> None:
 
 
 class Encoding(dict):
-    """Stands for a BatchEncoding, a mapping that holds input_ids."""
+    """A fake BatchEncoding, a mapping with input_ids."""
 
 
 @pytest.mark.parametrize(

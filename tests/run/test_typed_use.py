@@ -1,4 +1,4 @@
-"""What the documents say to write passes ``mypy --strict`` in the code of a user."""
+"""Code as in the documentation passes ``mypy --strict``."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ follow_imports = silent
 [mypy-torch.*,transformers.*,peft.*,numpy.*,safetensors.*,huggingface_hub.*]
 follow_imports = skip
 """
-"""To read the types of these as well takes a minute."""
+"""Checking the types of these as well would take a minute."""
 
 
 def test_a_batch_goes_to_forward(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What check_modality says to the authors of modalities that break a promise."""
+"""Messages of check_modality about modalities that break a promise."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_edges_inside_can_be_declared() -> None:
 
 
 class ForgetsASixteenth(Cipher):
-    """Keeps no more of a byte than its upper half: a quantiser."""
+    """A quantiser that keeps only the upper four bits of a byte."""
 
     def encode(self, raw: Any) -> Tensor:
         tokens = super().encode(raw)
@@ -113,7 +113,7 @@ class ForgetsASixteenth(Cipher):
 
 
 class Drifts(Cipher):
-    """What comes back is each time another byte."""
+    """Decodes each byte to the next one."""
 
     def decode(self, tokens: Tensor) -> bytes:
         return bytes((byte + 1) % 256 for byte in super().decode(tokens))

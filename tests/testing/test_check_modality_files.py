@@ -1,4 +1,4 @@
-"""Modalities that save or load otherwise than they promise, and what check_modality says of them."""
+"""Messages of check_modality about modalities that save or load wrongly."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ForgetsItsShift(Cipher):
 
 @BROKEN.of("saved", "save_pretrained of what was loaded fails with FileNotFoundError", alone=True)
 class ForgetsLater(Cipher):
-    """Loads well, and what is loaded cannot be saved: its file stood in the folder."""
+    """When loaded, cannot be saved again once the folder that it was loaded from is gone."""
 
     source: Path | None = None
 
@@ -111,7 +111,7 @@ class ReadsByItself(Cipher):
 
 @BROKEN.of("damage", "from_pretrained of a folder without extra.json gives .*; expected a mult", alone=True)
 class HasAFileOfItsOwn(Cipher):
-    """Reads a file beside the others, and does without where it is missing or damaged."""
+    """Reads an additional file, and ignores that it is missing or damaged."""
 
     harmless: tuple[type[Exception], ...] = (OSError, ValueError)
 

@@ -1,4 +1,4 @@
-"""Schedules that are wrong are reported, and so are cycles that are not shown as they are."""
+"""Wrong schedules are reported, and so are cycles that are shown wrongly."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CYCLE = [LinkSpec("a", "b", name="up", taps=((2, 1),)), LinkSpec("b", "a", name=
 
 
 def late(schedule: Schedule) -> Schedule:
-    """The last taps of all run a stage later than they could."""
+    """Return a schedule whose last taps run one stage later than necessary."""
     stages = [tuple(step for step in stage if not step.taps) for stage in schedule.stages[-1:]]
     return Schedule(schedule.depths, (*schedule.stages[:-1], *stages, *schedule.stages[-1:]))
 

@@ -1,4 +1,4 @@
-"""What check_tower says to the authors of towers that break what it asks for."""
+"""Messages of check_tower about towers that break a promise."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from models import causal_lm
 from multitower.testing import TOWER_PROMISES, TinyTower, check_tower, tiny_tower, tower_report
 
 MODEL_OWN = ["identity", "gradients", "bfloat16"]
-"""What is compared with the model that a tower was made of."""
+"""Promises that compare a tower with the model that it wraps."""
 
 
 def built(kind: type[TinyTower]) -> TinyTower:
@@ -69,7 +69,7 @@ def test_a_tower_without_begin_end_and_limit_is_whole() -> None:
 
 
 class Native(nn.Module):
-    """A model of a user's own, whose forward gives more than its logits."""
+    """A custom model whose forward returns more than logits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ def test_a_tower_is_compared_with_its_model() -> None:
 
 def test_what_its_model_trains_and_the_tower_does_not_is_named() -> None:
     report = tower_report(Wrapped(scaled=False), promises=MODEL_OWN)
-    assert report["identity"] == ""  # for the scale is 1
+    assert report["identity"] == ""  # because the scale is 1
     assert "no gradient reaches model.scale, which the model's own forward does train" in report["gradients"]
 
 

@@ -1,4 +1,4 @@
-"""The checks of models find what they are there to find: each fails where its promise is broken."""
+"""Each check of models fails if its promise is broken."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def make_model(text: torch.nn.Module | None = None) -> mt.FusedModel:
 
 
 def patched(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, change: Callable) -> None:
-    """Have a function run as ``change`` says, which is given the original before the arguments."""
+    """Patch a function with ``change``, which receives the original function as its first argument."""
     original = getattr(owner, name)
 
     @functools.wraps(original)
@@ -245,7 +245,7 @@ def test_a_prompt_that_is_read_otherwise_in_chunks_is_reported(monkeypatch: pyte
     ) -> torch.Tensor:
         return original(self, layer, x, positions - positions[0] if len(positions) > 1 else positions)
 
-    graph = mt.FusionGraph()  # nothing reads the text, whose prompt would else have run for its reader
+    graph = mt.FusionGraph()  # no tower reads text; otherwise its prompt would run for the reader
     graph.add_tower("speech", tiny_tower(0))
     graph.add_tower("text", causal_lm("llama", width=8))
     graph.add_link("speech", "text", interleave=1, position="rotary")

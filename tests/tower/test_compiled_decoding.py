@@ -1,4 +1,4 @@
-"""Decoding that transformers compiles: once for all calls, and right in each of them."""
+"""Compiled decoding is compiled once for all calls, and correct in each of them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def tokens(count: int, seed: int) -> list[int]:
 
 
 def given(rows: int, seed: int, prompts: tuple[int, ...] = (3, 5, 2, 0)) -> list[mt.batch.Example]:
-    """Rows of which each has a source of another length, and some a prompt."""
+    """Return rows with sources of different lengths, some with a prompt."""
     lengths = [prompts[(seed + row) % len(prompts)] for row in range(rows)]
     return [
         [

@@ -1,4 +1,4 @@
-"""Models that bring code of their own, as towers."""
+"""Models with custom code, as towers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class CustomForCausalLM(LlamaForCausalLM):
 
 @pytest.fixture
 def custom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A model folder with its own modelling code, which leaves a file "witness" when it is run."""
+    """Save a model with custom code, which writes a file "witness" when it runs."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on the terminal"))

@@ -11,9 +11,9 @@ import multitower as mt
 from multitower.testing import check_decoding, check_tower, open_links
 
 with warnings.catch_warnings():
-    # x-transformers asks for it when it is imported.
+    # x-transformers calls it on import.
     warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")
-    pytest.importorskip("x_transformers", reason="the example fuses one of its decoders")
+    pytest.importorskip("x_transformers", reason="the example needs x-transformers")
 
 from x_transformers import Decoder, Encoder, TransformerWrapper
 
@@ -77,7 +77,7 @@ REFUSED = {
 def test_x_transformers_give_every_promise(name: str) -> None:
     model = wrapper(*DONE[name])
     tower = XTransformersTower(model)
-    assert tower.caches == (name != "only attention")  # which shifts tokens, and would need the state before
+    assert tower.caches == (name != "only attention")  # it shifts tokens, so it would need the previous state
     tokens = torch.randint(14, (3, 11))
     assert torch.equal(tower(tokens), model(tokens))
     check_tower(tower)

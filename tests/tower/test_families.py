@@ -23,19 +23,19 @@ REPRESENTATIVE = {
     "qwen3_next": "hybrid of linear and full attention",
     "gemma3n_text": "several residual streams, before the batch; shared keys",
     "hy_v4": "layers that hand on more than a state",
-    # Which families do stands in docs/coverage.md.
+    # docs/coverage.md lists the families that do.
     "xlnet": "length before batch; decodes without its cache",
     "falcon": "layers that return tuples",
     "bert": "no _no_split_modules",
 }
-"""Families of unlike structure, and what each stands for."""
+"""Families of different structure, and what each represents."""
 
 REPRESENTATIVE = {key: value for key, value in REPRESENTATIVE.items() if key in families()}
 QUICK = ("llama",)
 COMPILED = [
     name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
     for name in REPRESENTATIVE
-    # Mamba's scan compiles anew for lengths of another parity; XLNet has no static cache.
+    # Mamba's scan recompiles between even and odd lengths; XLNet has no static cache.
     if name not in ("mamba", "xlnet")
 ]
 REFUSED = {
@@ -51,7 +51,7 @@ REFUSED = {
 @pytest.mark.parametrize("family", REPRESENTATIVE)
 def test_family_gives_every_promise(family: str) -> None:
     with warnings.catch_warnings():
-        # Which families do stands in docs/coverage.md.
+        # docs/coverage.md lists the families that do.
         warnings.filterwarnings("ignore", message=".*decodes without its cache")
         check_tower(mt.TransformersTower(tiny(family)))
 
@@ -80,7 +80,7 @@ def segment(tower: str, length: int, *, target: bool = False) -> mt.Segment:
     return mt.Segment(tower, torch.randint(FIRST_TOKEN, VOCAB_SIZE, (length,)), target=target)
 
 
-# torch says so of its own parts while it compiles.
+# torch warns about its own code while it compiles.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("family", COMPILED)
 @pytest.mark.slow
@@ -106,7 +106,7 @@ def test_a_step_of_training_compiles_once_for_all_lengths_and_numbers_of_rows(fa
     assert graphs.frame_count == 1
 
 
-# torch says so of its own parts while it compiles.
+# torch warns about its own code while it compiles.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("family", COMPILED)
 @pytest.mark.slow
@@ -142,7 +142,7 @@ def test_a_step_of_decoding_compiles_as_often_as_the_models_own(
 
 
 @pytest.mark.slow
-# torch says so of its own parts while it compiles.
+# torch warns about its own code while it compiles.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("family", COMPILED)
 def test_later_calls_of_generate_compile_nothing(family: str) -> None:
@@ -171,7 +171,7 @@ def greedy_by_hand(model: mt.FusedModel, example: list[mt.Segment], steps: int) 
     return tokens
 
 
-# Which families do stands in docs/coverage.md.
+# docs/coverage.md lists the families that do.
 @pytest.mark.filterwarnings("ignore:.*decodes without its cache")
 @pytest.mark.parametrize("family", REPRESENTATIVE)
 def test_a_fused_family_decodes_rows_of_unlike_length_as_it_does_each_by_hand(family: str) -> None:

@@ -16,7 +16,7 @@ from models import EXAMPLES, causal_lm, segment, transformers_families
 from multitower.testing import tiny_tower
 from multitower.tower.peft_tower import base_state
 
-# peft 0.21 asks transformers 5.23 in the old way when these tests call peft themselves.
+# peft 0.21 uses a deprecated attribute of transformers 5.23 when tests call it directly.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 

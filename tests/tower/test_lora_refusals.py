@@ -16,7 +16,7 @@ from adapted import CONFIGS, fused, ready
 from models import causal_lm
 from multitower.testing import tiny_tower
 
-# peft 0.21 asks transformers 5.23 in the old way when these tests call peft themselves.
+# peft 0.21 uses a deprecated attribute of transformers 5.23 when tests call it directly.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 

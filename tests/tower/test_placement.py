@@ -1,4 +1,4 @@
-"""Models that accelerate places, offloads or leaves on the meta device, as towers."""
+"""Models that accelerate places on devices, offloads or leaves on the meta device, as towers."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ def test_a_tower_on_the_meta_device_works_once_it_has_weights() -> None:
     assert torch.equal(tower(TEXT), whole(TEXT, use_cache=False).logits)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="one half of the tower is on a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("rest", ["cpu", "disk"])
 def test_a_tower_half_on_a_gpu(rest: str, tmp_path: Path) -> None:
     model = causal_lm("llama", depth=4)
@@ -209,7 +209,7 @@ def test_a_tower_half_on_a_gpu(rest: str, tmp_path: Path) -> None:
     fused.generate([[EXAMPLES[0][0]]], ["text"], max_new_tokens=3)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="the tower is on two GPUs")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_a_tower_on_two_gpus() -> None:
     places = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.norm": 1, "lm_head": 1}
     places |= {f"model.layers.{layer}": int(layer > 1) for layer in range(4)}

@@ -16,7 +16,7 @@ BATCH = mt.collate(EXAMPLES)
 TEXT = BATCH["streams"]["text"]["tokens"]
 SPEECH = BATCH["streams"]["speech"]["tokens"]
 
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="flex_attention is compiled for CUDA")
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="compiled flex_attention needs a GPU")
 
 
 def native(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
@@ -142,7 +142,7 @@ def test_closed_gates_are_bit_equal_under_autocast() -> None:
 
 
 def test_softmax_in_float32_is_told_from_a_difference_in_float64() -> None:
-    """Eager attention takes it so, whatever the dtype: that is no reason to refuse packed batches."""
+    """Eager attention always takes it in float32, which is no reason to refuse packed batches."""
     model = causal_lm("gemma2").double()
     assert model.config._attn_implementation == "eager"
     assert mt.TransformersTower(model).packs

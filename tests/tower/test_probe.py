@@ -1,4 +1,4 @@
-"""Models of unusual build, as plain modules with just what a causal LM of transformers has."""
+"""Models of unusual structure: plain modules with the attributes of a transformers causal LM."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Config:
 
 
 class Mix(nn.Module):
-    """A causal layer: a running mean through a linear map."""
+    """A causal layer: a running sum of a linear map."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -22,7 +22,7 @@ TEXT = BATCH["streams"]["text"]["tokens"]
 
 
 def torchao() -> Any:
-    """Return torchao's quantisation, or skip the test."""
+    """Import torchao's quantisation, or skip the test."""
     pytest.importorskip("torchao", reason="needs torchao")
     return importlib.import_module("torchao.quantization")
 
@@ -250,7 +250,7 @@ def test_a_quantised_tower_that_nothing_feeds_may_quantise_activations() -> None
     open_links(graph.compile())(**BATCH).losses["speech"].backward()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="bitsandbytes is run on a GPU here")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="bitsandbytes needs a GPU")
 def test_bitsandbytes(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
     config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)

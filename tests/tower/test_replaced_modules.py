@@ -1,4 +1,4 @@
-"""Modules beside the layers that are replaced in a model which is a tower already."""
+"""Replace modules other than the layers in a model that is already a tower."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GIVEN = [[segment("speech", 5, 6, 7, 8)]]
 
 
 def another(module: nn.Module) -> nn.Module:
-    """A module of the same kind with other values."""
+    """Return a copy of a module with other values."""
     twin = copy.deepcopy(module)
     with torch.no_grad():
         for parameter in twin.parameters():

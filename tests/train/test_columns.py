@@ -1,4 +1,4 @@
-"""Columns of real data sets: mapped in processes, streamed, mixed, kept on disk, loaded and resumed."""
+"""Columns of real data sets: mapped in processes, streamed, mixed, cached on disk, loaded, resumed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from letters import Letters
 from models import causal_lm, pair
 from multitower.train import Collator, encode_columns
 
-datasets = pytest.importorskip("datasets", reason="columns are those of its data sets")
+datasets = pytest.importorskip("datasets", reason="columns need datasets")
 
 MODALITIES = {"speech": Letters(), "text": Letters()}
 COLUMNS = {"heard": "speech", "said": "text"}
@@ -75,7 +75,7 @@ def test_streams_are_encoded_as_they_come() -> None:
             yield row
 
     found = encoded(datasets.IterableDataset.from_generator(rows))
-    assert not asked, "something is read before it is asked for"
+    assert not asked, "rows were read before they were requested"
     assert list(islice(found, 3)) == EXPECTED[:3]
     assert len(asked) < len(ROWS)
     assert list(found) == EXPECTED
@@ -101,7 +101,7 @@ def test_tasks_are_mixed_by_weights(streamed: bool) -> None:
 
 
 def sounds_and_words(folder: str) -> list[Any]:
-    """Encode what lies in a folder, twice; return where the first is kept and since when, and the rows."""
+    """Encode the data of a folder twice; return the first's cache file, the file's time, and the rows."""
     from multitower_speech import SpeechModality
     from multitower_text import TextModality
 
@@ -117,7 +117,7 @@ def sounds_and_words(folder: str) -> list[Any]:
 
 
 def test_what_was_encoded_is_kept_on_disk(tmp_path: Path, cache: Path) -> None:
-    soundfile = pytest.importorskip("soundfile", reason="sounds are read from files")
+    soundfile = pytest.importorskip("soundfile", reason="needs soundfile")
     speech = pytest.importorskip("multitower_speech").SpeechModality
     text = pytest.importorskip("multitower_text").TextModality
     tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
@@ -231,7 +231,7 @@ def test_rows_are_packed_in_the_trainer(csv: str, tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")
 @pytest.mark.parametrize("streamed", [False, True])
 def test_an_epoch_is_resumed_in_the_middle(csv: str, tmp_path: Path, streamed: bool) -> None:
-    stateful = pytest.importorskip("torchdata.stateful_dataloader", reason="it resumes in an epoch")
+    stateful = pytest.importorskip("torchdata.stateful_dataloader", reason="needs torchdata")
     data = encoded(datasets.load_dataset("csv", data_files=csv, split="train", streaming=streamed))
     options = {} if streamed else {"shuffle": True, "generator": torch.Generator().manual_seed(5)}
 
@@ -294,8 +294,8 @@ def test_what_is_imported_late_stays_what_it_is() -> None:
 
 
 def test_a_tokenizer_is_a_modality_of_text(tmp_path: Path) -> None:
-    tokenizers = pytest.importorskip("tokenizers", reason="a tokenizer is made")
-    transformers = pytest.importorskip("transformers", reason="the tokenizer is of transformers")
+    tokenizers = pytest.importorskip("tokenizers", reason="needs tokenizers")
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
     words = tokenizers.Tokenizer(
         tokenizers.models.WordLevel({"<s>": 0, "</s>": 1, "<unk>": 2, "h": 3}, "<unk>")
     )

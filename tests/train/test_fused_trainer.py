@@ -14,7 +14,7 @@ import multitower as mt
 from models import causal_lm, pair, segment
 from multitower.testing import tiny_tower
 
-transformers = pytest.importorskip("transformers", reason="the Trainer is of transformers")
+transformers = pytest.importorskip("transformers", reason="the Trainer needs transformers")
 pytest.importorskip("accelerate", reason="the Trainer needs accelerate")
 
 from multitower.train import Collator, Trainer  # noqa: E402  # an extra
@@ -216,7 +216,7 @@ def test_a_checkpoint_of_another_graph_is_not_resumed(tmp_path: Path) -> None:
 def test_parts_have_rates_of_their_own(tmp_path: Path) -> None:
     run = trainer(tmp_path, make(), rates={"towers": {"speech": 1e-4}, "links": 2e-2})
     optimizer = run.create_optimizer()
-    assert {group["lr"] for group in optimizer.param_groups} == {1e-2, 1e-4, 2e-2, 0.1}  # gates at ten times
+    assert {group["lr"] for group in optimizer.param_groups} == {1e-2, 1e-4, 2e-2, 0.1}  # gates: ten times
 
 
 def test_answers_are_decoded_and_scored(tmp_path: Path) -> None:
@@ -244,7 +244,7 @@ def test_divided_models_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(ValueError, match=r"divide the model by multitower\.train\.shard"):
         trainer(tmp_path, make())
     monkeypatch.undo()
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # as its launcher does, also where it goes on by DDP
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # as accelerate's launcher does, even for DDP
     with pytest.raises(ValueError, match=r"whole on each process"):
         trainer(tmp_path, make())
 
@@ -277,7 +277,7 @@ def test_noise_is_for_training_alone(kind: str, tmp_path: Path) -> None:
 
 
 def test_a_model_card_says_how_it_was_trained(tmp_path: Path) -> None:
-    pytest.importorskip("huggingface_hub", reason="cards are the Hub's")
+    pytest.importorskip("huggingface_hub", reason="model cards need huggingface_hub")
     each = trainer(tmp_path, make(), history_noise={"text": 0.25}, rates={"towers": {"speech": 1e-3}})
     each.train()
     loss = each.evaluate()["eval_loss"]

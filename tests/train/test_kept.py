@@ -1,4 +1,4 @@
-"""Training from kept states of frozen sources is training with the sources, only faster."""
+"""Training with cached states of frozen sources equals training with the sources."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def trained(model: mt.FusedModel, batches: list[Batch], *, logits: bool = True) -> list[torch.Tensor]:
-    """Train a copy for a step a batch; return all its parameters."""
+    """Train a copy, one step per batch; return all its parameters."""
     model = copy.deepcopy(model).train()
     optimizer = torch.optim.AdamW(model.parameter_groups(lr=1e-2))
     for batch in batches:
@@ -123,7 +123,7 @@ def test_a_row_has_what_the_first_batch_with_it_gave(folder: Path) -> None:
 
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[mt.FusedModel, list[Batch]]:
-    """Draw any graph, its towers that read no other frozen and without adapter, and batches."""
+    """Draw a graph, freeze its towers that read no other, without input adapters, and draw batches."""
     declared = draw(graphs())
     towers = dict(declared.compile().towers.items())
     links = declared.links.values()
@@ -197,13 +197,13 @@ def test_an_unknown_row_is_described(folder: Path) -> None:
         kept(batch)
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # on a machine of one core
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # on machines with one core
 def test_workers_of_a_loader_read_the_files(folder: Path) -> None:
     model = fused()
     kept = mt.train.KeptStates.compute(model, data(2), folder)
     groups = [[row(number) for number in range(3)], [row(number) for number in range(3, 6)]]
     loader = DataLoader(
-        groups,  # type: ignore[arg-type]  # a ModuleDict's values are towers here  # a list is a data set
+        groups,  # type: ignore[arg-type]  # a list is a data set
         batch_size=None,
         collate_fn=Ready(kept),
         num_workers=2,
@@ -213,7 +213,7 @@ def test_workers_of_a_loader_read_the_files(folder: Path) -> None:
 
 
 class Ready:
-    """What a user writes as a function."""
+    """A collate function that adds the cached states."""
 
     def __init__(self, kept: mt.train.KeptStates) -> None:
         self.kept = kept
@@ -224,7 +224,7 @@ class Ready:
 
 @pytest.mark.parametrize("use", [True, False])
 def test_the_trainer_takes_batches_with_states(folder: Path, use: bool) -> None:
-    transformers = pytest.importorskip("transformers", reason="the Trainer is of transformers")
+    transformers = pytest.importorskip("transformers", reason="the Trainer needs transformers")
     pytest.importorskip("accelerate", reason="the Trainer needs accelerate")
     model, rows = fused(), [row(number) for number in range(6)]
     kept = mt.train.KeptStates.compute(model, data(2), folder)

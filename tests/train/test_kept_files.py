@@ -1,4 +1,4 @@
-"""Kept states are of the model that they are used with, and whole, or it is said what is wrong."""
+"""Cached states that are damaged or of another model raise an error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs of several processes of which one is killed."""
+"""Distributed runs in which one process is killed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from processes import environment
 
-killed = pytest.importorskip("killed_training", reason="the Trainer is of transformers", exc_type=ImportError)
+killed = pytest.importorskip("killed_training", reason="the Trainer needs transformers", exc_type=ImportError)
 
 LIMIT = 600
 

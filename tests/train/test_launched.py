@@ -1,4 +1,4 @@
-"""Training that accelerate launches: on two machines, and with a process that is killed."""
+"""Training with accelerate's launcher: on two machines, and with a process that is killed."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ import multitower as mt
 from processes import environment
 
 launched = pytest.importorskip(
-    "launched_training", reason="accelerate trains on data sets", exc_type=ImportError
+    "launched_training", reason="needs accelerate and datasets", exc_type=ImportError
 )
-killed = pytest.importorskip("killed_training", reason="the Trainer is of transformers", exc_type=ImportError)
+killed = pytest.importorskip("killed_training", reason="the Trainer needs transformers", exc_type=ImportError)
 
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
 LIMIT = 600
 
 
 def start(options: list[str], script: str, *arguments: object) -> subprocess.Popen[str]:
-    """Start a launcher; its processes take the CPU, for which accelerate's launcher has no other way."""
+    """Start a launcher; only an environment variable makes its processes use the CPU."""
     return subprocess.Popen(
         [*LAUNCH, *options, script, *map(str, arguments)],
         env=environment(ACCELERATE_USE_CPU="true"),
@@ -36,7 +36,7 @@ def start(options: list[str], script: str, *arguments: object) -> subprocess.Pop
 
 
 def start_two(script: str, *arguments: object) -> list[subprocess.Popen[str]]:
-    """Start the launchers of two machines, one process each, both of them here."""
+    """Start the launchers of two simulated machines with one process each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -45,7 +45,7 @@ def start_two(script: str, *arguments: object) -> list[subprocess.Popen[str]]:
 
 
 def finish(runs: list[subprocess.Popen[str]]) -> list[str]:
-    """Wait until all have ended, and return what they printed."""
+    """Wait until all have ended; return their output."""
     try:
         return [run.communicate(timeout=LIMIT)[0] for run in runs]
     finally:

@@ -1,4 +1,4 @@
-"""Fused models under the training loop that most users have."""
+"""Train a fused model with transformers' own Trainer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from models import EXAMPLES, causal_lm, pair
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_transformers_trainer_trains_and_evaluates(tmp_path: Path, checkpointing: bool) -> None:
-    transformers = pytest.importorskip("transformers", reason="the Trainer is of transformers")
+    transformers = pytest.importorskip("transformers", reason="the Trainer needs transformers")
     pytest.importorskip("accelerate", reason="the Trainer needs accelerate")
     model = pair(causal_lm("llama"), causal_lm("gpt2", depth=4, vocab_size=14), train="all")
     arguments = transformers.TrainingArguments(
@@ -52,6 +52,6 @@ def test_transformers_trainer_trains_and_evaluates(tmp_path: Path, checkpointing
 
 
 def _checkpointing(transformers: Any) -> str:
-    """Name the setting, which transformers 5.23 renamed."""
+    """Return the name of the setting, which transformers 5.23 renamed."""
     names = ("activation_checkpointing", "gradient_checkpointing")
     return next(name for name in names if hasattr(transformers.TrainingArguments, name))

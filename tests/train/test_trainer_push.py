@@ -1,4 +1,4 @@
-"""What the Trainer puts on the Hub, which is a folder here."""
+"""What the Trainer pushes to the Hub, which is a folder here."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from models import EXAMPLES, causal_lm, pair
 from multitower.errors import CheckpointError
 
 huggingface_hub = pytest.importorskip("huggingface_hub", reason="the Trainer pushes to the Hub")
-transformers = pytest.importorskip("transformers", reason="the Trainer is of transformers")
+transformers = pytest.importorskip("transformers", reason="the Trainer needs transformers")
 pytest.importorskip("accelerate", reason="the Trainer needs accelerate")
 
 from multitower.train import Trainer  # noqa: E402  # an extra
@@ -27,7 +27,7 @@ REPO = "me/fused"
 
 
 class Uploads:
-    """Keeps a copy of each folder that is uploaded, as HfApi would put it into a repository."""
+    """A fake HfApi that keeps a copy of each uploaded folder."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.messages, self.private = root, [], None

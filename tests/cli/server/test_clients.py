@@ -1,4 +1,4 @@
-"""Clients that go, stall, come all at once, and a server that ends."""
+"""Clients that disconnect, stall or come all at once, and a server that shuts down."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ import multitower as mt
 from processes import environment
 from serving import LIMIT, Running, running
 
-openai = pytest.importorskip("openai", reason="the server is asked by OpenAI's own client")
+openai = pytest.importorskip("openai", reason="needs OpenAI's client")
 app, limits = (
-    pytest.importorskip(f"multitower.cli.server.{name}", reason="it needs the extra serve")
+    pytest.importorskip(f"multitower.cli.server.{name}", reason="the server needs the extra serve")
     for name in ("app", "limits")
 )
 
 LONG = 100_000
-"""So many tokens are not decoded within a test."""
+"""More tokens than can be decoded during a test."""
 
 
 @pytest.fixture(scope="module")
 def patient(pipe: mt.Pipeline) -> Iterator[Running]:
-    """A server with room for four requests and long answers."""
+    """A server that allows four requests at a time and long answers."""
     few = limits.Limits(requests=4, tokens=LONG, stall_seconds=1)
     with running(app.make_app(pipe, name="tiny", limits=few)) as server:
         yield server
@@ -45,7 +45,7 @@ def chat(**changes: Any) -> bytes:
 
 
 def opened(server: Running, body: bytes, *, length: int | None = None) -> socket.socket:
-    """Send a request, or the beginning of one, by hand."""
+    """Open a socket and send a request, or the beginning of one."""
     connection = socket.create_connection(("127.0.0.1", server.port), timeout=20)
     head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     length = len(body) if length is None else length
@@ -54,7 +54,7 @@ def opened(server: Running, body: bytes, *, length: int | None = None) -> socket
 
 
 def answer_on(connection: socket.socket) -> tuple[http.client.HTTPResponse, str]:
-    """Return an answer, and the reason that it gives."""
+    """Read a response; return it and its error message."""
     answer = http.client.HTTPResponse(connection)
     answer.begin()
     return answer, json.loads(answer.read())["error"]["message"]
@@ -63,7 +63,7 @@ def answer_on(connection: socket.socket) -> tuple[http.client.HTTPResponse, str]
 def wait_for(what: Any, seconds: float = 20) -> None:
     end = time.monotonic() + seconds
     while not what():
-        assert time.monotonic() < end, "it did not come"
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.05)
 
 
@@ -216,7 +216,7 @@ def test_the_command_ends_cleanly(fused: Path) -> None:
             rest = b""
             while part := connection.recv(100_000):
                 rest += part
-        assert b"[DONE]" in rest, "what was under way was not ended"
+        assert b"[DONE]" in rest, "the running request was not completed"
         _, err = process.communicate(timeout=60)
         assert process.returncode == 0, err
         assert "Traceback" not in err

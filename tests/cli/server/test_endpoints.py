@@ -1,4 +1,4 @@
-"""Each endpoint, asked by the official client over loopback, gives what the pipeline gives."""
+"""Each endpoint, called by OpenAI's client over loopback, returns what the pipeline returns."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import pytest
 import multitower as mt
 from serving import LIMIT, Running
 
-soundfile = pytest.importorskip("soundfile", reason="sound files are sent and read")
-soxr = pytest.importorskip("soxr", reason="sound is resampled")
-openai = pytest.importorskip("openai", reason="the server is asked by OpenAI's own client")
+soundfile = pytest.importorskip("soundfile", reason="needs soundfile")
+soxr = pytest.importorskip("soxr", reason="needs soxr")
+openai = pytest.importorskip("openai", reason="needs OpenAI's client")
 
 GREEDY = {"do_sample": False, "max_new_tokens": LIMIT}
 
@@ -73,7 +73,7 @@ def test_speech_is_sent_while_it_is_decoded(client: Any, pipe: mt.Pipeline, serv
     with pytest.raises(openai.BadRequestError, match="the input has 898 tokens, and 200 are allowed"):
         client.audio.speech.create(**{**asked, "input": "two " * 224})
     with client.audio.speech.with_streaming_response.create(**asked):
-        pass  # gone without reading
+        pass  # disconnect without reading
     server.wait_until_idle()
 
 

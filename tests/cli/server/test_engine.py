@@ -1,4 +1,4 @@
-"""Rows join and leave, and each gets what it gets alone."""
+"""Rows join and leave a batch, and each gets the same tokens as alone."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OUTPUTS = ("speech", "text")
 
 @dataclass
 class Asked:
-    """A job, and what came of it."""
+    """A job and its events."""
 
     job: Job
     events: Queue[Any] = field(default_factory=Queue)
@@ -31,12 +31,12 @@ class Asked:
     seen: list[Any] = field(default_factory=list)
 
     def wait(self) -> Any:
-        """Return what happens next."""
+        """Wait for the next event."""
         self.seen.append(self.events.get(timeout=30))
         return self.seen[-1]
 
     def rest(self) -> list[Any]:
-        """Return all that happened, once it is over."""
+        """Wait for the end of the job; return all events."""
         while not self.seen or isinstance(self.seen[-1], Piece):
             self.wait()
         return self.seen
@@ -85,7 +85,7 @@ def test_each_gets_what_it_gets_alone(model: mt.FusedModel, engine: Engine) -> N
     several = [asked(model, number, *wanted(number), lasting=number % 2 == 0) for number in range(12)]
     for each in several[:5]:
         engine.submit(each.job)
-    several[0].wait()  # so the others come while these are under way
+    several[0].wait()  # so the others join while these are running
     for each in several[5:]:
         engine.submit(each.job)
     for number, each in enumerate(several):
@@ -133,7 +133,7 @@ def test_what_is_cancelled_is_let_go(model: mt.FusedModel, engine: Engine) -> No
     engine.submit(endless.job)
     endless.wait()
     endless.job.cancel()
-    for _ in range(2):  # the second begins after the last step in which the first may have been
+    for _ in range(2):  # the second starts after the last step that may include the cancelled job
         after = asked(model, 4, Decoding("text", 3))
         engine.submit(after.job)
         after.rest()
@@ -154,7 +154,7 @@ def test_what_takes_too_long_ends(model: mt.FusedModel, engine: Engine) -> None:
 
 
 def endless_of(model: mt.FusedModel, seconds: float = 60) -> Asked:
-    """Return what does not end by itself: whenever an answer ends, there is another."""
+    """Return a job that does not end by itself: each answer is followed by another."""
     each = asked(model, 3, Decoding("text", 10**9), seconds=seconds)
     each.job.wanted = [Decoding("text", 10**9)] * 1000
     return each

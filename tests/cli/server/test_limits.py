@@ -1,4 +1,4 @@
-"""What asks for too much, or cannot be used, is refused with the reason."""
+"""Requests that are too large or invalid get an error with the reason."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from letters import Letters
 from serving import Running, running
 from serving import send as post
 
-soundfile = pytest.importorskip("soundfile", reason="sound files are sent and read")
+soundfile = pytest.importorskip("soundfile", reason="needs soundfile")
 app, limits = (
-    pytest.importorskip(f"multitower.cli.server.{name}", reason="it needs the extra serve")
+    pytest.importorskip(f"multitower.cli.server.{name}", reason="the server needs the extra serve")
     for name in ("app", "limits")
 )
 make_app, Limits = app.make_app, limits.Limits
 
 
 def refused(server: Running, path: str, body: bytes | dict[str, Any], kind: str = "application/json") -> str:
-    """Send what is to be refused by 400; return why."""
+    """Send a request that must be refused with status 400; return the message."""
     status, answer = post(server, path, body if isinstance(body, bytes) else json.dumps(body).encode(), kind)
     error = json.loads(answer)["error"]
     assert (status, error["type"]) == (400, "invalid_request_error"), answer
@@ -36,7 +36,7 @@ def chat(**changes: Any) -> dict[str, Any]:
 
 
 def form(sound: bytes, **fields: str) -> tuple[bytes, str]:
-    """Return a form with a file."""
+    """Return a form with a sound file, and its content type."""
     parts = [
         f'--x\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'.encode()
         for name, value in {"model": "tiny", **fields}.items()

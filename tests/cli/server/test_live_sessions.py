@@ -1,4 +1,4 @@
-"""Live sessions: sound in pieces, texts, and answers that are those of the whole."""
+"""Live sessions over WebSockets: audio in pieces, texts, and answers equal to the pipeline's."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ import pytest
 import multitower as mt
 from serving import LIMIT, Running, running
 
-soundfile = pytest.importorskip("soundfile", reason="sound files are sent and read")
-client = pytest.importorskip("websockets.sync.client", reason="live sessions are WebSockets")
+soundfile = pytest.importorskip("soundfile", reason="needs soundfile")
+client = pytest.importorskip("websockets.sync.client", reason="live sessions need websockets")
 ConnectionClosed = pytest.importorskip(
-    "websockets.exceptions", reason="live sessions are WebSockets"
+    "websockets.exceptions", reason="live sessions need websockets"
 ).ConnectionClosed
 app, limits = (
-    pytest.importorskip(f"multitower.cli.server.{name}", reason="it needs the extra serve")
+    pytest.importorskip(f"multitower.cli.server.{name}", reason="the server needs the extra serve")
     for name in ("app", "limits")
 )
 
@@ -39,7 +39,7 @@ def connected(server: Running, query: str = "") -> Any:
 
 
 def answered(socket: Any, **asked: Any) -> tuple[str, dict[str, Any]]:
-    """Commit; return the deltas together, and the last message."""
+    """Commit; return the joined deltas, and the last message."""
     socket.send(json.dumps({"type": "commit", **asked}))
     deltas = ""
     while (message := json.loads(socket.recv(timeout=30)))["type"] == "delta":
@@ -92,7 +92,7 @@ def test_sound_at_another_rate(server: Running, pipe: mt.Pipeline, samples: np.n
 )
 def test_what_cannot_be_used_is_refused(server: Running, query: str, sent: Any, reason: str) -> None:
     with connected(server, query) as socket:
-        with suppress(ConnectionClosed):  # it may have been refused by then
+        with suppress(ConnectionClosed):  # the server may have closed the connection already
             socket.send(sent)
         message = json.loads(socket.recv(timeout=30))
         assert message["type"] == "error"

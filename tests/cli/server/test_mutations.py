@@ -1,4 +1,4 @@
-"""Requests that are damaged at random get an answer or the reason why there is none, never a traceback."""
+"""Randomly damaged requests get a response or an error message, never a traceback."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ import pytest
 from serving import Running
 from serving import send as post
 
-np = pytest.importorskip("numpy", reason="sounds are arrays")
-soundfile = pytest.importorskip("soundfile", reason="sound files are sent and read")
+np = pytest.importorskip("numpy", reason="needs numpy")
+soundfile = pytest.importorskip("soundfile", reason="needs soundfile")
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.* is cut off:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*SpooledTemporaryFile:ResourceWarning"),
     pytest.mark.filterwarnings("ignore:.*SpooledTemporaryFile:pytest.PytestUnraisableExceptionWarning"),
 ]
-"""A sound that is cut off is read as far as it goes; files of forms that do not end are left to Python."""
+"""Truncated sounds are read with a warning; files of unfinished forms are closed by Python."""
 
 ODD: list[Any] = [
     None, True, -1, 0, 10**30, 1.5, float("nan"), float("inf"), "", "x" * 5_000, "\ud800", "\x00", [], {},
     [[]], [None], {"type": "text"}, {"": {}}, "tiny", "audio", [{"role": "user", "content": "a"}],
 ]  # fmt: skip
-"""What is put in place of a value."""
+"""Replacements for a value."""
 
 
 def places(document: Any) -> list[tuple[Any, Any]]:

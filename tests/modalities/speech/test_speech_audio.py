@@ -1,4 +1,4 @@
-"""Every form of sound gives the same tokens, in bounded memory; what is no sound is refused."""
+"""Every form of audio gives the same tokens, in bounded memory; other data raise an error."""
 
 import io
 import tracemalloc
@@ -139,7 +139,7 @@ def test_clipped_sound_is_encoded_and_a_wrong_scale_is_warned_of(speech):
 
 
 def test_a_long_input_takes_little_memory(speech):
-    """Three minutes are 12 MB as float32: encoding holds but some seconds of them beside the input."""
+    """Three minutes are 12 MB as float32, but encoding holds only some seconds besides the input."""
     pcm = np.tile((melody(10) * 2**15).astype(np.int16), 180)
     inputs = [pcm, sound_file(pcm, kind="FLAC", subtype="PCM_16"), (pcm[: len(pcm) // 2], 8_000)]
     speech.encode(inputs[1])

@@ -1,4 +1,4 @@
-"""The library's own check of modalities, on every modality for speech."""
+"""Run ``check_modality`` on every speech modality."""
 
 import io
 from functools import partial

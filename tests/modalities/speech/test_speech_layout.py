@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-pytest.importorskip("hypothesis", reason="drawn by hypothesis, of the testing extra")
+pytest.importorskip("hypothesis", reason="needs the testing extra")
 
 from hypothesis import given
 from hypothesis import strategies as st

@@ -60,7 +60,7 @@ def dac():
 
 
 def with_codebooks(model):
-    """Draw the codebooks, which are zeros in a new model."""
+    """Randomise the codebooks, which are zero in a new model."""
     for name, buffer in model.named_buffers():
         if name.endswith((".embed", ".embed_sum")):
             buffer.normal_(std=0.3)

@@ -1,4 +1,4 @@
-"""Waveforms of tokens that come in pieces: as long as the whole, as like the original, and without clicks."""
+"""Waveforms decoded in pieces have the length and quality of the whole, and no clicks."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ import torch
 pytest.importorskip("librosa", reason="speech needs the speech extra")
 pytest.importorskip("soundfile", reason="speech needs the speech extra")
 pytest.importorskip("sklearn", reason="speech needs the speech extra")
-strategies = pytest.importorskip("hypothesis.strategies", reason="drawn by hypothesis, of the testing extra")
+strategies = pytest.importorskip("hypothesis.strategies", reason="needs the testing extra")
 
 from hypothesis import given, settings  # noqa: E402
 
@@ -24,7 +24,7 @@ def steepest(samples):
 
 
 def sine(codes):
-    """A tone whose phase is another in each call, as that of Griffin-Lim."""
+    """Return a tone whose phase differs from call to call, like that of Griffin-Lim."""
     return np.sin(codes[0, 0].item() + np.arange(len(codes) * 320) / 20).astype(np.float32)
 
 

@@ -1,4 +1,4 @@
-"""Tokens of streams are those of the whole, however it is cut, and come when they are certain."""
+"""Streams give the tokens of the whole clip, however it is cut, as soon as they are final."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ import torch
 pytest.importorskip("librosa", reason="speech needs the speech extra")
 pytest.importorskip("soundfile", reason="speech needs the speech extra")
 pytest.importorskip("sklearn", reason="speech needs the speech extra")
-strategies = pytest.importorskip("hypothesis.strategies", reason="drawn by hypothesis, of the testing extra")
+strategies = pytest.importorskip("hypothesis.strategies", reason="needs the testing extra")
 
 from hypothesis import given, settings  # noqa: E402
 
@@ -18,7 +18,7 @@ CLIP = melody(7, 8)
 
 
 def levels(codebooks=1, stack=1):
-    """Units that say how loud it is."""
+    """Return a modality whose units are levels of loudness."""
     books = torch.linspace(-9, 3, 16)[:, None].expand(codebooks, 16, 80 * stack)
     return SpeechModality(books / 10 ** torch.arange(codebooks)[:, None, None])
 
@@ -62,7 +62,7 @@ def test_tokens_come_as_soon_as_they_are_certain():
     def microphone():
         for start in range(0, 64_000, 800):
             if start:
-                assert units == (start - 352) // 320  # all that have heard 22 ms past their end
+                assert units == (start - 352) // 320  # all units that ended 22 ms ago
             yield CLIP[start : start + 800]
 
     for tokens in speech.encode_stream(microphone()):

@@ -1,4 +1,4 @@
-"""The text modality: bytes, and tokenizers of transformers made on the spot."""
+"""The text modality: bytes, and small tokenizers of transformers."""
 
 import builtins
 from itertools import pairwise
@@ -214,7 +214,7 @@ def test_what_stands_between_is_dropped(tokenizer):
 
 def test_transformers_can_stream_from_a_modality(text, capsys):
     streamers = pytest.importorskip(
-        "transformers", reason="the streamer is that of transformers"
+        "transformers", reason="the streamer needs transformers"
     ).generation.streamers
     streamer = streamers.TextStreamer(text)
     for token in text.encode("two h\xe9 \U0001f5fc towers"):
