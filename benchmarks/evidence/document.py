@@ -1,6 +1,6 @@
 """Write the tables and the plot of the comparison on real words, ``evidence.md`` and ``evidence.png``.
 
-    export PYTHONPATH=benchmarks/learning:examples      # in this order: each has a report.py
+    export PYTHONPATH=benchmarks/learning:examples
     python benchmarks/evidence/document.py --data runs/evidence/words
 
 Each table is between comments, the first of which names it. Only the tables are replaced.
@@ -17,16 +17,18 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 from data import Corpus, load_corpus
+from summary import Run, filled, group, rate, table
 from train import TASKS, read_results, what_is_kept
 
 import multitower as mt
 from judge import word_errors
-from report import Run, filled, group, rate, table
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 RESULTS = HERE / "results.jsonl"
 DOCUMENT = HERE / "evidence.md"
+METHODS = HERE / "methods"
+LINKS = METHODS / "links"
 COLOURS = {
     "zipper": "#009e73",
     "zipper-frozen": "#56b4e9",
@@ -34,18 +36,23 @@ COLOURS = {
     "expansion-lora": "#cc79a7",
     "expansion-new": "#999999",
 }
+STEPS = 4000
+"""Default length of the runs that are compared."""
+
 LENGTHS = (1, 20, 40, 60, 150)  # characters
 
 
-def tables(runs: Sequence[Run], corpus: Corpus) -> dict[str, str]:
-    """Return each table of the document by its name."""
+def tables(runs: Sequence[Run], corpus: Corpus, steps: int) -> dict[str, str]:
+    """Return each table of the document by its name; methods are compared after so many steps."""
     full = [run for run in runs if run["pairs"] == len(corpus.train)]
+    methods, links = ({file.stem for file in folder.glob("*.toml")} for folder in (METHODS, LINKS))
     return {
         "words": words(corpus),
         "floor and ceiling": floor_and_ceiling(corpus),
-        "pairs": by_pairs([run for run in runs if run["variant"] in COLOURS]),
+        "pairs": by_pairs([run for run in runs if run["variant"] in methods and run["steps"] == steps]),
+        "longer": by_pairs([run for run in full if run["variant"] in methods and run["steps"] > steps]),
         "links": by_pairs(
-            [run for run in full if run["variant"] not in COLOURS or run["variant"] == "zipper"]
+            [run for run in full if run["variant"] in {"zipper", *links} and run["steps"] == steps]
         ),
         "kept": kept(full, corpus),
         "chosen": by_pairs(full, split="dev"),
@@ -77,6 +84,7 @@ def by_pairs(runs: Iterable[Run], split: str = "test") -> str:
     rows = []
     for method, pairs, steps, seeds in by_method(runs, split):
         rates = ["{:.1f} ({:.1f} to {:.1f})".format(*rate(seeds, task)) for task in TASKS]
+        losses = [f"{np.mean([run['held-out loss'][task] for run in seeds]):.2f}" for task in TASKS]
         seconds = np.mean([run["seconds"] for run in seeds])
         memory = np.mean([run["MiB"] for run in seeds])
         trained = f"{seeds[0]['trained'] / 1e6:.2f}"
@@ -85,6 +93,7 @@ def by_pairs(runs: Iterable[Run], split: str = "test") -> str:
                 method,
                 str(pairs),
                 *rates,
+                *losses,
                 str(steps),
                 f"{seconds:.0f}",
                 f"{memory:.0f}",
@@ -92,7 +101,19 @@ def by_pairs(runs: Iterable[Run], split: str = "test") -> str:
                 str(len(seeds)),
             ]
         )
-    heads = ["", "pairs", "ASR WER %", "TTS WER %", "steps", "s", "MiB", "M trained", "seeds"]
+    heads = [
+        "",
+        "pairs",
+        "ASR WER %",
+        "TTS WER %",
+        "ASR loss",
+        "TTS loss",
+        "steps",
+        "s",
+        "MiB",
+        "M trained",
+        "seeds",
+    ]
     return table(heads, rows)
 
 
@@ -100,9 +121,9 @@ def kept(runs: Iterable[Run], corpus: Corpus) -> str:
     """Return perplexities and cloze accuracy, before training and after each method."""
     before = what_is_kept(unlinked(corpus), corpus)
     rows = [["before training", *(f"{value:.4f}" for value in before.values()), ""]]
-    for method, _, _, seeds in by_method(runs):
+    for method, _, steps, seeds in by_method(runs):
         means = [np.mean([run["kept"][name] for run in seeds]) for name in before]
-        rows.append([method, *(f"{value:.4f}" for value in means), str(len(seeds))])
+        rows.append([f"{method}, {steps} steps", *(f"{value:.4f}" for value in means), str(len(seeds))])
     return table(["", *before, "seeds"], rows)
 
 
@@ -126,7 +147,7 @@ def floor_and_ceiling(corpus: Corpus) -> str:
 def by_length(runs: Iterable[Run], corpus: Corpus) -> str:
     """Return errors by the length of a transcript in characters, and on human recordings."""
     rows = []
-    for method, _, _, seeds in by_method(runs):
+    for method, _, steps, seeds in by_method(runs):
         for task in TASKS:
             words, errors = (np.concatenate([run[task][key] for run in seeds]) for key in ("words", "errors"))
             count = len(words) // len(seeds)
@@ -137,25 +158,29 @@ def by_length(runs: Iterable[Run], corpus: Corpus) -> str:
             ]
             heard = task == "asr" and all("human" in run for run in seeds)
             human = "{:.1f} ({:.1f} to {:.1f})".format(*rate(seeds, "human")) if heard else ""
-            rows.append([f"{method}, {task.upper()}", *rates, human])
+            rows.append([f"{method}, {steps} steps, {task.upper()}", *rates, human])
     spans = [f"to {high} characters" for high in LENGTHS[1:]]
     return table(["", *spans, "human recordings"], rows)
 
 
 def draw(runs: Iterable[Run], file: Path) -> None:
-    """Plot errors against the number of pairs."""
-    figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
+    """Plot word error rates and held-out losses against the number of pairs."""
+    figure, panels = plt.subplots(2, 2, figsize=(9, 6.4), sharex=True, layout="constrained")
     found = by_method(runs)
-    for panel, task in zip(panels, TASKS, strict=True):
-        for method, colour in COLOURS.items():
-            points = sorted((pairs, *rate(seeds, task)) for name, pairs, _, seeds in found if name == method)
-            if points:
-                places, rates, low, high = np.array(points).T
-                panel.plot(places, rates, "o-", color=colour, label=method)
-                panel.fill_between(places, low, high, color=colour, alpha=0.2)
-        panel.set(xscale="log", xlabel="pairs", title=task.upper(), ylim=(0, 120))
-    panels[0].set_ylabel("WER %")
-    panels[0].legend(frameon=False)
+    for column, task in enumerate(TASKS):
+        for method in dict.fromkeys(name for name, *_ in found):
+            rows = sorted((pairs, seeds) for name, pairs, _, seeds in found if name == method)
+            places = [pairs for pairs, _ in rows]
+            rates, low, high = np.array([rate(seeds, task) for _, seeds in rows]).T
+            (line,) = panels[0, column].plot(places, rates, "o-", color=COLOURS.get(method), label=method)
+            panels[0, column].fill_between(places, low, high, color=line.get_color(), alpha=0.2)
+            losses = [np.mean([run["held-out loss"][task] for run in seeds]) for _, seeds in rows]
+            panels[1, column].plot(places, losses, "o-", color=line.get_color())
+        panels[0, column].set(title=task.upper(), ylim=(0, 120))
+        panels[1, column].set(xscale="log", xlabel="pairs")
+    panels[0, 0].set_ylabel("WER %")
+    panels[1, 0].set_ylabel("held-out loss, nats per token")
+    panels[0, 0].legend(frameon=False)
     figure.savefig(file, dpi=130)
 
 
@@ -176,11 +201,14 @@ def main() -> None:
     )
     parser.add_argument("--data", type=Path, required=True, help="a folder that words.py made")
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--steps", type=int, default=STEPS, help="of the runs that are compared")
     parser.add_argument("--document", type=Path, default=DOCUMENT)
     options = parser.parse_args()
-    runs = results_on(options.data, options.results)
-    write(options.document, tables(runs, load_corpus(options.data)))
-    draw(runs, options.document.with_suffix(".png"))
+    runs, steps = results_on(options.data, options.results), options.steps
+    write(options.document, tables(runs, load_corpus(options.data), steps))
+    methods = {file.stem for file in METHODS.glob("*.toml")}
+    drawn = [run for run in runs if run["variant"] in methods and run["steps"] == steps]
+    draw(drawn, options.document.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Do the runs that a table lacks, and print it.
 
-    export PYTHONPATH=benchmarks/learning:examples      # in this order: each has a report.py
+    export PYTHONPATH=benchmarks/learning:examples
     python benchmarks/evidence/table.py pairs --data runs/evidence/words
     python benchmarks/evidence/table.py pairs --data runs/evidence/words --no-runs      # existing results
 
@@ -18,20 +18,19 @@ from pathlib import Path
 
 import numpy as np
 from data import load_corpus
-from document import COLOURS, HERE, RESULTS, ROOT, results_on, tables
+from document import LINKS, METHODS, RESULTS, ROOT, STEPS, results_on, tables
+from summary import Run
 
-from report import Run
-
-METHODS = {
-    "pairs": tuple(COLOURS),
-    "links": ("zipper", "zipper-tanh", "zipper-second", "zipper-last", "zipper-adapters", "zipper-paper"),
+FILES = {
+    "pairs": sorted(METHODS.glob("*.toml")),
+    "links": [METHODS / "zipper.toml", *sorted(LINKS.glob("*.toml"))],
 }
 SHARES = {"pairs": (1, 0.3, 0.1, 0.03, 0.01), "links": (1,)}
 
 
 def wanted(name: str, count: int) -> list[tuple[str, int]]:
     """Return each method of a table with each number of pairs, for ``count`` pairs in total."""
-    return [(method, round(share * count)) for share in SHARES[name] for method in METHODS[name]]
+    return [(method.stem, round(share * count)) for share in SHARES[name] for method in FILES[name]]
 
 
 def missing(
@@ -56,9 +55,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("name", choices=METHODS)
+    parser.add_argument("name", choices=FILES)
     parser.add_argument("--data", type=Path, required=True, help="a folder that words.py made")
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--no-runs", action="store_true", help="only print what is there")
@@ -71,13 +70,13 @@ def main() -> None:
             sys.executable,
             str(ROOT / "benchmarks/learning/sweep.py"),
             *("--data", str(options.data), "--results", str(options.results), "--steps", str(options.steps)),
-            *("--variants", *(str(HERE / "methods" / f"{each}.toml") for each in METHODS[options.name])),
+            *("--variants", *map(str, FILES[options.name])),
             *("--pairs", *(str(round(share * len(corpus.train))) for share in SHARES[options.name])),
             *("--seeds", *map(str, options.seeds)),
         ]
         subprocess.run(command, check=True)
         runs = results_on(options.data, options.results)
-    for name, text in tables(runs, corpus).items():
+    for name, text in tables(runs, corpus, options.steps).items():
         print(f"\n{name}\n\n{text}")
 
 

@@ -60,9 +60,9 @@ def test_each_trial_runs(data: Path, tmp_path: Path, name: str) -> None:
 def test_the_document_has_the_tables_of_the_results() -> None:
     pytest.importorskip("jiwer", reason="the benchmark needs the examples extra")
     code = (
-        "import report; "
-        "document = report.DOCUMENT.read_text(); "
-        "print(report.filled(document, report.tables(report.read_results(report.RESULTS))) == document)"
+        "import summary; "
+        "document = summary.DOCUMENT.read_text(); "
+        "print(summary.filled(document, summary.tables(summary.read_results(summary.RESULTS))) == document)"
     )
     environment = {**ENVIRONMENT, "PYTHONPATH": f"{BENCH}{os.pathsep}{ENVIRONMENT['PYTHONPATH']}"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
