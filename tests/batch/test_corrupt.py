@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -68,6 +70,7 @@ def test_only_the_inside_of_what_is_learnt_changes(batch: mt.batch.Batch) -> Non
         changed = stream["tokens"] != before["tokens"]
         assert not (changed & ~learnt(before)).any()
         assert not changed[before["tokens"] <= END].any()
+        assert set(stream["tokens"].flatten().tolist()) <= set(before["tokens"].flatten().tolist())
         assert all(stream[key] is before[key] for key in stream if key != "tokens")
 
 
@@ -93,3 +96,12 @@ def test_history_needs_labels() -> None:
     batch["streams"]["text"].pop("labels", None)
     with pytest.raises(ValueError, match="stream 'text' has no labels"):
         corrupt_history(batch, {"text": 0.5})
+
+
+@pytest.mark.parametrize("corrupt", [corrupt_history, corrupt_sources])
+def test_the_given_batch_stays(corrupt: Callable[..., mt.batch.Batch]) -> None:
+    segment = [mt.Segment("text", [BEGIN, 5, 6, END]), mt.Segment("text", [BEGIN, 7, 8, END], target=True)]
+    batch = mt.collate([segment])
+    before = batch["streams"]["text"]["tokens"].clone()
+    corrupt(batch, {"text": 1.0}, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(batch["streams"]["text"]["tokens"], before)

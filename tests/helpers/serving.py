@@ -14,10 +14,8 @@ from typing import Any
 
 import pytest
 
-for needed in ("fastapi", "prometheus_client", "python_multipart", "soundfile", "uvicorn", "websockets"):
+for needed in ("fastapi", "prometheus_client", "python_multipart", "soundfile", "websockets"):
     pytest.importorskip(needed, reason="the server needs the extra serve")
-
-
 uvicorn = pytest.importorskip("uvicorn", reason="the server needs the extra serve")
 
 LIMIT = 20

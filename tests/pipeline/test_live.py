@@ -100,8 +100,7 @@ def test_speech_runs_once() -> None:
     assert {number for (name, _), number in ran.items() if name == "speech"} == {len(SPEECH)}
 
 
-def test_no_written_token_is_taken_back() -> None:
-    """Only tokens on which the last answers agree are settled."""
+def test_tokens_on_which_the_last_answers_agree_are_settled() -> None:
     policy = Agreement(2, hold=0)
     assert policy.settled([[4]]) == 0
     assert policy.settled([[4, 5], [4, 5, 6]]) == 2
