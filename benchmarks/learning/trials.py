@@ -33,7 +33,7 @@ def change_library(trials: Mapping[str, Any], corpus: Corpus) -> None:
     """Patch the links of the library; must be called before any is created."""
     if trials.get("stop gradient"):
         read = GatedCrossAttention.read
-        GatedCrossAttention.read = lambda tap, source, *rest: read(tap, source.detach(), *rest)  # type: ignore[method-assign]
+        GatedCrossAttention.read = lambda tap, source, *rest: read(tap, source.detach(), *rest)
     if trials.get("q/k norms"):
         _normalise_queries_and_keys()
 
@@ -130,7 +130,7 @@ def _normalise_queries_and_keys() -> None:
         self._reading = False
         return forward(self, *args)
 
-    GatedCrossAttention.__init__ = new_init  # type: ignore[method-assign]
-    GatedCrossAttention._turned = new_turned  # type: ignore[method-assign]
-    GatedCrossAttention.read = new_read  # type: ignore[method-assign]
-    GatedCrossAttention.forward = new_forward  # type: ignore[method-assign]
+    GatedCrossAttention.__init__ = new_init
+    GatedCrossAttention._turned = new_turned
+    GatedCrossAttention.read = new_read
+    GatedCrossAttention.forward = new_forward

@@ -132,8 +132,8 @@ CHANGES = {
 
 def changed(base: Variant, changes: dict[str, object]) -> Variant:
     """Return a variant with changed fields."""
-    link = {**base.link, **changes.get("link", {})}  # type: ignore[dict-item]
-    return replace(base, **{**changes, "link": link})  # type: ignore[arg-type]
+    link = {**base.link, **changes.get("link", {})}
+    return replace(base, **{**changes, "link": link})
 
 
 VARIANTS = {
