@@ -1,4 +1,4 @@
-"""Write the tables and the plot of the comparison on real words, ``evidence.md`` and ``evidence.png``.
+"""Write the tables and the plot of the comparison on real words into ``docs/evidence.md``.
 
     export PYTHONPATH=benchmarks/learning:examples
     python benchmarks/evidence/document.py --data runs/evidence/words
@@ -26,7 +26,7 @@ from judge import word_errors
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 RESULTS = HERE / "results.jsonl"
-DOCUMENT = HERE / "evidence.md"
+DOCUMENT = ROOT / "docs/evidence.md"
 METHODS = HERE / "methods"
 LINKS = METHODS / "links"
 COLOURS = {
@@ -208,7 +208,7 @@ def main() -> None:
     write(options.document, tables(runs, load_corpus(options.data), steps))
     methods = {file.stem for file in METHODS.glob("*.toml")}
     drawn = [run for run in runs if run["variant"] in methods and run["steps"] == steps]
-    draw(drawn, options.document.with_suffix(".png"))
+    draw(drawn, options.document.parent / "images/evidence.png")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
     python benchmarks/evidence/table.py pairs --data runs/evidence/words --no-runs      # existing results
 
 The methods are files in ``methods``. Two runs are done at a time, with one thread each; interrupted runs
-resume. Each result is a line of ``results.jsonl``; ``document.py`` writes them into ``evidence.md``.
+resume. Each result is a line of ``results.jsonl``; ``document.py`` writes them into ``docs/evidence.md``.
 """
 
 from __future__ import annotations

@@ -67,10 +67,11 @@ def test_every_method_is_trained_and_has_its_row(words: Path, tmp_path: Path, me
         return
     assert "true units" in run("evidence/table.py", "pairs", *options, "--no-runs", "--steps", 2)
     document = tmp_path / "evidence.md"
-    document.write_text((METHODS.parent / "evidence.md").read_text())
+    document.write_text((ROOT / "docs/evidence.md").read_text())
+    (tmp_path / "images").mkdir()
     run("evidence/document.py", *options, "--document", document, "--steps", 2)
     assert f"| {Path(method).stem} | 8 |" in document.read_text()
-    assert document.with_suffix(".png").exists()
+    assert (tmp_path / "images/evidence.png").exists()
 
 
 @pytest.mark.slow
