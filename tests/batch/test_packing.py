@@ -150,6 +150,7 @@ def test_an_estimate_foresees_what_packing_saves() -> None:
         pair(causal_lm("bloom")).estimate(mt.pack(batch))
 
 
+@pytest.mark.slow
 def test_packed_batches_of_any_size_are_one_graph() -> None:
     graphs: list[object] = []
 

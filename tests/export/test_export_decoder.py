@@ -144,6 +144,7 @@ def test_a_tower_that_reads_nothing_is_decoded_alone() -> None:
     torch.testing.assert_close(torch.cat(found, 1), model(streams).logits["text"])
 
 
+@pytest.mark.slow
 def test_the_step_holds_the_tower_alone() -> None:
     text = causal_lm("gpt2", depth=1)
     encode, step = export_decoder(small(text), "text", max_length=5)

@@ -88,6 +88,7 @@ def test_a_program_runs_without_this_library(tmp_path: Path, text: str | None, s
     subprocess.run([sys.executable, "-c", ELSEWHERE, *files], env=environment, cwd=tmp_path, check=True)
 
 
+@pytest.mark.slow
 def test_only_what_is_read_is_part_of_it(tmp_path: Path) -> None:
     graph = mt.FusionGraph()
     for number, name in enumerate(("music", "speech", "text", "dance")):
