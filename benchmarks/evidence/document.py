@@ -172,8 +172,15 @@ def draw(runs: Iterable[Run], file: Path) -> None:
             rows = sorted((pairs, seeds) for name, pairs, _, seeds in found if name == method)
             places = [pairs for pairs, _ in rows]
             rates, low, high = np.array([rate(seeds, task) for _, seeds in rows]).T
-            (line,) = panels[0, column].plot(places, rates, "o-", color=COLOURS.get(method), label=method)
-            panels[0, column].fill_between(places, low, high, color=line.get_color(), alpha=0.2)
+            line, *_ = panels[0, column].errorbar(
+                places,
+                rates,
+                yerr=[rates - low, high - rates],
+                fmt="o-",
+                capsize=3,
+                color=COLOURS.get(method),
+                label=method,
+            )
             losses = [np.mean([run["held-out loss"][task] for run in seeds]) for _, seeds in rows]
             panels[1, column].plot(places, losses, "o-", color=line.get_color())
         panels[0, column].set(title=task.upper(), ylim=(0, 120))
