@@ -18,7 +18,6 @@ import torch
 import transformers
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers.trainer_utils import get_last_checkpoint
 
 import multitower as mt
 from multitower.train import Trainer
@@ -43,7 +42,7 @@ class Run:
 
 
 class Follow(transformers.TrainerCallback):
-    """Adds to the log what ``watch`` returns, about fifty times, and the time; shows a progress bar."""
+    """Adds name and time to each loss in the log; calls ``watch`` about fifty times; shows a progress bar."""
 
     def __init__(self, run: Run, names: Sequence[str], watch: Callable[[], dict] | None, title: str) -> None:
         self.run, self.names, self.watch, self.shown = run, names, watch, {}
@@ -140,13 +139,21 @@ def train(
             callbacks=[Follow(run, [named(batch[0]) for batch in taken], watch, title)],
         )
         trainer.remove_callback(transformers.PrinterCallback)
-        last = get_last_checkpoint(out) if folder and folder.exists() else None
-        if last:
-            for batch in taken[: int(last.rpartition("-")[2])]:
-                collate(batch)  # its noise goes on as if it had not been cut off
-        trainer.train(resume_from_checkpoint=last)
+        done = max(map(saved_step, Path(out).glob("checkpoint-*/trainer_state.json")), default=0)
+        for batch in taken[:done]:
+            collate(batch)  # so that its noise goes on from where it was cut off
+        trainer.train(resume_from_checkpoint=f"{out}/checkpoint-{done}" if done else None)
     module.eval()
     return run
+
+
+def saved_step(state: Path) -> int:
+    """Return the step of a checkpoint from the file that is written last.
+
+    >>> saved_step(Path("runs/checkpoint-250/trainer_state.json"))
+    250
+    """
+    return int(state.parent.name.removeprefix("checkpoint-"))
 
 
 def scale(progress: float, warmup: float = 0.03) -> float:

@@ -45,19 +45,22 @@ LENGTHS = (1, 20, 40, 60, 150)  # characters
 def tables(runs: Sequence[Run], corpus: Corpus, steps: int) -> dict[str, str]:
     """Return each table of the document by its name; methods are compared after so many steps."""
     full = [run for run in runs if run["pairs"] == len(corpus.train)]
-    methods, links = ({file.stem for file in folder.glob("*.toml")} for folder in (METHODS, LINKS))
     return {
         "words": words(corpus),
         "floor and ceiling": floor_and_ceiling(corpus),
-        "pairs": by_pairs([run for run in runs if run["variant"] in methods and run["steps"] == steps]),
-        "longer": by_pairs([run for run in full if run["variant"] in methods and run["steps"] > steps]),
-        "links": by_pairs(
-            [run for run in full if run["variant"] in {"zipper", *links} and run["steps"] == steps]
-        ),
+        "pairs": by_pairs(run for run in of_methods(runs, METHODS) if run["steps"] == steps),
+        "longer": by_pairs(run for run in of_methods(full, METHODS) if run["steps"] > steps),
+        "links": by_pairs(run for run in of_methods(full, LINKS, "zipper") if run["steps"] == steps),
         "kept": kept(full, corpus),
         "chosen": by_pairs(full, split="dev"),
         "length": by_length(full, corpus),
     }
+
+
+def of_methods(runs: Iterable[Run], folder: Path, *others: str) -> list[Run]:
+    """Return the runs of the methods in a folder, and of ``others``."""
+    methods = {*others, *(file.stem for file in folder.glob("*.toml"))}
+    return [run for run in runs if run["variant"] in methods]
 
 
 def words(corpus: Corpus) -> str:
@@ -84,7 +87,11 @@ def by_pairs(runs: Iterable[Run], split: str = "test") -> str:
     rows = []
     for method, pairs, steps, seeds in by_method(runs, split):
         rates = ["{:.1f} ({:.1f} to {:.1f})".format(*rate(seeds, task)) for task in TASKS]
-        losses = [f"{np.mean([run['held-out loss'][task] for run in seeds]):.2f}" for task in TASKS]
+        losses = [
+            f"{np.mean([run['held-out loss'][task] for run in seeds]):.2f} "
+            f"({np.mean([run['curve'][target][-1] for run in seeds]):.2f})"
+            for task, (_, target) in TASKS.items()
+        ]
         seconds = np.mean([run["seconds"] for run in seeds])
         memory = np.mean([run["MiB"] for run in seeds])
         trained = f"{seeds[0]['trained'] / 1e6:.2f}"
@@ -101,19 +108,8 @@ def by_pairs(runs: Iterable[Run], split: str = "test") -> str:
                 str(len(seeds)),
             ]
         )
-    heads = [
-        "",
-        "pairs",
-        "ASR WER %",
-        "TTS WER %",
-        "ASR loss",
-        "TTS loss",
-        "steps",
-        "s",
-        "MiB",
-        "M trained",
-        "seeds",
-    ]
+    errors = ["ASR WER %", "TTS WER %", "ASR loss", "TTS loss"]
+    heads = ["", "pairs", *errors, "steps", "s", "MiB", "M trained", "seeds"]
     return table(heads, rows)
 
 
@@ -185,6 +181,9 @@ def draw(runs: Iterable[Run], file: Path) -> None:
             panels[1, column].plot(places, losses, "o-", color=line.get_color())
         panels[0, column].set(title=task.upper(), ylim=(0, 120))
         panels[1, column].set(xscale="log", xlabel="pairs")
+        counts = sorted({pairs for _, pairs, _, _ in found})
+        panels[1, column].set_xticks(counts, map(str, counts))
+        panels[1, column].minorticks_off()
     panels[0, 0].set_ylabel("WER %")
     panels[1, 0].set_ylabel("held-out loss, nats per token")
     panels[0, 0].legend(frameon=False)
@@ -213,8 +212,7 @@ def main() -> None:
     options = parser.parse_args()
     runs, steps = results_on(options.data, options.results), options.steps
     write(options.document, tables(runs, load_corpus(options.data), steps))
-    methods = {file.stem for file in METHODS.glob("*.toml")}
-    drawn = [run for run in runs if run["variant"] in methods and run["steps"] == steps]
+    drawn = [run for run in of_methods(runs, METHODS) if run["steps"] == steps]
     draw(drawn, options.document.parent / "images/evidence.png")
 
 
