@@ -37,7 +37,7 @@ COLOURS = {
     "expansion-lora": "#cc79a7",
     "expansion-new": "#999999",
 }
-STEPS = {1: 4000, 0.3: 4000, 0.1: 2000, 0.03: 1000, 0.01: 1000}
+STEPS = {1: 4000, 0.3: 4000, 0.1: 4000, 0.03: 2000, 0.01: 2000}
 """Length of the runs that are compared, by the share of the pairs."""
 
 LENGTHS = (1, 20, 40, 60, 150)  # characters
@@ -56,7 +56,7 @@ def tables(
         "longer": by_pairs(run for run in of_methods(full, METHODS) if run["steps"] > longest),
         "links": by_pairs(run for run in of_methods(full, LINKS, "zipper") if run["steps"] == longest),
         "kept": kept(full, corpus),
-        "chosen": by_pairs(full, split="dev"),
+        "chosen": by_pairs(runs, split="dev"),
         "length": by_length(full, corpus),
         "reuse": by_links(reuses),
     }

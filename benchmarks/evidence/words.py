@@ -91,7 +91,7 @@ def make_corpus(
         },
         "cloze": [[text.encode(line).tolist() for line in four] for four in last_words(kept, seed)],
     }
-    (folder / CORPUS).write_text(json.dumps(corpus))
+    written(folder / CORPUS, corpus)
     unspoken = [text.encode(line)[:LONGEST_TEXT] for line in [*definitions, *sentences[spoken:]]]
     alone = [torch.tensor(entry["speech"]) for entry in entries[held_out + pairs :]]
     jobs = [
@@ -170,8 +170,13 @@ def _encode_chunk(job: tuple[Sequence[str], TextModality, SpeechModality, Path, 
         return
     torch.set_num_threads(1)
     said = speak(sentences, seed=seed, workers=1, progress=False)
+    written(file, encoded(said, text, speech, progress=False))
+
+
+def written(file: Path, values: Any) -> None:
+    """Write JSON; the file is complete as soon as it exists."""
     half = file.with_suffix(".part")
-    half.write_text(json.dumps(encoded(said, text, speech, progress=False)))
+    half.write_text(json.dumps(values))
     half.rename(file)
 
 

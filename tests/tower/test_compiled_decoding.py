@@ -94,6 +94,7 @@ def test_later_calls_compile_nothing_and_read_their_own_source(
     assert len({str(each) for each in found}) == len(found)
 
 
+@pytest.mark.slow
 def test_what_was_compiled_for_one_number_of_rows_serves_any_later() -> None:
     model = fusion()
     for seed, rows in enumerate((2, 3, 2)):
