@@ -136,13 +136,13 @@ ENGINES: dict[str, Callable[[mt.FusedModel], nn.Module]] = {
 }
 CASES: dict[int, list[Case]] = {
     2: [
-        *(("frozen", engine) for engine in ("ddp", "fsdp", "per_layer", "root", "replicate")),
-        *(("shared", engine) for engine in ("ddp", "fsdp", "per_layer")),
+        *(("frozen", engine) for engine in ("ddp", "fsdp", "per_layer", "replicate")),
+        ("shared", "per_layer"),
     ],
     4: [
-        *(("frozen", engine) for engine in ("ddp", "replicate", "accelerate")),
+        *(("frozen", engine) for engine in ("ddp", "root", "replicate", "accelerate")),
         *(("frozen", engine) for engine in ("checkpointed", "wrapped", "compiled")),
-        *(("shared", engine) for engine in ("per_layer", "hybrid")),
+        *(("shared", engine) for engine in ("ddp", "fsdp", "per_layer", "hybrid")),
     ],
 }
 """The towers and engines to train, by number of processes."""
