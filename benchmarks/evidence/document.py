@@ -203,7 +203,7 @@ def draw(runs: Iterable[Run], file: Path) -> None:
             )
             losses = [np.mean([run["held-out loss"][task] for run in seeds]) for _, seeds in rows]
             panels[1, column].plot(places, losses, "o-", color=line.get_color())
-        panels[0, column].set(title=task.upper(), ylim=(0, 120))
+        panels[0, column].set(title=task.upper(), ylim=(0, 140))
         panels[1, column].set(xscale="log", xlabel="pairs")
         counts = sorted({pairs for _, pairs, _, _ in found})
         panels[1, column].set_xticks(counts, map(str, counts))
