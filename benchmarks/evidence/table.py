@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import words
 from data import load_corpus
 from document import LINKS, METHODS, RESULTS, STEPS, results_on, tables
 from summary import Run
@@ -83,7 +83,8 @@ def main() -> None:
         if options.wordnet is None:
             parser.error(f"{options.data} does not exist; with --wordnet it is made")
         sizes = QUICK.split() if options.quick else []
-        words.main([str(options.data), "--wordnet", str(options.wordnet), *sizes])
+        script = [sys.executable, str(Path(__file__).with_name("words.py"))]
+        subprocess.run([*script, str(options.data), "--wordnet", str(options.wordnet), *sizes], check=True)
     runs, corpus = results_on(options.data, options.results), load_corpus(options.data)
     lacking = missing(planned(options.name, len(corpus.train), options), options.data, options.results)
     if lacking and not options.no_runs:

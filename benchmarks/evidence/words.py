@@ -195,8 +195,8 @@ def floor_and_ceiling(
     return json.loads(file.read_text())
 
 
-def main(command: Sequence[str] | None = None) -> None:
-    """Parse a command line, and make the data."""
+def main() -> None:
+    """Parse the command line, and make the data."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -214,7 +214,7 @@ def main(command: Sequence[str] | None = None) -> None:
     parser.add_argument("--pretraining", type=int, default=2000, help="steps for each decoder")
     parser.add_argument("--workers", type=int, default=2, help="processes that speak and encode")
     parser.add_argument("--seed", type=int, default=0)
-    options = vars(parser.parse_args(command))
+    options = vars(parser.parse_args())
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     make_corpus(**options)
