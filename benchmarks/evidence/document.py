@@ -55,9 +55,9 @@ def tables(
         "pairs": by_pairs(compared(runs, len(corpus.train), steps)),
         "longer": by_pairs(run for run in of_methods(full, METHODS) if run["steps"] > longest),
         "links": by_pairs(run for run in of_methods(full, LINKS, "zipper") if run["steps"] == longest),
-        "kept": kept(full, corpus),
+        "kept": kept(of_methods(full, METHODS), corpus),
         "chosen": by_pairs(runs, split="dev"),
-        "length": by_length(full, corpus),
+        "length": by_length(of_methods(full, METHODS), corpus),
         "reuse": by_links(reuses),
     }
 
