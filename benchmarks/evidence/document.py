@@ -17,7 +17,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 from data import Corpus, load_corpus
-from summary import Run, filled, group, rate, table
+from summary import Run, cell, filled, group, rate, table
 from train import TASKS, read_results, what_is_kept
 
 import multitower as mt
@@ -58,7 +58,7 @@ def tables(
         "kept": kept(of_methods(full, METHODS), corpus),
         "chosen": by_pairs(runs, split="dev"),
         "length": by_length(of_methods(full, METHODS), corpus),
-        "reuse": by_links(reuses),
+        "reuse": reused(reuses),
     }
 
 
@@ -68,7 +68,7 @@ def of_methods(runs: Iterable[Run], folder: Path, *others: str) -> list[Run]:
     return [run for run in runs if run["variant"] in methods]
 
 
-def compared(runs: Iterable[Run], count: int, steps: int | None = None) -> list[Run]:
+def compared(runs: Iterable[Run], count: int, steps: int | None) -> list[Run]:
     """Return the runs whose methods are compared at shares of ``count`` pairs."""
     lengths = {round(share * count): steps or length for share, length in STEPS.items()}
     return [run for run in of_methods(runs, METHODS) if run["steps"] == lengths.get(run["pairs"])]
@@ -97,7 +97,7 @@ def by_pairs(runs: Iterable[Run], split: str = "test") -> str:
     """Return the errors of each method at each number of pairs."""
     rows = []
     for method, pairs, steps, seeds in by_method(runs, split):
-        rates = ["{:.1f} ({:.1f} to {:.1f})".format(*rate(seeds, task)) for task in TASKS]
+        rates = [cell(seeds, task) for task in TASKS]
         losses = [
             f"{np.mean([run['held-out loss'][task] for run in seeds]):.2f} "
             f"({np.mean([run['curve'][target][-1] for run in seeds]):.2f})"
@@ -124,14 +124,14 @@ def by_pairs(runs: Iterable[Run], split: str = "test") -> str:
     return table(heads, rows)
 
 
-def by_links(runs: Iterable[Run]) -> str:
+def reused(runs: Iterable[Run]) -> str:
     """Return the errors of links with another decoder than their own."""
     rows = []
     grouped: dict[tuple[str, int], list[Run]] = {}
     for run in runs:
         grouped.setdefault((run["links"], run["pairs"]), []).append(run)
     for (links, pairs), seeds in grouped.items():
-        rates = ["{:.1f} ({:.1f} to {:.1f})".format(*rate(seeds, task)) for task in TASKS]
+        rates = [cell(seeds, task) for task in TASKS]
         losses = [f"{np.mean([run['held-out loss'][task] for run in seeds]):.2f}" for task in TASKS]
         rows.append([links, str(pairs), *rates, *losses, str(len(seeds))])
     return table(["links", "pairs", "ASR WER %", "TTS WER %", "ASR loss", "TTS loss", "seeds"], rows)
@@ -177,7 +177,7 @@ def by_length(runs: Iterable[Run], corpus: Corpus) -> str:
                 f"{100 * errors[each].sum() / words[each].sum():.1f}" if each.any() else "" for each in chosen
             ]
             heard = task == "asr" and all("human" in run for run in seeds)
-            human = "{:.1f} ({:.1f} to {:.1f})".format(*rate(seeds, "human")) if heard else ""
+            human = cell(seeds, "human") if heard else ""
             rows.append([f"{method}, {steps} steps, {task.upper()}", *rates, human])
     spans = [f"to {high} characters" for high in LENGTHS[1:]]
     return table(["", *spans, "human recordings"], rows)

@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 import transformers
 from data import Corpus, load_corpus
-from document import REUSE
-from train import append, make_model, read_results, scored, teach
+from document import REUSE, results_on
+from train import append, make_model, scored, teach
 from variants import Variant, read_variant
 from words import OTHER
 
@@ -30,6 +30,7 @@ import multitower as mt
 
 HERE = Path(__file__).parent
 SHARES = (0.0, 0.01, 0.1)
+KEY = ("links", "pairs", "seed", "steps")
 
 
 def pretrained(corpus: Corpus, variant: Variant, folder: Path, *, steps: int, seed: int) -> mt.FusedModel:
@@ -65,11 +66,19 @@ def main() -> None:
     fused = pretrained(corpus, variant, folder, steps=options.steps, seed=options.seed)
     other = str(options.data / f"{OTHER}-decoder")
     elsewhere = replace(corpus, decoders={**corpus.decoders, "text": other})
-    there = {(run["links"], run["pairs"], run["seed"]) for run in read_results(options.results)}
+    there = {tuple(run[each] for each in KEY) for run in results_on(options.data, options.results)}
     for links in ("as trained", "moved", "new"):
         for share in SHARES if links != "as trained" else SHARES[:1]:
             pairs = math.ceil(share * len(corpus.train))
-            if (links, pairs, options.seed) in there or (links, pairs) == ("new", 0):
+            entry = {
+                "data": options.data.name,
+                "links": links,
+                "pairs": pairs,
+                "seed": options.seed,
+                "steps": options.further_steps,
+            }
+            key = tuple(entry[each] for each in KEY)
+            if key in there or (links, pairs) == ("new", 0):
                 continue
             torch.manual_seed(options.seed)
             model = fused
@@ -84,15 +93,8 @@ def main() -> None:
             if pairs:
                 teach(model, corpus, variant, steps=options.further_steps, seed=options.seed, pairs=pairs)
             found = scored(model, corpus, "test", options.judged)
-            entry = {
-                "data": options.data.name,
-                "links": links,
-                "pairs": pairs,
-                "seed": options.seed,
-                "steps": options.further_steps,
-            }
             append(options.results, {**entry, **found})
-            there.add((links, pairs, options.seed))
+            there.add(key)
             print(links, pairs, found["asr"]["wer"], found["tts"]["wer"])
 
 

@@ -5,8 +5,8 @@
     python benchmarks/evidence/table.py pairs --data runs/evidence/words --no-runs      # existing results
     python benchmarks/evidence/table.py pairs --data runs/evidence/quick --wordnet /usr/share/wordnet --quick
 
-If the folder of the data does not exist, ``words.py`` makes it with its default sizes first. ``--quick`` does
-everything in minutes, at sizes too small to learn anything, and keeps the results in the folder of the data.
+If the data are not complete, ``words.py`` makes what is missing, with its default sizes. ``--quick`` does the
+same in minutes, at sizes too small to learn anything, and keeps the results in the folder of the data.
 The methods are files in ``methods``. Two runs are done at a time, with one thread each; interrupted runs
 resume. Each result is a line of ``results.jsonl``; ``document.py`` writes them into ``docs/evidence.md``.
 """
@@ -25,13 +25,13 @@ from data import load_corpus
 from document import LINKS, METHODS, RESULTS, STEPS, results_on, tables
 from summary import Run
 from sweep import Planned, do, missing
+from words import OTHER
 
 FILES = {
     "pairs": sorted(METHODS.glob("*.toml")),
     "links": [METHODS / "zipper.toml", *sorted(LINKS.glob("*.toml"))],
 }
 SHARES = {"pairs": tuple(STEPS), "links": (1,)}
-
 
 QUICK = "--pairs 8 --unpaired 6 --dev 2 --test 3 --units 16 --width 16 --depth 4 --pretraining 2"
 """Options of words.py."""
@@ -69,6 +69,7 @@ def main() -> None:
     parser.add_argument("name", choices=FILES)
     parser.add_argument("--data", type=Path, required=True, help="a folder that words.py made")
     parser.add_argument("--wordnet", type=Path, help="WordNet's data files, to make the data from")
+    parser.add_argument("--asterisk", type=Path, help="/, for human recordings in the data")
     parser.add_argument("--quick", action="store_true", help="tiny data, two steps, one share, one seed")
     parser.add_argument("--shares", nargs="+", type=float, choices=STEPS, help="of the pairs (default: all)")
     parser.add_argument("--steps", type=int, help="of each run (default: by share)")
@@ -79,12 +80,13 @@ def main() -> None:
     if options.quick:
         options.shares, options.steps, options.seeds = [1], 2, [0]
         options.results = options.data / RESULTS.name
-    if not options.data.exists():
+    if not (options.data / f"{OTHER}-decoder/config.json").exists():  # what words.py makes last
         if options.wordnet is None:
-            parser.error(f"{options.data} does not exist; with --wordnet it is made")
-        sizes = QUICK.split() if options.quick else []
-        script = [sys.executable, str(Path(__file__).with_name("words.py"))]
-        subprocess.run([*script, str(options.data), "--wordnet", str(options.wordnet), *sizes], check=True)
+            parser.error(f"the data {options.data} are not complete; with --wordnet they are made")
+        command = [sys.executable, Path(__file__).with_name("words.py"), options.data]
+        command += ["--wordnet", options.wordnet, *(QUICK.split() if options.quick else [])]
+        command += ["--asterisk", options.asterisk] if options.asterisk else []
+        subprocess.run(list(map(str, command)), check=True)
     runs, corpus = results_on(options.data, options.results), load_corpus(options.data)
     lacking = missing(planned(options.name, len(corpus.train), options), options.data, options.results)
     if lacking and not options.no_runs:

@@ -55,9 +55,14 @@ def rate(runs: Sequence[Run], task: str) -> tuple[float, float, float]:
     return 100 * sum(errors) / sum(words), *interval(errors, words)
 
 
+def cell(runs: Sequence[Run], task: str) -> str:
+    """Return the word error rate of all seeds together with its interval, as a cell of a table."""
+    return "{:.1f} ({:.1f} to {:.1f})".format(*rate(runs, task))
+
+
 def cells(runs: Sequence[Run]) -> list[str]:
     """Return the cells of a table row for the seeds of one variant."""
-    rates = ["{:.1f} ({:.1f} to {:.1f})".format(*rate(runs, task)) for task in TASKS]
+    rates = [cell(runs, task) for task in TASKS]
     seconds = np.mean([run["seconds"] for run in runs])
     perplexity = np.mean([run["text perplexity"] for run in runs])
     trained = runs[0]["trained"] / 1e6

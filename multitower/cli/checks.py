@@ -24,7 +24,7 @@ def check(
     promise: Annotated[
         list[str],
         typer.Option("--promise", help="One of those to check; may be repeated. All by default."),
-    ] = [],  # noqa: B006
+    ] = [],  # noqa: B006  # as typer wants it
     length: Annotated[int, typer.Option(min=1, help="How many random tokens a segment has.")] = 6,
     seed: Annotated[int, typer.Option(help="Of the random tokens.")] = 0,
     as_json: JsonOption = False,

@@ -63,7 +63,7 @@ def transcribe(
     clips: Annotated[list[str], typer.Argument(help="Sound files.", show_default=False)],
     source: FromOption = None,
     target: ToOption = None,
-    option: OptionOption = [],  # noqa: B006
+    option: OptionOption = [],  # noqa: B006  # as typer wants it
     batch_size: Annotated[int, typer.Option(min=1, help="How many clips are decoded at once.")] = 8,
     device: DeviceOption = "cpu",
     as_json: JsonOption = False,
@@ -89,7 +89,7 @@ def speak(
     save: Annotated[Path, typer.Option("--save", help="The sound file to write.")] = Path("speech.wav"),
     source: FromOption = None,
     target: ToOption = None,
-    option: OptionOption = [],  # noqa: B006
+    option: OptionOption = [],  # noqa: B006  # as typer wants it
     device: DeviceOption = "cpu",
 ) -> None:
     """Synthesise speech from text, and write it to a file."""

@@ -254,6 +254,7 @@ def _distributed_checkpoint() -> Iterator[Any]:
         raise ImportError(f"training checkpoints need torch 2.9 or newer; this is torch {torch.__version__}")
     try:
         with warnings.catch_warnings():
+            # One process needs no group.
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             yield checkpoint
     except CheckpointException as error:

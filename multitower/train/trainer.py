@@ -311,7 +311,11 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]  # known only at run 
             self._save()
         super()._push_from_checkpoint(checkpoint_folder)
 
-    def create_model_card(self, model_name: str | None = None, license: str | None = None) -> None:  # noqa: A002
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        license: str | None = None,  # noqa: A002  # what transformers calls it
+    ) -> None:
         """Write a model card, ``README.md``, with training settings and the latest scores."""
         if not self.is_world_process_zero():
             return

@@ -11,9 +11,9 @@ from multitower.batch.places import ROOM, places
 
 st = pytest.importorskip("hypothesis.strategies", reason="needs the testing extra")
 
-from hypothesis import given, settings  # noqa: E402
+from hypothesis import given, settings
 
-from multitower.testing.strategies import examples  # noqa: E402
+from multitower.testing.strategies import examples
 
 VOCABULARIES = {"a": 9, "b": 9, "c": 9}
 

@@ -83,7 +83,7 @@ def test_a_table_without_data_needs_wordnet(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "benchmarks/evidence/table.py"), "pairs", "--data", "nowhere"]
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path)
     assert done.returncode == 2
-    assert "nowhere does not exist; with --wordnet it is made" in done.stderr
+    assert "the data nowhere are not complete; with --wordnet they are made" in done.stderr
     assert not list(tmp_path.iterdir())
 
 

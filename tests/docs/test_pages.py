@@ -113,9 +113,9 @@ def write_tokenizer(folder: str) -> None:
 
 
 @pytest.mark.filterwarnings(NOT_ON_CPU)
-@pytest.mark.filterwarnings("ignore:.*vectors are few")
+@pytest.mark.filterwarnings("ignore:.*vectors are few")  # its clips are short
 def test_recordings_become_a_model_that_speaks() -> None:
-    np = pytest.importorskip("numpy")
+    np = pytest.importorskip("numpy", reason="needs numpy")
     soundfile = pytest.importorskip("soundfile", reason="the page needs the speech extra")
     for needed in ("librosa", "typer", "yaml"):
         pytest.importorskip(needed, reason="the page needs the speech and cli extras")
@@ -152,7 +152,7 @@ def test_recordings_become_a_model_that_speaks() -> None:
 
 
 def test_raw_data_go_in_and_come_out() -> None:
-    np = pytest.importorskip("numpy")
+    np = pytest.importorskip("numpy", reason="needs numpy")
     soundfile = pytest.importorskip("soundfile", reason="the page needs the speech extra")
     pytest.importorskip("librosa", reason="the page needs the speech extra")
     import multitower as mt

@@ -17,8 +17,8 @@ from models import causal_lm
 for needed in ("transformers", "accelerate", "datasets"):
     pytest.importorskip(needed, reason="the recipes need transformers, accelerate and datasets")
 
-from multitower_text import TextModality  # noqa: E402
-from train_data import Recipe, fuse, loader, parse, read  # noqa: E402
+from multitower_text import TextModality
+from train_data import Recipe, fuse, loader, parse, read
 
 ENGINES = ("accelerate", "lightning", "trainer")
 ROWS = [("abc", "one"), ("b", "two and more"), ("cabbage", "3"), ("da", "four, five"), ("ebbeda", "six")]
@@ -101,8 +101,8 @@ def test_the_plain_loop_learns(plain: tuple[list[float], mt.FusedModel], recipe:
         assert all(same) if name == "text" else not any(same)
 
 
-@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set")
-@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set")  # there may be no accelerator
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")  # lightning uses it
 @pytest.mark.filterwarnings("ignore:Found .* module.s. in eval mode")  # the frozen tower
 @pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
 @pytest.mark.parametrize("engine", ENGINES)
@@ -129,7 +129,9 @@ def test_accumulated_batches_are_one_batch(
 def test_the_command_line_says_what_is_fused(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    speech = pytest.importorskip("multitower_speech").SpeechModality(torch.randn(1, 16, 160))
+    speech = pytest.importorskip("multitower_speech", reason="needs multitower_speech").SpeechModality(
+        torch.randn(1, 16, 160)
+    )
     for name, modality in (("speech", speech), ("text", TextModality())):
         modality.save_pretrained(tmp_path / name)
     given = [f"--{name} {recipe.decoders[name]} {tmp_path / name}" for name in ("speech", "text")]

@@ -111,7 +111,7 @@ def fused() -> tuple[nn.Module, list[dict]]:
 
 
 def rival() -> tuple[nn.Module, list[dict]]:
-    text = pytest.importorskip("multitower_text").TextModality()
+    text = pytest.importorskip("multitower_text", reason="needs multitower_text").TextModality()
     native = causal_lm("llama", vocab_size=text.vocab_size)
     model = mt.baseline.VocabularyExpansion(native, {"text": text, "speech": text})
     return model, [{"params": list(model.parameters()), "lr": 1e-2}]

@@ -78,7 +78,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     forget()
 
 
-@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set")
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set")  # there may be no accelerator
 @pytest.mark.usefixtures("elsewhere")
 def test_the_tutorial_runs(offer: Offer, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     with matplotlib.rc_context({"backend": "agg"}):
@@ -89,7 +89,7 @@ def test_the_tutorial_runs(offer: Offer, capsys: pytest.CaptureFixture, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set")
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set")  # there may be no accelerator
 @pytest.mark.usefixtures("elsewhere")
 def test_the_tutorial_teaches(offer: Offer, capsys: pytest.CaptureFixture) -> None:
     with matplotlib.rc_context({"backend": "agg"}):

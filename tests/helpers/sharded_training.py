@@ -59,6 +59,7 @@ def check(folder: Path) -> None:
     expected = load_file(folder / "saved.safetensors")
     model, optimizer = start()
     with warnings.catch_warnings():
+        # Of a process that was not there.
         warnings.filterwarnings("ignore", message="the checkpoint has no random")
         assert load_training(folder / "run", model, optimizer) == 1
     same(whole(model), expected)

@@ -18,6 +18,7 @@ from multitower.link import attention
 from multitower.link.attention import block_visibility, visibility
 
 pytestmark = [
+    # It is eager on purpose.
     pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning"),
     # torch warns about its own code while it traces and compiles
     pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning"),

@@ -188,7 +188,7 @@ def test_the_longest_example_of_a_packed_row_counts() -> None:
 def test_peft_leaves_the_limit() -> None:
     tower = tiny_tower(2, depth=2, width=8, vocab_size=20)
     tower.hard_limit = LIMIT
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="needs peft")
     graph = mt.FusionGraph()
     graph.add_tower("own", tower, train=peft.LoraConfig(target_modules=["attention"]))
     graph.add_tower("text", limited("gpt2"), train="lora")

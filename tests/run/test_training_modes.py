@@ -76,7 +76,7 @@ def test_checkpointed_layers_are_run_twice_and_give_the_same_gradients(
         torch.testing.assert_close(gradient, expected[name])
 
 
-@pytest.mark.filterwarnings("ignore:.*activation_checkpointing_enable:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*activation_checkpointing_enable:FutureWarning")  # it is what is tested
 def test_the_older_name_of_activation_checkpointing() -> None:
     model = causal_lm("llama", depth=3)
     model.gradient_checkpointing_enable()

@@ -115,7 +115,7 @@ def test_tokens_of_another_kind_are_named_with_their_example(tokens: Any) -> Non
 
 
 def test_a_batch_encoding_is_refused_by_name() -> None:
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
     tokens = transformers.BatchEncoding({"input_ids": [3, 4]})
     with pytest.raises(ValueError, match=r"this BatchEncoding is not.* tokenizer\(text\).input_ids"):
         mt.collate([[mt.Segment("text", tokens)]])
@@ -187,8 +187,8 @@ def test_examples_are_decoded_some_at_a_time(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def words(**special: str) -> Any:
-    transformers = pytest.importorskip("transformers")
-    tokenizers = pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    tokenizers = pytest.importorskip("tokenizers", reason="needs tokenizers")
     vocabulary = {"<s>": 0, "</s>": 1, "<unk>": 2, "one": 3, "two": 4}
     model = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
     model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
@@ -196,7 +196,7 @@ def words(**special: str) -> Any:
 
 
 def test_a_tokenizer_stands_for_the_text_modality() -> None:
-    multitower_text = pytest.importorskip("multitower_text")
+    multitower_text = pytest.importorskip("multitower_text", reason="needs multitower_text")
     tokenizer = words(bos_token="<s>", eos_token="</s>")
     pipe = mt.Pipeline(pair(gates=True), {"text": tokenizer})
     whole = mt.Pipeline(pipe.model, {"text": multitower_text.TextModality(tokenizer)})

@@ -52,6 +52,7 @@ def encoded(dataset: Any, targets: list[str] = TARGETS, **options: Any) -> Any:
 EXPECTED = encoded(ROWS)
 
 
+# Datasets forks.
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
 def test_processes_encode_alike(csv: str) -> None:
     data = datasets.load_dataset("csv", data_files=csv, split="train")
@@ -118,9 +119,12 @@ def sounds_and_words(folder: str) -> list[Any]:
 
 def test_what_was_encoded_is_kept_on_disk(tmp_path: Path, cache: Path) -> None:
     soundfile = pytest.importorskip("soundfile", reason="needs soundfile")
-    speech = pytest.importorskip("multitower_speech").SpeechModality
-    text = pytest.importorskip("multitower_text").TextModality
-    tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
+    speech = pytest.importorskip("multitower_speech", reason="needs multitower_speech").SpeechModality
+    text = pytest.importorskip("multitower_text", reason="needs multitower_text").TextModality
+    tokenizers, transformers = (
+        pytest.importorskip("tokenizers", reason="needs tokenizers"),
+        pytest.importorskip("transformers", reason="needs transformers"),
+    )
     words = tokenizers.Tokenizer(
         tokenizers.models.WordLevel({"<s>": 0, "</s>": 1, "<unk>": 2, "one": 3}, unk_token="<unk>")
     )
@@ -228,7 +232,7 @@ def test_rows_are_packed_in_the_trainer(csv: str, tmp_path: Path) -> None:
         torch.testing.assert_close(state[name], tensor, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")  # torchdata calls it
 @pytest.mark.parametrize("streamed", [False, True])
 def test_an_epoch_is_resumed_in_the_middle(csv: str, tmp_path: Path, streamed: bool) -> None:
     stateful = pytest.importorskip("torchdata.stateful_dataloader", reason="needs torchdata")

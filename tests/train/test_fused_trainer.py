@@ -17,7 +17,7 @@ from multitower.testing import tiny_tower
 transformers = pytest.importorskip("transformers", reason="the Trainer needs transformers")
 pytest.importorskip("accelerate", reason="the Trainer needs accelerate")
 
-from multitower.train import Collator, Trainer  # noqa: E402  # an extra
+from multitower.train import Collator, Trainer  # an extra
 
 EXAMPLES = [
     [segment("speech", 5), segment("text", 3, target=True)],

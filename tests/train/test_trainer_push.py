@@ -21,7 +21,7 @@ huggingface_hub = pytest.importorskip("huggingface_hub", reason="the Trainer pus
 transformers = pytest.importorskip("transformers", reason="the Trainer needs transformers")
 pytest.importorskip("accelerate", reason="the Trainer needs accelerate")
 
-from multitower.train import Trainer  # noqa: E402  # an extra
+from multitower.train import Trainer  # an extra
 
 REPO = "me/fused"
 

@@ -206,6 +206,7 @@ def test_a_closed_engine_says_so(model: mt.FusedModel) -> None:
         assert isinstance(each.rest()[-1], ConnectionError)
 
 
+# The error ends its thread.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_no_one_waits_for_an_engine_that_broke(model: mt.FusedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(Codec(model, {}), OUTPUTS)

@@ -11,9 +11,9 @@ pytest.importorskip("librosa", reason="speech needs the speech extra")
 soundfile = pytest.importorskip("soundfile", reason="speech needs the speech extra")
 pytest.importorskip("sklearn", reason="speech needs the speech extra")
 
-from melodies import fit, melody, one_thread  # noqa: E402, F401
-from multitower_speech import SpeechModality  # noqa: E402
-from multitower_speech.audio import blocks, waveform  # noqa: E402
+from melodies import fit, melody, one_thread  # noqa: F401  # a fixture
+from multitower_speech import SpeechModality
+from multitower_speech.audio import blocks, waveform
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,12 @@ soundfile = pytest.importorskip("soundfile", reason="speech needs the speech ext
 pytest.importorskip("sklearn", reason="speech needs the speech extra")
 pytest.importorskip("transformers", reason="codecs need transformers")
 
-import test_speech_pretrained as tiny  # noqa: E402
+import test_speech_pretrained as tiny
 
-from melodies import fit, melody, one_thread  # noqa: E402, F401
-from multitower.testing import check_modality  # noqa: E402
-from multitower_speech import CodecModality  # noqa: E402
-from multitower_speech.audio import waveform  # noqa: E402
+from melodies import fit, melody, one_thread  # noqa: F401  # a fixture
+from multitower.testing import check_modality
+from multitower_speech import CodecModality
+from multitower_speech.audio import waveform
 
 SPEECH = {
     "units": fit,

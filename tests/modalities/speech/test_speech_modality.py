@@ -13,11 +13,11 @@ pytest.importorskip("librosa", reason="speech needs the speech extra")
 soundfile = pytest.importorskip("soundfile", reason="speech needs the speech extra")
 pytest.importorskip("sklearn", reason="speech needs the speech extra")
 
-from melodies import fit, melody, one_thread  # noqa: E402, F401
-from multitower_speech import SpeechModality  # noqa: E402
-from multitower_speech.frontend import griffin_lim, log_mels  # noqa: E402
-from multitower_speech.frontend import log_mel as log_mel_of_parts  # noqa: E402
-from multitower_speech.units import dequantize, quantize  # noqa: E402
+from melodies import fit, melody, one_thread  # noqa: F401  # a fixture
+from multitower_speech import SpeechModality
+from multitower_speech.frontend import griffin_lim, log_mels
+from multitower_speech.frontend import log_mel as log_mel_of_parts
+from multitower_speech.units import dequantize, quantize
 
 
 def log_mel(samples):

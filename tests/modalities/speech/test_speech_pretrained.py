@@ -1,6 +1,7 @@
 """Codecs and self-supervised models of transformers as speech modalities: tiny ones with random weights."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,11 +12,11 @@ pytest.importorskip("soundfile", reason="speech needs the speech extra")
 pytest.importorskip("sklearn", reason="speech needs the speech extra")
 transformers = pytest.importorskip("transformers", reason="codecs need transformers")
 
-import multitower as mt  # noqa: E402
-from melodies import melody, one_thread  # noqa: E402, F401
-from multitower_speech import CodecModality, HubertModality, pretrained  # noqa: E402
-from multitower_speech.frontend import log_mel  # noqa: E402
-from multitower_speech.hubert import _hidden  # noqa: E402
+import multitower as mt
+from melodies import melody, one_thread  # noqa: F401  # a fixture
+from multitower_speech import CodecModality, HubertModality, pretrained
+from multitower_speech.frontend import log_mel
+from multitower_speech.hubert import _hidden
 
 
 def mimi(**changes):
@@ -162,7 +163,10 @@ def test_codecs_are_saved_by_id_or_stored(codec, stored, tmp_path, monkeypatch):
         speech = CodecModality(source, **options)
     else:
         load = transformers.AutoModel.from_pretrained
-        hub = lambda name, **rest: load({"org/codec": source}.get(name, name), **rest)  # noqa: E731
+
+        def hub(name: str, **rest: Any) -> Any:
+            return load({"org/codec": source}.get(name, name), **rest)
+
         monkeypatch.setattr(transformers.AutoModel, "from_pretrained", hub)
         speech = CodecModality("org/codec", **options)
     speech.save_pretrained(tmp_path / "speech")
@@ -265,7 +269,10 @@ def test_hubert_saves_and_loads(hubert_speech, tmp_path):
 def test_hubert_by_id_keeps_the_id(hubert_speech, tmp_path, monkeypatch):
     hubert_speech.model.save_pretrained(tmp_path / "source")
     load = transformers.AutoModel.from_pretrained
-    hub = lambda name, **rest: load({"org/hubert": tmp_path / "source"}.get(name, name), **rest)  # noqa: E731
+
+    def hub(name: str, **rest: Any) -> Any:
+        return load({"org/hubert": tmp_path / "source"}.get(name, name), **rest)
+
     monkeypatch.setattr(transformers.AutoModel, "from_pretrained", hub)
     speech = fit_hubert("org/hubert")
     speech.save_pretrained(tmp_path / "speech")

@@ -9,12 +9,12 @@ pytest.importorskip("soundfile", reason="speech needs the speech extra")
 pytest.importorskip("sklearn", reason="speech needs the speech extra")
 strategies = pytest.importorskip("hypothesis.strategies", reason="needs the testing extra")
 
-from hypothesis import given, settings  # noqa: E402
+from hypothesis import given, settings
 
-from melodies import fit, melody, one_thread  # noqa: E402, F401
-from multitower_speech.frontend import log_mel  # noqa: E402
-from multitower_speech.layout import Layout  # noqa: E402
-from multitower_speech.seams import SEAM, SHIFT, sound_in_pieces  # noqa: E402
+from melodies import fit, melody, one_thread  # noqa: F401  # a fixture
+from multitower_speech.frontend import log_mel
+from multitower_speech.layout import Layout
+from multitower_speech.seams import SEAM, SHIFT, sound_in_pieces
 
 RATE = 16_000
 

@@ -9,10 +9,10 @@ pytest.importorskip("soundfile", reason="speech needs the speech extra")
 pytest.importorskip("sklearn", reason="speech needs the speech extra")
 strategies = pytest.importorskip("hypothesis.strategies", reason="needs the testing extra")
 
-from hypothesis import given, settings  # noqa: E402
+from hypothesis import given, settings
 
-from melodies import fit, melody, one_thread  # noqa: E402, F401
-from multitower_speech import SpeechModality  # noqa: E402
+from melodies import fit, melody, one_thread  # noqa: F401  # a fixture
+from multitower_speech import SpeechModality
 
 CLIP = melody(7, 8)
 
