@@ -276,9 +276,8 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]  # known only at run 
                 given = [list(takewhile(lambda each: not each.target, example)) for example in examples]
                 answers = generate(self._fused(), given, list(towers), self.decoding)
                 found += zip(given, answers, examples, strict=True)
-        found = gather_object(found)
-        prompts, decoded, originals = (list(each) for each in zip(*found, strict=True))
-        return prompts, decoded, originals
+        prompts, decoded, originals = zip(*gather_object(found), strict=True)
+        return list(prompts), list(decoded), list(originals)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save a fused checkpoint; if the first process fails, all raise its error."""
@@ -332,13 +331,9 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]  # known only at run 
             **{f"noise in what is read of {tower}": rate for tower, rate in self.source_noise.items()},
             "seed": args.seed,
         }
-        evaluations = [log for log in self.state.log_history if "eval_loss" in log]
-        measures = dict(evaluations[-1]) if evaluations else {}
-        scores = {
-            key: value
-            for key, value in measures.items()
-            if key.startswith("eval_") and not key.endswith(TIMES)
-        }
+        evaluations = [log for log in self.state.log_history if "eval_loss" in log] or [{}]
+        latest = {key: value for key, value in evaluations[-1].items() if key.startswith("eval_")}
+        scores = {key: value for key, value in latest.items() if not key.endswith(TIMES)}
         card = model_card(
             self._fused(), name, modalities=self.modalities, license=license, training=training, scores=scores
         )
