@@ -52,7 +52,7 @@ SPEECH_DEPTH = 4
 
 @dataclass(frozen=True)
 class Size:
-    """Sizes: number of utterances, units, training steps (of each decoder, and on pairs), ..."""
+    """Sizes: number of utterances, units, training steps (of the units' refiner, decoders, all), ..."""
 
     pairs: int = 5000
     unpaired: int = 1000
@@ -64,6 +64,7 @@ class Size:
     width: int = 128
     depth: int = SPEECH_DEPTH
     batch: int = 32
+    refining: int = 1000
     pretraining: int = 300
     zipping: int = 1600
     lr: float = 3e-3
@@ -78,6 +79,7 @@ QUICK = Size(
     held_out=6,
     units=64,
     width=64,
+    refining=20,
     pretraining=20,
     zipping=20,
 )
@@ -187,7 +189,9 @@ def fit_modalities(
 ) -> tuple[TextModality, SpeechModality]:
     print("fitting speech units", flush=True)
     waveforms = [one.waveform for one in [*data.speech, *data.pairs][: size.unit_clips]]
-    speech = SpeechModality.fit(waveforms, units=size.units, rate=size.rate, seed=options.seed)
+    speech = SpeechModality.fit(
+        waveforms, units=size.units, rate=size.rate, refine_steps=size.refining, seed=options.seed
+    )
     return TextModality(options.text_model), speech
 
 

@@ -58,7 +58,7 @@ PAIRED = (("speech", "text"), ("text", "image"))
 
 @dataclass(frozen=True)
 class Size:
-    """Sizes: number of phrases, tokens, training steps (of each decoder, and on pairs), ..."""
+    """Sizes: number of phrases, tokens, training steps (of the units' refiner, decoders, all), ..."""
 
     spoken: int = 3750
     unpaired_speech: int = 600
@@ -74,6 +74,7 @@ class Size:
     width: int = 128
     depth: int = 4
     batch: int = 32
+    refining: int = 1000
     pretraining: int = 300
     fusing: int = 1500
     lr: float = 3e-3
@@ -90,6 +91,7 @@ QUICK = Size(
     units=64,
     strips=32,
     width=64,
+    refining=12,
     pretraining=12,
     fusing=12,
 )
@@ -200,7 +202,11 @@ def make_corpus(options: argparse.Namespace, size: Size) -> tuple[Corpus, ImageJ
     print("fitting speech units and image strips", flush=True)
     unpaired_sounds = sounds[spoken : spoken + len(alone)]
     speech = SpeechModality.fit(
-        [*unpaired_sounds, *sounds][: size.unit_clips], units=size.units, rate=size.rate, seed=options.seed
+        [*unpaired_sounds, *sounds][: size.unit_clips],
+        units=size.units,
+        rate=size.rate,
+        refine_steps=size.refining,
+        seed=options.seed,
     )
     image = ImageModality.fit(hand.pixels, strips=size.strips, width=size.strip_width, seed=options.seed)
     modalities = {"speech": speech, "text": text, "image": image}
