@@ -33,6 +33,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from measure import processor
 from multitower_speech import SpeechModality
 
 SOUNDS = "usr/share/asterisk/sounds/en_US_f_Allison"
@@ -247,7 +248,7 @@ def write(options: argparse.Namespace, results: list[dict[str, Any]]) -> None:
     """Write the results, and a plot of them."""
     from matplotlib.figure import Figure
 
-    machine = {"machine": platform.machine(), "processor": cpu(), "python": platform.python_version()}
+    machine = {"machine": platform.machine(), "processor": processor(), "python": platform.python_version()}
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     document = {"settings": vars(options), **machine, "versions": versions, "results": results}
     written = json.dumps(document, indent=2, default=str) + "\n"
@@ -267,15 +268,6 @@ def write(options: argparse.Namespace, results: list[dict[str, Any]]) -> None:
     axes.set(xlabel="tokens per second", ylabel="word error rate in %", ylim=(0, None))
     axes.legend()
     figure.savefig(options.out / "wer.png", dpi=120)
-
-
-def cpu() -> str:
-    """Return the name of the processor, from /proc/cpuinfo if available."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "")
 
 
 if __name__ == "__main__":

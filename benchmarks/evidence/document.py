@@ -1,6 +1,6 @@
 """Write the tables and the plot of the comparison on real words into ``docs/evidence.md``.
 
-    export PYTHONPATH=benchmarks/learning:examples
+    export PYTHONPATH=benchmarks:benchmarks/learning:examples
     python benchmarks/evidence/document.py --data runs/evidence/words
 
 Each table is between comments, the first of which names it. Only the tables are replaced.
@@ -18,9 +18,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from data import Corpus, load_corpus
 from summary import Run, cell, filled, group, rate, table
-from train import TASKS, read_results, what_is_kept
+from train import TASKS, read_results
 
-import multitower as mt
 from judge import word_errors
 
 HERE = Path(__file__).parent
@@ -55,7 +54,7 @@ def tables(
         "pairs": by_pairs(compared(runs, len(corpus.train), steps)),
         "longer": by_pairs(run for run in of_methods(full, METHODS) if run["steps"] > longest),
         "links": by_pairs(run for run in of_methods(full, LINKS, "zipper") if run["steps"] == longest),
-        "kept": kept(of_methods(full, METHODS), corpus),
+        "kept": kept(of_methods(full, METHODS)),
         "chosen": by_pairs(runs, split="dev"),
         "length": by_length(of_methods(full, METHODS), corpus),
         "reuse": reused(reuses),
@@ -94,8 +93,9 @@ def by_method(runs: Iterable[Run], split: str = "test") -> list[tuple[str, int, 
 
 
 def by_pairs(runs: Iterable[Run], split: str = "test") -> str:
-    """Return the errors of each method at each number of pairs."""
-    rows = []
+    """Return the errors of each method at each number of pairs, with the time on each processor."""
+    runs, rows = list(runs), []
+    processors = sorted({run["machine"]["processor"] for run in runs})
     for method, pairs, steps, seeds in by_method(runs, split):
         rates = [cell(seeds, task) for task in TASKS]
         losses = [
@@ -103,9 +103,9 @@ def by_pairs(runs: Iterable[Run], split: str = "test") -> str:
             f"({np.mean([run['curve'][target][-1] for run in seeds]):.2f})"
             for task, (_, target) in TASKS.items()
         ]
-        seconds = np.mean([run["seconds"] for run in seeds])
-        memory = np.mean([run["MiB"] for run in seeds])
-        trained = f"{seeds[0]['trained'] / 1e6:.2f}"
+        times = [
+            [run["seconds"] for run in seeds if run["machine"]["processor"] == name] for name in processors
+        ]
         rows.append(
             [
                 method,
@@ -113,15 +113,15 @@ def by_pairs(runs: Iterable[Run], split: str = "test") -> str:
                 *rates,
                 *losses,
                 str(steps),
-                f"{seconds:.0f}",
-                f"{memory:.0f}",
-                trained,
+                *(f"{np.mean(seconds):.0f}" if seconds else "" for seconds in times),
+                f"{np.mean([run['MiB'] for run in seeds]):.0f}",
+                f"{seeds[0]['trained'] / 1e6:.2f}",
                 str(len(seeds)),
             ]
         )
     errors = ["ASR WER %", "TTS WER %", "ASR loss", "TTS loss"]
-    heads = ["", "pairs", *errors, "steps", "s", "MiB", "M trained", "seeds"]
-    return table(heads, rows)
+    costs = [*(f"s, {name}" for name in processors), "MiB", "M trained"]
+    return table(["", "pairs", *errors, "steps", *costs, "seeds"], rows)
 
 
 def reused(runs: Iterable[Run]) -> str:
@@ -137,22 +137,13 @@ def reused(runs: Iterable[Run]) -> str:
     return table(["links", "pairs", "ASR WER %", "TTS WER %", "ASR loss", "TTS loss", "seeds"], rows)
 
 
-def kept(runs: Iterable[Run], corpus: Corpus) -> str:
-    """Return perplexities and cloze accuracy, before training and after each method."""
-    before = what_is_kept(unlinked(corpus), corpus)
-    rows = [["before training", *(f"{value:.4f}" for value in before.values()), ""]]
+def kept(runs: Iterable[Run]) -> str:
+    """Return perplexities and cloze accuracy before and after training by each method."""
+    rows, names = [], ("text perplexity", "speech perplexity", "cloze")
     for method, _, steps, seeds in by_method(runs):
-        means = [np.mean([run["kept"][name] for run in seeds]) for name in before]
+        means = [np.mean([run[when][name] for run in seeds]) for name in names for when in ("before", "kept")]
         rows.append([f"{method}, {steps} steps", *(f"{value:.4f}" for value in means), str(len(seeds))])
-    return table(["", *before, "seeds"], rows)
-
-
-def unlinked(corpus: Corpus) -> mt.FusedModel:
-    """Return a model of both pretrained decoders, without links."""
-    graph = mt.FusionGraph()
-    for name, folder in corpus.decoders.items():
-        graph.add_tower(name, folder)
-    return graph.compile()
+    return table(["", *(head for name in names for head in (name, "after")), "seeds"], rows)
 
 
 def floor_and_ceiling(corpus: Corpus) -> str:

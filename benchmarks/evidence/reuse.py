@@ -1,6 +1,6 @@
 """Measure how well trained links work with another decoder than the one that they were trained with.
 
-    export PYTHONPATH=benchmarks/learning:examples OMP_NUM_THREADS=1
+    export PYTHONPATH=benchmarks:benchmarks/learning:examples OMP_NUM_THREADS=1
     python benchmarks/evidence/reuse.py --data runs/evidence/words
 
 A fusion is trained on all pairs (``methods/zipper.toml``) and saved. Its frozen text decoder is then

@@ -1,6 +1,6 @@
 """Do the runs that a table lacks, and print it.
 
-    export PYTHONPATH=benchmarks/learning:examples OMP_NUM_THREADS=1
+    export PYTHONPATH=benchmarks:benchmarks/learning:examples OMP_NUM_THREADS=1
     python benchmarks/evidence/table.py pairs --data runs/evidence/words --wordnet /usr/share/wordnet
     python benchmarks/evidence/table.py pairs --data runs/evidence/words --no-runs      # existing results
     python benchmarks/evidence/table.py pairs --data runs/evidence/quick --wordnet /usr/share/wordnet --quick

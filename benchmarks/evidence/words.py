@@ -1,7 +1,7 @@
 """Make the data of the comparison on real words: text and speech tokens, and pretrained decoders.
 
     pip install -c constraints.txt -e '.[examples,lora]'
-    export PYTHONPATH=benchmarks/learning:examples
+    export PYTHONPATH=benchmarks:benchmarks/learning:examples
     python benchmarks/evidence/words.py runs/evidence/words --wordnet /usr/share/wordnet
 
 The sentences are WordNet's examples, spoken by hibari. The text decoder is pretrained on WordNet's

@@ -1,7 +1,7 @@
 """Make the data of the learning benchmark: spoken digits as tokens, and two small pretrained decoders.
 
     pip install -c constraints.txt -e '.[examples,lora]'
-    export PYTHONPATH=examples
+    export PYTHONPATH=benchmarks:examples
     python benchmarks/learning/data.py runs/learning/short             # phrases of 1 to 5 digits
     python benchmarks/learning/data.py runs/learning/long --digits 30 --pairs 3000
 

@@ -1,6 +1,6 @@
 """Write the results into the tables of ``docs/learning.md``, and plot ``docs/images/learning.png``.
 
-    export PYTHONPATH=examples
+    export PYTHONPATH=benchmarks:examples
     python benchmarks/learning/summary.py
 
 Each table is between comments, the first of which names it. Only the tables are replaced.

@@ -1,6 +1,6 @@
 """Train many variants, two at a time with one thread each, except those that have results already.
 
-    export PYTHONPATH=examples
+    export PYTHONPATH=benchmarks:examples
     python benchmarks/learning/sweep.py --data runs/learning/short --variants base "tanh gates" --seeds 0 1 2
 
 It can be stopped at any time; started again, it continues with the missing runs.

@@ -1,6 +1,6 @@
 """Train one variant for a number of steps, decode held-out phrases, and add the result to a file.
 
-    export PYTHONPATH=examples OMP_NUM_THREADS=1
+    export PYTHONPATH=benchmarks:examples OMP_NUM_THREADS=1
     python benchmarks/learning/train.py --data runs/learning/short --variant base --steps 800 --seed 0
 
 Batches of recognition and synthesis alternate. A result is one line of JSON: the settings, the training and
@@ -15,7 +15,6 @@ import argparse
 import fcntl
 import json
 import math
-import platform
 import resource
 import shutil
 from collections.abc import Iterator, Sequence
@@ -33,6 +32,7 @@ from variants import Variant, read_variant
 
 import multitower as mt
 from judge import Judge
+from measure import processor
 from training import Example, directed, endless, in_turn, noisy, train
 
 RESULTS = Path(__file__).with_name("results.jsonl")
@@ -60,6 +60,8 @@ def run(
     model = make_model(corpus, variant)
     found = teach(model, corpus, variant, steps=steps, seed=seed, pairs=pairs, folder=folder)
     options = trials.guidance(model, variant.trials["guidance"]) if "guidance" in variant.trials else {}
+    if corpus.kept:
+        found["before"] = what_is_kept(unlinked(corpus), corpus)
     return found | scored(model, corpus, split, judged, **options)
 
 
@@ -115,6 +117,14 @@ def scored(model: Model, corpus: Corpus, split: str, judged: int, **options: Any
     waveforms = [corpus.speech.decode(each) for each in spoken]
     found["tts"] = score(truth[:judged], Judge(workers=1).transcribe(waveforms, progress=False))
     return found
+
+
+def unlinked(corpus: Corpus) -> mt.FusedModel:
+    """Return a model of both pretrained decoders, without links."""
+    graph = mt.FusionGraph()
+    for name, folder in corpus.decoders.items():
+        graph.add_tower(name, folder)
+    return graph.compile()
 
 
 def make_model(corpus: Corpus, variant: Variant) -> Model:
@@ -285,7 +295,7 @@ def main() -> None:
     folder = options.results.parent / "runs" / "-".join(str(each) for each in key_of(entry))
     found = run(load_corpus(options.data), variant, folder=folder, **settings)
     machine = {
-        "processor": platform.machine(),
+        "processor": processor(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }

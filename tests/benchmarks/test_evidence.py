@@ -13,7 +13,7 @@ import pytest
 
 from paths import ROOT
 
-FOLDERS = ("benchmarks/learning", "benchmarks/evidence", "examples", ".", "modalities")
+FOLDERS = ("benchmarks", "benchmarks/learning", "benchmarks/evidence", "examples", ".", "modalities")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / folder) for folder in FOLDERS)}
 METHODS = ROOT / "benchmarks/evidence/methods"
 QUICK = "--pairs 8 --unpaired 6 --dev 2 --test 3 --units 16 --width 16 --depth 4 --pretraining 2"
@@ -65,6 +65,9 @@ def test_a_table_is_made_by_one_command(words: Path, tmp_path: Path, name: str) 
     others = {"zipper"} if name == "links" else set()
     assert {each["variant"] for each in lines} == others | {file.stem for file in folder.glob("*.toml")}
     assert all(each["kept"].keys() == {"text perplexity", "speech perplexity", "cloze"} for each in lines)
+    for each in lines:
+        changed = each["before"]["text perplexity"] != each["kept"]["text perplexity"]
+        assert changed == ("expansion" in each["variant"])
     assert all(f"| {each['variant']} | 8 |" in printed for each in lines)
     assert run("evidence/table.py", name, "--data", data, "--quick") == printed
     assert len(results.read_text().splitlines()) == len(lines)

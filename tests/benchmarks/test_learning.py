@@ -13,7 +13,7 @@ import pytest
 from paths import ROOT
 
 BENCH = ROOT / "benchmarks/learning"
-FOLDERS = (".", "modalities", "examples", "benchmarks/learning")
+FOLDERS = (".", "modalities", "examples", "benchmarks", "benchmarks/learning")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / folder) for folder in FOLDERS)}
 SMALL = "--pairs 40 --dev 2 --test 3 --units 16 --unpaired 8 --texts 40 --pretraining 2"
 
