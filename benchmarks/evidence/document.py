@@ -39,11 +39,18 @@ COLOURS = {
 STEPS = {1: 4000, 0.3: 4000, 0.1: 4000, 0.03: 2000, 0.01: 2000}
 """Length of the runs that are compared, by the share of the pairs."""
 
+LARGE = "smollm2"
+"""The data that ``retext.py`` makes for SmolLM2."""
+
 LENGTHS = (1, 20, 40, 60, 150)  # characters
 
 
 def tables(
-    runs: Sequence[Run], corpus: Corpus, steps: int | None, reuses: Sequence[Run] = ()
+    runs: Sequence[Run],
+    corpus: Corpus,
+    steps: int | None,
+    reuses: Sequence[Run] = (),
+    large: Sequence[Run] = (),
 ) -> dict[str, str]:
     """Return each table of the document by its name; ``steps`` replaces the lengths of the runs."""
     full = [run for run in runs if run["pairs"] == len(corpus.train)]
@@ -55,9 +62,12 @@ def tables(
         "longer": by_pairs(run for run in of_methods(full, METHODS) if run["steps"] > longest),
         "links": by_pairs(run for run in of_methods(full, LINKS, "zipper") if run["steps"] == longest),
         "kept": kept(of_methods(full, METHODS)),
-        "chosen": by_pairs(runs, split="dev"),
+        "chosen": by_pairs([*runs, *large], split="dev"),
         "length": by_length(of_methods(full, METHODS), corpus),
         "reuse": reused(reuses),
+        "large": by_pairs(large),
+        "large kept": kept(large),
+        "large length": by_length(large, corpus),
     }
 
 
@@ -95,7 +105,7 @@ def by_method(runs: Iterable[Run], split: str = "test") -> list[tuple[str, int, 
 def by_pairs(runs: Iterable[Run], split: str = "test") -> str:
     """Return the errors of each method at each number of pairs, with the time on each processor."""
     runs, rows = list(runs), []
-    processors = sorted({run["machine"]["processor"] for run in runs})
+    processors = sorted({run["machine"]["processor"] for run in runs if run["split"] == split})
     for method, pairs, steps, seeds in by_method(runs, split):
         rates = [cell(seeds, task) for task in TASKS]
         losses = [
@@ -228,7 +238,8 @@ def main() -> None:
     options = parser.parse_args()
     runs, corpus = results_on(options.data, options.results), load_corpus(options.data)
     reuses = results_on(options.data, options.reuse)
-    write(options.document, tables(runs, corpus, options.steps, reuses))
+    large = results_on(options.data.with_name(LARGE), options.results)
+    write(options.document, tables(runs, corpus, options.steps, reuses, large))
     drawn = compared(runs, len(corpus.train), options.steps)
     draw(drawn, options.document.parent / "images/evidence.png")
 

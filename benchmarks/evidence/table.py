@@ -3,12 +3,15 @@
     export PYTHONPATH=benchmarks:benchmarks/learning:examples OMP_NUM_THREADS=1
     python benchmarks/evidence/table.py pairs --data runs/evidence/words --wordnet /usr/share/wordnet
     python benchmarks/evidence/table.py pairs --data runs/evidence/words --no-runs      # existing results
+    python benchmarks/evidence/table.py large --data runs/evidence/words --model HuggingFaceTB/SmolLM2-135M
     python benchmarks/evidence/table.py pairs --data runs/evidence/quick --wordnet /usr/share/wordnet --quick
 
-If the data are not complete, ``words.py`` makes what is missing, with its default sizes. ``--quick`` does the
-same in minutes, at sizes too small to learn anything, and keeps the results in the folder of the data.
-The methods are files in ``methods``. Two runs are done at a time, with one thread each; interrupted runs
-resume. Each result is a line of ``results.jsonl``; ``document.py`` writes them into ``docs/evidence.md``.
+If the data are not complete, ``words.py`` makes what is missing, with its default sizes; for the table
+"large", ``retext.py`` makes them again for a larger text decoder, in the folder ``smollm2`` beside them.
+``--quick`` does the same in minutes, at sizes too small to learn anything, and keeps the results in the
+folder of the data. The methods are files in ``methods``. Two runs are done at a time, with one thread each;
+interrupted runs resume. Each result is a line of ``results.jsonl``; ``document.py`` writes them into
+``docs/evidence.md``.
 """
 
 from __future__ import annotations
@@ -21,8 +24,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from data import load_corpus
-from document import LINKS, METHODS, RESULTS, STEPS, results_on, tables
+from data import CORPUS, load_corpus
+from document import LARGE, LINKS, METHODS, RESULTS, STEPS, results_on, tables
 from summary import Run
 from sweep import Planned, do, missing
 from words import OTHER
@@ -30,8 +33,9 @@ from words import OTHER
 FILES = {
     "pairs": sorted(METHODS.glob("*.toml")),
     "links": [METHODS / "zipper.toml", *sorted(LINKS.glob("*.toml"))],
+    "large": sorted((METHODS / "large").glob("*.toml")),
 }
-SHARES = {"pairs": tuple(STEPS), "links": (1,)}
+SHARES = {"pairs": tuple(STEPS), "links": (1,), "large": (1,)}
 
 QUICK = "--pairs 8 --unpaired 6 --dev 2 --test 3 --units 16 --width 16 --depth 4 --pretraining 2"
 """Options of words.py."""
@@ -70,6 +74,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="a folder that words.py made")
     parser.add_argument("--wordnet", type=Path, help="WordNet's data files, to make the data from")
     parser.add_argument("--asterisk", type=Path, help="/, for human recordings in the data")
+    parser.add_argument("--model", help="for the table large: a text decoder, by folder or Hub id")
     parser.add_argument("--quick", action="store_true", help="tiny data, two steps, one share, one seed")
     parser.add_argument("--shares", nargs="+", type=float, choices=STEPS, help="of the pairs (default: all)")
     parser.add_argument("--steps", type=int, help="of each run (default: by share)")
@@ -87,14 +92,22 @@ def main() -> None:
         command += ["--wordnet", options.wordnet, *(QUICK.split() if options.quick else [])]
         command += ["--asterisk", options.asterisk] if options.asterisk else []
         subprocess.run(list(map(str, command)), check=True)
-    runs, corpus = results_on(options.data, options.results), load_corpus(options.data)
-    lacking = missing(planned(options.name, len(corpus.train), options), options.data, options.results)
+    data = options.data
+    if options.name == "large":
+        data = data.with_name(LARGE)
+        if not (data / CORPUS).exists():
+            if options.model is None:
+                parser.error(f"the data {data} do not exist; with --model they are made")
+            command = [sys.executable, Path(__file__).with_name("retext.py"), options.data, data]
+            subprocess.run([*map(str, command), "--model", options.model], check=True)
+    runs, corpus = results_on(data, options.results), load_corpus(data)
+    lacking = missing(planned(options.name, len(corpus.train), options), data, options.results)
     if lacking and not options.no_runs:
         steps = sum(run["steps"] for run in lacking)
         print(f"{len(lacking)} runs{foreseen(runs, steps)}", file=sys.stderr)
-        do(lacking, options.data, options.results)
-        runs = results_on(options.data, options.results)
-    found = tables(runs, corpus, options.steps)
+        do(lacking, data, options.results)
+        runs = results_on(data, options.results)
+    found = tables(runs, corpus, options.steps, large=runs)
     print(found["floor and ceiling"], found[options.name], sep="\n\n")
 
 

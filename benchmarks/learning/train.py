@@ -146,7 +146,8 @@ def make_model(corpus: Corpus, variant: Variant) -> Model:
     pairs = [[mt.Segment("text", pair.text), mt.Segment("speech", pair.speech)] for pair in corpus.train]
     for source, target in TASKS.values():
         pace = mt.batch.measure_pace(pairs, source, target) if variant.paced else 1.0
-        graph.add_link(source, target, **variant.link, pace=pace)
+        options = variant.link | variant.links.get(f"{source}->{target}", {})
+        graph.add_link(source, target, **options, pace=pace)
     model = graph.compile()
     if variant.trials.get("warm start"):
         trials.start_warm(model)

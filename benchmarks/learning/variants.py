@@ -21,6 +21,7 @@ class Variant:
         train: What to train, by tower.
         adapter: Input adapter of both towers.
         link: Options of ``add_link`` for both links.
+        links: Other options of one link, by its name: "speech->text".
         noise: Share of the input tokens that are replaced in speech targets; their labels stay.
         text_noise: The same for text.
         sources: Share of the tokens that are replaced in sources, by tower.
@@ -35,6 +36,7 @@ class Variant:
     train: dict[str, str] = field(default_factory=lambda: {"speech": "all", "text": "none"})
     adapter: str | None = None
     link: dict[str, object] = field(default_factory=dict)
+    links: dict[str, dict[str, object]] = field(default_factory=dict)
     noise: float = 0.15
     text_noise: float = 0.0
     sources: dict[str, float] = field(default_factory=dict)

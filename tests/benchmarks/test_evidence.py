@@ -10,8 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import transformers
 
 from paths import ROOT
+from text_tokenizers import NAMED, byte_level_bpe
 
 FOLDERS = ("benchmarks", "benchmarks/learning", "benchmarks/evidence", "examples", ".", "modalities")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / folder) for folder in FOLDERS)}
@@ -119,6 +121,26 @@ def test_a_link_is_moved_to_another_decoder(words: Path, tmp_path: Path) -> None
     (tmp_path / "images").mkdir()
     run("evidence/document.py", "--data", words, "--reuse", results, "--document", document)
     assert "| new | 1 |" in document.read_text()
+
+
+@pytest.mark.slow
+def test_the_data_are_made_again_for_another_text_decoder(words: Path, tmp_path: Path) -> None:
+    data, again, model = shutil.copytree(words, tmp_path / "words"), tmp_path / "smollm2", tmp_path / "model"
+    byte_level_bpe(**NAMED).save_pretrained(model)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 6, "num_attention_heads": 2}
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=280, **sizes)).save_pretrained(model)
+    results, large = data / "results.jsonl", sorted((METHODS / "large").glob("*.toml"))
+    printed = run("evidence/table.py", "large", "--data", data, "--model", model, "--quick")
+    assert all(f"| {method.stem} | 8 |" in printed for method in large)
+    old, new = (json.loads((folder / "corpus.json").read_text()) for folder in (data, again))
+    assert [each["speech"] for each in new["train"]] == [each["speech"] for each in old["train"]]
+    assert [each["transcript"] for each in new["train"]] == [each["transcript"] for each in old["train"]]
+    assert {each["text"][0] for each in new["train"]} == {0}
+    document = tmp_path / "evidence.md"
+    document.write_text((ROOT / "docs/evidence.md").read_text())
+    (tmp_path / "images").mkdir()
+    run("evidence/document.py", "--data", data, "--results", results, "--document", document)
+    assert all(f"| {method.stem} | 8 |" in document.read_text() for method in large)
 
 
 @pytest.fixture(scope="module")
