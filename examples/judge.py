@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -123,17 +124,25 @@ def word_errors(references: Sequence[str], hypotheses: Sequence[str]) -> WordErr
     return WordErrors(100 * sum(errors) / sum(words), *interval(errors, words))
 
 
-def interval(errors: Sequence[int], words: Sequence[int]) -> tuple[float, float]:
-    """Return a 95 % bootstrap interval over utterances of the word error rate in per cent.
+def interval(errors: Sequence[Any], words: Sequence[Any]) -> tuple[float, float]:
+    """Return a 95 % bootstrap interval of the word error rate in per cent.
+
+    Utterances are resampled and, if there are several training runs, the runs too.
 
     >>> interval([0, 0, 0], [3, 3, 3])
     (0.0, 0.0)
+    >>> interval([[0, 0, 0], [3, 3, 3]], [[3, 3, 3], [3, 3, 3]])
+    (0.0, 100.0)
 
     Args:
-        errors: number of word errors of each utterance.
-        words: number of reference words of each utterance.
+        errors: number of word errors of each utterance, shape (utterances,) or (runs, utterances).
+        words: number of reference words of each utterance, in the same shape.
     """
-    draws = np.random.default_rng(0).integers(len(words), size=(RESAMPLES, len(words)))
-    rates = 100 * np.asarray(errors)[draws].sum(1) / np.asarray(words)[draws].sum(1)
-    low, high = np.percentile(rates, [2.5, 97.5])
+    table = np.asarray([errors, words]).reshape(2, -1, np.shape(words)[-1])
+    _, runs, utterances = table.shape
+    draw = np.random.default_rng(0)
+    drawn = draw.integers(utterances, size=(RESAMPLES, utterances))
+    of_runs = draw.integers(runs, size=(RESAMPLES, runs))
+    wrong, asked = table[:, of_runs[:, :, None], drawn[:, None]].sum((2, 3))
+    low, high = np.percentile(100 * wrong / asked, [2.5, 97.5])
     return float(low), float(high)

@@ -39,9 +39,6 @@ COLOURS = {
 STEPS = {1: 4000, 0.3: 4000, 0.1: 4000, 0.03: 2000, 0.01: 2000}
 """Length of the runs that are compared, by the share of the pairs."""
 
-LARGE = "smollm2"
-"""The data that ``retext.py`` makes for SmolLM2."""
-
 LENGTHS = (1, 20, 40, 60, 150)  # characters
 
 
@@ -91,7 +88,7 @@ def words(corpus: Corpus) -> str:
     hours = tokens / corpus.speech.rate / 3600
     new = 100 * sum(word not in known for word in asked) / len(asked)
     rows = [[str(len(corpus.train)), f"{hours:.1f}", str(len(known)), f"{new:.0f}"]]
-    return table(["pairs", "hours of speech", "different words", "% of test words in none"], rows)
+    return table(["pairs", "hours of speech", "vocabulary", "out-of-vocabulary test words, %"], rows)
 
 
 def by_method(runs: Iterable[Run], split: str = "test") -> list[tuple[str, int, int, list[Run]]]:
@@ -130,30 +127,39 @@ def by_pairs(runs: Iterable[Run], split: str = "test") -> str:
             ]
         )
     errors = ["ASR WER %", "TTS WER %", "ASR loss", "TTS loss"]
-    costs = [*(f"s, {name}" for name in processors), "MiB", "M trained"]
+    short = [name.replace("(R)", "").removesuffix(" Processor") for name in processors]
+    costs = [*(f"s, {name}" for name in short), "MiB", "M trained"]
     return table(["", "pairs", *errors, "steps", *costs, "seeds"], rows)
 
 
 def reused(runs: Iterable[Run]) -> str:
     """Return the errors of links with another decoder than their own."""
     rows = []
-    grouped: dict[tuple[str, int], list[Run]] = {}
+    grouped: dict[tuple[str, int, int], list[Run]] = {}
     for run in runs:
-        grouped.setdefault((run["links"], run["pairs"]), []).append(run)
-    for (links, pairs), seeds in grouped.items():
+        grouped.setdefault((run["links"], run["pairs"], run["steps"]), []).append(run)
+    for (links, pairs, steps), seeds in grouped.items():
         rates = [cell(seeds, task) for task in TASKS]
         losses = [f"{np.mean([run['held-out loss'][task] for run in seeds]):.2f}" for task in TASKS]
-        rows.append([links, str(pairs), *rates, *losses, str(len(seeds))])
-    return table(["links", "pairs", "ASR WER %", "TTS WER %", "ASR loss", "TTS loss", "seeds"], rows)
+        rows.append([links, str(pairs), str(steps if pairs else 0), *rates, *losses, str(len(seeds))])
+    heads = ["links", "pairs", "steps", "ASR WER %", "TTS WER %", "ASR loss", "TTS loss", "seeds"]
+    return table(heads, rows)
 
 
 def kept(runs: Iterable[Run]) -> str:
     """Return perplexities and cloze accuracy before and after training by each method."""
-    rows, names = [], ("text perplexity", "speech perplexity", "cloze")
+    rows, digits = [], {"text perplexity": 4, "speech perplexity": 1, "cloze": 1}
     for method, _, steps, seeds in by_method(runs):
-        means = [np.mean([run[when][name] for run in seeds]) for name in names for when in ("before", "kept")]
-        rows.append([f"{method}, {steps} steps", *(f"{value:.4f}" for value in means), str(len(seeds))])
-    return table(["", *(head for name in names for head in (name, "after")), "seeds"], rows)
+        means = [
+            f"{np.mean([run[when][name] for run in seeds]):.{places}f}"
+            for name, places in digits.items()
+            for when in ("before", "kept")
+        ]
+        if method.startswith("expansion"):
+            means[2] = ""  # its decoder has never seen speech
+        rows.append([f"{method}, {steps} steps", *means, str(len(seeds))])
+    heads = (head for name in digits for head in (f"{name} before", "after"))
+    return table(["", *heads, "seeds"], rows)
 
 
 def floor_and_ceiling(corpus: Corpus) -> str:
@@ -215,9 +221,15 @@ def draw(runs: Iterable[Run], file: Path) -> None:
     figure.savefig(file, dpi=130)
 
 
-def results_on(data: Path, file: Path) -> list[dict[str, Any]]:
-    """Return the results of runs on one corpus."""
-    return [run for run in read_results(file) if run["data"] == data.name]
+def results_on(data: Path, file: Path, corpus: Corpus) -> list[dict[str, Any]]:
+    """Return the results of runs on one corpus, with their numbers of pairs."""
+    runs = [run for run in read_results(file) if run["data"] == data.name]
+    return [run if run["pairs"] is not None else {**run, "pairs": len(corpus.train)} for run in runs]
+
+
+def large_of(data: Path) -> Path:
+    """Return the folder of the same data for a larger text decoder."""
+    return data.with_name(f"{data.name}-large")
 
 
 def write(document: Path, found: Mapping[str, str]) -> None:
@@ -236,9 +248,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of the runs that are compared, if not those of STEPS")
     parser.add_argument("--document", type=Path, default=DOCUMENT)
     options = parser.parse_args()
-    runs, corpus = results_on(options.data, options.results), load_corpus(options.data)
-    reuses = results_on(options.data, options.reuse)
-    large = results_on(options.data.with_name(LARGE), options.results)
+    corpus = load_corpus(options.data)
+    runs = results_on(options.data, options.results, corpus)
+    reuses = results_on(options.data, options.reuse, corpus)
+    large = results_on(large_of(options.data), options.results, corpus)
     write(options.document, tables(runs, corpus, options.steps, reuses, large))
     drawn = compared(runs, len(corpus.train), options.steps)
     draw(drawn, options.document.parent / "images/evidence.png")

@@ -1,7 +1,7 @@
 r"""Make the data of the comparison again for another pretrained text decoder.
 
     export PYTHONPATH=benchmarks:benchmarks/learning:examples
-    python benchmarks/evidence/retext.py runs/evidence/words runs/evidence/smollm2 \
+    python benchmarks/evidence/retext.py runs/evidence/words runs/evidence/words-large \
         --model HuggingFaceTB/SmolLM2-135M
 
 The sentences, the speech and its decoder are those of the first folder, which ``words.py`` made; the text is

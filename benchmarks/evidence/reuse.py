@@ -12,11 +12,14 @@ For comparison, new links are trained on the same pairs. Each result is a line o
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import shutil
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -29,21 +32,37 @@ from words import OTHER
 import multitower as mt
 
 HERE = Path(__file__).parent
-SHARES = (0.0, 0.01, 0.1)
-KEY = ("links", "pairs", "seed", "steps")
+SHARES = (0.01, 0.1)
+KEY = ("links", "pairs", "seed", "steps", "first steps")
 
 
 def pretrained(corpus: Corpus, variant: Variant, folder: Path, *, steps: int, seed: int) -> mt.FusedModel:
     """Load the fusion trained on all pairs; train and save it first if it does not exist."""
     if not folder.exists():
         torch.manual_seed(seed)
-        model = make_model(corpus, variant)
+        model = make_model(corpus, variant, None)
         assert isinstance(model, mt.FusedModel)
         half = folder.with_name(f"{folder.name}-run")
         teach(model, corpus, variant, steps=steps, seed=seed, pairs=None, folder=half)
         model.save_pretrained(folder)
         shutil.rmtree(half)
     return mt.FusedModel.from_pretrained(folder)
+
+
+def planned(counts: Sequence[int], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return what identifies each run, for some numbers of pairs."""
+    runs = [("as trained", 0), ("moved", 0), *itertools.product(("moved", "new"), counts)]
+    return [
+        {
+            "data": options.data.name,
+            "links": links,
+            "pairs": pairs,
+            "seed": options.seed,
+            "steps": options.further_steps,
+            "first steps": options.steps,
+        }
+        for links, pairs in runs
+    ]
 
 
 def main() -> None:
@@ -62,40 +81,33 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     corpus = load_corpus(options.data)
     _, variant = read_variant(str(HERE / "methods/zipper.toml"))
+    there = {tuple(run[each] for each in KEY) for run in results_on(options.data, options.results, corpus)}
+    asked = planned([math.ceil(share * len(corpus.train)) for share in SHARES], options)
+    lacking = [entry for entry in asked if tuple(entry[each] for each in KEY) not in there]
+    if not lacking:
+        print(f"{options.results} has all runs")
+        return
     folder = options.data / f"fused-{options.steps}-{options.seed}"
     fused = pretrained(corpus, variant, folder, steps=options.steps, seed=options.seed)
     other = str(options.data / f"{OTHER}-decoder")
     elsewhere = replace(corpus, decoders={**corpus.decoders, "text": other})
-    there = {tuple(run[each] for each in KEY) for run in results_on(options.data, options.results)}
-    for links in ("as trained", "moved", "new"):
-        for share in SHARES if links != "as trained" else SHARES[:1]:
-            pairs = math.ceil(share * len(corpus.train))
-            entry = {
-                "data": options.data.name,
-                "links": links,
-                "pairs": pairs,
-                "seed": options.seed,
-                "steps": options.further_steps,
-            }
-            key = tuple(entry[each] for each in KEY)
-            if key in there or (links, pairs) == ("new", 0):
-                continue
-            torch.manual_seed(options.seed)
-            model = fused
-            if links == "moved":
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # about links trained with another decoder
-                    model = mt.FusedModel.from_pretrained(folder).swap("text", other)
-            elif links == "new":
-                made = make_model(elsewhere, variant)
-                assert isinstance(made, mt.FusedModel)
-                model = made
-            if pairs:
-                teach(model, corpus, variant, steps=options.further_steps, seed=options.seed, pairs=pairs)
-            found = scored(model, corpus, "test", options.judged)
-            append(options.results, {**entry, **found})
-            there.add(key)
-            print(links, pairs, found["asr"]["wer"], found["tts"]["wer"])
+    for entry in lacking:
+        links, pairs = entry["links"], entry["pairs"]
+        torch.manual_seed(options.seed)
+        model = fused
+        if links == "moved":
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about links trained with another decoder
+                model = mt.FusedModel.from_pretrained(folder).swap("text", other)
+        elif links == "new":
+            made = make_model(elsewhere, variant, pairs)
+            assert isinstance(made, mt.FusedModel)
+            model = made
+        if pairs:
+            teach(model, corpus, variant, steps=options.further_steps, seed=options.seed, pairs=pairs)
+        found = scored(model, corpus, "test", options.judged)
+        append(options.results, {**entry, **found})
+        print(links, pairs, found["asr"]["wer"], found["tts"]["wer"])
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@
     python benchmarks/evidence/table.py pairs --data runs/evidence/quick --wordnet /usr/share/wordnet --quick
 
 If the data are not complete, ``words.py`` makes what is missing, with its default sizes; for the table
-"large", ``retext.py`` makes them again for a larger text decoder, in the folder ``smollm2`` beside them.
+"large", ``retext.py`` makes them again for a larger text decoder, in the folder ``words-large`` beside them.
 ``--quick`` does the same in minutes, at sizes too small to learn anything, and keeps the results in the
 folder of the data. The methods are files in ``methods``. Two runs are done at a time, with one thread each;
 interrupted runs resume. Each result is a line of ``results.jsonl``; ``document.py`` writes them into
@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 from data import CORPUS, load_corpus
-from document import LARGE, LINKS, METHODS, RESULTS, STEPS, results_on, tables
+from document import LINKS, METHODS, RESULTS, STEPS, large_of, results_on, tables
 from summary import Run
 from sweep import Planned, do, missing
 from words import OTHER
@@ -82,6 +82,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--no-runs", action="store_true", help="only print what is there")
     options = parser.parse_args()
+    if options.shares and options.name != "pairs":
+        parser.error(f"--shares is for the table pairs: the table {options.name} has all pairs")
     if options.quick:
         options.shares, options.steps, options.seeds = [1], 2, [0]
         options.results = options.data / RESULTS.name
@@ -94,19 +96,22 @@ def main() -> None:
         subprocess.run(list(map(str, command)), check=True)
     data = options.data
     if options.name == "large":
-        data = data.with_name(LARGE)
+        data = large_of(data)
         if not (data / CORPUS).exists():
             if options.model is None:
                 parser.error(f"the data {data} do not exist; with --model they are made")
             command = [sys.executable, Path(__file__).with_name("retext.py"), options.data, data]
             subprocess.run([*map(str, command), "--model", options.model], check=True)
-    runs, corpus = results_on(data, options.results), load_corpus(data)
+        elif options.model is not None:
+            parser.error(f"the data {data} exist; leave out --model, or remove the folder to make them anew")
+    corpus = load_corpus(data)
+    runs = results_on(data, options.results, corpus)
     lacking = missing(planned(options.name, len(corpus.train), options), data, options.results)
     if lacking and not options.no_runs:
         steps = sum(run["steps"] for run in lacking)
         print(f"{len(lacking)} runs{foreseen(runs, steps)}", file=sys.stderr)
         do(lacking, data, options.results)
-        runs = results_on(data, options.results)
+        runs = results_on(data, options.results, corpus)
     found = tables(runs, corpus, options.steps, large=runs)
     print(found["floor and ceiling"], found[options.name], sep="\n\n")
 

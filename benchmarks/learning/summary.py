@@ -51,8 +51,8 @@ def group(runs: Iterable[Run]) -> dict[tuple[Any, ...], list[Run]]:
 
 def rate(runs: Sequence[Run], task: str) -> tuple[float, float, float]:
     """Return the word error rate of all seeds together, in per cent, and its 95 % interval."""
-    errors, words = ([count for run in runs for count in run[task][key]] for key in ("errors", "words"))
-    return 100 * sum(errors) / sum(words), *interval(errors, words)
+    errors, words = ([run[task][key] for run in runs] for key in ("errors", "words"))
+    return 100 * np.sum(errors) / np.sum(words), *interval(errors, words)
 
 
 def cell(runs: Sequence[Run], task: str) -> str:

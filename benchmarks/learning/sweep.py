@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
-from train import RESULTS, key_of, read_results
+from train import RESULTS, has_result
 from variants import read_variant
 
 TRAIN = Path(__file__).with_name("train.py")
@@ -30,12 +30,12 @@ Planned = dict[str, Any]
 
 def missing(runs: Iterable[Planned], data: Path, results: Path) -> list[Planned]:
     """Return the runs that have no result."""
-    there = set(map(key_of, read_results(results)))
-    return [
-        run
-        for run in runs
-        if key_of({**run, "data": data.name, "variant": read_variant(run["variant"])[0]}) not in there
-    ]
+    lacking = []
+    for run in runs:
+        name, variant = read_variant(run["variant"])
+        if not has_result({**run, "data": data.name, "variant": name}, variant, results):
+            lacking.append(run)
+    return lacking
 
 
 def do(runs: Sequence[Planned], data: Path, results: Path, jobs: int = 2) -> None:

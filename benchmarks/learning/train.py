@@ -17,6 +17,7 @@ import json
 import math
 import resource
 import shutil
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -57,7 +58,7 @@ def run(
     """Train and evaluate one variant; return the results."""
     trials.change_library(variant.trials, corpus)
     torch.manual_seed(seed)
-    model = make_model(corpus, variant)
+    model = make_model(corpus, variant, pairs)
     found = teach(model, corpus, variant, steps=steps, seed=seed, pairs=pairs, folder=folder)
     options = trials.guidance(model, variant.trials["guidance"]) if "guidance" in variant.trials else {}
     if corpus.kept:
@@ -127,8 +128,8 @@ def unlinked(corpus: Corpus) -> mt.FusedModel:
     return graph.compile()
 
 
-def make_model(corpus: Corpus, variant: Variant) -> Model:
-    """Return the model of a variant."""
+def make_model(corpus: Corpus, variant: Variant, pairs: int | None) -> Model:
+    """Return the model of a variant, to be trained on the first pairs."""
     method, _, what = variant.method.partition(" ")
     if method == "expansion":
         native = transformers.AutoModelForCausalLM.from_pretrained(corpus.decoders["text"])
@@ -143,9 +144,11 @@ def make_model(corpus: Corpus, variant: Variant) -> Model:
     graph = mt.FusionGraph()
     for name, folder in corpus.decoders.items():
         graph.add_tower(name, folder, train=variant.train[name], adapter=variant.adapter)
-    pairs = [[mt.Segment("text", pair.text), mt.Segment("speech", pair.speech)] for pair in corpus.train]
+    rows = [
+        [mt.Segment("text", pair.text), mt.Segment("speech", pair.speech)] for pair in corpus.train[:pairs]
+    ]
     for source, target in TASKS.values():
-        pace = mt.batch.measure_pace(pairs, source, target) if variant.paced else 1.0
+        pace = mt.batch.measure_pace(rows, source, target) if variant.paced else 1.0
         options = variant.link | variant.links.get(f"{source}->{target}", {})
         graph.add_link(source, target, **options, pace=pace)
     model = graph.compile()
@@ -259,6 +262,24 @@ def read_results(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
+def has_result(entry: dict[str, Any], variant: Variant, file: Path) -> bool:
+    """Return whether a file has the result of a run.
+
+    Raises:
+        ValueError: It has one with other settings under the same name.
+    """
+    settings = json.loads(json.dumps(asdict(variant)))
+    for earlier in read_results(file):
+        if key_of(earlier) == key_of(entry):
+            if other := [key for key, value in earlier["settings"].items() if value != settings[key]]:
+                raise ValueError(
+                    f"{file} has a result of {entry['variant']!r} with another {', '.join(other)}: rename "
+                    "the method, or use another file of results"
+                )
+            return True
+    return False
+
+
 def append(file: Path, entry: dict[str, Any]) -> None:
     """Append a line to a file to which other processes may append at the same time."""
     with file.open("a") as stream:
@@ -288,12 +309,14 @@ def main() -> None:
     name, variant = read_variant(options.variant)
     chosen = {key: getattr(options, key) for key in ("steps", "pairs", "seed", "split")}
     entry = {"data": options.data.name, "variant": name, **chosen}
-    if key_of(entry) in map(key_of, read_results(options.results)):
+    if has_result(entry, variant, options.results):
+        print(f"{name}: {options.results} has this run")
         return
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     settings = {key: getattr(options, key) for key in ("steps", "seed", "pairs", "split", "judged")}
-    folder = options.results.parent / "runs" / "-".join(str(each) for each in key_of(entry))
+    identity = (*key_of(entry), f"{zlib.crc32(json.dumps(asdict(variant)).encode()):08x}")
+    folder = options.results.parent / "runs" / "-".join(map(str, identity))
     found = run(load_corpus(options.data), variant, folder=folder, **settings)
     machine = {
         "processor": processor(),

@@ -69,7 +69,7 @@ def test_a_table_is_made_by_one_command(words: Path, tmp_path: Path, name: str) 
     assert all(each["kept"].keys() == {"text perplexity", "speech perplexity", "cloze"} for each in lines)
     for each in lines:
         changed = each["before"]["text perplexity"] != each["kept"]["text perplexity"]
-        assert changed == ("expansion" in each["variant"])
+        assert changed == ("expansion" in each["variant"]) or each["settings"]["adapter"]
     assert all(f"| {each['variant']} | 8 |" in printed for each in lines)
     assert run("evidence/table.py", name, "--data", data, "--quick") == printed
     assert len(results.read_text().splitlines()) == len(lines)
@@ -103,6 +103,20 @@ def test_every_method_that_was_tried_trains(words: Path, tmp_path: Path, method:
 
 
 @pytest.mark.slow
+def test_a_method_that_changes_needs_another_name(words: Path, tmp_path: Path) -> None:
+    method, results = tmp_path / "mine.toml", tmp_path / "results.jsonl"
+    method.write_text((METHODS / "zipper.toml").read_text())
+    options = ("--data", words, "--results", results, "--variant", method, "--steps", 1, "--judged", 1)
+    run("learning/train.py", *options)
+    assert "has this run" in run("learning/train.py", *options)
+    method.write_text(method.read_text().replace("lr = 2e-3", "lr = 1e-3"))
+    script = str(ROOT / "benchmarks/learning/train.py")
+    done = subprocess.run([sys.executable, script, *map(str, options)], env=ENVIRONMENT, capture_output=True)
+    assert b"has a result of 'mine' with another lr" in done.stderr
+    assert len(results.read_text().splitlines()) == 1
+
+
+@pytest.mark.slow
 def test_a_link_is_moved_to_another_decoder(words: Path, tmp_path: Path) -> None:
     results = tmp_path / "reuse.jsonl"
     options = ("--data", words, "--results", results, "--steps", 1, "--further-steps", 1, "--judged", 1)
@@ -125,7 +139,11 @@ def test_a_link_is_moved_to_another_decoder(words: Path, tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_the_data_are_made_again_for_another_text_decoder(words: Path, tmp_path: Path) -> None:
-    data, again, model = shutil.copytree(words, tmp_path / "words"), tmp_path / "smollm2", tmp_path / "model"
+    data, again, model = (
+        shutil.copytree(words, tmp_path / "words"),
+        tmp_path / "words-large",
+        tmp_path / "model",
+    )
     byte_level_bpe(**NAMED).save_pretrained(model)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 6, "num_attention_heads": 2}
     transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=280, **sizes)).save_pretrained(model)
