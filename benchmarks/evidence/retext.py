@@ -49,7 +49,10 @@ def make_again(
     for part in ("speech", "speech-decoder"):
         shutil.copytree(source / part, folder / part, dirs_exist_ok=True)
     new.save_pretrained(folder / "text")
-    in_float32(decoder).save_pretrained(folder / "text-decoder")
+    decoder = in_float32(decoder)
+    for config in (decoder.config, decoder.generation_config):
+        config.bos_token_id, config.eos_token_id = new.begin, new.end  # where generate stops
+    decoder.save_pretrained(folder / "text-decoder")
     written(folder / CORPUS, corpus)
 
 

@@ -82,7 +82,8 @@ def main() -> None:
     corpus = load_corpus(options.data)
     _, variant = read_variant(str(HERE / "methods/zipper.toml"))
     there = {tuple(run[each] for each in KEY) for run in results_on(options.data, options.results, corpus)}
-    asked = planned([math.ceil(share * len(corpus.train)) for share in SHARES], options)
+    counts = [math.ceil(share * len(corpus.train)) for share in SHARES]
+    asked = planned(list(dict.fromkeys(counts)), options)
     lacking = [entry for entry in asked if tuple(entry[each] for each in KEY) not in there]
     if not lacking:
         print(f"{options.results} has all runs")
