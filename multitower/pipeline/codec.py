@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..batch.collate import Segment
-from ..generate.options import options_of
+from ..generate.edges import with_edges
 from ..model import FusedModel
 from ..plugins.modality import Modality
 
@@ -63,18 +63,7 @@ class Codec:
 
     def with_edges(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Add the begin and end tokens of modalities to options, if they differ from their towers'."""
-        edges: dict[str, dict[str, int]] = {}
-        for name, modality in self.modalities.items():
-            tower, own = self.model.tower(name), options_of(name, options)
-            wanted = {}
-            if modality.begin != tower.begin:
-                wanted["bos_token_id"] = modality.begin
-            if modality.end not in tower.end:
-                wanted["eos_token_id"] = modality.end
-            for key, token in wanted.items():
-                if key not in own:
-                    edges.setdefault(key, {})[name] = token
-        return {**options, **{key: {**options.get(key, {}), **tokens} for key, tokens in edges.items()}}
+        return with_edges(options, self.model, self.modalities)
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,6 +17,7 @@ from ..batch.collate import IGNORE, Example, Streams, count_targets, to_device
 from ..batch.corrupt import corrupt_history, corrupt_sources
 from ..checkpoint.load import load_weights
 from ..checkpoint.save import save_pretrained
+from ..generate.edges import with_edges
 from ..generate.generate import generate
 from ..hub.card import model_card
 from ..hub.push import check_reachable
@@ -266,6 +267,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]  # known only at run 
     def _decoded(self, dataset: Any) -> tuple[list[Any], list[Any], list[Any]]:
         """Generate the target towers of each example of a data set, which is split over processes."""
         found: list[tuple[Any, Any, Any]] = []
+        options = with_edges(self.decoding, self._fused(), self.modalities)
         place, processes = self.accelerator.process_index, self.accelerator.num_processes
         share = islice(dataset, place, None, processes)
         while rows := list(islice(share, self.args.per_device_eval_batch_size)):
@@ -274,7 +276,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]  # known only at run 
                 alike.setdefault(tuple(each.tower for each in example if each.target), []).append(example)
             for towers, examples in alike.items():
                 given = [list(takewhile(lambda each: not each.target, example)) for example in examples]
-                answers = generate(self._fused(), given, list(towers), self.decoding)
+                answers = generate(self._fused(), given, list(towers), options)
                 found += zip(given, answers, examples, strict=True)
         prompts, decoded, originals = zip(*gather_object(found), strict=True)
         return list(prompts), list(decoded), list(originals)

@@ -13,6 +13,7 @@ import torch
 import multitower as mt
 from models import causal_lm, pair, segment
 from multitower.testing import tiny_tower
+from multitower_text import TextModality
 
 transformers = pytest.importorskip("transformers", reason="the Trainer needs transformers")
 pytest.importorskip("accelerate", reason="the Trainer needs accelerate")
@@ -51,7 +52,15 @@ def arguments(folder: Path, **options: Any) -> Any:
 def trainer(folder: Path, model: mt.FusedModel, **options: Any) -> Trainer:
     own = {
         name: options.pop(name)
-        for name in ("rates", "history_noise", "source_noise", "score", "decoding", "compute_metrics")
+        for name in (
+            "rates",
+            "history_noise",
+            "source_noise",
+            "score",
+            "decoding",
+            "compute_metrics",
+            "modalities",
+        )
         if name in options
     }
     return Trainer(model, arguments(folder, **options), train_dataset=EXAMPLES, eval_dataset=EXAMPLES, **own)
@@ -231,6 +240,24 @@ def test_answers_are_decoded_and_scored(tmp_path: Path) -> None:
     assert found["eval_answers"] == len(EXAMPLES) == len(seen)
     for given, answer, example in seen:
         assert [each.tower for each in (*given, *answer)] == [each.tower for each in example]
+
+
+def test_scored_answers_end_where_the_modality_does(tmp_path: Path) -> None:
+    model, lengths = make(), set()
+    size, end = model.tower("text").vocab_size, 5
+    assert end not in model.tower("text").end
+    modality = TextModality()
+    modality.begin, modality.end, modality.vocab_size = model.tower("text").begin, end, size
+
+    def score(given: list[Any], answers: list[Any], examples: list[Any]) -> dict[str, float]:
+        lengths.update(len(each.tokens) for answer in answers for each in answer)
+        return {}
+
+    options = {"max_new_tokens": 6, "suppress_tokens": [token for token in range(size) if token != end]}
+    data = [example for example in EXAMPLES if example[-1].tower == "text"]
+    run = trainer(tmp_path, model, score=score, decoding=options, modalities={"text": modality})
+    run.evaluate(data)
+    assert lengths == {2}  # begin and end
 
 
 @pytest.mark.parametrize("option", [{"neftune_noise_alpha": 5.0}, {"label_smoothing_factor": 0.1}])
