@@ -50,7 +50,7 @@ def tables(
     large: Sequence[Run] = (),
 ) -> dict[str, str]:
     """Return each table of the document by its name; ``steps`` replaces the lengths of the runs."""
-    full = [run for run in runs if run["pairs"] == len(corpus.train)]
+    full, large = ([run for run in each if run["pairs"] == len(corpus.train)] for each in (runs, large))
     longest = steps or STEPS[1]
     return {
         "words": words(corpus),

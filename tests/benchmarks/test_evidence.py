@@ -133,7 +133,8 @@ def test_a_link_is_moved_to_another_decoder(words: Path, tmp_path: Path) -> None
     document = tmp_path / "evidence.md"
     document.write_text((ROOT / "docs/evidence.md").read_text())
     (tmp_path / "images").mkdir()
-    run("evidence/document.py", "--data", words, "--reuse", results, "--document", document)
+    options = ("--results", tmp_path / "none.jsonl", "--reuse", results, "--document", document)
+    run("evidence/document.py", "--data", words, *options)
     assert "| new | 1 |" in document.read_text()
 
 
