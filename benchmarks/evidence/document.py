@@ -59,7 +59,7 @@ def tables(
         "longer": by_pairs(run for run in of_methods(full, METHODS) if run["steps"] > longest),
         "links": by_pairs(run for run in of_methods(full, LINKS, "zipper") if run["steps"] == longest),
         "kept": kept(of_methods(full, METHODS)),
-        "chosen": by_pairs([*runs, *large], split="dev"),
+        "chosen": by_pairs(runs, split="dev"),
         "length": by_length(of_methods(full, METHODS), corpus),
         "reuse": reused(reuses),
         "large": by_pairs(large),
@@ -135,10 +135,11 @@ def by_pairs(runs: Iterable[Run], split: str = "test") -> str:
 def reused(runs: Iterable[Run]) -> str:
     """Return the errors of links with another decoder than their own."""
     rows = []
-    grouped: dict[tuple[str, int, int], list[Run]] = {}
+    grouped: dict[tuple[str, int, int, int], list[Run]] = {}
     for run in runs:
-        grouped.setdefault((run["links"], run["pairs"], run["steps"]), []).append(run)
-    for (links, pairs, steps), seeds in grouped.items():
+        key = (run["links"], run["pairs"], run["steps"], run["first steps"])
+        grouped.setdefault(key, []).append(run)
+    for (links, pairs, steps, _), seeds in grouped.items():
         rates = [cell(seeds, task) for task in TASKS]
         losses = [f"{np.mean([run['held-out loss'][task] for run in seeds]):.2f}" for task in TASKS]
         rows.append([links, str(pairs), str(steps if pairs else 0), *rates, *losses, str(len(seeds))])

@@ -84,6 +84,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.shares and options.name != "pairs":
         parser.error(f"--shares is for the table pairs: the table {options.name} has all pairs")
+    if options.model and options.name != "large":
+        parser.error("--model is for the table large")
     if options.quick:
         options.shares, options.steps, options.seeds = [1], 2, [0]
         options.results = options.data / RESULTS.name

@@ -155,6 +155,8 @@ def test_the_data_are_made_again_for_another_text_decoder(words: Path, tmp_path:
     assert [each["speech"] for each in new["train"]] == [each["speech"] for each in old["train"]]
     assert [each["transcript"] for each in new["train"]] == [each["transcript"] for each in old["train"]]
     assert {each["text"][0] for each in new["train"]} == {0}
+    stops = json.loads((again / "text-decoder/generation_config.json").read_text())["eos_token_id"]
+    assert {each["text"][-1] for each in new["train"]} == {stops}
     document = tmp_path / "evidence.md"
     document.write_text((ROOT / "docs/evidence.md").read_text())
     (tmp_path / "images").mkdir()
