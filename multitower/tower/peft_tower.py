@@ -258,6 +258,7 @@ def _base_name(model: nn.Module, key: str) -> str | None:
 def _expected_warnings() -> Iterator[None]:
     """Ignore warnings about settings that peft corrects itself, and about peft's use of transformers."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # peft corrects it
+        # peft 0.21 uses a deprecated attribute of transformers 5.23.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
         yield

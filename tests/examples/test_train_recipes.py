@@ -104,7 +104,7 @@ def test_the_plain_loop_learns(plain: tuple[list[float], mt.FusedModel], recipe:
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set")  # there may be no accelerator
 @pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")  # lightning uses it
 @pytest.mark.filterwarnings("ignore:Found .* module.s. in eval mode")  # the frozen tower
-@pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
+@pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")  # nor is it slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_engines_train_as_the_plain_loop(
     engine: str, plain: tuple[list[float], mt.FusedModel], recipe: Recipe, tmp_path: Path

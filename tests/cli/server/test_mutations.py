@@ -18,7 +18,9 @@ np = pytest.importorskip("numpy", reason="needs numpy")
 soundfile = pytest.importorskip("soundfile", reason="needs soundfile")
 
 pytestmark = [
+    # Mutated uploads may be truncated audio, which is read as far as it goes.
     pytest.mark.filterwarnings("ignore:.* is cut off:UserWarning"),
+    # A refused upload leaves starlette's temporary file to the garbage collector.
     pytest.mark.filterwarnings("ignore:.*SpooledTemporaryFile:ResourceWarning"),
     pytest.mark.filterwarnings("ignore:.*SpooledTemporaryFile:pytest.PytestUnraisableExceptionWarning"),
 ]
