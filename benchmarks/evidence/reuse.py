@@ -4,9 +4,11 @@
     python benchmarks/evidence/reuse.py --data runs/evidence/words
 
 A fusion is trained on all pairs (``methods/zipper.toml``) and saved. Its frozen text decoder is then
-replaced, by ``swap``, with one pretrained from another seed, and the links are trained further on few pairs.
-For comparison, new links are trained on the same pairs. Each result is a line of ``reuse.jsonl``, from which
-``document.py`` makes its table; runs that have one are skipped.
+replaced, by ``swap``, with one pretrained from another seed, and the links are trained further on few pairs
+("moved"). For comparison, new links are trained on the same pairs: with the pretrained speech decoder
+("new"), with the one that the fusion has trained ("new, trained speech"), and with the latter frozen, as if
+the other text decoder were added to the fusion as a third tower ("added"). Each result is a line of
+``reuse.jsonl``, from which ``document.py`` makes its table; runs that have one are skipped.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ import multitower as mt
 
 HERE = Path(__file__).parent
 SHARES = (0.01, 0.1)
+LINKS = ("moved", "new", "new, trained speech", "added")
 KEY = ("links", "pairs", "seed", "steps", "first steps")
 
 
@@ -49,9 +52,34 @@ def pretrained(corpus: Corpus, variant: Variant, folder: Path, *, steps: int, se
     return mt.FusedModel.from_pretrained(folder)
 
 
+def joined(links: str, folder: Path, other: str, corpus: Corpus, pairs: int) -> tuple[mt.FusedModel, Variant]:
+    """Return a fusion with another text decoder, and how to train it.
+
+    Args:
+        links: One of ``LINKS``.
+        folder: The fusion trained on all pairs.
+        other: The folder of the other text decoder.
+        corpus: The data, with the decoders that the fusion began with.
+        pairs: How many of the pairs new links are made for.
+    """
+    method = "zipper-frozen" if links == "added" else "zipper"
+    _, variant = read_variant(str(HERE / f"methods/{method}.toml"))
+    if links == "moved":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about links trained with another decoder
+            return mt.FusedModel.from_pretrained(folder).swap("text", other), variant
+    decoders = {**corpus.decoders, "text": other}
+    if links != "new":
+        decoders["speech"] = str(folder.with_name(f"{folder.name}-speech"))
+        mt.load_tower(folder, "speech").save_pretrained(decoders["speech"])
+    model = make_model(replace(corpus, decoders=decoders), variant, pairs)
+    assert isinstance(model, mt.FusedModel)
+    return model, variant
+
+
 def planned(counts: Sequence[int], options: argparse.Namespace) -> list[dict[str, Any]]:
     """Return what identifies each run, for some numbers of pairs."""
-    runs = [("as trained", 0), ("moved", 0), *itertools.product(("moved", "new"), counts)]
+    runs = [("as trained", 0), ("moved", 0), *itertools.product(LINKS, counts)]
     return [
         {
             "data": options.data.name,
@@ -91,19 +119,12 @@ def main() -> None:
     folder = options.data / f"fused-{options.steps}-{options.seed}"
     fused = pretrained(corpus, variant, folder, steps=options.steps, seed=options.seed)
     other = str(options.data / f"{OTHER}-decoder")
-    elsewhere = replace(corpus, decoders={**corpus.decoders, "text": other})
     for entry in lacking:
         links, pairs = entry["links"], entry["pairs"]
         torch.manual_seed(options.seed)
         model = fused
-        if links == "moved":
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about links trained with another decoder
-                model = mt.FusedModel.from_pretrained(folder).swap("text", other)
-        elif links == "new":
-            made = make_model(elsewhere, variant, pairs)
-            assert isinstance(made, mt.FusedModel)
-            model = made
+        if links in LINKS:
+            model, variant = joined(links, folder, other, corpus, pairs)
         if pairs:
             teach(model, corpus, variant, steps=options.further_steps, seed=options.seed, pairs=pairs)
         found = scored(model, corpus, "test", options.judged)

@@ -127,7 +127,10 @@ def test_a_link_is_moved_to_another_decoder(words: Path, tmp_path: Path) -> None
         ("moved", 0),
         ("moved", 1),
         ("new", 1),
+        ("new, trained speech", 1),
+        ("added", 1),
     ]
+    assert lines[-1]["kept"]["speech perplexity"] == lines[0]["kept"]["speech perplexity"]
     run("evidence/reuse.py", *options)
     assert len(results.read_text().splitlines()) == len(lines)
     document = tmp_path / "evidence.md"
