@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from ..storage.files import FUSION
 from ..storage.find import find_checkpoint
 from ..storage.tensors import check_fit, mapped_tensors
 from ..tower import Tower
-from ..tower.peft_tower import base_state
+from ..tower.peft_tower import base_state, is_peft_model
 from ..tower.rollback import unchanged_on_error
 from .assign import assign, check_stored, fusion_state, tower_of, whole
 from .manifest import (
@@ -177,7 +177,14 @@ def load_weights(model: Fusion, folder: str | os.PathLike[str]) -> None:
     check_fit(fused, mapped_tensors(file), file)
     bases, adapters = [], []
     for name, record in checkpoint.records.items():
-        native, place = whole(model.tower(name)), checkpoint.root / TOWERS / name
+        place = checkpoint.root / TOWERS / name
+        native: Any = whole(model.tower(name))
+        there = list(native.peft_config) if is_peft_model(native) else []
+        if "shared_with" not in record and record.get("adapters", []) != there:
+            raise CheckpointError(
+                f"{checkpoint.root / FUSION}: tower {name!r} was saved with the peft adapters "
+                f"{record.get('adapters', [])}, and this model's has {there}"
+            )
         if record.get("embedded"):
             state = base_state(native)
             check_stored(state, place / WEIGHTS)

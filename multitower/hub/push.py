@@ -73,7 +73,7 @@ def push_to_hub(
     api = hub.HfApi(token=token)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "checkpoint"
-        with _without_paths(model) as nameless:
+        with without_paths(model) as nameless:
             save_pretrained(
                 nameless,
                 folder,
@@ -124,7 +124,7 @@ def check_reachable(model: Fusion, embed_towers: bool) -> None:
 
 
 @contextmanager
-def _without_paths(model: Fusion) -> Iterator[Fusion]:
+def without_paths(model: Fusion) -> Iterator[Fusion]:
     """Yield the model without local paths in its graph and configs; towers from such paths are all stored."""
     local = [name for name, spec in model.graph.towers.items() if is_path(spec.source)]
     graph = redeclared(model.graph, local, source=None)

@@ -80,6 +80,10 @@ def encode_columns(
     encode = functools.partial(_encoded, columns=dict(columns), modalities=encoders, targets=list(targets))
     if hasattr(dataset, "map"):
         names = getattr(dataset, "column_names", None)
+        if isinstance(names, Mapping):
+            raise ValueError(
+                f"encode one split at a time: there are {', '.join(names)}, as in dataset['train']"
+            )
         mapped = dataset.map(encode, remove_columns=names, **options)
         # a stream may not know its columns before it runs
         return mapped.select_columns([SEGMENTS, LENGTH]) if names is None else mapped

@@ -11,6 +11,7 @@ Nothing is pickled. Frozen towers are not stored: build the model as for the fir
 from __future__ import annotations
 
 import json
+import operator
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -31,7 +32,7 @@ from ..errors import CheckpointError
 from ..run.fusion import Fusion
 from ..run.parallel import on_first
 from ..run.request import trains_in_parallel
-from ..storage.atomic import check_free, current, replacing
+from ..storage.atomic import check_free, copy_others, current, replacing
 from ..storage.files import read_json
 from ..storage.find import as_declared
 from ..storage.json_data import from_json, to_json
@@ -79,7 +80,8 @@ def save_training(
     interrupted save leaves the older checkpoint unchanged.
 
     Args:
-        folder: A new folder, or an older training checkpoint, which is replaced; shared by all processes.
+        folder: A new folder, or an older training checkpoint, which is replaced; its other files are kept.
+            Shared by all processes.
         model: The model.
         optimizer: Its optimizer.
         scheduler: Its learning rate scheduler, if any.
@@ -91,7 +93,7 @@ def save_training(
         ValueError: The optimizer trains a parameter that is not the model's.
         ImportError: torch is too old to write distributed checkpoints as safetensors.
     """
-    target = Path(folder).absolute()
+    target, step = Path(folder).absolute(), operator.index(step)
     check_names(model)
     on_first(lambda: check_free(target, TRAINING))
     tensors, settings = optimizer_state(model, optimizer)
@@ -238,7 +240,9 @@ def _replacing(target: Path) -> Iterator[Path]:
 
         def begin() -> Path:
             target.parent.mkdir(parents=True, exist_ok=True)
-            return stack.enter_context(replacing(target))
+            fresh = stack.enter_context(replacing(target))
+            copy_others(target, fresh, lambda name: name == TRAINING or name.endswith(".safetensors"))
+            return fresh
 
         yield on_first(begin)
         on_first(stack.pop_all().close)

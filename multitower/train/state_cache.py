@@ -25,7 +25,7 @@ from ..checkpoint.assign import whole
 from ..errors import CheckpointError
 from ..run.fusion import Fusion
 from ..run.request import has_labels, why_not_constant
-from ..storage.atomic import check_free, current, replacing
+from ..storage.atomic import check_free, copy_others, current, replacing
 from ..storage.files import read_json
 from ..storage.fingerprint import fingerprint
 from ..storage.tensors import mapped_tensors, size_in_bytes
@@ -98,7 +98,8 @@ class KeptStates:
         Args:
             model: The model. Cached are towers with train="none", adapter=None and no incoming links.
             batches: Batches made by ``collate``.
-            folder: A new or empty folder, or older cached states, which are replaced.
+            folder: A new or empty folder, or older cached states, which are replaced; its other files are
+                kept.
             max_shard_size: Size at which a tower's file is full, in bytes or as in "1GB"; about twice as
                 much memory is needed per tower.
 
@@ -117,6 +118,7 @@ class KeptStates:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             with replacing(target) as fresh:
+                copy_others(target, fresh, lambda name: name == INDEX or name.endswith(".safetensors"))
                 writers = [RowWriter(model, fresh, name, layers, limit) for name, layers in reads.items()]
                 for batch in batches:
                     for writer in writers:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
@@ -16,16 +17,18 @@ from ..base.extras import require
 from ..batch.collate import IGNORE, Example, Streams, count_targets, to_device
 from ..batch.corrupt import corrupt_history, corrupt_sources
 from ..checkpoint.load import load_weights
+from ..checkpoint.manifest import MODALITIES
 from ..checkpoint.save import save_pretrained
 from ..generate.edges import with_edges
 from ..generate.generate import generate
 from ..hub.card import model_card
-from ..hub.push import check_reachable
+from ..hub.push import without_paths
 from ..plugins.entry_points import as_modality
 from ..plugins.modality import Modality
 from ..run.fusion import Fusion
-from ..run.gathered import is_divided
 from ..run.parallel import all_or_none
+from ..storage.files import FUSION, is_part
+from .arguments import training_arguments
 from .columns import Collator, as_example
 
 transformers: Any = require("transformers", "train")
@@ -80,8 +83,9 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]  # known only at run 
     Raises:
         CheckpointError: ``push_to_hub`` would publish a frozen tower that comes from a folder.
         TypeError: The model is not a ``FusedModel``.
-        ValueError: ``args`` enable NEFTune or label smoothing, which assume a single vocabulary; the model is
-            sharded by FSDP; one process has several GPUs; or noise is set for an unknown tower.
+        ValueError: ``args`` or ``options`` ask for something that fused models cannot do, such as NEFTune and
+            label smoothing, which assume a single vocabulary; the model is sharded by FSDP; one process has
+            several GPUs; or noise is set for an unknown tower.
     """
 
     loss_is_scaled_for_ga = True
@@ -103,28 +107,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]  # known only at run 
     ) -> None:
         if not isinstance(model, Fusion):
             raise TypeError(f"this Trainer takes a FusedModel, not a {type(model).__name__}")
-        for name in ("neftune_noise_alpha", "label_smoothing_factor"):
-            if getattr(args, name, None):
-                raise ValueError(f"{name} is for models of one vocabulary; leave it out of the arguments")
-        if args is not None and args.n_gpu > 1 and not hasattr(model, "hf_device_map"):
-            raise ValueError(
-                f"one process sees {args.n_gpu} GPUs, over which transformers would copy the model at each "
-                f"step; launch one for each, torchrun --nproc-per-node {args.n_gpu} ..., or let it see one "
-                "(CUDA_VISIBLE_DEVICES=0)"
-            )
-        asked = getattr(args, "fsdp", None) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
-        if asked or is_divided(model):
-            raise ValueError(
-                "this Trainer trains models that are whole on each process; divide the model by "
-                "multitower.train.shard and train it in a loop of your own, with save_training and "
-                "load_training (docs/training.md, On several GPUs)"
-            )
-        if getattr(args, "push_to_hub", False):
-            check_reachable(model, embed_towers=False)
-        if getattr(args, "remove_unused_columns", False):
-            args.remove_unused_columns = False  # the column "segments" is not an argument of forward
-        if getattr(args, "ddp_find_unused_parameters", False) is None:
-            args.ddp_find_unused_parameters = False  # every training step uses all parameters
+        args = training_arguments(model, args, options, rates or {})
         self.rates = dict(rates or {})
         self.modalities = {name: as_modality(each) for name, each in (modalities or {}).items()}
         self.history_noise, self.source_noise = dict(history_noise or {}), dict(source_noise or {})
@@ -134,6 +117,11 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]  # known only at run 
         self._seen: dict[str, Counts] = {}
         super().__init__(model, args, data_collator=data_collator or Collator(), **options)
         self.model_accepts_loss_kwargs = True
+
+    def train(self, *args: Any, **options: Any) -> Any:
+        """Train like ``transformers.Trainer``."""
+        self._seen = {}  # of an earlier run
+        return super().train(*args, **options)
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
         """Create the optimizer from the arguments, with the model's ``parameter_groups``."""
@@ -200,7 +188,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]  # known only at run 
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             counts = self._counted([inputs], self.args.device)
-            if prediction_loss_only or self.compute_metrics is None:
+            if prediction_loss_only:
                 return self.compute_loss(model, inputs, num_items_in_batch=counts).detach(), None, None
             loss, out = self.compute_loss(model, inputs, return_outputs=True, num_items_in_batch=counts)
         logits, labels = {}, {}
@@ -217,10 +205,12 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]  # known only at run 
     def evaluation_loop(self, dataloader: Any, *args: Any, **options: Any) -> Any:
         """Evaluate like ``transformers.Trainer``, with losses by tower and the metrics of ``score``."""
         before, self._seen = self._seen, {}
-        out = super().evaluation_loop(dataloader, *args, **options)
+        try:
+            out = super().evaluation_loop(dataloader, *args, **options)
+            losses = self._losses()
+        finally:
+            self._seen = before
         prefix = options.get("metric_key_prefix", "eval")
-        losses = self._losses()
-        self._seen = before
         if losses:
             out.metrics.update({f"{prefix}_{name}_loss": loss for name, loss in losses.items()})
             out.metrics[f"{prefix}_loss"] = sum(losses.values())
@@ -297,12 +287,20 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]  # known only at run 
             return
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            save_pretrained(self._fused(), Path(scratch, "fused"), modalities=self.modalities)
-            for path in Path(scratch, "fused").iterdir():
-                target = folder / path.name
-                if target.is_dir():
-                    target.rename(Path(scratch, f"old {path.name}"))
-                path.replace(target)
+            fresh, old = Path(scratch, "fused"), Path(scratch, "old")
+            if (folder / FUSION).exists() and (folder / MODALITIES).exists():
+                # They are kept unless there are new ones, as by save_pretrained.
+                shutil.copytree(folder / MODALITIES, fresh / MODALITIES)
+                shutil.copy(folder / FUSION, fresh)
+            published = without_paths if self.args.push_to_hub else nullcontext
+            with published(self._fused()) as model:
+                save_pretrained(model, fresh, modalities=self.modalities)
+            old.mkdir()
+            for path in folder.iterdir():
+                if path.name == FUSION or is_part(path.name):
+                    path.rename(old / path.name)
+            for path in sorted(fresh.iterdir(), key=lambda each: each.name == FUSION):  # the manifest last
+                path.rename(folder / path.name)
         torch.save(self.args, folder / ARGUMENTS)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:

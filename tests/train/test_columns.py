@@ -322,3 +322,9 @@ def test_mistakes_are_told() -> None:
     with pytest.raises(ValueError, match="there is no letter") as caught:
         encoded([{"heard": "", "said": "h"}])
     assert caught.value.__notes__ == ["raised for tower 'speech' in column 'heard'"]
+
+
+def test_a_dictionary_of_splits_is_refused() -> None:
+    rows = datasets.DatasetDict({"train": datasets.Dataset.from_list([{"units": [1, 2]}])})
+    with pytest.raises(ValueError, match=r"one split.* train"):
+        encode_columns(rows, {"units": "speech"}, targets=["units"])

@@ -220,6 +220,11 @@ def test_a_checkpoint_of_another_graph_is_not_resumed(tmp_path: Path) -> None:
     other = make().drop("speech->text")
     with pytest.raises(mt.errors.CheckpointError, match="is of another graph"):
         trainer(tmp_path, other, max_steps=4).train(str(tmp_path / "checkpoint-2"))
+    adapted = pair(causal_lm("llama"), causal_lm("qwen3", depth=4, vocab_size=14), train="lora")
+    with pytest.raises(
+        mt.errors.CheckpointError, match=r"the peft adapters \[\], and this model's has \['default"
+    ):
+        trainer(tmp_path, adapted, max_steps=4).train(str(tmp_path / "checkpoint-2"))
 
 
 def test_parts_have_rates_of_their_own(tmp_path: Path) -> None:
@@ -267,7 +272,7 @@ def test_what_knows_one_vocabulary_alone_is_refused(tmp_path: Path, option: dict
 
 
 def test_divided_models_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("multitower.train.trainer.is_divided", lambda model: True)
+    monkeypatch.setattr("multitower.train.arguments.is_divided", lambda model: True)
     with pytest.raises(ValueError, match=r"divide the model by multitower\.train\.shard"):
         trainer(tmp_path, make())
     monkeypatch.undo()
@@ -327,3 +332,50 @@ def test_one_process_does_not_drive_several_gpus(tmp_path: Path) -> None:
     settings._n_gpu = 2
     with pytest.raises(ValueError, match="torchrun --nproc-per-node 2"):
         Trainer(make(), settings, train_dataset=EXAMPLES)
+
+
+def test_predictions_are_logits_and_labels_by_tower(tmp_path: Path) -> None:
+    found = trainer(tmp_path, make()).predict(EXAMPLES)
+    assert found.predictions.keys() == found.label_ids.keys() == {"speech", "text"}
+
+
+def test_the_arguments_have_a_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert not Trainer(make(), train_dataset=EXAMPLES).args.remove_unused_columns
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"compute_loss_func": lambda *_: 0}, "override compute_loss"),
+        ({"processing_class": object()}, "pass modalities"),
+        ({"rates": {"towers": 1.0}, "optimizers": (object(), None)}, "leave out rates, or optimizers"),
+    ],
+)
+def test_options_without_effect_are_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        Trainer(make(), arguments(tmp_path), **options)
+
+
+def test_each_run_logs_its_own_losses(tmp_path: Path) -> None:
+    run = trainer(tmp_path, make(), max_steps=3, logging_steps=2)
+    run.train()
+    run.train()
+    for entry in run.state.log_history:
+        if "loss" in entry:
+            towers = [entry[f"loss_{name}"] for name in ("speech", "text") if f"loss_{name}" in entry]
+            assert min(towers) - 1e-3 <= entry["loss"] <= sum(towers) + 1e-3
+
+
+def test_a_checkpoint_is_replaced_whole(tmp_path: Path) -> None:
+    model = make()
+    text = TextModality()
+    model.save_pretrained(tmp_path, max_shard_size="1KB")
+    (tmp_path / "notes.txt").write_text("mine")
+    trainer(tmp_path, model).save_model()
+    assert_same(mt.FusedModel.from_pretrained(tmp_path), model)
+    assert (tmp_path / "notes.txt").exists()
+    wide = pair(causal_lm("llama", vocab_size=text.vocab_size), causal_lm("qwen3", depth=4), train="all")
+    mt.Pipeline(wide, {"text": text}).save_pretrained(tmp_path / "pipeline")
+    trainer(tmp_path / "pipeline", wide).save_model()
+    assert list(mt.Pipeline.from_pretrained(tmp_path / "pipeline").modalities) == ["text"]

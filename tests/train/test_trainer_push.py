@@ -116,6 +116,19 @@ def test_what_is_pushed_at_the_end_alone_is_not_saved_before(tmp_path: Path, upl
     assert_same(uploads.pushed(0), run.model)
 
 
+def test_no_path_is_published(tmp_path: Path, uploads: Uploads) -> None:
+    causal_lm("llama").save_pretrained(tmp_path / "secret")
+    graph = mt.FusionGraph()
+    graph.add_tower("text", tmp_path / "secret", train="all")
+    arguments = transformers.TrainingArguments(
+        str(tmp_path / "run"), push_to_hub=True, hub_model_id=REPO, report_to=[], use_cpu=True
+    )
+    Trainer(graph.compile(), arguments).save_model()
+    written = [file for file in (tmp_path / "run").rglob("*.json") if "secret" in file.read_text()]
+    assert uploads.messages
+    assert not written
+
+
 def test_frozen_towers_from_folders_are_not_published_unasked(tmp_path: Path, uploads: Uploads) -> None:
     causal_lm("llama").save_pretrained(tmp_path / "mine")
     graph = mt.FusionGraph()

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -332,3 +333,15 @@ def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:
     with pytest.raises(mt.errors.CheckpointError, match=r"holds no training\.json"):
         save_training(tmp_path / "thesis", model, adam(model))
     assert not (tmp_path / "run").exists()
+
+
+def test_other_files_stay_and_the_step_is_an_integer(tmp_path: Path) -> None:
+    model = build()
+    save_training(tmp_path / "run", model, sgd(model), step=np.int64(1))
+    (tmp_path / "run/logs").mkdir()
+    (tmp_path / "run/logs/loss.csv").write_text("1.5")
+    save_training(tmp_path / "run", model, sgd(model), step=2)
+    assert (tmp_path / "run/logs/loss.csv").read_text() == "1.5"
+    assert load_training(tmp_path / "run", model) == 2
+    with pytest.raises(TypeError):
+        save_training(tmp_path / "run", model, sgd(model), step=3.0)
