@@ -17,7 +17,8 @@ from ..tower.load import kernels_in
 from .manifest import ADAPTER_CONFIG
 
 COUNTS = re.compile(r"layer|expert|label|block|depth|^num_")
-MODULES, RANK, BUFFERS = 1024, 64, 1 << 24
+SIZES = re.compile(r"size|dim|vocab|position")
+MODULES, RANK, BUFFERS = 1 << 14, 64, 1 << 24
 """Always allowed, whatever the size of the files: counts in a config, adapter rank, values in buffers."""
 MAX_REPEATS, MAX_PATTERN = 4, 1000
 SETTINGS_OF_RANK = ("r", "init_r", "rank_pattern")
@@ -37,10 +38,19 @@ def check_model(folder: Path, tensors: int, stored: int) -> None:
     config = read_json(file)
     if kernels := kernels_in(config):
         raise CheckpointError(f"{file} asks for the kernels {kernels!r}, which may be code of others")
-    for key, value in _settings(config):
-        if COUNTS.search(key) and type(value) is int and value > max(tensors, MODULES):
-            raise CheckpointError(f"{file} says {key}={value}, but there are only {tensors} tensors")
+    for key, value in excessive(config, max(tensors, MODULES)).items():
+        raise CheckpointError(f"{file} says {key}={value}, but there are only {tensors} tensors")
     _check_values(folder, stored)
+
+
+def excessive(config: Mapping[str, Any], most: int) -> dict[str, int]:
+    """Return the settings that ask for more than ``most`` modules.
+
+    >>> excessive({"num_hidden_layers": 10**6, "vocab_size_per_layer_input": 262_144}, most=100)
+    {'num_hidden_layers': 1000000}
+    """
+    counts = (each for each in _settings(config) if COUNTS.search(each[0]) and not SIZES.search(each[0]))
+    return {key: value for key, value in counts if type(value) is int and value > most}
 
 
 def check_adapter(file: Path, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
@@ -96,7 +106,7 @@ def _settings(data: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     """Yield all values of a nested config with their innermost key."""
     if isinstance(data, dict):
         for name, value in data.items():
-            yield from _settings(value, key if key in SETTINGS_OF_RANK else name)
+            yield from _settings(value, key if key in SETTINGS_OF_RANK else str(name))
     elif isinstance(data, list):
         for value in data:
             yield from _settings(value, key)

@@ -22,6 +22,8 @@ from ..storage.tensors import Inventory, differences, inventory
 LINKS, TOWERS, MODALITIES, WEIGHTS = "links.safetensors", "towers", "modalities", "model.safetensors"
 ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter", "adapter_config.json", "adapter_model.safetensors"
 MAX_SHARD_SIZE = "5GB"
+ADAPTER_NAME = re.compile(r"[^./\\\x00-\x1f][^/\\\x00-\x1f]*")
+"""The names of peft adapters, which are names of folders."""
 Records = dict[str, dict[str, Any]]
 RECORD = {
     "depth": (int,),
@@ -172,7 +174,7 @@ def _records(graph: Mapping[str, Any], towers: Mapping[str, Any]) -> Records:
         if "adapters" in record and not (isinstance(adapters, list) and isinstance(active, list) and active):
             raise ValueError(f"tower {name!r}: it does not say which peft adapters there are")
         for adapter in (*adapters, *active):
-            if not re.fullmatch(r"\w[\w .-]*", adapter) or adapter not in adapters:
+            if not ADAPTER_NAME.fullmatch(adapter) or adapter not in adapters:
                 raise ValueError(f"tower {name!r} cannot have adapters {adapter!r}")
     return records
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from ..compile.modules import shared_with
 from ..errors import CheckpointError
 from ..plugins.modality import Modality
 from ..run.fusion import Fusion
-from ..storage.atomic import check_free, replacing
+from ..storage.atomic import check_free, copy_others, replacing
 from ..storage.files import FUSION, is_part, write_manifest
 from ..storage.find import is_path
 from ..storage.fingerprint import fingerprint, sampled_fingerprint
@@ -85,7 +84,7 @@ def save_pretrained(
         with replacing(target) as fresh:
             records = write_modalities(modalities, fresh)
             if target.exists():
-                _keep_others(target, fresh)
+                copy_others(target, fresh, lambda name: name == FUSION or is_part(name))
                 records = keep_modalities(target, fresh, model.graph.towers) | records
             towers = _write(model, fresh, embed_towers, records, limit)
     except (OSError, SafetensorError) as error:
@@ -176,13 +175,3 @@ def _save_model(model: Any, state: dict[str, Tensor], folder: Path, limit: int) 
     else:
         own = not is_offloaded(model) and state.keys() == model.state_dict().keys()
         model.save_pretrained(folder, state_dict=None if own else state, max_shard_size=limit)
-
-
-def _keep_others(old: Path, new: Path) -> None:
-    """Copy files that are not part of the checkpoint, such as a README."""
-    for entry in old.iterdir():
-        if entry.name != FUSION and not is_part(entry.name):
-            if entry.is_dir():
-                shutil.copytree(entry, new / entry.name, symlinks=True)
-            else:
-                shutil.copy2(entry, new / entry.name, follow_symlinks=False)

@@ -35,8 +35,9 @@ KINDS = {"path": (str,), "width": (int,), "beyond": (int,), "masked": (bool,), "
 def is_to_be_stored(model: Fusion, name: str, embed_towers: bool) -> bool:
     """Whether a checkpoint stores the weights of a tower, instead of a reference to its source.
 
-    A reference is a Hub id with its commit, or a plugin's URL, and only if loading it again gives tensors
-    identical to the tower's. Quantised towers are not compared: they can be neither trained nor converted.
+    A reference is a Hub id with its commit, or a plugin's URL, and only if loading it again gives tensors and
+    a generation config identical to the tower's. Quantised towers are not compared: they can be neither
+    trained nor converted.
     """
     spec, native = model.graph.towers[name], whole(model.tower(name))
     source, revision = spec.source, revision_of(base_model(native))
@@ -50,9 +51,17 @@ def is_to_be_stored(model: Fusion, name: str, embed_towers: bool) -> bool:
         origin = from_source(name, source, revision=revision, cached=True)
     except (TowerError, PluginError):
         return True
-    found = base_state(whole(origin) if isinstance(origin, Tower) else origin)
-    state = base_state(native)
+    origin = whole(origin) if isinstance(origin, Tower) else origin
+    if _generation(origin) != _generation(base_model(native)):
+        return True
+    found, state = base_state(origin), base_state(native)
     return found.keys() != state.keys() or not all(_same(found[key], state[key]) for key in state)
+
+
+def _generation(model: Any) -> dict[str, Any] | None:
+    """Return the settings by which a transformers model generates: begin and end tokens and so on."""
+    config = getattr(model, "generation_config", None)
+    return None if config is None else config.to_dict()
 
 
 def ways_out(name: str) -> str:
@@ -187,6 +196,16 @@ def save_adapters(name: str, model: Any, folder: Path) -> dict[str, Any]:
             f"unimodal({name!r}).unmerge_adapter(), or merge_and_unload({name!r}) of the fused model"
         )
     model.save_pretrained(folder, save_embedding_layers=False)
+    for adapter in model.peft_config:
+        place = folder.parent / adapter_folder(adapter)
+        try:
+            check_adapter(
+                Path(ADAPTER_CONFIG),
+                read_json(place / ADAPTER_CONFIG),
+                mapped_tensors(place / ADAPTER_WEIGHTS),
+            )
+        except CheckpointError as error:
+            raise CheckpointError(f"tower {name!r} could not be loaded again: {error}") from error
     return {"adapters": list(model.peft_config), "active_adapters": list(model.active_adapters)}
 
 

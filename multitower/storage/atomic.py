@@ -6,7 +6,7 @@ import glob
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -58,8 +58,25 @@ def replacing(target: Path) -> Iterator[Path]:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
+def copy_others(old: Path, new: Path, replaced: Callable[[str], bool]) -> None:
+    """Copy the entries of a folder, if it exists, whose names are not ``replaced``, such as a README."""
+    for entry in old.iterdir() if old.exists() else ():
+        if replaced(entry.name):
+            continue
+        if entry.is_dir():
+            shutil.copytree(entry, new / entry.name, symlinks=True)
+        else:
+            shutil.copy2(entry, new / entry.name, follow_symlinks=False)
+
+
 def check_free(target: Path, index: str) -> None:
-    """Raise unless a folder may be replaced: it does not exist, is empty, or contains the file ``index``."""
+    """Raise unless a folder may be replaced.
+
+    It must not exist, be empty, or contain the file ``index``; and it must not be the working directory or
+    one above it, which would then be gone.
+    """
+    if target.exists() and target.resolve() in (Path.cwd(), *Path.cwd().parents):
+        raise CheckpointError(f"{target} is the working directory, or above it; save to a folder inside it")
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"{target} is a file; give a folder to save to")
     if target.exists() and any(target.iterdir()) and not (target / index).exists():

@@ -212,6 +212,33 @@ def test_other_peoples_folders_are_left_alone(model: mt.FusedModel, tmp_path: Pa
     assert (tmp_path / "thesis/chapter.txt").read_text() == "one"
 
 
+@pytest.mark.parametrize("inside", [".", "notes"])
+def test_the_working_directory_is_not_replaced(
+    model: mt.FusedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: str
+) -> None:
+    model.save_pretrained(tmp_path / "fused")
+    (tmp_path / "fused" / inside).mkdir(exist_ok=True)
+    monkeypatch.chdir(tmp_path / "fused" / inside)
+    with pytest.raises(mt.errors.CheckpointError, match="is the working directory, or above it"):
+        model.save_pretrained(tmp_path / "fused")
+
+
+def test_a_tower_that_generates_differently_from_its_origin_is_stored(
+    tmp_path: Path, downloaded: Download
+) -> None:
+    downloaded("me/text", causal_lm("llama", seed=3))
+    graph = mt.FusionGraph()
+    graph.add_tower("speech", causal_lm("llama"), train="all")
+    graph.add_tower("text", "me/text")
+    graph.add_link("speech", "text", interleave=1)
+    model = graph.compile()
+    model.save_pretrained(tmp_path / "fused")
+    assert not (tmp_path / "fused/towers/text/config.json").exists()
+    model.unimodal("text").generation_config.eos_token_id = [2, 3]
+    model.save_pretrained(tmp_path / "fused")
+    assert mt.FusedModel.from_pretrained(tmp_path / "fused").tower("text").end == (2, 3)
+
+
 def test_who_may_read_a_checkpoint_may_read_its_tensors(tmp_path: Path) -> None:
     pair(causal_lm("llama")).save_pretrained(tmp_path / "fused", embed_towers=True)
     modes = {path.stat().st_mode for path in (tmp_path / "fused").rglob("*") if path.is_file()}

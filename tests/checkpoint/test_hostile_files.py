@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import multitower as mt
 from letters import Letters
 from models import causal_lm
+from multitower.checkpoint.limits import MODULES, excessive
 from multitower.storage import files, fingerprint
 from multitower.testing import tiny_model, tiny_tower
 from tampering import rewrite_manifest
@@ -283,3 +285,13 @@ def test_tensors_of_no_size_and_great_names_are_refused(tmp_path: Path) -> None:
 def tiny_towers() -> dict[str, torch.nn.Module]:
     """Return towers like those of ``tiny_model``, with other weights."""
     return {"speech": tiny_tower(7, depth=3, width=12), "text": tiny_tower(7, depth=2, width=8)}
+
+
+def test_no_family_asks_for_too_many_modules_by_default() -> None:
+    """Sizes such as Gemma 4's ``vocab_size_per_layer_input`` are not counts of modules."""
+    for kind in transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING:
+        try:
+            config = kind().to_dict()
+        except Exception:  # needs arguments, or an extra
+            continue
+        assert not excessive(config, MODULES), kind

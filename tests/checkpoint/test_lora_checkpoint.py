@@ -293,3 +293,18 @@ def test_damaged_files_are_refused(
     rewrite_manifest(folder)
     with pytest.raises(mt.errors.CheckpointError, match=f"tower 'text'.*(?s:{message})"):
         mt.FusedModel.from_pretrained(folder)
+
+
+def test_adapters_may_have_the_names_that_peft_allows(folder: Path) -> None:
+    adapted = peft.get_peft_model(
+        causal_lm("llama", seed=3), peft.LoraConfig(target_modules=["q_proj"]), adapter_name="asr+tts (v2)"
+    )
+    fused(adapted).save_pretrained(folder)
+    assert list(mt.FusedModel.from_pretrained(folder).unimodal("text").peft_config) == ["asr+tts (v2)"]
+
+
+def test_what_could_not_be_loaded_is_not_saved(folder: Path) -> None:
+    config = peft.LoraConfig(target_modules=r"model\.(\w+\.)*(q_proj|v_proj)")
+    with pytest.raises(mt.errors.CheckpointError, match=r"'text' could not be loaded again.*by name"):
+        fused(peft.get_peft_model(causal_lm("llama", seed=3), config)).save_pretrained(folder)
+    assert not folder.exists()
