@@ -5,18 +5,21 @@ from __future__ import annotations
 import csv
 import inspect
 import random
+import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ..base.extras import require
 from ..declare.graph import FusionGraph
+from ..errors import PluginError
 from ..plugins.entry_points import modality_class
 from ..plugins.modality import CONFIG, Modality
 from ..storage.files import read_json
 
 METADATA = "metadata.csv"
+FLOAT = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+")
 T = TypeVar("T")
 
 
@@ -68,15 +71,47 @@ class Recipe:
     seed: int = 0
 
 
-def read_recipe(path: Path) -> Recipe:
-    """Read and validate a recipe."""
+def read_yaml(path: Path) -> Any:
+    """Read a YAML file, with the floats of YAML 1.2, such as 3e-3; refuse duplicate keys.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = Path(folder, "recipe.yaml").write_text("learning_rate: 3e-3")
+    ...     read_yaml(Path(folder, "recipe.yaml"))
+    {'learning_rate': 0.003}
+    """
     yaml: Any = require("yaml", "cli")
+
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]  # known only at run time
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            keys = [key.value for key, _ in node.value]
+            if twice := [key for key in keys if keys.count(key) > 1]:
+                raise yaml.YAMLError(f"{twice[0]!r} is there twice\n{node.start_mark}")
+            return super().construct_mapping(node, deep)
+
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+.0123456789"))
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.load(path.read_text(encoding="utf-8"), Loader)
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is no YAML: {error}") from error
-    data = _made(Data, document.get("data") if isinstance(document, dict) else None, f"{path}, data")
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read and validate a recipe."""
+    document = read_yaml(path)
+    if not isinstance(document, dict):
+        raise ValueError(f"{path}: expected the entries {', '.join(each.name for each in fields(Recipe))}")
+    document = {key: value for key, value in document.items() if value is not None}  # empty entries
+    data = _made(Data, document.get("data"), f"{path}, data")
     recipe = _made(Recipe, {**document, "data": data}, str(path))
+    for key in ("towers", "trainer", "rates", "history_noise", "source_noise"):
+        if not isinstance(getattr(recipe, key), dict):
+            raise ValueError(f"{path}: {key} is {getattr(recipe, key)!r}, and no mapping")
+    if not isinstance(recipe.links, list):
+        raise ValueError(f"{path}: links is {recipe.links!r}, and no list")
+    for what in (*recipe.towers.items(), *enumerate(recipe.links, 1)):
+        if not isinstance(what[1], dict):
+            raise ValueError(f"{path}: tower or link {what[0]!r} is {what[1]!r}, and no mapping")
     if (data.folder is None) == (data.dataset is None):
         raise ValueError(f"{path}, data: give either folder or dataset")
     for task in data.tasks:
@@ -85,6 +120,12 @@ def read_recipe(path: Path) -> Recipe:
             raise ValueError(
                 f"{path}, data: the task {task!r} is no list of columns among {', '.join(data.columns)}"
             )
+    if not data.tasks:
+        raise ValueError(f"{path}, data: give at least one task")
+    if type(data.held_out) is not int or data.held_out < 0:
+        raise ValueError(f"{path}, data: held_out is a number of rows, not {data.held_out!r}")
+    if data.dataset is not None and "split" not in data.dataset:
+        raise ValueError(f"{path}, data: dataset needs a split, as in split: train")
     unknown = [tower for tower in data.columns.values() if tower not in recipe.towers]
     if unknown:
         raise ValueError(f"{path}, data: columns are for {', '.join(map(repr, unknown))}, which is no tower")
@@ -122,7 +163,7 @@ def read_rows(recipe: Recipe, modalities: Mapping[str, Modality]) -> tuple[Any, 
         parts = rows.train_test_split(test_size=data.held_out, seed=recipe.seed)
         return parts["train"], parts["test"]
     folder = Path(data.folder or "")
-    with (folder / METADATA).open(newline="", encoding="utf-8") as file:
+    with (folder / METADATA).open(newline="", encoding="utf-8-sig") as file:  # with a byte order mark or not
         table = csv.DictReader(file)
         lacking = [column for column in data.columns if column not in (table.fieldnames or ())]
         if lacking:
@@ -170,6 +211,11 @@ def _modality(name: str, tower: Mapping[str, Any]) -> Modality:
     if (folder / CONFIG).is_file():
         kind = read_json(folder / CONFIG).get("modality")
         return modality_class(str(kind)).from_pretrained(folder)
-    if folder.exists():
-        raise ValueError(f"tower {name!r}: {folder} holds no modality; Modality.save_pretrained writes one")
-    return modality_class(given)()
+    try:
+        return modality_class(given)()
+    except PluginError as error:
+        if not folder.exists():
+            raise
+        raise ValueError(
+            f"tower {name!r}: {folder} holds no modality; Modality.save_pretrained writes one"
+        ) from error

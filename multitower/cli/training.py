@@ -30,6 +30,11 @@ def train(
     out = Path(plan.output)
     if (out / FUSED).exists() and not resume:
         raise FileExistsError(f"{out / FUSED} is there already: remove it, or name another output")
+    if any((out / RUN).glob("checkpoint-*")) and not resume:
+        raise FileExistsError(
+            f"{out / RUN} has checkpoints of an earlier run: go on with --resume, remove it, or name another "
+            "output"
+        )
     arguments = {
         "report_to": "none",
         "logging_steps": 10,
@@ -74,5 +79,6 @@ def train(
                 print(f"{name} {value:.4f}")
     if trainer.is_world_process_zero():
         Pipeline(model, modalities).save_pretrained(out / FUSED)
-        shutil.copyfile(recipe, out / KEPT)
+        if recipe.resolve() != (out / KEPT).resolve():
+            shutil.copyfile(recipe, out / KEPT)
         print(f"wrote {out / FUSED}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,28 @@ def test_a_recipe_is_trained(parts: Path, tmp_path: Path, capsys: pytest.Capture
     assert "is there already" in refused(capsys, 1, "train", path)
 
 
+def test_the_kept_recipe_is_trained_again(parts: Path, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="the Trainer needs accelerate")
+    (tmp_path / "out").mkdir()
+    document = recipe(parts, tmp_path)
+    document["data"]["folder"] = str(shutil.copytree(parts / "clips", tmp_path / "clips"))
+    table = tmp_path / "clips/metadata.csv"
+    table.write_text("\ufeff" + table.read_text(), encoding="utf-8")  # as Excel does
+    document["trainer"] |= {"save_strategy": "steps", "save_steps": 1}
+    path = write(tmp_path / "out", {**document, "trainer": {**document["trainer"], "learning_rate": "RATE"}})
+    Path(path).write_text(Path(path).read_text().replace("RATE", "3e-3"))
+    assert main(["train", path]) == 0
+
+
+def test_an_earlier_run_is_not_gone_on_with_by_mistake(
+    parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("accelerate", reason="the Trainer needs accelerate")
+    (tmp_path / "out/run/checkpoint-4").mkdir(parents=True)
+    path = write(tmp_path, recipe(parts, tmp_path))
+    assert "has checkpoints of an earlier run: go on with --resume" in refused(capsys, 1, "train", path)
+
+
 def test_training_goes_on(parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("accelerate", reason="the Trainer needs accelerate")
     trainer = {**recipe(parts, tmp_path)["trainer"], "save_strategy": "steps", "save_steps": 1}
@@ -232,6 +255,18 @@ def test_training_goes_on(parts: Path, tmp_path: Path, capsys: pytest.CaptureFix
             "'smell', which is no tower",
         ),
         ({"trainer": {"max_stepps": 2}}, "max_stepps"),
+        ({"trainer": 3}, "trainer is 3, and no mapping"),
+        ({"towers": {"speech": None}}, "'speech' is None, and no mapping"),
+        ({"links": {"source": "speech"}}, "and no list"),
+        ({"data": {"folder": "x", "columns": {"a": "text"}, "tasks": []}}, "give at least one task"),
+        (
+            {"data": {"folder": "x", "columns": {"a": "text"}, "tasks": [["a"]], "held_out": -2}},
+            "held_out is a number of rows, not -2",
+        ),
+        (
+            {"data": {"dataset": {"path": "x"}, "columns": {"a": "text"}, "tasks": [["a"]]}},
+            "dataset needs a split",
+        ),
         ({"source_noise": {"smell": 0.1}}, "noise for tower 'smell': the towers are speech, text"),
     ],
 )
@@ -266,6 +301,8 @@ def test_mistakes_in_the_data_are_named(
 def test_what_is_no_yaml_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "recipe.yaml").write_text("output: [")
     assert "recipe.yaml is no YAML" in refused(capsys, 1, "train", str(tmp_path / "recipe.yaml"))
+    (tmp_path / "recipe.yaml").write_text("trainer: {max_steps: 1, max_steps: 3}")
+    assert "'max_steps' is there twice" in refused(capsys, 1, "train", str(tmp_path / "recipe.yaml"))
     (tmp_path / "recipe.yaml").write_text("- 1")
     assert "expected the entries" in refused(capsys, 1, "train", str(tmp_path / "recipe.yaml"))
     assert "No such file" in refused(capsys, 1, "train", str(tmp_path / "none.yaml"))
