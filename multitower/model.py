@@ -158,9 +158,9 @@ class FusedModel(Fusion):
         >>> tiny_model().contributions(**batch)
         {'speech->text 1-1': 0.0, 'speech->text 3-2': 0.0}
 
-        This is the norm of the update divided by the norm of the state that it is added to, over all tokens
-        with visible source tokens; 0 before training. Gates alone do not show it: an open gate with small
-        weights changes nothing.
+        This is the norm of a token's update divided by the norm of the state that it is added to, and of
+        that the median over all tokens with visible source tokens; 0 before training. Gates alone do not show
+        it: an open gate with small weights changes nothing.
 
         Args:
             streams: As in ``forward``. Taps without visible source tokens are left out.

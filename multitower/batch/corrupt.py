@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from .collate import IGNORE, Batch, Stream
+from .collate import IGNORE, STATES, Batch, Stream
 
 
 def corrupt_history(
@@ -71,11 +71,16 @@ def corrupt_sources(
         generator: A generator on the CPU; torch's default if None.
 
     Raises:
-        ValueError: A rate is not between 0 and 1.
+        ValueError: A rate is not between 0 and 1, or a stream has kept states, which come from other tokens.
     """
     streams = dict(batch["streams"])
     for name, rate in _checked(rates, streams):
         stream = streams[name]
+        if rate and any(key.startswith(STATES) for key in stream):
+            raise ValueError(
+                f"stream {name!r} has kept states, which are read in place of its tokens: noise in "
+                "these would change nothing; leave out the noise, or the kept states"
+            )
         tokens, given = stream["tokens"], stream["mask"]
         if "labels" in stream:
             learnt = stream["labels"] != IGNORE

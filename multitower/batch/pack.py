@@ -61,16 +61,16 @@ def _fitted(lengths: Tensor) -> list[list[int]]:
 
 
 def _packed(stream: Stream, rows: Sequence[Sequence[int]]) -> Stream:
-    mask = stream["mask"]
+    mask, padding = stream["mask"], {**PADDING, EXAMPLES: len(stream["mask"])}
     numbers = torch.arange(len(mask), device=mask.device)[:, None].expand_as(mask)
-    packed = {
-        key: pad_sequence(
-            [torch.cat([value[example, mask[example]] for example in row]) for row in rows],
-            batch_first=True,
-            padding_value={**PADDING, EXAMPLES: len(mask)}.get(key, 0),
-        )
-        for key, value in {**stream, EXAMPLES: numbers}.items()
-    }
+
+    def joined(value: Tensor, fill: int) -> Tensor:
+        if not mask.any():  # towers cannot run on no column at all
+            return value.new_full((len(rows), 1, *value.shape[2:]), fill)
+        parts = [torch.cat([value[example, mask[example]] for example in row]) for row in rows]
+        return pad_sequence(parts, batch_first=True, padding_value=fill)
+
+    packed = {key: joined(value, padding.get(key, 0)) for key, value in {**stream, EXAMPLES: numbers}.items()}
     if "labels" in packed:  # the first token of an example is never predicted
         packed["labels"] = packed["labels"].masked_fill(positions(packed[EXAMPLES]) == 0, IGNORE)
     return packed

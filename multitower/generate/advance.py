@@ -214,7 +214,7 @@ class _Pass:
     def _embed(self, name: str) -> tuple[Tensor, Any]:
         tower, stream = self.model.tower(name), self.streams[name]
         if name in self.caches:
-            ones = [torch.ones(count, dtype=torch.bool) for count in self._cached(name)]
+            ones = [torch.ones(count, dtype=torch.bool, device="cpu") for count in self._cached(name)]
             before = pad_sequence(ones, batch_first=True, padding_side="left")
             mask = torch.cat([before.to(tower.device), stream["mask"]], 1)
             x, context = tower.resume(

@@ -91,7 +91,7 @@ class Said(NamedTuple):
         return short._replace(done=base, cache=(), base=base)
 
 
-NOTHING = Said(torch.empty(0, dtype=torch.long), torch.empty(0, dtype=torch.long))
+NOTHING = Said(*torch.empty(2, 0, dtype=torch.long, device="cpu"))
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,8 @@ class Row:
         """Return the row with more entries, not run yet; ``number`` is the row's number in errors."""
         said, end = dict(self.said), self.time
         for segment, time in place_in_time(entries, number):
-            tokens, before = torch.as_tensor(segment.tokens), said.get(segment.tower, NOTHING)
-            times = torch.arange(len(tokens)) + self.time + time
+            tokens, before = torch.as_tensor(segment.tokens, device="cpu"), said.get(segment.tower, NOTHING)
+            times = torch.arange(len(tokens), device="cpu") + self.time + time
             said[segment.tower] = before._replace(
                 tokens=torch.cat([before.tokens, tokens]), times=torch.cat([before.times, times])
             )

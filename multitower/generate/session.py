@@ -63,6 +63,8 @@ class Session:
         if rows < 1:
             raise ValueError(f"a session needs one or more rows, not {rows}")
         towers = list(model.towers)
+        if isinstance(outputs, str):
+            raise TypeError(f"outputs is a list of towers: outputs=[{outputs!r}]")
         for name in towers if outputs is None else outputs:
             check_name(name, towers)
         self.model = model

@@ -45,7 +45,7 @@ def decode(
     for number, row in rows.items():
         for name, each in settings.items():
             said = row.of(name)
-            times = torch.cat([said.times[said.base :], torch.tensor([row.time])])
+            times = torch.cat([said.times[said.base :], torch.tensor([row.time], device="cpu")])
             check_room(name, keeping.model.tower(name), times, f"example {number}, with a further token,")
             lengths[name].append(said.length + _begins(said, each))
     together = groups([(each, lengths[name]) for name, each in settings.items()])
@@ -235,7 +235,7 @@ def _noted(
         for row, count, each in zip(rows, done, caches, strict=True)
     ]
     read = [dict(row.read) for row in rows]
-    rotations = Rotations({name: reader.stream_of(torch.arange(before, length))})
+    rotations = Rotations({name: reader.stream_of(torch.arange(before, length, device="cpu"))})
     places = [slice(max(place.start - before, 0), place.stop - before) for place in whole]
     for tap in keeping.readers(name):
         module = keeping.model.tap(tap)
@@ -259,9 +259,9 @@ def _prompts(keeping: Keeping, rows: Sequence[Row], settings: Settings) -> tuple
     tokens, times = [], []
     for row, begin in zip(rows, begins, strict=True):
         said = row.of(name)
-        new = torch.tensor([settings.begin] * begin, dtype=torch.long)
+        new = torch.tensor([settings.begin] * begin, dtype=torch.long, device="cpu")
         tokens.append(torch.cat([said.tokens[said.base :], new]))
-        times.append(torch.cat([said.times, torch.arange(row.time, row.time + begin + 1)]))
+        times.append(torch.cat([said.times, torch.arange(row.time, row.time + begin + 1, device="cpu")]))
     starts = [max(len(each) for each in tokens) - begin for begin in begins]
     places = {}
     for other in keeping.beside(name):
@@ -279,5 +279,5 @@ def _begins(said: Said, settings: Settings) -> bool:
 
 def _until_end(tokens: Tensor, prompt: int, end: Sequence[int]) -> Tensor:
     """Cut a row after the first EOS token that follows its prompt."""
-    is_end = torch.isin(tokens[prompt:], torch.tensor(end, dtype=tokens.dtype))
+    is_end = torch.isin(tokens[prompt:], torch.tensor(end, dtype=tokens.dtype, device=tokens.device))
     return tokens[: prompt + int(is_end.int().argmax()) + 1] if bool(is_end.any()) else tokens

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..link.attention import Visibility
-from ..link.cross_attention import InputAdapter
+from ..link.cross_attention import GatedCrossAttention, InputAdapter
 from ..run.fusion import Fusion
 
 
@@ -24,14 +24,18 @@ def openness(model: Fusion) -> dict[str, float]:
     (0.0, 0.0)
 
     This is the norm of its last linear layer, relative to the default initialisation of such a layer, times
-    abs(tanh(gate)) if it has a gate. It needs no batch; ``FusedModel.contributions`` measures updates on one.
+    abs(tanh(gate)) if it has a gate; with a feed-forward, the larger of both. It needs no batch;
+    ``FusedModel.contributions`` measures updates on one.
     """
     found = {f"{name} adapter": _of_adapter(each) for name, each in model.adapters.items()}
-    found |= {
-        f"{tap.link} {tap.key}": _relative(each.out) * _gate(each.attention_gate)
-        for tap, each in model.taps().items()
-    }
+    found |= {f"{tap.link} {tap.key}": _of_tap(each) for tap, each in model.taps().items()}
     return found
+
+
+def _of_tap(tap: GatedCrossAttention) -> float:
+    attention = _relative(tap.out) * _gate(tap.attention_gate)
+    last = None if tap.ffn is None else tap.ffn[-1]
+    return max(attention, _relative(last) * _gate(tap.ffn_gate)) if isinstance(last, nn.Linear) else attention
 
 
 def _of_adapter(adapter: nn.Module) -> float:
@@ -53,7 +57,7 @@ def _gate(gate: nn.Parameter | None) -> float:
 
 @torch.no_grad()
 def contributions(model: Fusion, streams: Mapping[str, Mapping[str, Tensor]]) -> dict[str, float]:
-    """Return the norm of each update relative to that of the state it is added to; see ``FusedModel``."""
+    """Return how large updates are, relative to the states that they are added to; see ``FusedModel``."""
     found: dict[str, float] = {}
 
     def of_tap(name: str) -> Callable[..., None]:
@@ -82,5 +86,7 @@ def contributions(model: Fusion, streams: Mapping[str, Mapping[str, Tensor]]) ->
 
 
 def _ratio(update: Tensor, state: Tensor, real: Tensor) -> float:
-    part, whole = (torch.where(real, each.float(), 0.0).norm() for each in (update, state))
-    return float(part / whole.clamp(min=torch.finfo(torch.float32).tiny))
+    """Return the median over real tokens, which an attention sink's huge state does not move."""
+    parts, wholes = (each.float().norm(dim=-1)[real[..., 0]] for each in (update, state))
+    ratios = parts / wholes.clamp(min=torch.finfo(torch.float32).tiny)
+    return float(ratios.median()) if len(ratios) else 0.0

@@ -141,6 +141,9 @@ class RawSession:
             if len(whole) > len(text) and not whole.endswith("\ufffd"):  # half a character
                 yield whole[len(text) :]
                 text = whole
+        whole = str(modality.decode(torch.tensor(tokens))) if tokens else ""
+        if len(whole) > len(text):
+            yield whole[len(text) :]
 
     def mark(self) -> Mark:
         """Return a mark of the present state for ``rollback``; see ``Session.mark``."""

@@ -24,6 +24,7 @@ from .output import FusedOutput, States, score
 from .request import (
     brings_states,
     brought_states,
+    check_counts,
     check_wanted,
     trains_in_parallel,
     with_all,
@@ -123,21 +124,24 @@ class Fusion(Familiar):
                 parallel training compute the same. None: if several processes train.
 
         Raises:
-            ValueError: A stream belongs to no tower, is malformed, or has tokens outside the vocabulary.
+            ValueError: A stream belongs to no tower, is malformed, or has tokens outside the vocabulary; or
+                ``num_items_in_batch`` lacks a tower with labels.
         """
         check_streams(streams, {name: self.tower(name).vocab_size for name in self.towers})
         if run_all is None:
             run_all = self.training and torch.is_grad_enabled() and trains_in_parallel()
+        counts = num_items_in_batch
+        if counts is not None:
+            check_counts(counts, streams)
         if run_all:
             streams = with_all(streams, self.towers)
+            counts = None if counts is None else {**dict.fromkeys(self.towers, 1), **counts}
         scored = streams if logits or run_all else with_labels(streams)
         scored = [name for name in scored if not brings_states(streams[name])]
         wanted = {name: self.tower(name).depth + 1 for name in scored}
         states = self._run(streams, wanted, output_attentions, run_all)
         towers = {name: self.tower(name) for name in streams}
-        return score(
-            towers, streams, states, scored, logits=logits, training=self.training, counts=num_items_in_batch
-        )
+        return score(towers, streams, states, scored, logits=logits, training=self.training, counts=counts)
 
     def run(
         self,

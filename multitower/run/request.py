@@ -93,6 +93,20 @@ def check_wanted(towers: Mapping[str, Tower], streams: Streams, wanted: Mapping[
             )
 
 
+def check_counts(counts: object, streams: Streams) -> None:
+    """Check that ``num_items_in_batch`` has a number for each tower that has labels."""
+    if not isinstance(counts, Mapping):
+        raise TypeError(
+            "num_items_in_batch is a number for each tower, as batch.count_targets returns them, not "
+            f"{type(counts).__name__}"
+        )
+    if lacking := [name for name, each in streams.items() if "labels" in each and name not in counts]:
+        raise ValueError(
+            f"num_items_in_batch has no number for {', '.join(map(repr, lacking))}, which has labels; count "
+            "all batches of the step by batch.count_targets"
+        )
+
+
 def trains_in_parallel() -> bool:
     """Whether several processes train together."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -105,3 +105,11 @@ def test_the_given_batch_stays(corrupt: Callable[..., mt.batch.Batch]) -> None:
     before = batch["streams"]["text"]["tokens"].clone()
     corrupt(batch, {"text": 1.0}, generator=torch.Generator().manual_seed(0))
     assert torch.equal(batch["streams"]["text"]["tokens"], before)
+
+
+def test_noise_in_what_is_not_read_is_refused() -> None:
+    batch = mt.collate([[mt.Segment("speech", [3, 5, 6, 4])]])
+    batch["streams"]["speech"]["layer 1"] = torch.zeros(1, 4, 8)
+    assert corrupt_sources(batch, {"speech": 0.0})
+    with pytest.raises(ValueError, match="'speech' has kept states"):
+        corrupt_sources(batch, {"speech": 0.5})

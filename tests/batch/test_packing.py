@@ -169,3 +169,12 @@ def test_packed_batches_of_any_size_are_one_graph() -> None:
         batch = mt.pack(mt.collate(rows))
         torch.testing.assert_close(compiled(**batch).loss, model(**batch).loss)
     assert len(graphs) == 1
+
+
+def test_a_stream_of_padding_alone_stays_one() -> None:
+    model = pair(causal_lm("llama"), causal_lm("qwen3", depth=4, vocab_size=14))
+    learnt = segment("text", 7, target=True)
+    batch = mt.collate([[learnt], [segment("speech", 5), learnt]])
+    half = {name: {key: value[:1] for key, value in each.items()} for name, each in batch["streams"].items()}
+    packed = mt.pack({"streams": half})
+    torch.testing.assert_close(model(**packed).loss, model(streams=half).loss)

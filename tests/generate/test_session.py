@@ -301,3 +301,8 @@ def test_sessions_of_unlike_models_are_not_joined() -> None:
         session.join(fusion("plain").session())
     with pytest.raises(ValueError, match="have the same outputs, not"):
         session.join(session.model.session(outputs=["text"]))
+
+
+def test_a_single_output_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"outputs=\['text'\]"):
+        pair().session(outputs="text")

@@ -90,6 +90,19 @@ def test_promises_hold(device: OtherDevice, make: Callable[[], mt.FusedModel], p
     MODEL_PROMISES[promise](make().to(DEVICE), EXAMPLES)
 
 
+def test_the_default_device_makes_no_difference(device: OtherDevice) -> None:
+    model, rows = custom().to(DEVICE), [row[:1] for row in EXAMPLES[:2]]
+    found = []
+    for default in ("cpu", DEVICE):
+        with torch.device(default):
+            session = model.session(len(rows))
+            session.append(rows)
+            answers = session.generate([("text", "speech")], max_new_tokens=3)
+            answers += model.generate(rows, ["text"], max_new_tokens=3)
+        found.append(str(answers))
+    assert found[0] == found[1]
+
+
 @MODELS
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_step_is_that_of_the_cpu(

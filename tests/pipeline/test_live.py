@@ -133,3 +133,18 @@ def test_no_more_is_decoded_than_a_piece_may_cost(monkeypatch: pytest.MonkeyPatc
 def test_several_rows_do_not_listen() -> None:
     with pytest.raises(ValueError, match="one row listens at a time, not 2"):
         next(piped("plain").session(rows=2).listen("speech", SPEECH.split(2), "text"))
+
+
+class Halves(Letters):
+    """A modality whose text ends in half a character until a further token comes."""
+
+    def decode(self, tokens: torch.Tensor) -> str:
+        return f"{super().decode(tokens)}\ufffd"
+
+
+def test_what_is_left_at_the_end_is_written_too() -> None:
+    pipe = piped("plain")
+    whole = list(pipe.session().listen("speech", SPEECH.split(3), "text", AtEnd(), **OPTIONS))
+    pipe.modalities["text"] = Halves()
+    left = list(pipe.session().listen("speech", SPEECH.split(3), "text", AtEnd(), **OPTIONS))
+    assert left == [f"{whole[0]}\ufffd"]

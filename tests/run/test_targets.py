@@ -102,3 +102,16 @@ def test_how_much_is_said_is_chosen_by_level(
             mt.set_verbosity("loud")
     finally:
         mt.set_verbosity(logging.WARNING)
+
+
+def test_each_tower_with_labels_has_a_count() -> None:
+    model = pair(train="all").train()
+    batch = mt.collate([[segment("text", 5, 6, target=True)]])
+    counts = mt.batch.count_targets([batch])
+    torch.testing.assert_close(
+        model(**batch, num_items_in_batch=counts, run_all=True).loss, model(**batch).loss
+    )
+    with pytest.raises(ValueError, match="no number for 'text', which has labels"):
+        model(**batch, num_items_in_batch={"speech": 2})
+    with pytest.raises(TypeError, match="a number for each tower"):
+        model(**batch, num_items_in_batch=2)
