@@ -300,7 +300,7 @@ def _as_tokens(segment: Segment, example: int) -> Tensor:
     except (TypeError, ValueError, RuntimeError, LookupError, OverflowError) as error:
         raise ValueError(
             f"{where}: tokens must be a row of ids, which this {type(segment.tokens).__name__} is not: "
-            "give what the modality's encode gives, or tokenizer(text).input_ids"
+            "give what the modality's encode gives, or tokenizer(text).input_ids with begin and end tokens"
         ) from error
     if tokens.dim() != 1 or tokens.numel() == 0:
         raise ValueError(f"{where}: tokens must be a row of one or more ids, not {tuple(tokens.shape)}")

@@ -116,6 +116,7 @@ def _make_tap(tap: Tap, spec: LinkSpec, towers: Mapping[str, Tower]) -> GatedCro
             position=spec.position,
             pace=spec.pace,
             feed_forward=spec.feed_forward,
+            relative=spec.relative,
         )
     except ValueError as error:
         raise GraphError(f"link {tap.link!r}: {error}") from error

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ..model import FusedModel
 
 
-OPTIONS = ("gate", "projection", "heads", "position", "pace", "window", "feed_forward")
+OPTIONS = ("gate", "projection", "heads", "position", "pace", "window", "feed_forward", "relative")
 """Options of a link that determine what its taps are, not where."""
 
 
@@ -137,6 +137,7 @@ class FusionGraph:
         pace: float = 1.0,
         window: int | None = None,
         feed_forward: bool = False,
+        relative: bool = False,
         name: str | None = None,
     ) -> None:
         """Add cross-attention from the target tower to the source tower.
@@ -166,6 +167,9 @@ class FusionGraph:
             window: How many ticks of the shared time a query can look back; None for all.
             feed_forward: Whether a feed-forward follows the attention, as in Flamingo and Zipper; a tap then
                 has about three times as many parameters.
+            relative: Whether each update is multiplied by the root mean square of the state that it is added
+                to, token by token. The states of large pretrained decoders grow to many times the size of a
+                new link's updates; links then learn faster (``docs/evidence.md``).
             name: Needed only for several links between the same pair; "source->target" by default.
 
         Raises:
@@ -196,6 +200,7 @@ class FusionGraph:
             pace=pace,
             window=window,
             feed_forward=feed_forward,
+            relative=relative,
         )
 
     def to_networkx(self) -> nx.MultiDiGraph[str]:
@@ -301,7 +306,11 @@ class FusionGraph:
     __hash__ = None  # type: ignore[assignment]  # a graph can still grow
 
     def __repr__(self) -> str:
-        lines = [f"FusionGraph: {len(self._towers)} towers, {len(self._links)} links"]
+        towers, links = (
+            f"{len(each)} {what}{'' if len(each) == 1 else 's'}"
+            for each, what in ((self._towers, "tower"), (self._links, "link"))
+        )
+        lines = [f"FusionGraph: {towers}, {links}"]
         for tower in self._towers.values():
             kind = f" ({tower.peft['peft_type']})" if tower.peft else ""
             kind += f", adapter={tower.adapter}" if tower.adapter else ""

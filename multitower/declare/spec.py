@@ -63,6 +63,7 @@ class LinkSpec:
     pace: float = 1.0
     window: int | None = None
     feed_forward: bool = False
+    relative: bool = False
 
     def __post_init__(self) -> None:
         where = f"link {self.name!r}"
@@ -113,8 +114,9 @@ class LinkSpec:
             raise GraphError(f"{where}: heads={self.heads!r} must be a positive whole number")
         if self.window is not None and not _is_positive(self.window):
             raise GraphError(f"{where}: window={self.window!r} must be a positive whole number of tokens")
-        if not isinstance(self.feed_forward, bool):
-            raise GraphError(f"{where}: feed_forward={self.feed_forward!r} must be True or False")
+        for option in ("feed_forward", "relative"):
+            if not isinstance(value := getattr(self, option), bool):
+                raise GraphError(f"{where}: {option}={value!r} must be True or False")
 
     def resolve(self, source_depth: int, target_depth: int) -> Taps:
         """Return the taps as pairs (source layer, target layer), counted from 1, for towers of these depths.
@@ -173,8 +175,8 @@ def is_name(value: object) -> bool:
 
 
 def _not_reserved(what: str, name: str) -> None:
-    if hasattr(nn.ModuleDict, name):
-        raise GraphError(f"{what} name {name!r} is what a method of torch modules is called; choose another")
+    if hasattr(nn.ModuleDict(), name):
+        raise GraphError(f"{what} name {name!r} is that of an attribute of torch modules; choose another")
 
 
 def _is_positive(value: object) -> bool:

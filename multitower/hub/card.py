@@ -190,10 +190,12 @@ def _links(model: Fusion) -> str:
                 spec.position or "none",
                 "all" if spec.window is None else f"{spec.window} ticks",
                 "yes" if spec.feed_forward else "no",
+                "yes" if spec.relative else "no",
                 f"{_count(taps):,}",
             )
         )
-    heads = "link source target taps layers gate projection heads position window feed-forward parameters"
+    heads = "link source target taps layers gate projection heads position window feed-forward relative "
+    heads += "parameters"
     return _table(heads.split(), rows)
 
 

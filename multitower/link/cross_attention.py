@@ -13,6 +13,8 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from .attention import Rotation, Visibility, attend, rotate
 
+TINY = 1e-12
+
 
 class KeysValues(NamedTuple):
     """Keys and values of shape (batch, heads, source length, head width)."""
@@ -34,8 +36,9 @@ class GatedCrossAttention(nn.Module):
     True
 
     With x the target's state and h the source's: ``kv = project(norm(h))``; ``x = x + attention(q=norm(x),
-    kv)``; with ``feed_forward=True`` then ``x = x + ffn(norm(x))``. The last linear layers of attention and
-    ffn are zero at the start; with ``gate="tanh"`` they are not, but their outputs are multiplied by
+    kv)``; with ``feed_forward=True`` then ``x = x + ffn(norm(x))``; with ``relative=True`` both updates are
+    multiplied by the root mean square of x. The last linear layers of attention and ffn are zero at the
+    start; with ``gate="tanh"`` they are not, but their outputs are multiplied by
     ``tanh(a)`` and ``tanh(b)``, a = b = 0 at the start. ``projection="none"`` leaves out the projection.
 
     Sources: Alayrac et al., "Flamingo" (arXiv 2204.14198), for the block and its gates; Zayats et al.,
@@ -54,9 +57,11 @@ class GatedCrossAttention(nn.Module):
         position: str | None = None,
         pace: float = 1.0,
         feed_forward: bool = False,
+        relative: bool = False,
     ) -> None:
         super().__init__()
-        self.heads = heads or default_heads(target_width)
+        self.relative = relative
+        self.heads = heads or default_heads(target_width, even=position is not None)
         self.head_width = target_width // self.heads
         self.position = position
         # The unit is a token of the finer tower, so that corresponding tokens have close positions.
@@ -119,9 +124,11 @@ class GatedCrossAttention(nn.Module):
         states = x.to(self.query.weight)
         query = self._turned(self.query(self.norm(states)), rotation)
         attended = attend(query, *source, seen.mask)
-        update = _gated(self.attention_gate, self.out(attended.transpose(1, 2).flatten(2)))
+        change = _gated(self.attention_gate, self.out(attended.transpose(1, 2).flatten(2)))
+        update = self._sized(states, change)
         if self.ffn is not None and self.ffn_norm is not None:
-            update = update + _gated(self.ffn_gate, self.ffn(self.ffn_norm(states + update)))
+            change = _gated(self.ffn_gate, self.ffn(self.ffn_norm(states + update)))
+            update = update + self._sized(states, change)
         return (update if seen.sees is None else torch.where(seen.sees, update, 0.0)).to(x)
 
     def weights(
@@ -136,6 +143,14 @@ class GatedCrossAttention(nn.Module):
         assert not isinstance(seen.mask, BlockMask), "weights are those of sdpa"
         weights = (scores if seen.mask is None else scores + seen.mask).float().softmax(-1)
         return weights if seen.sees is None else torch.where(seen.sees[:, None], weights, 0.0)
+
+    def _sized(self, states: Tensor, update: Tensor) -> Tensor:
+        """Multiply the update by the root mean square of each token's state, if it is relative to that."""
+        if not self.relative:
+            return update
+        wide = states.to(torch.promote_types(states.dtype, torch.float32))
+        square = wide.square().mean(-1, keepdim=True)
+        return update * (square + TINY).sqrt().to(update)  # TINY: the root has no gradient at 0
 
     def _turned(self, states: Tensor, rotation: Rotation | None) -> Tensor:
         if (self.position is not None) != (rotation is not None):
@@ -190,10 +205,17 @@ def add(x: Tensor, updates: Iterable[Tensor]) -> Tensor:
     return x + functools.reduce(torch.add, updates)
 
 
-def default_heads(width: int) -> int:
-    """Return a number of heads that divides the width: about 64 channels each, 32 in small towers."""
+def default_heads(width: int, *, even: bool = False) -> int:
+    """Return a number of heads that divides the width: about 64 channels each, 32 in small towers.
+
+    >>> default_heads(300), default_heads(300, even=True)
+    (4, 3)
+
+    ``even``: whether each must have an even number of channels, if the width has.
+    """
     wanted = max(1, width // 64, min(4, width // 32))
-    return next(heads for heads in range(wanted, 0, -1) if width % heads == 0)
+    divisors = [heads for heads in range(wanted, 0, -1) if width % heads == 0]
+    return next((heads for heads in divisors if even and width // heads % 2 == 0), divisors[0])
 
 
 def is_open(module: nn.Module) -> bool:

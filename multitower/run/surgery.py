@@ -60,7 +60,7 @@ def drop(model: F, names: Sequence[str]) -> F:
     >>> from multitower.testing import tiny_model
     >>> model = tiny_model()
     >>> print(model.drop("speech->text").graph)
-    FusionGraph: 2 towers, 1 links
+    FusionGraph: 2 towers, 1 link
       tower speech: a module, train=all
       tower text: a module, train=none
       link text->speech: interleave 1

@@ -96,7 +96,7 @@ def graphs(
     for link in draw(_acyclic_links(depths, least=1)):
         width = drawn[link.target].width
         heads = draw(st.sampled_from([None, *(each for each in range(1, width + 1) if width % each == 0)]))
-        even = width // (heads or default_heads(width)) % 2 == 0
+        even = width // (heads or default_heads(width, even=True)) % 2 == 0
         graph.add_link(
             link.source,
             link.target,
@@ -111,6 +111,7 @@ def graphs(
             pace=draw(st.sampled_from([1.0, 2.5, 0.25])) if position == "segment" else 1.0,
             window=draw(st.none() | st.integers(1, 4)),
             feed_forward=draw(st.booleans()),
+            relative=draw(st.booleans()),
         )
     return graph
 

@@ -142,7 +142,8 @@ def _from_transformers(name: str, source: str, revision: str | None, empty: bool
                 f"tower {name!r}: {source!r} brings code of its own, which is never run unasked; read "
                 "it, load the model yourself with trust_remote_code=True, and give that module instead"
             ) from error
-        raise TowerError(f"tower {name!r}: cannot load {source!r} as a causal LM: {error}") from error
+        where = "" if os.path.isdir(source) else " (there is no folder of this name)"
+        raise TowerError(f"tower {name!r}: cannot load {source!r}{where} as a causal LM: {error}") from error
     config: Any = model.config
     config._commit_hash = _commit(source, revision)
     return model

@@ -74,7 +74,7 @@ def test_parallel_links_need_a_name(graph: mt.FusionGraph) -> None:
         ({"interleave": 1, "window": 0}, "window=0 must be a positive whole number of tokens"),
         ({"interleave": 1, "feed_forward": 4}, "feed_forward=4 must be True or False"),
         ({"interleave": 1, "name": "a.b"}, "link name"),
-        ({"interleave": 1, "name": "type"}, "method of torch modules"),
+        ({"interleave": 1, "name": "type"}, "attribute of torch modules"),
     ],
 )
 def test_bad_links_teach(graph: mt.FusionGraph, arguments: dict, message: str) -> None:
@@ -89,7 +89,8 @@ def test_bad_links_teach(graph: mt.FusionGraph, arguments: dict, message: str) -
     [
         ("text", {"source": "x"}, "there is a tower 'text' already"),
         ("a.b", {"source": "x"}, "letters, digits"),
-        ("keys", {"source": "x"}, "method of torch modules"),
+        ("keys", {"source": "x"}, "attribute of torch modules"),
+        ("training", {"source": "x"}, "attribute of torch modules"),
         ("new", {"source": 3}, "expected a folder, a Hub id or a module, not int"),
         ("new", {"source": "x", "train": "some"}, "tower 'new': train='some' is unknown"),
         ("new", {"source": "x", "adapter": "big"}, "adapter='big' is unknown"),

@@ -56,3 +56,11 @@ def test_a_summary_counts_what_is_shared_once() -> None:
     size = shared.num_parameters()
     assert [found["towers"][name]["parameters"] for name in ("one", "other")] == [size, size]
     assert found["parameters"] == found["trained"] == size + found["links"]["one->other"]["parameters"]
+
+
+def test_a_feed_forward_counts() -> None:
+    model = make(feed_forward=True)
+    model._link("speech->text")["1-1"].ffn[-1].reset_parameters()
+    found = openness(model)
+    assert found["speech->text 1-1"] > 0
+    assert found["speech->text 2-2"] == 0

@@ -96,7 +96,18 @@ def test_contributions_are_those_of_the_definition() -> None:
     everything = link.Visibility(None, None)
     x = model.tower("text").embed(BATCH["streams"]["text"]["tokens"])[0]
     update = module(x, module.read(states["speech", 0]), everything)
-    assert found["speech->text 0-0"] == pytest.approx((update.norm() / x.norm()).item(), rel=1e-5)
+    ratios = update[0].norm(dim=-1) / x[0].norm(dim=-1)
+    assert found["speech->text 0-0"] == pytest.approx(ratios.median().item(), rel=1e-5)
+
+
+def test_the_contribution_is_not_that_of_an_attention_sink_alone() -> None:
+    found = []
+    for size in (1.0, 1e4):
+        model = open_links(two(embeddings=True, position=None), seed=3)
+        with torch.no_grad():
+            model.unimodal("text").table.weight[1] *= size
+        found.append(model.contributions(**BATCH)["speech->text 0-0"])
+    assert found[1] == pytest.approx(found[0], rel=0.5)
 
 
 def test_contributions_leave_out_what_sees_nothing_and_padding() -> None:
@@ -146,3 +157,23 @@ def test_a_rate_for_what_does_not_learn_is_refused(rates: dict) -> None:
 def test_gates_learn_ten_times_as_fast() -> None:
     groups = two(gate="tanh").parameter_groups(1.0)
     assert {group["lr"] for group in groups} == {1.0, 10.0}
+
+
+def test_every_even_width_has_a_default_number_of_heads() -> None:
+    for width in range(2, 2000, 2):
+        assert width // link.default_heads(width, even=True) % 2 == 0
+
+
+def test_relative_updates_grow_with_the_state() -> None:
+    plain, relative = (link.GatedCrossAttention(6, 8, relative=each) for each in (False, True))
+    torch.nn.init.normal_(plain.out.weight)
+    relative.load_state_dict(plain.state_dict())
+    x, everything = torch.randn(2, 3, 8), link.Visibility(None, None)
+    x[0, 0] *= 1000.0
+    source = plain.read(torch.randn(2, 4, 6))
+    size = x.square().mean(-1, keepdim=True).sqrt()
+    expected = plain(x, source, everything) * size
+    torch.testing.assert_close(relative(x, source, everything), expected)
+    silent = torch.zeros(1, 3, 8, requires_grad=True)
+    relative(silent, relative.read(torch.randn(1, 4, 6)), everything).sum().backward()
+    assert silent.grad.isfinite().all()

@@ -108,10 +108,11 @@ def _read(module: GatedCrossAttention, x: Tensor, source: Tensor, streams: Strea
                 value = _split(module, values[row, seen])
                 scores = torch.einsum("qhd,khd->hk", query, key) / query.shape[-1] ** 0.5
                 read = module.out(torch.einsum("hk,khd->hd", scores.softmax(-1), value).flatten())
-                added = read * _opening(module.attention_gate)
+                size = state.norm() / len(state) ** 0.5 if module.relative else 1.0
+                added = read * _opening(module.attention_gate) * size
                 ffn, norm = module.ffn, module.ffn_norm
                 if ffn is not None and norm is not None:
-                    added = added + ffn(norm(state + added)) * _opening(module.ffn_gate)
+                    added = added + ffn(norm(state + added)) * _opening(module.ffn_gate) * size
                 update[row, place] = added.to(x.dtype)
     return update
 
