@@ -201,7 +201,7 @@ class Session:
             ValueError: A session has another model or other ``outputs``.
         """
         for other in others:
-            if (other.model, other._keeping.outputs) != (self.model, self._keeping.outputs):
+            if other.model is not self.model or set(other.outputs) != set(self.outputs):
                 raise ValueError(
                     "sessions can be joined if they are of one model and have the same outputs, not "
                     f"{', '.join(self._keeping.outputs)} and {', '.join(other._keeping.outputs)}"

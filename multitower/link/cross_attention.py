@@ -123,7 +123,8 @@ class GatedCrossAttention(nn.Module):
         """
         states = x.to(self.query.weight)
         query = self._turned(self.query(self.norm(states)), rotation)
-        attended = attend(query, *source, seen.mask)
+        keys, values = (each.to(query.dtype) for each in source)  # autocast may have begun or ended since
+        attended = attend(query, keys, values, seen.mask)
         change = _gated(self.attention_gate, self.out(attended.transpose(1, 2).flatten(2)))
         update = self._sized(states, change)
         if self.ffn is not None and self.ffn_norm is not None:

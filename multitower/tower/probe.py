@@ -228,7 +228,7 @@ def _run(model: nn.Module, lists: dict[str, nn.ModuleList]) -> tuple[dict[str, l
     name, tokens = type(model).__name__, probe_tokens(model)
     try:
         with evaluated(model):
-            logits = logits_of(model(input_ids=tokens, **forward_options(model)))
+            output = model(input_ids=tokens, **forward_options(model))
     except Exception as error:
         raise TowerError(
             f"{name} does not run on tokens of shape {tuple(tokens.shape)} alone, which a tower must: "
@@ -237,6 +237,9 @@ def _run(model: nn.Module, lists: dict[str, nn.ModuleList]) -> tuple[dict[str, l
     finally:
         for hook in hooks:
             hook.remove()
+    if not isinstance(output, tuple) and not hasattr(output, "logits"):
+        raise TowerError(f"{name} returns no logits: load it with its head, by AutoModelForCausalLM")
+    logits = logits_of(output)
     if logits.dim() != 3 or logits.shape[:2] != tokens.shape:
         raise TowerError(
             f"{name} gives logits of shape {tuple(logits.shape)} for tokens of shape {tuple(tokens.shape)}; "

@@ -306,3 +306,12 @@ def test_sessions_of_unlike_models_are_not_joined() -> None:
 def test_a_single_output_is_refused() -> None:
     with pytest.raises(TypeError, match=r"outputs=\['text'\]"):
         pair().session(outputs="text")
+
+
+def test_a_session_begun_under_autocast_goes_on_without() -> None:
+    model = pair(gates=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        session = model.session(outputs=["text", "speech"])
+        session.append(segment("speech", 5, 6))
+    session.generate(["text"], max_new_tokens=3)
+    assert len(session.join(model.session(outputs=["speech", "text"])).history) == 2

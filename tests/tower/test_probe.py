@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -268,3 +269,11 @@ def test_a_tower_without_generate_says_so() -> None:
     tower = mt.TransformersTower(Model())
     with pytest.raises(mt.errors.TowerError, match="Model cannot decode: it has no generate"):
         tower.decoder(lambda layer, state, positions: state)
+
+
+def test_a_model_without_a_head_is_refused() -> None:
+    class Headless(Model):
+        def forward(self, input_ids: Tensor, use_cache: bool = False) -> Any:
+            return SimpleNamespace(last_hidden_state=super().forward(input_ids).logits)
+
+    refused(Headless(), "returns no logits: load it with its head")
