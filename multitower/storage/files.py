@@ -137,8 +137,10 @@ def read_json(file: Path) -> dict[str, Any]:
             file.read_text(encoding="utf-8"), object_pairs_hook=_no_key_twice, parse_constant=_no_such_number
         )
     except FileNotFoundError as error:
+        inside = ", ".join(str(each.parent) for each in sorted(file.parent.glob(f"*/{file.name}"))[:3])
+        hint = f" There is {inside}" if inside else ""
         raise CheckpointError(
-            f"{file} is missing; is {file.parent} a fused checkpoint, wholly copied?"
+            f"{file} is missing; is {file.parent} a fused checkpoint, wholly copied?{hint}"
         ) from error
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is damaged: {error}") from error

@@ -244,3 +244,9 @@ def test_who_may_read_a_checkpoint_may_read_its_tensors(tmp_path: Path) -> None:
     modes = {path.stat().st_mode for path in (tmp_path / "fused").rglob("*") if path.is_file()}
     (tmp_path / "ordinary").touch()
     assert modes == {(tmp_path / "ordinary").stat().st_mode}
+
+
+def test_the_folder_above_names_the_one_inside(model: mt.FusedModel, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path / "run/fused")
+    with pytest.raises(mt.errors.CheckpointError, match=r"wholly copied\? There is .*fused"):
+        mt.FusedModel.from_pretrained(tmp_path / "run")
