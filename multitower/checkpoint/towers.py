@@ -195,6 +195,11 @@ def save_adapters(name: str, model: Any, folder: Path) -> dict[str, Any]:
             f"tower {name!r} has merged adapters, so that its model is not what it was; before saving, call "
             f"unimodal({name!r}).unmerge_adapter(), or merge_and_unload({name!r}) of the fused model"
         )
+    if any(getattr(module, "disable_adapters", False) is True for module in model.modules()):
+        raise CheckpointError(
+            f"tower {name!r} has adapters that are switched off, and would be loaded with them on; "
+            f"call unimodal({name!r}).base_model.enable_adapter_layers() before saving"
+        )
     model.save_pretrained(folder, save_embedding_layers=False)
     for adapter in model.peft_config:
         place = folder.parent / adapter_folder(adapter)

@@ -308,3 +308,11 @@ def test_what_could_not_be_loaded_is_not_saved(folder: Path) -> None:
     with pytest.raises(mt.errors.CheckpointError, match=r"'text' could not be loaded again.*by name"):
         fused(peft.get_peft_model(causal_lm("llama", seed=3), config)).save_pretrained(folder)
     assert not folder.exists()
+
+
+def test_adapters_that_are_switched_off_are_not_saved(folder: Path) -> None:
+    adapted = peft.get_peft_model(causal_lm("llama", seed=3), peft.LoraConfig(target_modules=["q_proj"]))
+    model = fused(adapted)
+    with adapted.disable_adapter(), pytest.raises(mt.errors.CheckpointError, match="switched off"):
+        model.save_pretrained(folder)
+    model.save_pretrained(folder)
