@@ -165,8 +165,8 @@ def check_examples(examples: Sequence[Example]) -> None:
         wrong = [each for each in segments if not isinstance(each, Segment)]
         if wrong or not isinstance(example, Sequence):
             raise ValueError(
-                f"example {number} must be a list of multitower.Segment, or of tuples of them, where there "
-                f"is a {type(wrong[0] if wrong else example).__name__}"
+                f"example {number} must be a list of multitower.Segment, or of tuples of them; this is a "
+                f"{type(wrong[0] if wrong else example).__name__}"
             )
 
 

@@ -52,8 +52,8 @@ def check_room(name: str, tower: Tower, times: Tensor, where: str) -> None:
     limit = tower.hard_limit
     if limit is not None and len(times) > limit:
         raise ValueError(
-            f"{where} has {len(times)} tokens of {_called(name, tower)}, which has positions for {limit} "
-            f"alone; its segment at time {int(times[limit])} goes beyond. {_ADVICE}"
+            f"{where} has {len(times)} tokens of {_called(name, tower)}, which has only {limit} "
+            f"positions; its segment at time {int(times[limit])} goes beyond. {_ADVICE}"
         )
 
 
@@ -78,7 +78,7 @@ def check_stream(name: str, tower: Tower, stream: Mapping[str, Tensor], places: 
         check_room(name, tower, stream["times"][row, mask[row]], f"row {row} of the batch")
     raise ValueError(
         f"the stream of {_called(name, tower)} is {tokens.shape[1]} tokens long, padding included, but the "
-        f"tower has positions for {limit} alone. {_ADVICE}"
+        f"tower has only {limit} positions. {_ADVICE}"
     )
 
 

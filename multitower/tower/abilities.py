@@ -122,7 +122,7 @@ def plain(cache: Any) -> list[tuple[Tensor, Tensor]]:
     layer_type = require("transformers", "transformers").cache_utils.DynamicLayer
     for layer in cache.layers:
         if type(layer) is not layer_type or not layer.is_initialized:
-            raise TypeError(f"a layer of its cache is a {type(layer).__name__}, not keys and values alone")
+            raise TypeError(f"a layer of its cache is a {type(layer).__name__}, not only keys and values")
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 

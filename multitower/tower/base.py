@@ -104,7 +104,7 @@ class Tower(nn.Module, ABC):
             ValueError: A mask is given, but the tower does not support left padding.
         """
         if mask is not None:
-            raise ValueError(f"{type(self).__name__} goes on from caches of rows of one length alone")
+            raise ValueError(f"{type(self).__name__} goes on only from caches of rows of one length")
         embedded: tuple[Tensor, Any] = self.embed(tokens, cache)  # type: ignore[call-arg]  # by those that set caches
         return embedded
 

@@ -67,7 +67,7 @@ def test_a_stream_beyond_the_last_position_is_refused(family: str) -> None:
     batch = mt.collate([[text(2)], [text(3), segment("speech", 4), text(LIMIT - 2)]])
     message = (
         r"row 1 of the batch has 17 tokens of tower 'text' \((GPT2LMHeadModel|OPTForCausalLM)\), which "
-        r"has positions for 16 alone; its segment at time 19 goes beyond. Give it shorter"
+        r"has only 16 positions; its segment at time 19 goes beyond. Give it shorter"
     )
     with pytest.raises(ValueError, match=message):
         model(**batch)
