@@ -20,6 +20,7 @@ from frozen_sources import brought, data, fused, row
 from models import causal_lm, segment
 from multitower.batch.collate import Batch
 from multitower.declare.graph import redeclared
+from multitower.run.request import why_not_constant
 from multitower.testing import open_links
 from multitower.testing.compare import assert_close
 from multitower.testing.model.case import rounding
@@ -158,8 +159,8 @@ def test_over_all_graphs_losses_and_gradients_are_the_same(
 
 
 def constant(model: mt.FusedModel, name: str) -> bool:
-    links = model.graph.links.values()
-    return any(link.source == name for link in links) and not any(link.target == name for link in links)
+    read = any(link.source == name for link in model.graph.links.values())
+    return read and not why_not_constant(model.graph, name)
 
 
 def gradients(model: mt.FusedModel, batch: Batch, logits: bool) -> dict[str, torch.Tensor]:
