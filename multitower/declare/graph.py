@@ -168,8 +168,8 @@ class FusionGraph:
             feed_forward: Whether a feed-forward follows the attention, as in Flamingo and Zipper; a tap then
                 has about three times as many parameters.
             relative: Whether each update is multiplied by the root mean square of the state that it is added
-                to, token by token. The states of large pretrained decoders grow to many times the size of a
-                new link's updates; links then learn faster (``docs/evidence.md``).
+                to, token by token. For large pretrained decoders, whose states grow to many times the size of
+                a new link's updates.
             name: Needed only for several links between the same pair; "source->target" by default.
 
         Raises:
