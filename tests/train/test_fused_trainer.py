@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import multitower as mt
-from models import causal_lm, pair, segment
+from fused_training import EXAMPLES, arguments, assert_same, make, trainer
+from models import causal_lm, pair
 from multitower.testing import tiny_tower
 from multitower_text import TextModality
 
@@ -19,62 +20,6 @@ transformers = pytest.importorskip("transformers", reason="the Trainer needs tra
 pytest.importorskip("accelerate", reason="the Trainer needs accelerate")
 
 from multitower.train import Collator, Trainer  # an extra
-
-EXAMPLES = [
-    [segment("speech", 5), segment("text", 3, target=True)],
-    [segment("text", 9, target=True)],
-    [segment("text", 4), segment("speech", 12, target=True)],
-    [segment("speech", 3, target=True)],
-    [segment("speech", 6), segment("text", 2, target=True)],
-    [segment("text", 3), segment("speech", 4, target=True)],
-    [segment("speech", 9), segment("text", 7, target=True)],
-    [segment("text", 6, target=True)],
-]
-
-
-def arguments(folder: Path, **options: Any) -> Any:
-    settings: dict[str, Any] = {
-        "max_steps": 4,
-        "per_device_train_batch_size": 2,
-        "per_device_eval_batch_size": 3,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "report_to": [],
-        "save_strategy": "no",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-        "data_seed": 3,
-    }
-    return transformers.TrainingArguments(str(folder), **{**settings, **options})
-
-
-def trainer(folder: Path, model: mt.FusedModel, **options: Any) -> Trainer:
-    own = {
-        name: options.pop(name)
-        for name in (
-            "rates",
-            "history_noise",
-            "source_noise",
-            "score",
-            "decoding",
-            "compute_metrics",
-            "modalities",
-        )
-        if name in options
-    }
-    return Trainer(model, arguments(folder, **options), train_dataset=EXAMPLES, eval_dataset=EXAMPLES, **own)
-
-
-def make(**options: Any) -> mt.FusedModel:
-    torch.manual_seed(0)
-    return pair(causal_lm("llama"), causal_lm("qwen3", depth=4, vocab_size=14), train="all", **options)
-
-
-def assert_same(one: mt.FusedModel, other: mt.FusedModel, **tolerance: float) -> None:
-    state = other.state_dict()
-    for name, tensor in one.state_dict().items():
-        torch.testing.assert_close(tensor, state[name], **tolerance or {"rtol": 0, "atol": 0})
 
 
 def test_accumulated_batches_are_one_batch(tmp_path: Path) -> None:
@@ -332,50 +277,3 @@ def test_one_process_does_not_drive_several_gpus(tmp_path: Path) -> None:
     settings._n_gpu = 2
     with pytest.raises(ValueError, match="torchrun --nproc-per-node 2"):
         Trainer(make(), settings, train_dataset=EXAMPLES)
-
-
-def test_predictions_are_logits_and_labels_by_tower(tmp_path: Path) -> None:
-    found = trainer(tmp_path, make()).predict(EXAMPLES)
-    assert found.predictions.keys() == found.label_ids.keys() == {"speech", "text"}
-
-
-def test_the_arguments_have_a_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert not Trainer(make(), train_dataset=EXAMPLES).args.remove_unused_columns
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"compute_loss_func": lambda *_: 0}, "override compute_loss"),
-        ({"processing_class": object()}, "pass modalities"),
-        ({"rates": {"towers": 1.0}, "optimizers": (object(), None)}, "leave out rates, or optimizers"),
-    ],
-)
-def test_options_without_effect_are_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=message):
-        Trainer(make(), arguments(tmp_path), **options)
-
-
-def test_each_run_logs_its_own_losses(tmp_path: Path) -> None:
-    run = trainer(tmp_path, make(), max_steps=3, logging_steps=2)
-    run.train()
-    run.train()
-    for entry in run.state.log_history:
-        if "loss" in entry:
-            towers = [entry[f"loss_{name}"] for name in ("speech", "text") if f"loss_{name}" in entry]
-            assert min(towers) - 1e-3 <= entry["loss"] <= sum(towers) + 1e-3
-
-
-def test_a_checkpoint_is_replaced_whole(tmp_path: Path) -> None:
-    model = make()
-    text = TextModality()
-    model.save_pretrained(tmp_path, max_shard_size="1KB")
-    (tmp_path / "notes.txt").write_text("mine")
-    trainer(tmp_path, model).save_model()
-    assert_same(mt.FusedModel.from_pretrained(tmp_path), model)
-    assert (tmp_path / "notes.txt").exists()
-    wide = pair(causal_lm("llama", vocab_size=text.vocab_size), causal_lm("qwen3", depth=4), train="all")
-    mt.Pipeline(wide, {"text": text}).save_pretrained(tmp_path / "pipeline")
-    trainer(tmp_path / "pipeline", wide).save_model()
-    assert list(mt.Pipeline.from_pretrained(tmp_path / "pipeline").modalities) == ["text"]
