@@ -35,7 +35,13 @@ SIZES = {
 }
 INTERLEAVE = {"tiny": 2, "smollm2": 6}
 
-ZIPPER: dict[str, Any] = {"gate": "tanh", "projection": "mlp", "feed_forward": True, "position": None}
+ZIPPER: dict[str, Any] = {
+    "gate": "tanh",
+    "projection": "mlp",
+    "feed_forward": True,
+    "position": None,
+    "relative": False,
+}
 """The link options that the benchmarks measure: those of the paper, with the most parameters."""
 
 

@@ -99,6 +99,7 @@ def fuse(source: Any, text: Any, layers: Sequence[int]) -> mt.FusedModel:
         gate="tanh",
         feed_forward=True,
         position=None,
+        relative=False,
     )
     return graph.compile()
 

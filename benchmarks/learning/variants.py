@@ -52,9 +52,10 @@ LINK = {
     "projection": "none",
     "feed_forward": False,
     "position": "segment",
+    "relative": False,
 }
 BASE = Variant(link=LINK)
-"""The defaults of ``add_link`` with the recipe of the main example; other variants change it."""
+"""The recipe of the main example, but for relative updates, which came later; other variants change it."""
 
 
 def linked(**changes: object) -> Variant:

@@ -157,7 +157,8 @@ def _links(summary: dict[str, Any]) -> Any:
         spread = f"{min(opened):.2f} to {max(opened):.2f}" if any(opened) else "closed"
         form = [f"gate {link['gate']}"] if link["gate"] else []
         form += [f"projection {link['projection']}"] if link["projection"] != "none" else []
-        form += [name for name in ("feed_forward", "relative") if link[name]]
+        form += ["feed_forward"] if link["feed_forward"] else []
+        form += [] if link["relative"] else ["not relative"]
         form += [f"positions {link['position'] or 'none'}"]
         sizes = [short(link[key]) for key in ("parameters", "trained")]
         table.add_row(name, str(len(opened)), *sizes, spread, ", ".join(form))

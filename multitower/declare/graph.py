@@ -137,7 +137,7 @@ class FusionGraph:
         pace: float = 1.0,
         window: int | None = None,
         feed_forward: bool = False,
-        relative: bool = False,
+        relative: bool = True,
         name: str | None = None,
     ) -> None:
         """Add cross-attention from the target tower to the source tower.
@@ -168,8 +168,8 @@ class FusionGraph:
             feed_forward: Whether a feed-forward follows the attention, as in Flamingo and Zipper; a tap then
                 has about three times as many parameters.
             relative: Whether each update is multiplied by the root mean square of the state that it is added
-                to, token by token. For large pretrained decoders, whose states grow to many times the size of
-                a new link's updates.
+                to, token by token. In large pretrained decoders, states grow to many times the size of a new
+                link's updates. False, as in Flamingo and Zipper.
             name: Needed only for several links between the same pair; "source->target" by default.
 
         Raises:
@@ -235,7 +235,8 @@ class FusionGraph:
                 graph._towers[tower.name] = tower
             for entry in data["links"]:
                 stride = entry.get("interleave")
-                entry = {**entry, "interleave": tuple(stride) if isinstance(stride, list) else stride}
+                stride = tuple(stride) if isinstance(stride, list) else stride
+                entry = {"relative": False, **entry, "interleave": stride}  # older graphs do not say it
                 graph.add_link(**entry)
         except (TypeError, KeyError, AttributeError) as error:
             raise GraphError(f"this is not a fusion graph as to_dict writes it: {error!r}") from error

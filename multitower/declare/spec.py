@@ -63,7 +63,7 @@ class LinkSpec:
     pace: float = 1.0
     window: int | None = None
     feed_forward: bool = False
-    relative: bool = False
+    relative: bool = True
 
     def __post_init__(self) -> None:
         where = f"link {self.name!r}"

@@ -25,7 +25,7 @@ def both(*, careful: bool) -> tuple[mt.FusedModel, Any, list[Any]]:
     graph.add_tower("source", causal_lm("llama", depth=3, seed=1), adapter=None)
     graph.add_tower("text", causal_lm("llama", depth=4, seed=3), adapter=None)
     zipper = {"gate": "tanh", "projection": "mlp", "feed_forward": True, "position": None}
-    graph.add_link("source", "text", taps=TAPS, **zipper)
+    graph.add_link("source", "text", taps=TAPS, relative=False, **zipper)
     model = open_links(graph.compile())
     modules = {(tap.source_layer, tap.target_layer): model.tap(tap) for tap in model.schedule.taps}
     taps = [modules[pair] for pair in TAPS]

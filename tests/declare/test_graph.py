@@ -25,6 +25,13 @@ def test_json_round_trip(graph: mt.FusionGraph) -> None:
     assert list(again.links) == ["speech->text", "text->speech", "extra"]
 
 
+def test_a_graph_stored_before_links_were_relative_has_none_that_are(graph: mt.FusionGraph) -> None:
+    graph.add_link("speech", "text", interleave=1, relative=False)
+    stored = graph.to_dict()
+    del stored["links"][0]["relative"]
+    assert mt.FusionGraph.from_dict(stored) == graph
+
+
 def test_networkx_sees_parallel_links(graph: mt.FusionGraph) -> None:
     graph.add_link("speech", "text", interleave=1)
     graph.add_link("speech", "text", taps=[(1, 1)], name="second")

@@ -128,13 +128,15 @@ def test_a_printed_graph_shows_what_was_chosen() -> None:
     graph.add_tower("text", tiny_tower())
     graph.add_link("speech", "text", interleave=1)
     zipper: Mapping[str, Any] = {"gate": "tanh", "projection": "mlp", "feed_forward": True, "position": None}
-    graph.add_link("text", "speech", interleave=2, embeddings=True, heads=2, window=5, **zipper)
+    graph.add_link(
+        "text", "speech", interleave=2, embeddings=True, heads=2, window=5, relative=False, **zipper
+    )
     assert str(graph).splitlines()[1:] == [
         "  tower speech: path/to/speech, train=all, adapter=gated",
         "  tower text: a module, train=none",
         "  link speech->text: interleave 1",
         "  link text->speech: interleave 2 and embeddings, gate=tanh, projection=mlp, heads=2, "
-        "position=None, window=5, feed_forward=True",
+        "position=None, window=5, feed_forward=True, relative=False",
     ]
 
 
