@@ -29,8 +29,12 @@ REUSE = HERE / "reuse.jsonl"
 DOCUMENT = ROOT / "docs/evidence.md"
 METHODS = HERE / "methods"
 LINKS = METHODS / "links"
+LINKED = ("zipper", "zipper-absolute")
+"""The methods that those in ``LINKS`` are compared with."""
+
 COLOURS = {
     "zipper": "#009e73",
+    "zipper-absolute": "#0072b2",
     "zipper-frozen": "#56b4e9",
     "expansion": "#d55e00",
     "expansion-lora": "#cc79a7",
@@ -57,7 +61,7 @@ def tables(
         "floor and ceiling": floor_and_ceiling(corpus),
         "pairs": by_pairs(compared(runs, len(corpus.train), steps)),
         "longer": by_pairs(run for run in of_methods(full, METHODS) if run["steps"] > longest),
-        "links": by_pairs(run for run in of_methods(full, LINKS, "zipper") if run["steps"] == longest),
+        "links": by_pairs(run for run in of_methods(full, LINKS, *LINKED) if run["steps"] == longest),
         "kept": kept(of_methods(full, METHODS)),
         "chosen": by_pairs(runs, split="dev"),
         "length": by_length(of_methods(full, METHODS), corpus),

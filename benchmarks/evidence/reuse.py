@@ -3,7 +3,7 @@
     export PYTHONPATH=benchmarks:benchmarks/learning:examples OMP_NUM_THREADS=1
     python benchmarks/evidence/reuse.py --data runs/evidence/words
 
-A fusion is trained on all pairs (``methods/zipper.toml``) and saved. Its frozen text decoder is then
+A fusion is trained on all pairs (``methods/zipper-absolute.toml``) and saved. Its frozen text decoder is then
 replaced, by ``swap``, with one pretrained from another seed, and the links are trained further on few pairs
 ("moved"). For comparison, new links are trained on the same pairs: with the pretrained speech decoder
 ("new"), with the one that the fusion has trained ("new, trained speech"), and with the latter frozen, as if
@@ -62,7 +62,7 @@ def joined(links: str, folder: Path, other: str, corpus: Corpus, pairs: int) -> 
         corpus: The data, with the decoders that the fusion began with.
         pairs: How many of the pairs new links are made for.
     """
-    method = "zipper-frozen" if links == "added" else "zipper"
+    method = "links/zipper-frozen-absolute" if links == "added" else "zipper-absolute"
     _, variant = read_variant(str(HERE / f"methods/{method}.toml"))
     if links == "moved":
         with warnings.catch_warnings():
@@ -108,7 +108,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     corpus = load_corpus(options.data)
-    _, variant = read_variant(str(HERE / "methods/zipper.toml"))
+    _, variant = read_variant(str(HERE / "methods/zipper-absolute.toml"))
     there = {tuple(run[each] for each in KEY) for run in results_on(options.data, options.results, corpus)}
     counts = [math.ceil(share * len(corpus.train)) for share in SHARES]
     asked = planned(list(dict.fromkeys(counts)), options)
