@@ -143,7 +143,8 @@ def _from_transformers(name: str, source: str, revision: str | None, empty: bool
                 "it, load the model yourself with trust_remote_code=True, and give that module instead"
             ) from error
         where = "" if os.path.isdir(source) else " (there is no folder of this name)"
-        raise TowerError(f"tower {name!r}: cannot load {source!r}{where} as a causal LM: {error}") from error
+        why, _, _ = str(error).partition("\nModel type should be one of")  # a list of all families
+        raise TowerError(f"tower {name!r}: cannot load {source!r}{where} as a causal LM: {why}") from error
     config: Any = model.config
     config._commit_hash = _commit(source, revision)
     return model

@@ -232,7 +232,7 @@ def _run(model: nn.Module, lists: dict[str, nn.ModuleList]) -> tuple[dict[str, l
     except Exception as error:
         raise TowerError(
             f"{name} does not run on tokens of shape {tuple(tokens.shape)} alone, which a tower must: "
-            f"{type(error).__name__}: {error}{_codebooks(model)}"
+            f"{type(error).__name__}: {error}{_likely_cause(model)}"
         ) from error
     finally:
         for hook in hooks:
@@ -248,8 +248,10 @@ def _run(model: nn.Module, lists: dict[str, nn.ModuleList]) -> tuple[dict[str, l
     return seen, logits
 
 
-def _codebooks(model: nn.Module) -> str:
+def _likely_cause(model: nn.Module) -> str:
     config: Any = model.config
+    if getattr(config, "is_encoder_decoder", False):
+        return ". It has an encoder, and a tower is a decoder alone"
     count = getattr(config.get_text_config(decoder=True), "num_codebooks", 1)
     return f". It predicts {count} codebooks a step, and a tower one token" if count > 1 else ""
 

@@ -4,9 +4,11 @@ import copy
 import itertools
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 import multitower as mt
 from models import BEGIN, END, EXAMPLES, causal_lm, pair, transformers_families
@@ -140,9 +142,20 @@ def test_a_source_that_cannot_be_loaded_names_its_tower(tmp_path: object) -> Non
         graph.compile()
 
 
+def test_an_encoder_decoder_is_no_tower(tmp_path: Path) -> None:
+    config = transformers.T5Config(vocab_size=20, d_model=8, d_ff=16, d_kv=4, num_layers=1, num_heads=2)
+    model = transformers.T5ForConditionalGeneration(config)
+    with pytest.raises(mt.errors.TowerError, match="It has an encoder, and a tower is a decoder alone"):
+        as_tower("text", model)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(mt.errors.TowerError, match=r"as a causal LM: .*T5Config.*CausalLM\.$"):
+        as_tower("text", str(tmp_path))
+
+
 def test_plain_towers_fuse_without_transformers() -> None:
     script = """
 import sys
+from pathlib import Path
 sys.modules["transformers"] = None
 import multitower as mt
 from multitower.testing import tiny_model
