@@ -59,9 +59,9 @@ def estimate(model: Fusion | FusionGraph, batch: Batch, *, logits: bool = True) 
                        parameters  trained      forward         step     saved  cache
     tower speech            1,200        0   9.22 kFLOP   9.22 kFLOP       0 B    0 B
     tower text              1,200        0   6.72 kFLOP   7.49 kFLOP     120 B    0 B
-    link speech->text         288      288   2.18 kFLOP   6.72 kFLOP  1.16 KiB  256 B
+    link speech->text         288      288   2.18 kFLOP   6.72 kFLOP  1.17 KiB  256 B
     loss                        0        0       0 FLOP       0 FLOP     228 B    0 B
-    total                   2,688      288  18.11 kFLOP  23.42 kFLOP  1.50 KiB  256 B
+    total                   2,688      288  18.11 kFLOP  23.42 kFLOP  1.51 KiB  256 B
 
     A copy of the model runs on fake tensors, for the model's device and in its present mode; the model is not
     changed. Only the batch's tokens, times, masks and labels have values. Parts on the meta device are
