@@ -134,7 +134,7 @@ def main() -> None:
         seed=options.seed,
         device=options.device,
     )
-    model = fuse(folders).to(options.device)
+    model = fuse(folders, relative=not options.absolute).to(options.device)
     print(f"\n{model.graph}\n")
 
     texts = [phrase.tokens["text"] for phrase in corpus.held_out]
@@ -176,6 +176,7 @@ def parse() -> argparse.Namespace:
         "--minutes", type=float, help="choose the steps so that the whole run takes about so long here"
     )
     parser.add_argument("--quick", action="store_true", help="a smoke run of the whole path")
+    parser.add_argument("--absolute", action="store_true", help="links with relative=False")
     parser.add_argument("--device", default="cpu", help="where to train: cpu, cuda, ...")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="runs/three_towers", help="where to keep everything")
@@ -228,14 +229,14 @@ def make_corpus(options: argparse.Namespace, size: Size) -> tuple[Corpus, ImageJ
     return Corpus(modalities, pairs, unpaired, held_out), ImageJudge(judged_by)
 
 
-def fuse(folders: dict[str, str]) -> mt.FusedModel:
+def fuse(folders: dict[str, str], *, relative: bool) -> mt.FusedModel:
     """Compile the fusion: all towers are linked; text is frozen, the others are trained."""
     graph = mt.FusionGraph()
     graph.add_tower("speech", folders["speech"], train="all")
     graph.add_tower("text", folders["text"])
     graph.add_tower("image", folders["image"], train="all")
     for source, target in permutations(graph.towers, 2):
-        graph.add_link(source, target, interleave=1, embeddings=True)
+        graph.add_link(source, target, interleave=1, embeddings=True, relative=relative)
     return graph.compile()
 
 
