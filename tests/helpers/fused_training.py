@@ -5,12 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-import transformers
 
 import multitower as mt
 from models import causal_lm, pair, segment
-from multitower.train import Trainer
+
+transformers = pytest.importorskip("transformers", reason="the Trainer needs transformers")
+pytest.importorskip("accelerate", reason="the Trainer needs accelerate")
+
+from multitower.train import Trainer  # an extra
 
 EXAMPLES = [
     [segment("speech", 5), segment("text", 3, target=True)],

@@ -155,7 +155,6 @@ def test_an_encoder_decoder_is_no_tower(tmp_path: Path) -> None:
 def test_plain_towers_fuse_without_transformers() -> None:
     script = """
 import sys
-from pathlib import Path
 sys.modules["transformers"] = None
 import multitower as mt
 from multitower.testing import tiny_model
