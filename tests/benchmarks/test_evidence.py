@@ -79,6 +79,7 @@ def test_a_table_is_made_by_one_command(words: Path, tmp_path: Path, name: str) 
     options = ("--data", data, "--results", results, "--steps", 2, "--document", document)
     run("evidence/document.py", *options)
     assert all(f"| {each['variant']} | 8 |" in document.read_text() for each in lines)
+    assert ("| expansion | 8 | 2 |" in document.read_text()) == (name == "pairs")
     assert (tmp_path / "images/evidence.png").exists()
 
 
