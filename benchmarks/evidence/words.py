@@ -118,7 +118,7 @@ def last_words(definitions: Sequence[str], seed: int) -> list[list[str]]:
     """Return definitions with four endings: the last word, then three others of the same length.
 
     >>> last_words(["a wet dog", "a big cat", "a red sun", "a new hat"], seed=0)[0]
-    ['a wet dog', 'a wet hat', 'a wet cat', 'a wet sun']
+    ['a wet dog', 'a wet hat', 'a wet sun', 'a wet cat']
     """
     draw = random.Random(seed)
     split = [line.rpartition(" ") for line in definitions]
