@@ -64,6 +64,11 @@ def tables(
         "floor and ceiling": floor_and_ceiling(corpus),
         "pairs": by_pairs(compared(runs, len(corpus.train), steps)),
         "longer": by_pairs(run for run in of_methods(full, METHODS) if run["steps"] > longest),
+        "fewer steps": by_pairs(
+            run
+            for run in of_methods(runs, METHODS)
+            if run["pairs"] == round(0.1 * len(corpus.train)) and run["variant"] in (FUSIONS[0], RIVALS[0])
+        ),
         "fewer errors": differences(
             [
                 *compared(runs, len(corpus.train), steps),
@@ -71,7 +76,7 @@ def tables(
             ]
         ),
         "links": by_pairs(run for run in of_methods(full, LINKS, *LINKED) if run["steps"] == longest),
-        "kept": kept(of_methods(full, METHODS)),
+        "kept": kept([*of_methods(full, METHODS), *of_methods(full, LINKS)]),
         "chosen": by_pairs(runs, split="dev"),
         "length": by_length(of_methods(full, METHODS), corpus),
         "reuse": reused(reuses),
@@ -117,7 +122,7 @@ def by_pairs(runs: Iterable[Run], split: str = "test") -> str:
     runs, rows = list(runs), []
     processors = sorted({run["machine"]["processor"] for run in runs if run["split"] == split})
     for method, pairs, steps, seeds in by_method(runs, split):
-        rates = [cell(seeds, task) for task in TASKS]
+        rates = [each for task in TASKS for each in (cell(seeds, task), correct(seeds, task))]
         losses = [
             f"{np.mean([run['held-out loss'][task] for run in seeds]):.2f} "
             f"({np.mean([run['curve'][target][-1] for run in seeds]):.2f})"
@@ -139,7 +144,7 @@ def by_pairs(runs: Iterable[Run], split: str = "test") -> str:
                 str(len(seeds)),
             ]
         )
-    errors = ["ASR WER %", "TTS WER %", "ASR loss", "TTS loss"]
+    errors = ["ASR WER %", "correct %", "TTS WER %", "correct %", "ASR loss", "TTS loss"]
     short = [name.replace("(R)", "").removesuffix(" Processor") for name in processors]
     costs = [*(f"s, {name}" for name in short), "MiB", "M trained"]
     return table(["", "pairs", *errors, "steps", *costs, "seeds"], rows)
@@ -174,6 +179,7 @@ def difference(ours: Sequence[Run], theirs: Sequence[Run], task: str) -> str:
     random = np.random.default_rng(0)
     errors = [np.array([run[task]["errors"] for run in each]) for each in (ours, theirs)]
     count = errors[0].shape[1]
+    assert errors[1].shape[1] == count, "other sentences were judged"
     shares = []
     for _ in range(RESAMPLES):
         places = random.integers(count, size=count)
@@ -181,6 +187,12 @@ def difference(ours: Sequence[Run], theirs: Sequence[Run], task: str) -> str:
         shares.append(100 - 100 * drawn[0] / drawn[1])
     share = 100 - 100 * errors[0].mean() / errors[1].mean()
     return "{:.1f} ({:.1f} to {:.1f})".format(share, *np.percentile(shares, [2.5, 97.5]))
+
+
+def correct(runs: Sequence[Run], task: str) -> str:
+    """Return how many of the words are neither substituted nor skipped, in per cent, over all seeds."""
+    wrong = sum(run[task][kind] for run in runs for kind in ("substituted", "skipped"))
+    return f"{100 - 100 * wrong / sum(sum(run[task]['words']) for run in runs):.1f}"
 
 
 def reused(runs: Iterable[Run]) -> str:

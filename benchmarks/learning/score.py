@@ -9,7 +9,7 @@ import jiwer
 
 from judge import interval, normalise
 
-KINDS = ("substituted", "skipped", "repeated", "put in")
+KINDS = ("substituted", "skipped", "repeated", "inserted")
 
 
 def score(truth: Sequence[str], found: Sequence[str]) -> dict[str, Any]:
@@ -17,7 +17,7 @@ def score(truth: Sequence[str], found: Sequence[str]) -> dict[str, Any]:
 
     >>> counts = score(["one two three"], ["one two two four"])
     >>> counts["wer"], {kind: counts[kind] for kind in KINDS}
-    (66.7, {'substituted': 1, 'skipped': 0, 'repeated': 1, 'put in': 0})
+    (66.7, {'substituted': 1, 'skipped': 0, 'repeated': 1, 'inserted': 0})
 
     Returns:
         Over all utterances: "wer" in per cent, its 95 % "interval" by bootstrap over utterances, and the
@@ -37,7 +37,7 @@ def score(truth: Sequence[str], found: Sequence[str]) -> dict[str, Any]:
                 size = chunk.hyp_end_idx - chunk.hyp_start_idx
                 for place in range(chunk.hyp_start_idx, chunk.hyp_end_idx):
                     beside = (heard[max(0, place - 1) : place], heard[place + 1 : place + 2])
-                    kinds["repeated" if [heard[place]] in beside else "put in"] += 1
+                    kinds["repeated" if [heard[place]] in beside else "inserted"] += 1
             else:
                 size = 0
             wrong += size

@@ -153,7 +153,7 @@ def filled(document: str, found: Mapping[str, str]) -> str:
         pattern = f"{re.escape(begin)}.*?{end}"
         document, count = re.subn(pattern, lambda _, new=f"{begin}{text}\n{end}": new, document, flags=re.S)
         if count != 1:
-            raise ValueError(f"{DOCUMENT} has {count} places for the table {name!r}")
+            raise ValueError(f"the document has {count} places for the table {name!r}")
     return document
 
 
