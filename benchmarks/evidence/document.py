@@ -17,10 +17,11 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 from data import Corpus, load_corpus
+from differences import FUSIONS, RIVALS, Rows, against, differences
 from summary import Run, cell, filled, group, rate, table
 from train import TASKS, read_results
 
-from judge import RESAMPLES, word_errors
+from judge import word_errors
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -29,6 +30,7 @@ REUSE = HERE / "reuse.jsonl"
 DOCUMENT = ROOT / "docs/evidence.md"
 METHODS = HERE / "methods"
 LINKS = METHODS / "links"
+LENGTHS = (1, 20, 40, 60, 150)  # characters
 LINKED = ("zipper", "zipper-absolute")
 """The methods that those in ``LINKS`` are compared with."""
 
@@ -42,11 +44,6 @@ COLOURS = {
 }
 STEPS = {1: 4000, 0.3: 4000, 0.1: 4000, 0.03: 2000, 0.01: 2000}
 """Length of the runs that are compared, by the share of the pairs."""
-
-FUSIONS, RIVALS = ("zipper", "zipper-frozen"), ("expansion", "expansion-lora", "expansion-new")
-"""Which methods the table of differences compares with which."""
-
-LENGTHS = (1, 20, 40, 60, 150)  # characters
 
 
 def tables(
@@ -70,10 +67,21 @@ def tables(
             if run["pairs"] == round(0.1 * len(corpus.train)) and run["variant"] in (FUSIONS[0], RIVALS[0])
         ),
         "fewer errors": differences(
-            [
-                *compared(runs, len(corpus.train), steps),
-                *(run for run in of_methods(full, METHODS) if run["steps"] > longest),
-            ]
+            rows_of(
+                [
+                    *compared(runs, len(corpus.train), steps),
+                    *(run for run in of_methods(full, METHODS) if run["steps"] > longest),
+                ]
+            )
+        ),
+        "links compared": against(
+            LINKED[1],
+            rows_of(
+                [
+                    *(run for run in of_methods(full, LINKS) if run["steps"] == longest),
+                    *(run for run in runs if run["variant"] in LINKED),
+                ]
+            ),
         ),
         "links": by_pairs(run for run in of_methods(full, LINKS, *LINKED) if run["steps"] == longest),
         "kept": kept([*of_methods(full, METHODS), *of_methods(full, LINKS)]),
@@ -117,6 +125,11 @@ def by_method(runs: Iterable[Run], split: str = "test") -> list[tuple[str, int, 
     return sorted(found, key=lambda row: (place.get(row[0], len(order)), row[0], -row[1], row[2]))
 
 
+def rows_of(runs: Iterable[Run]) -> Rows:
+    """Return the seeds of each method, number of pairs and number of steps."""
+    return {(method, pairs, steps): seeds for method, pairs, steps, seeds in by_method(runs)}
+
+
 def by_pairs(runs: Iterable[Run], split: str = "test") -> str:
     """Return the errors of each method at each number of pairs, with the time on each processor."""
     runs, rows = list(runs), []
@@ -148,45 +161,6 @@ def by_pairs(runs: Iterable[Run], split: str = "test") -> str:
     short = [name.replace("(R)", "").removesuffix(" Processor") for name in processors]
     costs = [*(f"s, {name}" for name in short), "MiB", "M trained"]
     return table(["", "pairs", *errors, "steps", *costs, "seeds"], rows)
-
-
-def differences(runs: Iterable[Run]) -> str:
-    """Return how many word errors the fusion has fewer than each form of expansion, in per cent of its."""
-    found = {(method, pairs, steps): seeds for method, pairs, steps, seeds in by_method(runs)}
-    rows = []
-    for rival, pairs, steps in found:
-        if rival in RIVALS:
-            ours = [found.get((name, pairs, steps)) for name in FUSIONS]
-            cells = [
-                difference(each, found[rival, pairs, steps], task) if each else ""
-                for each in ours
-                for task in TASKS
-            ]
-            rows.append([rival, str(pairs), str(steps), *cells])
-    heads = (f"{name}, {task.upper()}" for name in FUSIONS for task in TASKS)
-    return table(["than", "pairs", "steps", *heads], rows)
-
-
-def difference(ours: Sequence[Run], theirs: Sequence[Run], task: str) -> str:
-    """Return by how many per cent the errors are fewer, with a 95 % interval by paired bootstrap.
-
-    >>> ours, theirs = ([{"asr": {"errors": errors}}] for errors in ([1, 3], [2, 6]))
-    >>> difference(ours, theirs, "asr")
-    '50.0 (50.0 to 50.0)'
-
-    The same utterances are resampled for both, and the training runs of each on their own.
-    """
-    random = np.random.default_rng(0)
-    errors = [np.array([run[task]["errors"] for run in each]) for each in (ours, theirs)]
-    count = errors[0].shape[1]
-    assert errors[1].shape[1] == count, "other sentences were judged"
-    shares = []
-    for _ in range(RESAMPLES):
-        places = random.integers(count, size=count)
-        drawn = [each[random.integers(len(each), size=len(each))][:, places].mean() for each in errors]
-        shares.append(100 - 100 * drawn[0] / drawn[1])
-    share = 100 - 100 * errors[0].mean() / errors[1].mean()
-    return "{:.1f} ({:.1f} to {:.1f})".format(share, *np.percentile(shares, [2.5, 97.5]))
 
 
 def correct(runs: Sequence[Run], task: str) -> str:
