@@ -134,7 +134,7 @@ def main() -> None:
         seed=options.seed,
         device=options.device,
     )
-    model = fuse(folders, relative=not options.absolute).to(options.device)
+    model = fuse(folders, relative=options.relative).to(options.device)
     print(f"\n{model.graph}\n")
 
     texts = [phrase.tokens["text"] for phrase in corpus.held_out]
@@ -176,7 +176,7 @@ def parse() -> argparse.Namespace:
         "--minutes", type=float, help="choose the steps so that the whole run takes about so long here"
     )
     parser.add_argument("--quick", action="store_true", help="a smoke run of the whole path")
-    parser.add_argument("--absolute", action="store_true", help="links with relative=False")
+    parser.add_argument("--relative", action="store_true", help="links with relative=True")
     parser.add_argument("--device", default="cpu", help="where to train: cpu, cuda, ...")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="runs/three_towers", help="where to keep everything")

@@ -169,7 +169,8 @@ class FusionGraph:
                 has about three times as many parameters.
             relative: Whether each update is multiplied by the root mean square of the state that it is added
                 to, token by token. In large pretrained decoders, states grow to many times the size of a new
-                link's updates. False, as in Flamingo and Zipper.
+                link's updates. With False, as in Flamingo and Zipper, towers that were not trained together
+                may combine better.
             name: Needed only for several links between the same pair; "source->target" by default.
 
         Raises:
