@@ -11,20 +11,20 @@ from train import TASKS
 from judge import RESAMPLES
 
 FUSIONS, RIVALS = ("zipper", "zipper-frozen"), ("expansion", "expansion-lora", "expansion-new")
-"""Which methods the table of differences compares with which."""
+"""The methods that ``reductions`` compares with each other."""
 
 Rows = Mapping[tuple[str, int, int], Sequence[Run]]
 """The seeds of each method, number of pairs and number of steps."""
 
 
-def differences(found: Rows) -> str:
-    """Return how many word errors the fusion has fewer than each form of expansion, in per cent of its."""
+def reductions(found: Rows) -> str:
+    """Return the relative reduction in word errors of the fusion against each form of expansion."""
     rows = []
     for rival, pairs, steps in found:
         if rival in RIVALS:
             ours = [found.get((name, pairs, steps)) for name in FUSIONS]
             cells = [
-                difference(each, found[rival, pairs, steps], task) if each else ""
+                reduction(each, found[rival, pairs, steps], task) if each else ""
                 for each in ours
                 for task in TASKS
             ]
@@ -34,13 +34,13 @@ def differences(found: Rows) -> str:
 
 
 def against(base: str, found: Rows) -> str:
-    """Return how many word errors each method has fewer than one of them, in per cent of its."""
+    """Return the relative reduction in word errors of each method against one of them."""
     rows = [
         [
             method,
             str(pairs),
             str(steps),
-            *(difference(seeds, found[base, pairs, steps], task) for task in TASKS),
+            *(reduction(seeds, found[base, pairs, steps], task) for task in TASKS),
         ]
         for (method, pairs, steps), seeds in found.items()
         if method != base and (base, pairs, steps) in found
@@ -48,11 +48,11 @@ def against(base: str, found: Rows) -> str:
     return table(["", "pairs", "steps", *map(str.upper, TASKS)], rows)
 
 
-def difference(ours: Sequence[Run], theirs: Sequence[Run], task: str) -> str:
-    """Return by how many per cent the errors are fewer, with a 95 % interval by paired bootstrap.
+def reduction(ours: Sequence[Run], theirs: Sequence[Run], task: str) -> str:
+    """Return the relative reduction in word errors, in per cent, with a 95 % interval by paired bootstrap.
 
     >>> ours, theirs = ([{"asr": {"errors": errors}}] for errors in ([1, 3], [2, 6]))
-    >>> difference(ours, theirs, "asr")
+    >>> reduction(ours, theirs, "asr")
     '50.0 (50.0 to 50.0)'
 
     The same utterances are resampled for both, and the training runs of each on their own.
