@@ -31,14 +31,13 @@ DOCUMENT = ROOT / "docs/evidence.md"
 METHODS = HERE / "methods"
 LINKS = METHODS / "links"
 LENGTHS = (1, 20, 40, 60, 150)  # characters
-BASE = "zipper-absolute"
-"""The method of which each in ``LINKS`` changes one thing."""
-LINKED = ("zipper", BASE)
-"""The methods that those in ``LINKS`` are compared with."""
+DEFAULT, BASE = "zipper", "zipper-absolute"
+"""The library's default links, and those of which each other method in ``LINKS`` changes one thing."""
+CLEAN = "expansion-8-clean"
+"""Expansion without noise in its history, which the longest runs are compared with, too."""
 
 COLOURS = {
     "zipper": "#009e73",
-    "zipper-absolute": "#0072b2",
     "zipper-frozen": "#56b4e9",
     "expansion": "#d55e00",
     "expansion-lora": "#cc79a7",
@@ -57,35 +56,21 @@ def tables(
 ) -> dict[str, str]:
     """Return each table of the document by its name; ``steps`` replaces the lengths of the runs."""
     full, large = ([run for run in each if run["pairs"] == len(corpus.train)] for each in (runs, large))
-    longest = steps or STEPS[1]
+    shortest = steps or STEPS[1]
+    longer = [run for run in of_methods(full, METHODS, CLEAN) if run["steps"] > shortest]
     return {
         "words": words(corpus),
         "floor and ceiling": floor_and_ceiling(corpus),
         "pairs": by_pairs(compared(runs, len(corpus.train), steps)),
-        "longer": by_pairs(run for run in of_methods(full, METHODS) if run["steps"] > longest),
+        "longer": by_pairs(longer),
         "steps": by_pairs(
             run
             for run in of_methods(runs, METHODS)
             if run["pairs"] == round(0.1 * len(corpus.train)) and run["variant"] in ("zipper", "expansion")
         ),
-        "fewer errors": reductions(
-            rows_of(
-                [
-                    *compared(runs, len(corpus.train), steps),
-                    *(run for run in of_methods(full, METHODS) if run["steps"] > longest),
-                ]
-            )
-        ),
-        "links compared": against(
-            BASE,
-            rows_of(
-                [
-                    *(run for run in of_methods(full, LINKS) if run["steps"] == longest),
-                    *(run for run in runs if run["variant"] in LINKED),
-                ]
-            ),
-        ),
-        "links": by_pairs(run for run in of_methods(full, LINKS, *LINKED) if run["steps"] == longest),
+        "fewer errors": reductions(rows_of([*compared(runs, len(corpus.train), steps), *longer])),
+        "links compared": against(BASE, rows_of(of_methods(runs, LINKS, DEFAULT))),
+        "links": by_pairs(run for run in of_methods(full, LINKS, DEFAULT) if run["steps"] == shortest),
         "kept": kept([*of_methods(full, METHODS), *of_methods(full, LINKS)]),
         "chosen": by_pairs(runs, split="dev"),
         "length": by_length(of_methods(full, METHODS), corpus),

@@ -10,8 +10,9 @@ from train import TASKS
 
 from judge import RESAMPLES
 
-FUSIONS, RIVALS = ("zipper", "zipper-frozen"), ("expansion", "expansion-lora", "expansion-new")
-"""The methods that ``reductions`` compares with each other."""
+FUSIONS = ("zipper", "zipper-frozen")
+RIVALS = ("expansion", "expansion-8-clean", "expansion-lora", "expansion-new")
+"""The methods that ``reductions`` compares each of ``FUSIONS`` with."""
 
 Rows = Mapping[tuple[str, int, int], Sequence[Run]]
 """The seeds of each method, number of pairs and number of steps."""

@@ -3,12 +3,13 @@
     export PYTHONPATH=benchmarks:benchmarks/learning:examples OMP_NUM_THREADS=1
     python benchmarks/evidence/reuse.py --data runs/evidence/words
 
-A fusion is trained on all pairs (``methods/zipper-absolute.toml``) and saved. Its frozen text decoder is then
-replaced, by ``swap``, with one pretrained from another seed, and the links are trained further on few pairs
-("moved"). For comparison, new links are trained on the same pairs: with the pretrained speech decoder
-("new"), with the one that the fusion has trained ("new, trained speech"), and with the latter frozen, as if
-the other text decoder were added to the fusion as a third tower ("added"). Each result is a line of
-``reuse.jsonl``, from which ``document.py`` makes its table; runs that have one are skipped.
+A fusion is trained on all pairs (``methods/links/zipper-absolute.toml``) and saved. Its frozen text
+decoder is then replaced, by ``swap``, with one pretrained from another seed, and the links are trained
+further on few pairs ("moved"). For comparison, new links are trained on the same pairs: with the
+pretrained speech decoder ("new"), with the one that the fusion has trained ("new, trained speech"), and
+with the latter frozen, as if the other text decoder were added to the fusion as a third tower ("added").
+Each result is a line of ``reuse.jsonl``, from which ``document.py`` makes its table; runs that have one
+are skipped.
 """
 
 from __future__ import annotations
@@ -26,14 +27,13 @@ from typing import Any
 import torch
 import transformers
 from data import Corpus, load_corpus
-from document import REUSE, results_on
+from document import METHODS, REUSE, results_on
 from train import append, make_model, scored, teach
 from variants import Variant, read_variant
 from words import OTHER
 
 import multitower as mt
 
-HERE = Path(__file__).parent
 SHARES = (0.01, 0.1)
 LINKS = ("moved", "new", "new, trained speech", "added")
 KEY = ("links", "pairs", "seed", "steps", "first steps")
@@ -62,8 +62,8 @@ def joined(links: str, folder: Path, other: str, corpus: Corpus, pairs: int) -> 
         corpus: The data, with the decoders that the fusion began with.
         pairs: How many of the pairs new links are made for.
     """
-    method = "links/zipper-frozen-absolute" if links == "added" else "zipper-absolute"
-    _, variant = read_variant(str(HERE / f"methods/{method}.toml"))
+    method = "zipper-frozen-absolute" if links == "added" else "zipper-absolute"
+    _, variant = read_variant(str(METHODS / f"links/{method}.toml"))
     if links == "moved":
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about links trained with another decoder
@@ -108,7 +108,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     corpus = load_corpus(options.data)
-    _, variant = read_variant(str(HERE / "methods/zipper-absolute.toml"))
+    _, variant = read_variant(str(METHODS / "links/zipper-absolute.toml"))
     there = {tuple(run[each] for each in KEY) for run in results_on(options.data, options.results, corpus)}
     counts = [math.ceil(share * len(corpus.train)) for share in SHARES]
     asked = planned(list(dict.fromkeys(counts)), options)

@@ -25,14 +25,14 @@ from pathlib import Path
 
 import numpy as np
 from data import CORPUS, load_corpus
-from document import LINKED, LINKS, METHODS, RESULTS, STEPS, large_of, results_on, tables
+from document import DEFAULT, LINKS, METHODS, RESULTS, STEPS, large_of, results_on, tables
 from summary import Run
 from sweep import Planned, do, missing
 from words import OTHER
 
 FILES = {
     "pairs": sorted(METHODS.glob("*.toml")),
-    "links": [*(METHODS / f"{name}.toml" for name in LINKED), *sorted(LINKS.glob("*.toml"))],
+    "links": [METHODS / f"{DEFAULT}.toml", *sorted(LINKS.glob("*.toml"))],
     "large": sorted((METHODS / "large").glob("*.toml")),
 }
 SHARES = {"pairs": tuple(STEPS), "links": (1,), "large": (1,)}

@@ -64,7 +64,7 @@ def test_a_table_is_made_by_one_command(words: Path, tmp_path: Path, name: str) 
     printed = run("evidence/table.py", name, "--data", data, "--quick")
     lines = [json.loads(line) for line in results.read_text().splitlines()]
     folder = METHODS / "links" if name == "links" else METHODS
-    others = {"zipper", "zipper-absolute"} if name == "links" else set()
+    others = {"zipper"} if name == "links" else set()
     assert {each["variant"] for each in lines} == others | {file.stem for file in folder.glob("*.toml")}
     assert all(each["kept"].keys() == {"text perplexity", "speech perplexity", "cloze"} for each in lines)
     for each in lines:
