@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..base.extras import require
 from ..declare.graph import FusionGraph
+from ..declare.stored import unlike_options
 from ..errors import CheckpointError, GraphError, TowerError
 from ..run.fusion import Fusion
 from ..storage.files import FUSION
@@ -172,6 +173,9 @@ def load_weights(model: Fusion, folder: str | os.PathLike[str]) -> None:
     own = {"towers": list(model.graph.towers), "links": list(model.graph.links)}
     if declared != own or checkpoint.schedule != model.schedule.fingerprint:
         raise CheckpointError(f"{checkpoint.root / FUSION} is of another graph: {declared}, not {own}")
+    problems = unlike_options(FusionGraph.from_dict(checkpoint.graph), model.graph)
+    if problems:
+        raise CheckpointError(f"{checkpoint.root} does not fit:\n  " + "\n  ".join(problems))
     checkpoint.check(checkpoint.records, links=True, verify=False)
     file, fused = checkpoint.root / LINKS, fusion_state(model)
     check_fit(fused, mapped_tensors(file), file)

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from ..declare.graph import FusionGraph
+from ..declare.stored import stored_graph
 from ..errors import CheckpointError
 from ..storage.atomic import current
 from ..storage.files import FILES, FUSION, Files, check_files, read_manifest
@@ -107,7 +108,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     root = current(folder)
     document = read_manifest(root)
     try:
-        graph = FusionGraph.from_dict(document["graph"]).to_dict()
+        graph = stored_graph(document["graph"]).to_dict()
         records = _records(graph, document["towers"])
         tensors, schedule = document["tensors"], document["schedule"]["fingerprint"]
         modalities = _modalities(records, document["modalities"])

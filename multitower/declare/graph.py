@@ -237,8 +237,7 @@ class FusionGraph:
             for entry in data["links"]:
                 stride = entry.get("interleave")
                 stride = tuple(stride) if isinstance(stride, list) else stride
-                entry = {"relative": False, **entry, "interleave": stride}  # older graphs do not say it
-                graph.add_link(**entry)
+                graph.add_link(**{**entry, "interleave": stride})
         except (TypeError, KeyError, AttributeError) as error:
             raise GraphError(f"this is not a fusion graph as to_dict writes it: {error!r}") from error
         return graph

@@ -27,7 +27,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ..checkpoint.assign import check_names
 from ..compile.modules import load_towers
-from ..declare.graph import FusionGraph, redeclared
+from ..declare.graph import redeclared
+from ..declare.stored import stored_graph, unlike_options
 from ..errors import CheckpointError
 from ..run.fusion import Fusion
 from ..run.parallel import on_first
@@ -186,7 +187,7 @@ def load_training(
 
 def rebuild(cls: type[F], folder: str | os.PathLike[str], towers: Mapping[str, Source]) -> F:
     """Rebuild the model of a training checkpoint; see ``FusedModel.from_training``."""
-    graph, given = FusionGraph.from_dict(_read(current(Path(folder)))["graph"]), dict(towers)
+    graph, given = _read(current(Path(folder)))["graph"], dict(towers)
     unknown = set(given) - set(graph.towers)
     if unknown:
         raise CheckpointError(f"towers={sorted(unknown)}: the model has the towers {', '.join(graph.towers)}")
@@ -202,7 +203,8 @@ def _unlike(document: dict[str, Any], model: Fusion) -> list[str]:
     """List the differences between a model and that of a training checkpoint."""
     saved = {name: each for name, each in document["tensors"].items() if name.startswith("model.")}
     mine = {f"model.{name}": described(tensor) for name, tensor in trained_state(model).items()}
-    problems = [
+    problems = unlike_options(document["graph"], model.graph)
+    problems += [
         f"{name} is {saved.get(name, 'not there')}, but the model has {mine.get(name, 'none')}"
         for name in {**mine, **saved}
         if saved.get(name) != mine.get(name)
@@ -225,10 +227,11 @@ def _read(root: Path) -> dict[str, Any]:
     try:
         document["optimizer"] = from_json(document["optimizer"])
         document["scheduler"] = from_json(document["scheduler"])
-        for key, kind in {"step": int, "tensors": dict, "frozen": dict, "graph": dict}.items():
+        document["graph"] = stored_graph(document["graph"])
+        for key, kind in {"step": int, "tensors": dict, "frozen": dict}.items():
             if not isinstance(document[key], kind):
                 raise ValueError(f"{key} is {document[key]!r}")
-    except (KeyError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file} is damaged: {error!r}") from error
     return document
 

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 import multitower as mt
 from multitower.declare.spec import LinkSpec
+from multitower.declare.stored import stored_graph
 
 
 @pytest.fixture
@@ -29,7 +30,8 @@ def test_a_graph_stored_before_links_were_relative_has_none_that_are(graph: mt.F
     graph.add_link("speech", "text", interleave=1, relative=False)
     stored = graph.to_dict()
     del stored["links"][0]["relative"]
-    assert mt.FusionGraph.from_dict(stored) == graph
+    assert stored_graph(stored) == graph
+    assert mt.FusionGraph.from_dict(stored).links["speech->text"].relative, "as add_link has it"
 
 
 def test_networkx_sees_parallel_links(graph: mt.FusionGraph) -> None:

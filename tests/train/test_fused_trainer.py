@@ -172,6 +172,12 @@ def test_a_checkpoint_of_another_graph_is_not_resumed(tmp_path: Path) -> None:
         trainer(tmp_path, adapted, max_steps=4).train(str(tmp_path / "checkpoint-2"))
 
 
+def test_a_checkpoint_of_other_links_is_not_resumed(tmp_path: Path) -> None:
+    trainer(tmp_path, pair(), max_steps=1, save_strategy="steps", save_steps=1).train()
+    with pytest.raises(mt.errors.CheckpointError, match="with window=None, and the model's has window=3"):
+        trainer(tmp_path, pair(window=3), max_steps=2).train(str(tmp_path / "checkpoint-1"))
+
+
 def test_parts_have_rates_of_their_own(tmp_path: Path) -> None:
     run = trainer(tmp_path, make(), rates={"towers": {"speech": 1e-4}, "links": 2e-2})
     optimizer = run.create_optimizer()
