@@ -12,10 +12,20 @@ from torch import Tensor, nn
 from .base.extras import require
 from .batch.collate import EXAMPLES, IGNORE, Example, Segment, check_streams, place_in_time
 from .generate.generate import check_given
-from .generate.options import OF_ONE_VOCABULARY, Settings, check_named, given, groups, options_of, settle
+from .generate.options import (
+    OF_ONE_VOCABULARY,
+    Settings,
+    check_named,
+    check_single,
+    given,
+    groups,
+    options_of,
+    settle,
+)
 from .generate.turn import decode_rows, pad_left
 from .plugins.modality import Modality
 from .run.output import FusedOutput, token_loss
+from .run.request import check_counts
 from .tower.abilities import why_not_faithful
 from .tower.probe import LENGTH, evaluated, last_position
 from .tower.weights import execution_device
@@ -80,22 +90,42 @@ class VocabularyExpansion(nn.Module):
         hooked.register_state_dict_post_hook(_without_ties)
         hooked.register_load_state_dict_pre_hook(_with_ties)
 
-    def forward(self, streams: Mapping[str, Mapping[str, Tensor]]) -> FusedOutput:
+    def forward(
+        self,
+        streams: Mapping[str, Mapping[str, Tensor]],
+        *,
+        logits: bool = True,
+        num_items_in_batch: Mapping[str, Tensor | int] | None = None,
+    ) -> FusedOutput:
         """Interleave the streams to one row by their times, and run the decoder.
+
+        Args:
+            streams: See ``FusedModel.forward``.
+            logits: Whether to return logits. Without them nothing is saved: one head computes all losses.
+            num_items_in_batch: See ``FusedModel.forward``.
 
         Returns:
             Losses by stream as from ``FusedModel``; logits under "row", over the expanded vocabulary.
+
+        Raises:
+            ValueError: See ``FusedModel.forward``; or the batch is packed, or has simultaneous tokens.
         """
         check_streams(streams, {name: modality.vocab_size for name, modality in self.modalities.items()})
         _check_one_at_a_time(streams)
+        counts = num_items_in_batch or {}
+        if num_items_in_batch is not None:
+            check_counts(counts, streams)
         length = 1 + max(int(stream["times"].max()) for stream in streams.values())
         row = self._interleave(streams, "tokens", length, 0)
-        logits: Tensor = self.model(input_ids=row, use_cache=False).logits
-        losses = {
-            name: token_loss(logits, self._interleave({name: stream}, "labels", length, IGNORE))
+        scores: Tensor = self.model(input_ids=row, use_cache=False).logits
+        labelled = {
+            name: self._interleave({name: stream}, "labels", length, IGNORE)
             for name, stream in streams.items()
+            if "labels" in stream
         }
-        return FusedOutput(torch.stack(list(losses.values())).sum(), losses, {"row": logits}, {})
+        losses = {name: token_loss(scores, labels, counts.get(name)) for name, labels in labelled.items()}
+        loss = torch.stack(list(losses.values())).sum() if losses else None
+        return FusedOutput(loss, losses, {"row": scores} if logits else {}, {})
 
     def generate(
         self, examples: Sequence[Example], output: Sequence[str], **options: Any
@@ -127,7 +157,9 @@ class VocabularyExpansion(nn.Module):
         vocabulary = self.model.config.get_text_config().vocab_size
         others = [token for token in range(vocabulary) if token not in own]
         decodable = _Native(self.model, offset + modality.begin, (offset + modality.end,))
-        return settle(name, decodable, {"suppress_tokens": others, **options_of(name, options)})
+        settings = settle(name, decodable, {"suppress_tokens": others, **options_of(name, options)})
+        check_single(settings, "give the examples several times")
+        return settings
 
     def _decode(self, rows: Sequence[Example], settings: Settings) -> list[Segment]:
         name, decoded = settings.name, dict[int, Segment]()
@@ -153,8 +185,6 @@ class VocabularyExpansion(nn.Module):
         for key in OF_ONE_VOCABULARY:
             if given(options, key) is not None:
                 raise ValueError(f"{key} means tokens of one modality, but here all share one vocabulary")
-        if (given(options, "num_return_sequences") or 1) > 1:
-            raise ValueError("num_return_sequences > 1 is not supported; give the examples several times")
 
     def _interleave(
         self, streams: Mapping[str, Mapping[str, Tensor]], key: str, length: int, fill: int

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import multitower as mt
@@ -71,6 +72,22 @@ def test_decoding_stays_within_the_modality(
         assert max(text) < 20
 
 
+def test_a_training_loop_of_fused_models_runs_it_too(model: mt.baseline.VocabularyExpansion) -> None:
+    batch = mt.collate(EXAMPLES)
+    whole = model(**batch)
+    counts = mt.batch.count_targets([batch])
+    lean = model(**batch, logits=False, num_items_in_batch={name: 2 * each for name, each in counts.items()})
+    assert not lean.logits
+    torch.testing.assert_close(lean.loss, whole.loss / 2)
+    with pytest.raises(ValueError, match="num_items_in_batch"):
+        model(**batch, num_items_in_batch={})
+    for stream in batch["streams"].values():
+        del stream["labels"]
+    without = model(**batch)
+    assert (without.loss, without.losses) == (None, {})
+    torch.testing.assert_close(without.logits["row"], whole.logits["row"])
+
+
 def test_bad_streams_are_refused(model: mt.baseline.VocabularyExpansion) -> None:
     with pytest.raises(ValueError, match="a stream for 'music'"):
         model(**mt.collate([[mt.Segment("music", [1])]]))
@@ -86,6 +103,14 @@ def test_bad_streams_are_refused(model: mt.baseline.VocabularyExpansion) -> None
         ({"suppress_tokens": [3]}, "suppress_tokens means tokens of one modality"),
         ({"eos_token_id": 1}, "eos_token_id means tokens"),
         ({"num_return_sequences": 2, "num_beams": 2}, "give the examples several times"),
+        (
+            {
+                "generation_config": {
+                    "text": transformers.GenerationConfig(num_return_sequences=2, num_beams=2)
+                }
+            },
+            "give the examples several times",
+        ),
         ({"output_scores": True}, "score them with"),
         ({"input_ids": torch.tensor([[1]])}, "comes from the examples"),
     ],

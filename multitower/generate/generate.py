@@ -16,7 +16,16 @@ from ..run.fusion import Fusion
 from ..tower.decode_transformers import FOR_SPEED
 from ..tower.probe import evaluated
 from .advance import Keeping
-from .options import STOPS, Options, Settings, check_batches, check_named, check_shared, settle
+from .options import (
+    STOPS,
+    Options,
+    Settings,
+    check_batches,
+    check_named,
+    check_shared,
+    check_single,
+    settle,
+)
 from .rows import Row
 from .simultaneous import check_stepwise
 from .turn import decode
@@ -67,7 +76,7 @@ def go_on(
     model, rows = keeping.model, list(rows)
     check_named(options, model.graph.towers)
     plan = {} if callable(output) else _plan(model, output, options, len(rows), continues)
-    _check_outputs(keeping, plan)
+    _check_plan(keeping, plan, lasting)
     going, step = list(range(len(rows))), 0
     with evaluated(model):
         while wanted := _ask(output, step, rows, going):
@@ -77,7 +86,7 @@ def go_on(
             for entry, chosen in wanted.items():
                 if entry not in plan:
                     plan |= _plan(model, [entry], options, len(rows), continues, several=True)
-                    _check_outputs(keeping, [entry])
+                    _check_plan(keeping, plan, lasting)
                 became = decode(keeping, {row: rows[row] for row in chosen}, entry, plan[entry], keep=keep)
                 if len(became[0]) > 1:
                     return [copy for copies in became for copy in copies]
@@ -138,8 +147,10 @@ def _plan(
     return plan
 
 
-def _check_outputs(keeping: Keeping, entries: Collection[Entry]) -> None:
-    for name in _names(list(entries)):
+def _check_plan(keeping: Keeping, plan: Mapping[Entry, Mapping[str, Settings]], lasting: bool) -> None:
+    for name, settings in ((name, each) for towers in plan.values() for name, each in towers.items()):
+        if lasting:
+            check_single(settings, "a row of a session continues in one way; decode in several forks")
         if name not in keeping.outputs:
             raise ValueError(
                 f"tower {name!r} is not among the outputs of this session, which are "

@@ -220,6 +220,16 @@ def groups(lengths: Sequence[tuple[Settings, Sequence[int]]]) -> list[list[int]]
     return together
 
 
+def check_single(settings: Settings, instead: str) -> None:
+    """Check that each row has one result; ``instead`` says how to get several."""
+    count = settings.config.num_return_sequences or 1
+    if count > 1:
+        raise ValueError(
+            f"num_return_sequences={count} is not supported here (tower {settings.name!r}; from this call or "
+            f"from the generation_config of its model): {instead}"
+        )
+
+
 def check_batches(count: int, options: Options) -> None:
     """Check that no option depends on the whole batch if decoding is split into several batches."""
     for key in OF_THE_BATCH:

@@ -15,7 +15,6 @@ from ..run.gathered import gathered
 from ..tower.probe import evaluated
 from .advance import Keeping, advance
 from .generate import Decoded, Entry, Policy, check_given, check_name, go_on
-from .options import given
 from .rows import Row, Turn
 
 
@@ -132,10 +131,6 @@ class Session:
             ValueError: See ``FusedModel.generate``; or a tower is not among ``outputs``, or
                 ``num_return_sequences`` is above 1. The session is then unchanged.
         """
-        if (given(options, "num_return_sequences") or 1) != 1:
-            raise ValueError(
-                "num_return_sequences: a row of a session goes on in one way; decode in several forks"
-            )
         before = self._rows
         with gathered(self.model), torch.no_grad():
             self._rows = go_on(

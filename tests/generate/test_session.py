@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import multitower as mt
 from decoding import text_model
@@ -270,8 +272,23 @@ def test_bad_sessions_teach() -> None:
         model.session(rows=0)
     with pytest.raises(ValueError, match="no tower 'music'"):
         model.session(outputs=["music"])
-    with pytest.raises(ValueError, match="decode in several forks"):
-        model.session().generate(["text"], num_return_sequences=2, do_sample=True)
+
+
+@pytest.mark.parametrize("place", ["call", "config by tower", "tower"])
+def test_a_row_continues_in_one_way(place: str) -> None:
+    model = pair(copy.deepcopy(causal_lm("llama", seed=5)))
+    session, two = model.session(), {"num_return_sequences": 2, "do_sample": True}
+    options: dict[str, Any] = {"call": two}.get(place, {})
+    if place == "tower":
+        model.unimodal("text").generation_config.update(**two)
+    elif place == "config by tower":
+        options = {"generation_config": {"text": transformers.GenerationConfig(**two)}}
+    session.append(GIVEN[0])
+    for output in (["text"], lambda row: "text"):
+        with pytest.raises(ValueError, match=r"decode in several forks|needs a single output tower"):
+            session.generate(output, **options)
+    assert len(session.history) == 1
+    session.generate(["text"], num_return_sequences=1, max_new_tokens=2)
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...generate.options import options_of, settle
+from ...generate.options import check_single, options_of, settle
 from ...generate.rows import Turn
 from ...generate.session import Session
 from ...generate.simultaneous import check_stepwise
@@ -166,6 +166,7 @@ class Engine:
         own = options_of(name, self._codec.with_edges({"do_sample": False}))
         settings = settle(name, self.model.tower(name), own)
         check_stepwise(own, {name: settings})
+        check_single(settings, "a server returns one result for each request")
         if counted := [key for key in COUNTED if settings.get(key)]:
             raise ValueError(
                 f"{', '.join(counted)}: a server decodes tower {name!r} in pieces, and this counts from "
