@@ -34,8 +34,9 @@ def training_arguments(model: Fusion, args: Any, options: Mapping[str, Any], rat
     for name, advice in UNUSED.items():
         if options.get(name) is not None:
             raise ValueError(f"this Trainer does not use {name}: {advice}")
-    if rates and (options.get("optimizers") or (None,))[0] is not None:
-        raise ValueError("rates are for the Trainer's own optimizer; leave out rates, or optimizers")
+    own = "optimizer_cls_and_kwargs" if options.get("optimizer_cls_and_kwargs") else "optimizers"
+    if rates and (options.get(own) or (None,))[0] is not None:
+        raise ValueError(f"rates are for the Trainer's own optimizer; leave out rates, or {own}")
     if args.n_gpu > 1 and not hasattr(model, "hf_device_map"):
         raise ValueError(
             f"one process sees {args.n_gpu} GPUs, over which transformers would copy the model at each "

@@ -87,6 +87,10 @@ def encode_columns(
         mapped = dataset.map(encode, remove_columns=names, **options)
         # a stream may not know its columns before it runs
         return mapped.select_columns([SEGMENTS, LENGTH]) if names is None else mapped
+    if options:
+        raise TypeError(
+            f"{', '.join(options)}: options are those of Dataset.map; this is {type(dataset).__name__}"
+        )
     return [encode(row) for row in dataset]
 
 

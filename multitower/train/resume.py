@@ -144,12 +144,15 @@ def load_training(
         scheduler: Required with the optimizer if one was saved, otherwise not allowed.
 
     Raises:
+        ValueError: There is a scheduler without an optimizer.
         CheckpointError: A file is missing or damaged; the model, optimizer or scheduler does not match the
             saved one (the message lists all differences); or a frozen tower has changed.
     """
     root = current(Path(folder))
     document = _read(root)
     problems = _unlike(document, model)
+    if optimizer is None and scheduler is not None:
+        raise ValueError("a scheduler is loaded with its optimizer: give both, or neither")
     if optimizer is not None:
         problems += unlike_settings(model, optimizer, document["optimizer"])
         kind, saved = (None if scheduler is None else type(scheduler).__name__), document["scheduler_class"]

@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from itertools import islice, takewhile
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,9 @@ from ..batch.collate import IGNORE, Example, Streams, count_targets, to_device
 from ..batch.corrupt import corrupt_history, corrupt_sources
 from ..checkpoint.load import load_weights
 from ..checkpoint.manifest import MODALITIES
+from ..checkpoint.modalities import check_modalities
 from ..checkpoint.save import save_pretrained
 from ..generate.edges import with_edges
-from ..generate.generate import generate
 from ..hub.card import model_card
 from ..hub.push import without_paths
 from ..plugins.entry_points import as_modality
@@ -30,6 +30,7 @@ from ..run.parallel import all_or_none
 from ..storage.files import FUSION, is_part
 from .arguments import training_arguments
 from .columns import Collator, as_example
+from .score import decode_targets
 
 transformers: Any = require("transformers", "train")
 gather_object: Any = require("accelerate.utils", "train").gather_object
@@ -74,7 +75,8 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]  # known only at run 
             training; see ``batch.corrupt_sources``.
         modalities: Modalities or tokenizers to save with the model, by tower.
         score: Computes metrics from generated output in an evaluation. It is called with the prompts (each
-            example's segments before its first target), the outputs, and the examples.
+            example's segments before its first target), the outputs, and the examples, in which only targets
+            may follow a target.
         decoding: Options of ``generate`` for ``score``.
         data_collator: Collates examples; ``Collator()`` by default.
         options: Other arguments of ``transformers.Trainer``: ``train_dataset``, ``eval_dataset``,
@@ -110,6 +112,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]  # known only at run 
         args = training_arguments(model, args, options, rates or {})
         self.rates = dict(rates or {})
         self.modalities = {name: as_modality(each) for name, each in (modalities or {}).items()}
+        check_modalities(model, self.modalities)
         self.history_noise, self.source_noise = dict(history_noise or {}), dict(source_noise or {})
         for name in {*self.history_noise, *self.source_noise} - set(model.towers):
             raise ValueError(f"noise for tower {name!r}: the towers are {', '.join(model.towers)}")
@@ -133,6 +136,8 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]  # known only at run 
                 decay = self.args.weight_decay
                 self.optimizer = kind([{"weight_decay": decay, **group} for group in groups], **options)
                 return self.optimizer
+            if self.rates:
+                raise ValueError(f"rates: transformers makes the groups of the optimizer {self.args.optim}")
         return super().create_optimizer(model)
 
     def _prepare_inputs(self, inputs: Any) -> Any:
@@ -261,15 +266,9 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]  # known only at run 
         place, processes = self.accelerator.process_index, self.accelerator.num_processes
         share = islice(dataset, place, None, processes)
         while rows := list(islice(share, self.args.per_device_eval_batch_size)):
-            alike: dict[tuple[str, ...], list[Any]] = {}
-            for example in map(as_example, rows):
-                alike.setdefault(tuple(each.tower for each in example if each.target), []).append(example)
-            for towers, examples in alike.items():
-                given = [list(takewhile(lambda each: not each.target, example)) for example in examples]
-                answers = generate(self._fused(), given, list(towers), options)
-                found += zip(given, answers, examples, strict=True)
-        prompts, decoded, originals = zip(*gather_object(found), strict=True)
-        return list(prompts), list(decoded), list(originals)
+            found += decode_targets(self._fused(), list(map(as_example, rows)), options)
+        given, decoded, originals = zip(*gather_object(found), strict=True)
+        return list(given), list(decoded), list(originals)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save a fused checkpoint; if the first process fails, all raise its error."""

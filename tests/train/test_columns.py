@@ -317,6 +317,8 @@ def test_mistakes_are_told() -> None:
         encode_columns(ROWS, {"speech": "heard"}, MODALITIES, targets=["heard"])
     with pytest.raises(TypeError, match=r"the modality of 'text' is a str.*TextModality\('text'\)"):
         encode_columns(ROWS, COLUMNS, {**MODALITIES, "text": "a/folder"}, targets=TARGETS)
+    with pytest.raises(TypeError, match=r"num_proc: options are those of Dataset\.map; this is list"):
+        encode_columns(ROWS, COLUMNS, MODALITIES, targets=TARGETS, num_proc=2)
     with pytest.raises(ValueError, match="no 'segments'; have multitower"):
         Collator()(ROWS)
     with pytest.raises(ValueError, match="there is no letter") as caught:

@@ -12,7 +12,7 @@ import torch
 
 import multitower as mt
 from fused_training import EXAMPLES, arguments, assert_same, make, trainer
-from models import causal_lm, pair
+from models import causal_lm, pair, segment
 from multitower.testing import tiny_tower
 from multitower_text import TextModality
 
@@ -196,6 +196,39 @@ def test_answers_are_decoded_and_scored(tmp_path: Path) -> None:
     assert found["eval_answers"] == len(EXAMPLES) == len(seen)
     for given, answer, example in seen:
         assert [each.tower for each in (*given, *answer)] == [each.tower for each in example]
+
+
+def test_simultaneous_answers_are_decoded_and_scored(tmp_path: Path) -> None:
+    seen: list[Any] = []
+
+    def score(given: list[Any], answers: list[Any], examples: list[Any]) -> dict[str, float]:
+        seen.extend(zip(given, answers, strict=True))
+        return {}
+
+    both = (segment("text", 3, target=True), segment("speech", 4, target=True))
+    heard = (segment("text", 3), segment("speech", 4))
+    run = trainer(tmp_path, make(), score=score, decoding={"max_new_tokens": 3})
+    run.evaluate([[heard, both], [segment("text", 5), both]])
+    assert [len(given) for given, _ in seen] == [1, 1]
+    for _, (answer,) in seen:
+        assert [each.tower for each in answer] == ["text", "speech"]
+
+
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        ([segment("text", 3, target=True), segment("speech", 4)], "a segment of 'speech' that is no target"),
+        (
+            [(segment("text", 3, target=True), segment("speech", 4))],
+            "a segment of 'speech' that is no target",
+        ),
+        ([segment("text", 3)], "needs examples with a target"),
+    ],
+)
+def test_examples_that_cannot_be_scored_are_told(tmp_path: Path, example: Any, message: str) -> None:
+    run = trainer(tmp_path, make(), score=lambda *_: {})
+    with pytest.raises(ValueError, match=message):
+        run._decoded([example])
 
 
 def test_scored_answers_end_where_the_modality_does(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import multitower as mt
 from fused_training import EXAMPLES, arguments, assert_same, make, trainer
@@ -30,11 +31,27 @@ def test_the_arguments_have_a_default(tmp_path: Path, monkeypatch: pytest.Monkey
         ({"compute_loss_func": lambda *_: 0}, "override compute_loss"),
         ({"processing_class": object()}, "pass modalities"),
         ({"rates": {"towers": 1.0}, "optimizers": (object(), None)}, "leave out rates, or optimizers"),
+        (
+            {"rates": {"towers": 1.0}, "optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 1.0})},
+            "leave out rates, or optimizer_cls_and_kwargs",
+        ),
+        ({"modalities": {"txt": TextModality()}}, "no tower 'txt'; the towers are speech, text"),
+        ({"modalities": {"text": TextModality()}}, "give the modality that the tower was trained with"),
     ],
 )
 def test_options_without_effect_are_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         Trainer(make(), arguments(tmp_path), **options)
+
+
+def test_rates_do_not_hold_where_transformers_makes_the_groups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Trainer(make(), arguments(tmp_path), train_dataset=EXAMPLES, rates={"towers": {"speech": 1e-4}})
+    lomo = (torch.optim.SGD, {"model": run.model})
+    monkeypatch.setattr(run, "get_optimizer_cls_and_kwargs", lambda *_: lomo)
+    with pytest.raises(ValueError, match="rates: transformers makes the groups of the optimizer"):
+        run.create_optimizer()
 
 
 def test_each_run_logs_its_own_losses(tmp_path: Path) -> None:

@@ -211,6 +211,8 @@ def test_another_scheduler_is_refused_before_anything_is_changed(tmp_path: Path)
         model.tower("speech").native.lm_head.weight.zero_()
     with pytest.raises(mt.errors.CheckpointError, match="the scheduler is LambdaLR; MultiStepLR was saved"):
         load_training(tmp_path / "run", model, optimizer, scheduler=warm_up(optimizer))
+    with pytest.raises(ValueError, match="a scheduler is loaded with its optimizer"):
+        load_training(tmp_path / "run", model, scheduler=at_milestones(optimizer))
     assert not model.tower("speech").native.lm_head.weight.any()
 
 
