@@ -86,7 +86,10 @@ class Fusion(Familiar):
         else:
             set_trained(graph, towers, kept._graph, {name: kept.tower(name) for name in kept.towers})
         self.attn_implementation: str = SDPA if kept is None else kept.attn_implementation
+        modes = {} if kept is None else {module: module.training for module in kept.modules()}
         self.train(kept is None or kept.training)
+        for module, training in modes.items():
+            module.training = training
 
     @classmethod
     def from_graph(cls, graph: FusionGraph) -> Self:
@@ -251,7 +254,7 @@ class Fusion(Familiar):
         >>> [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
         [(0.001, 0.01), (0.001, 0.0), (0.003, 0.0), (0.003, 0.01)]
 
-        Norms, biases and gates have no weight decay.
+        Norms, biases and gates have no weight decay. Parts that are trained in half precision cause a warning.
 
         Args:
             lr: The default learning rate.

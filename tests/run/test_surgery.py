@@ -219,6 +219,20 @@ def test_a_tower_that_does_not_fit_is_refused() -> None:
         model.swap("text", 3)
 
 
+def test_the_modes_of_what_stays_are_kept() -> None:
+    """Dropout may be switched off in one trained tower alone."""
+    model = trained_pair().train()
+    model.towers["speech"].eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    assert len(set(modes.values())) == 2
+    grown = with_music(model)
+    grown.drop("text->speech")
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert grown.training
+    assert grown.links.training
+    assert not grown.towers["speech"].training
+
+
 @pytest.mark.parametrize("surgery", ["extend", "drop", "swap"])
 def test_changed_models_are_saved_and_loaded(trained: mt.FusedModel, surgery: str, tmp_path: Path) -> None:
     fresh = {
