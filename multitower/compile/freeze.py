@@ -133,11 +133,14 @@ def parameter_groups(
     """Return optimizer groups, one per learning rate, with and without weight decay; see ``FusedModel``."""
     unused = {(kind, name) for kind, given in rates.items() if isinstance(given, Mapping) for name in given}
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    coarse: dict[str, torch.dtype] = {}
     for path, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         kind, name, *_ = path.split(".")
         unused.discard((kind, name))
+        if parameter.is_floating_point() and parameter.dtype.itemsize < 4:
+            coarse[f"model.{kind}[{name!r}]"] = parameter.dtype
         given = rates[kind]
         rate = given.get(name) if isinstance(given, Mapping) else given
         if kind != "towers" and path.endswith("gate"):
@@ -147,6 +150,12 @@ def parameter_groups(
     if unused:
         named = ", ".join(f"{kind}: {name!r}" for kind, name in sorted(unused))
         raise ValueError(f"there is a learning rate for what has no trained parameters ({named})")
+    for part, dtype in coarse.items():
+        warnings.warn(
+            f"{part} is trained in {dtype}, in which most small updates round to nothing: convert it by "
+            f"{part}.float() before you make the optimizer, and train under torch.autocast (bf16=True)",
+            stacklevel=3,
+        )
     return [
         {"params": parameters, "lr": rate, **({} if decays else {"weight_decay": 0.0})}
         for (rate, decays), parameters in groups.items()

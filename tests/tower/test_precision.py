@@ -146,3 +146,17 @@ def test_softmax_in_float32_is_told_from_a_difference_in_float64() -> None:
     model = causal_lm("gemma2").double()
     assert model.config._attn_implementation == "eager"
     assert mt.TransformersTower(model).packs
+
+
+def test_training_in_half_precision_is_told_before_it_begins() -> None:
+    graph = mt.FusionGraph()
+    graph.add_tower("speech", causal_lm("llama", vocab_size=14).to(torch.bfloat16), train="all")
+    graph.add_tower("text", causal_lm("llama").to(torch.bfloat16))
+    graph.add_link("speech", "text", interleave=1)
+    model = graph.compile()
+    with pytest.warns(UserWarning, match=r"model\.towers\['speech'\] is trained in torch.bfloat16") as warned:
+        model.parameter_groups(lr=1e-3)
+    assert len(warned) == 1, "the frozen tower and the links need no warning"
+    model.towers["speech"].float()
+    model.parameter_groups(lr=1e-3)
+    model(**mt.collate(EXAMPLES)).loss.backward()
