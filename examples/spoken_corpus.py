@@ -214,7 +214,7 @@ def _read_sound(path: Path, where: str) -> np.ndarray:
     except soundfile.SoundFileError as error:
         raise ValueError(f"{where}: cannot read {path} ({error}): replace it or remove the line") from error
     if not len(sound):
-        raise ValueError(f"{where}: {path} holds no sound: replace it or remove the line")
+        raise ValueError(f"{where}: {path} contains no sound: replace it or remove the line")
     mono = sound.mean(axis=1)
     if rate == SAMPLE_RATE:
         return mono

@@ -1,4 +1,4 @@
-"""Fuse independently pretrained decoders into one model, by gated cross-attention.
+"""Fuse independently pretrained decoders into one model, by cross-attention.
 
 >>> import multitower as mt
 >>> from multitower.testing import tiny_tower          # stands for any pretrained decoder

@@ -32,6 +32,7 @@ from .train.resume import rebuild
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+    from transformers import PreTrainedTokenizerBase
 
 
 class FusedModel(Fusion):
@@ -238,7 +239,7 @@ class FusedModel(Fusion):
         folder: str | os.PathLike[str],
         *,
         embed_towers: bool = False,
-        modalities: Mapping[str, Modality] | None = None,
+        modalities: Mapping[str, Modality | PreTrainedTokenizerBase] | None = None,
         max_shard_size: int | str = MAX_SHARD_SIZE,
     ) -> None:
         """Write a checkpoint; see ``checkpoint.save``.
@@ -270,7 +271,11 @@ class FusedModel(Fusion):
         token: str | bool | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
     ) -> Self:
-        """Load a folder or "owner/name"; see ``checkpoint.load_fusion`` and ``storage.find_checkpoint``."""
+        """Load a folder or "owner/name"; see ``checkpoint.load_fusion`` and ``storage.find_checkpoint``.
+
+        ``revision``, ``token`` and ``cache_dir`` are for the checkpoint: towers that it only refers to are
+        loaded with the machine's login (``hf auth login``), into the Hub's cache.
+        """
         return load_fusion(
             cls,
             open_checkpoint(find_checkpoint(folder, revision=revision, token=token, cache_dir=cache_dir)),

@@ -144,7 +144,7 @@ def test_a_first_modality_of_more_ids_than_the_model_is_refused(native: torch.nn
         ([], ["text"], "no examples"),
         ([[mt.Segment("text", [20])]], ["text"], "token 20 of 'text', which has a vocabulary of 20"),
         ([[mt.Segment("music", [2])]], ["text"], "there is no tower 'music'"),
-        ([[mt.Segment("text", [2], target=True)]], ["text"], "example 0 holds a target"),
+        ([[mt.Segment("text", [2], target=True)]], ["text"], "example 0 contains a target"),
         ([[mt.Segment("text", [2])]], [], "must be a list of names"),
         ([[mt.Segment("text", [2])]], "text", "must be a list of names"),
     ],

@@ -72,7 +72,9 @@ def codebooks_of(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         CheckpointError: They are missing.
     """
     if "codebooks" not in tensors:
-        raise mt.errors.CheckpointError("modality.safetensors is missing or holds no codebooks: save again")
+        raise mt.errors.CheckpointError(
+            "modality.safetensors is missing or contains no codebooks: save again"
+        )
     return tensors["codebooks"]
 
 

@@ -327,6 +327,6 @@ def _load_saved(folder: Path) -> Any:
         raise
     except Exception as error:  # tokenizers raises plain Exception for damaged files
         raise CheckpointError(
-            f"{folder} holds no tokenizer that transformers can load by itself: {error}. If it brings code "
-            "of its own, load it yourself, and give it to TextModality"
+            f"{folder} contains no tokenizer that transformers can load by itself: {error}. If it brings "
+            "code of its own, load it yourself, and give it to TextModality"
         ) from error

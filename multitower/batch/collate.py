@@ -279,8 +279,8 @@ def _check_values(name: str, stream: Mapping[str, Tensor], vocabulary: int) -> N
     low, high = map(int, tokens.aminmax())
     if low < 0 or high >= vocabulary:
         raise ValueError(
-            f"stream {name!r} holds token {low if low < 0 else high}, but tower {name!r} has a vocabulary of "
-            f"{vocabulary} (ids 0 to {vocabulary - 1}); was it encoded for another tower?"
+            f"stream {name!r} contains token {low if low < 0 else high}, but tower {name!r} has a "
+            f"vocabulary of {vocabulary} (ids 0 to {vocabulary - 1}); was it encoded for another tower?"
         )
     if bool((mask[:, 1:] > mask[:, :-1]).any()):
         raise ValueError(f"stream {name!r} must be padded on the right: its mask is True again after False")

@@ -119,6 +119,9 @@ def load_tower(
     dtype: torch.dtype | str | None = None,
     device_map: str | int | torch.device | None = None,
     verify: bool = False,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
 ) -> nn.Module:
     """Load a single tower of a checkpoint as an ordinary model; nothing else is read.
 
@@ -138,6 +141,9 @@ def load_tower(
         dtype: The dtype to convert its weights to.
         device_map: The device to put it on.
         verify: Whether to compare every byte of its files, and every value.
+        revision: See ``storage.find_checkpoint``.
+        token: As ``revision``.
+        cache_dir: As ``revision``.
 
     Returns:
         The transformers model, the ``PeftModel`` or the ``Tower``, in eval mode.
@@ -145,7 +151,8 @@ def load_tower(
     Raises:
         CheckpointError: There is no such tower; or see ``load_fusion``.
     """
-    checkpoint = open_checkpoint(find_checkpoint(folder))
+    root = find_checkpoint(folder, revision=revision, token=token, cache_dir=cache_dir)
+    checkpoint = open_checkpoint(root)
     if name not in checkpoint.records:
         raise CheckpointError(
             f"{checkpoint.root} has no tower {name!r}; the towers are {', '.join(checkpoint.records)}"

@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..base.logs import logger
 from ..compile.modules import shared_with
 from ..errors import CheckpointError
+from ..plugins.entry_points import as_modality
 from ..plugins.modality import Modality
 from ..run.fusion import Fusion
 from ..storage.atomic import check_free, copy_others, replacing
@@ -30,13 +31,16 @@ from .manifest import ADAPTER, LINKS, MAX_SHARD_SIZE, TOWERS, WEIGHTS, Records, 
 from .modalities import check_modalities, keep_modalities, write_modalities
 from .towers import is_to_be_stored, save_adapters, write_proof
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 def save_pretrained(
     model: Fusion,
     folder: str | os.PathLike[str],
     *,
     embed_towers: bool = False,
-    modalities: Mapping[str, Modality] | None = None,
+    modalities: Mapping[str, Modality | PreTrainedTokenizerBase] | None = None,
     max_shard_size: int | str = MAX_SHARD_SIZE,
 ) -> None:
     """Write a fused model to a folder.
@@ -63,7 +67,7 @@ def save_pretrained(
         folder: A new or empty folder, or an older checkpoint, which is replaced; its files that are not part
             of a checkpoint are kept, and so are its modalities unless new ones are given.
         embed_towers: Whether to also store frozen towers from the Hub or a plugin.
-        modalities: Modalities by tower, for ``Pipeline.from_pretrained``.
+        modalities: Modalities or transformers tokenizers by tower, for ``Pipeline.from_pretrained``.
         max_shard_size: Size above which weights are split into several files with an index, in bytes or as in
             "5GB"; peft always writes adapters to one file.
 
@@ -73,16 +77,16 @@ def save_pretrained(
         ValueError: A modality's tower is unknown or has a smaller vocabulary; or the size is invalid.
         TypeError: Something given as a modality is not one.
     """
-    modalities = modalities or {}
+    codecs = {name: as_modality(each) for name, each in (modalities or {}).items()}
     check_names(model)
-    check_modalities(model, modalities)
+    check_modalities(model, codecs)
     limit = size_in_bytes(max_shard_size)
     target = Path(folder).absolute()
     check_free(target, FUSION)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with replacing(target) as fresh:
-            records = write_modalities(modalities, fresh)
+            records = write_modalities(codecs, fresh)
             if target.exists():
                 copy_others(target, fresh, lambda name: name == FUSION or is_part(name))
                 records = keep_modalities(target, fresh, model.graph.towers) | records

@@ -217,5 +217,5 @@ def _modality(name: str, tower: Mapping[str, Any]) -> Modality:
         if not folder.exists():
             raise
         raise ValueError(
-            f"tower {name!r}: {folder} holds no modality; Modality.save_pretrained writes one"
+            f"tower {name!r}: {folder} contains no modality; Modality.save_pretrained writes one"
         ) from error

@@ -66,7 +66,7 @@ def _check_trainable(name: str, tower: Tower) -> None:
         )
     if is_offloaded(tower.native):
         raise TowerError(
-            f"tower {name!r} is offloaded by accelerate, which throws gradients away; load it whole (without "
+            f"tower {name!r} is offloaded by accelerate, which discards gradients; load it whole (without "
             "device_map or cpu_offload), or keep it frozen with train='none'"
         )
 

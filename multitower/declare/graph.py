@@ -28,7 +28,7 @@ OPTIONS = ("gate", "projection", "heads", "position", "pace", "window", "feed_fo
 
 
 class FusionGraph:
-    """A directed graph of pretrained decoders (towers) and gated cross-attentions (links).
+    """A directed graph of pretrained decoders (towers) and cross-attentions (links).
 
     >>> import multitower as mt
     >>> graph = mt.FusionGraph()
@@ -232,7 +232,7 @@ class FusionGraph:
             for entry in data["towers"]:
                 tower = TowerSpec(**entry)
                 if tower.name in graph._towers:
-                    raise GraphError(f"tower {tower.name!r} stands there twice")
+                    raise GraphError(f"tower {tower.name!r} occurs twice")
                 graph._towers[tower.name] = tower
             for entry in data["links"]:
                 stride = entry.get("interleave")

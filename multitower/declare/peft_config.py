@@ -48,4 +48,4 @@ def _plain(value: Any) -> Any:
         return [_plain(each) for each in value]
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise ValueError(f"the peft config holds a {type(value).__name__}, which does not go into JSON")
+    raise ValueError(f"the peft config contains a {type(value).__name__}, which JSON cannot represent")

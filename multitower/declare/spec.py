@@ -94,7 +94,7 @@ class LinkSpec:
                         "0 is what enters layer 1"
                     )
             if len(set(self.taps)) < len(self.taps):
-                raise GraphError(f"{where}: the same tap stands twice in {list(self.taps)}")
+                raise GraphError(f"{where}: the same tap occurs twice in {list(self.taps)}")
         if not isinstance(self.embeddings, bool):
             raise GraphError(f"{where}: embeddings={self.embeddings!r} must be True or False")
         if self.embeddings and self.taps is not None:

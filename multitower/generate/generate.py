@@ -133,7 +133,7 @@ def _plan(
     for entry in output:
         together = not isinstance(entry, str)
         if together and len(set(entry)) < len(entry):
-            raise ValueError(f"a tower stands twice in {entry}: at one time it can take only one token")
+            raise ValueError(f"a tower occurs twice in {entry}: at one time it can take only one token")
         own = {**dict.fromkeys(FOR_SPEED), **options} if together else options
         settings = {
             name: replace(settle(name, model.tower(name), own), continues=continues)
@@ -190,14 +190,14 @@ def check_given(examples: Sequence[Example], vocabularies: Mapping[str, int]) ->
             check_name(segment.tower, vocabularies)
             if segment.target:
                 raise ValueError(
-                    f"example {number} holds a target segment: give generate only what is known, without "
+                    f"example {number} contains a target segment: pass generate only what is known, without "
                     "answers"
                 )
             low, high = map(int, torch.as_tensor(segment.tokens).aminmax())
             size = vocabularies[segment.tower]
             if low < 0 or high >= size:
                 raise ValueError(
-                    f"example {number} holds token {low if low < 0 else high} of {segment.tower!r}, which "
+                    f"example {number} contains token {low if low < 0 else high} of {segment.tower!r}, which "
                     f"has a vocabulary of {size} (ids 0 to {size - 1}); was it encoded for another tower?"
                 )
 

@@ -138,8 +138,8 @@ class Settings:
             most = whole - prompt
             if most < 1:
                 raise ValueError(
-                    f"tower {self.name!r} is to have rows of {whole} tokens (max_length), {prompt} are there "
-                    "already; pass max_new_tokens"
+                    f"tower {self.name!r} has max_length={whole}, and {prompt} tokens already; pass "
+                    "max_new_tokens"
                 )
         if most is None:
             most = MAX_NEW_TOKENS if last is None else max(1, min(MAX_NEW_TOKENS, last - prompt))

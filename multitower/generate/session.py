@@ -165,8 +165,8 @@ class Session:
         )
         if not same:
             raise ValueError(
-                "this mark is no point of the session's past: it is of another session, or of what was gone "
-                "back from"
+                "this mark is not in the session's past: it is from another session, or from turns that "
+                "were rolled back"
             )
         self._rows = [row.until(len(then)) for row, then in zip(self._rows, mark.history, strict=True)]
 

@@ -73,7 +73,7 @@ def model_card(
     parts = [
         _metadata(model, license),
         f"# {_text(repo_id.rpartition('/')[2])}",
-        f"{len(model.towers)} pretrained decoders (towers), joined by gated cross-attention (links). Made "
+        f"{len(model.towers)} pretrained decoders (towers), joined by cross-attention (links). Made "
         "with multitower, after [Zipper](https://arxiv.org/abs/2405.18669).",
         f"```mermaid\n{mermaid(model)}\n```",
         "## Towers",

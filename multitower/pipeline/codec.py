@@ -95,7 +95,7 @@ def _read_part(part: Any, where: str) -> Raw | Segment:
         return part
     if not _is_pair(part):
         raise TypeError(
-            f"{where} holds a {type(part).__name__}: give a pair (tower, raw), a multitower.Segment, or a "
+            f"{where} contains a {type(part).__name__}: give a pair (tower, raw), a multitower.Segment, or a "
             "tuple of these that begin at the same time"
         )
     tower, data = part

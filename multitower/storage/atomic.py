@@ -80,7 +80,7 @@ def check_free(target: Path, index: str) -> None:
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"{target} is a file; give a folder to save to")
     if target.exists() and any(target.iterdir()) and not (target / index).exists():
-        raise CheckpointError(f"{target} is not empty and holds no {index}; save to a folder of its own")
+        raise CheckpointError(f"{target} is not empty and contains no {index}; save to a folder of its own")
 
 
 def current(target: Path) -> Path:

@@ -104,7 +104,9 @@ class Tower(nn.Module, ABC):
             ValueError: A mask is given, but the tower does not support left padding.
         """
         if mask is not None:
-            raise ValueError(f"{type(self).__name__} goes on only from caches of rows of one length")
+            raise ValueError(
+                f"{type(self).__name__} can continue only from caches whose rows have the same length"
+            )
         embedded: tuple[Tensor, Any] = self.embed(tokens, cache)  # type: ignore[call-arg]  # by those that set caches
         return embedded
 

@@ -104,7 +104,8 @@ def _from_plugin(name: str, source: str) -> nn.Module:
         raise TowerError(f"{where} cannot load {rest!r}: {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise TowerError(
-            f"{where} gave a {type(model).__name__} for {rest!r}; it must give a multitower.Tower or a model"
+            f"{where} returned a {type(model).__name__} for {rest!r}; it must return a multitower.Tower "
+            "or a model"
         )
     return model
 

@@ -43,7 +43,7 @@ class KeptStates:
     >>> import multitower as mt, tempfile, torch
     >>> from multitower.testing import tiny_tower
     >>> graph = mt.FusionGraph()
-    >>> graph.add_tower("speech", tiny_tower(seed=0), adapter=None)         # frozen, and reads no other
+    >>> graph.add_tower("speech", tiny_tower(seed=0))                       # frozen, and reads no other
     >>> graph.add_tower("text", tiny_tower(seed=1), train="all")
     >>> graph.add_link("speech", "text", interleave=1)
     >>> model = graph.compile()
@@ -74,7 +74,9 @@ class KeptStates:
         self.folder = Path(folder).absolute()
         root = current(self.folder)
         if not (root / INDEX).is_file():
-            raise CheckpointError(f"{self.folder} has no {INDEX}: it holds no states; see KeptStates.compute")
+            raise CheckpointError(
+                f"{self.folder} has no {INDEX}: it contains no states; see KeptStates.compute"
+            )
         self._document = read_json(root / INDEX)
         self._towers = open_rows(self.folder, self._document)
         self._read = _read_layers(model)

@@ -47,7 +47,7 @@ def test_stream_without_a_tower() -> None:
 
 @pytest.mark.parametrize("token", [20, -1])
 def test_token_beyond_the_vocabulary(token: int) -> None:
-    with pytest.raises(ValueError, match=rf"stream 'text' holds token {token}, .* vocabulary of 20"):
+    with pytest.raises(ValueError, match=rf"stream 'text' contains token {token}, .* vocabulary of 20"):
         pair()(**mt.collate([[mt.Segment("text", [1, token])]]))
 
 

@@ -205,7 +205,7 @@ def test_a_save_that_breaks_off_leaves_the_old_checkpoint(
 def test_other_peoples_folders_are_left_alone(model: mt.FusedModel, tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis/chapter.txt").write_text("one")
-    with pytest.raises(mt.errors.CheckpointError, match=r"not empty and holds no fusion\.json"):
+    with pytest.raises(mt.errors.CheckpointError, match=r"not empty and contains no fusion\.json"):
         model.save_pretrained(tmp_path / "thesis")
     with pytest.raises(mt.errors.CheckpointError, match="is a file"):
         model.save_pretrained(tmp_path / "thesis/chapter.txt")

@@ -151,7 +151,7 @@ def test_of_large_files_samples_are_read_unless_all_is_asked_for(
         ("[" * 100_000, "recursion"),
         ('{"a": ' * 100_000, "recursion"),
         ('{"format_version": ' + "9" * 100_000 + "}", "digits"),
-        ('{"format_version": 1, "format_version": 2}', "'format_version' stands there twice"),
+        ('{"format_version": 1, "format_version": 2}', "'format_version' occurs twice"),
         ('{"format_version": NaN}', "NaN is no number"),
         ('{"format_version": -Infinity}', "-Infinity is no number"),
         ("\xff", "utf-8"),

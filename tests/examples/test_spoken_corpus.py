@@ -140,7 +140,7 @@ def test_a_missing_or_unreadable_file_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"line 2: cannot read .*b\.wav"):
         read_corpus(tmp_path, progress=False)
     soundfile.write(tmp_path / "b.wav", TONE[:0], SAMPLE_RATE)
-    with pytest.raises(ValueError, match=r"line 2: .*b\.wav holds no sound"):
+    with pytest.raises(ValueError, match=r"line 2: .*b\.wav contains no sound"):
         read_corpus(tmp_path, progress=False)
 
 

@@ -95,7 +95,7 @@ def test_generate_restores_the_mode() -> None:
         ({"output": ["music"]}, "no tower 'music'; the towers are speech, text"),
         ({"examples": []}, "no examples"),
         ({"examples": [[segment("music", 3)]]}, "no tower 'music'"),
-        ({"examples": [[segment("text", 3, target=True)]]}, "example 0 holds a target"),
+        ({"examples": [[segment("text", 3, target=True)]]}, "example 0 contains a target"),
         ({"attention_mask": 1}, "comes from the examples"),
         ({"return_dict_in_generate": True}, "not supported"),
         ({"output": ["text", "speech"], "num_return_sequences": 2, "do_sample": True}, "single output"),

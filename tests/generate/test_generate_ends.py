@@ -200,7 +200,7 @@ def test_token_ids_may_be_integers_of_any_kind(output: list, kind: Callable[[int
 def test_a_row_that_is_too_long_already_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     text = causal_lm("llama")
     monkeypatch.setattr(text.generation_config, "max_length", 4)
-    with pytest.raises(ValueError, match=r"'text' is to have rows of 4 tokens \(max_length\), 7 are there"):
+    with pytest.raises(ValueError, match=r"'text' has max_length=4, and 7 tokens already"):
         pair(text).generate([[segment("text", 4, 5, 6, 7)]], output=[("text", "speech")])
 
 

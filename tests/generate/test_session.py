@@ -139,7 +139,7 @@ def test_forks_go_on_apart_and_marks_lead_back() -> None:
     assert lists(session.generate(["text"], max_new_tokens=5)) == expected
     fork.rollback(mark)
     assert lists(fork.generate(["text"], max_new_tokens=5)) == expected
-    with pytest.raises(ValueError, match="no point of the session's past"):
+    with pytest.raises(ValueError, match="not in the session's past"):
         session.rollback(later)
 
 
@@ -244,7 +244,7 @@ def test_the_model_keeps_its_mode_and_its_towers_nothing() -> None:
     [
         ([[segment("text", 3)]], "1 lists of segments for the 2 rows"),
         (segment("music", 3), "no tower 'music'"),
-        (segment("text", 3, target=True), "holds a target"),
+        (segment("text", 3, target=True), "contains a target"),
         (mt.Segment("text", [99]), "vocabulary of 20"),
         (mt.Segment("text", []), "one or more ids"),
         ("text", "must be a list of multitower.Segment"),

@@ -130,7 +130,7 @@ def test_a_policy_chooses_by_the_end_token() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"output": [("text", "text")]}, "a tower stands twice"),
+        ({"output": [("text", "text")]}, "a tower occurs twice"),
         ({"output": [()]}, "list of towers"),
         ({"output": [("text", "music")]}, "no tower 'music'"),
         (

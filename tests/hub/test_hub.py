@@ -122,6 +122,9 @@ def test_revisions(model: mt.FusedModel, hub: FakeHub) -> None:
     model.drop("speech").push_to_hub(REPO, revision="next")
     assert list(mt.FusedModel.from_pretrained(REPO, revision="next").towers) == ["text"]
     assert list(mt.FusedModel.from_pretrained(REPO).towers) == ["speech", "text"]
+    assert mt.load_tower(REPO, "text", revision="next") is not None
+    with pytest.raises(mt.errors.CheckpointError, match="has no tower 'speech'"):
+        mt.load_tower(REPO, "speech", revision="next")
     with pytest.raises(
         mt.errors.CheckpointError, match=r"'me/fused', and the Hub .* at revision 'v9': no revision"
     ):

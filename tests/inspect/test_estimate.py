@@ -248,7 +248,7 @@ def test_a_quantised_folder_is_refused(tmp_path):
 
 
 def test_a_batch_that_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match="holds token 99"):
+    with pytest.raises(ValueError, match="contains token 99"):
         pair().estimate(mt.collate([[segment("text", 99)]]))
 
 

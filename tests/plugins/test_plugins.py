@@ -172,7 +172,7 @@ def test_a_tower_comes_from_a_loader(offer: Offer, graph: mt.FusionGraph, tmp_pa
             mt.errors.TowerError,
             "'gpt' cannot load 'missing': FileNotFoundError: no file 'missing'",
         ),
-        ("gpt://nothing", mt.errors.TowerError, "'gpt' gave a NoneType for 'nothing'"),
+        ("gpt://nothing", mt.errors.TowerError, "'gpt' returned a NoneType for 'nothing'"),
         ("sentence://x", mt.errors.PluginError, "is 'not a function', not a function that loads a tower"),
     ],
 )

@@ -308,6 +308,9 @@ def test_a_tokenizer_is_a_modality_of_text(tmp_path: Path) -> None:
     rows = [{"heard": "ab", "said": "h"}]
     (row,) = encode_columns(rows, COLUMNS, {"speech": Letters(), "text": tokenizer}, targets=TARGETS)
     assert row["segments"][1] == {"tower": "text", "tokens": [0, 3, 1], "target": True}
+    pair().save_pretrained(tmp_path / "fused", modalities={"text": tokenizer})
+    saved = json.loads((tmp_path / "fused/fusion.json").read_text())["modalities"]
+    assert saved["text"]["modality"] == "text"
 
 
 def test_mistakes_are_told() -> None:

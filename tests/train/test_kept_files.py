@@ -148,7 +148,7 @@ def test_damaged_folders_are_refused(folder: Path, damage: str) -> None:
     else:
         (file if damage == "no file" else index).unlink()
     with pytest.raises(
-        mt.errors.CheckpointError, match=f"{folder}.* (damaged|missing|version 2|holds no states)"
+        mt.errors.CheckpointError, match=f"{folder}.* (damaged|missing|version 2|contains no states)"
     ):
         mt.train.KeptStates(folder, model)
 
@@ -203,7 +203,7 @@ def test_killed_or_out_of_space_what_was_there_stays(folder: Path, file_size: in
 def test_other_folders_are_not_replaced(folder: Path) -> None:
     folder.mkdir(parents=True)
     (folder / "thesis").write_text("mine")
-    with pytest.raises(mt.errors.CheckpointError, match=r"is not empty and holds no kept\.json"):
+    with pytest.raises(mt.errors.CheckpointError, match=r"is not empty and contains no kept\.json"):
         mt.train.KeptStates.compute(fused(), data(1), folder)
     with pytest.raises(mt.errors.CheckpointError, match="thesis is a file"):
         mt.train.KeptStates.compute(fused(), data(1), folder / "thesis")

@@ -347,7 +347,7 @@ def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:
         save_training(tmp_path / "run", model, adam(build()))
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis/chapter.txt").write_text("one")
-    with pytest.raises(mt.errors.CheckpointError, match=r"holds no training\.json"):
+    with pytest.raises(mt.errors.CheckpointError, match=r"contains no training\.json"):
         save_training(tmp_path / "thesis", model, adam(model))
     assert not (tmp_path / "run").exists()
 

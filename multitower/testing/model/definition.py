@@ -6,6 +6,7 @@ import functools
 from collections.abc import Sequence
 
 import torch
+from einops import einsum, rearrange
 from torch import Tensor
 
 from ...batch.collate import Example
@@ -14,6 +15,8 @@ from ...link.cross_attention import GatedCrossAttention
 from ...model import FusedModel
 from ..compare import assert_close
 from .case import Streams, opened, remembered, rounding, streams_of, visible
+
+SPLIT = "tokens (heads width) -> tokens heads width"
 
 
 @torch.no_grad()
@@ -105,9 +108,11 @@ def _read(module: GatedCrossAttention, x: Tensor, source: Tensor, streams: Strea
                     module, module.query(module.norm(state))[None], query_places[row][place : place + 1]
                 )
                 key = _heads(module, keys[row, seen], [key_places[row][each] for each in seen])
-                value = _split(module, values[row, seen])
-                scores = torch.einsum("qhd,khd->hk", query, key) / query.shape[-1] ** 0.5
-                read = module.out(torch.einsum("hk,khd->hd", scores.softmax(-1), value).flatten())
+                value = rearrange(values[row, seen], SPLIT, heads=module.heads)
+                scores = einsum(query, key, "one heads width, keys heads width -> heads keys")
+                weights = (scores / query.shape[-1] ** 0.5).softmax(-1)
+                read = einsum(weights, value, "heads keys, keys heads width -> heads width")
+                read = module.out(rearrange(read, "heads width -> (heads width)"))
                 size = state.norm() / len(state) ** 0.5 if module.relative else 1.0
                 added = read * _opening(module.attention_gate) * size
                 ffn, norm = module.ffn, module.ffn_norm
@@ -146,7 +151,7 @@ def _begins(times: list[int]) -> list[int]:
 
 def _heads(module: GatedCrossAttention, states: Tensor, places: list[float]) -> Tensor:
     """Split states of shape (length, width) into heads; rotary positions are applied with complex numbers."""
-    heads = _split(module, states)
+    heads = rearrange(states, SPLIT, heads=module.heads)
     if module.position is None:
         return heads
     half = heads.shape[-1] // 2
@@ -161,7 +166,3 @@ def _heads(module: GatedCrossAttention, states: Tensor, places: list[float]) -> 
 
 def _opening(gate: Tensor | None) -> Tensor | float:
     return 1.0 if gate is None else gate.tanh()
-
-
-def _split(module: GatedCrossAttention, states: Tensor) -> Tensor:
-    return states.view(len(states), module.heads, -1)
