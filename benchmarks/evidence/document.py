@@ -57,7 +57,8 @@ def tables(
     """Return each table of the document by its name; ``steps`` replaces the lengths of the runs."""
     full, large = ([run for run in each if run["pairs"] == len(corpus.train)] for each in (runs, large))
     shortest = steps or STEPS[1]
-    longer = [run for run in of_methods(full, METHODS, CLEAN) if run["steps"] > shortest]
+    methods = of_methods(full, METHODS, CLEAN)
+    longer = [run for run in methods if run["steps"] > shortest]
     return {
         "words": words(corpus),
         "floor and ceiling": floor_and_ceiling(corpus),
@@ -71,9 +72,9 @@ def tables(
         "fewer errors": reductions(rows_of([*compared(runs, len(corpus.train), steps), *longer])),
         "links compared": against(BASE, rows_of(of_methods(runs, LINKS, DEFAULT))),
         "links": by_pairs(run for run in of_methods(full, LINKS, DEFAULT) if run["steps"] == shortest),
-        "kept": kept([*of_methods(full, METHODS), *of_methods(full, LINKS)]),
+        "kept": kept([*methods, *of_methods(full, LINKS)]),
         "chosen": by_pairs(runs, split="dev"),
-        "length": by_length(of_methods(full, METHODS), corpus),
+        "length": by_length(methods, corpus),
         "reuse": reused(reuses),
         "large": by_pairs(large),
         "large kept": kept(large),

@@ -143,7 +143,11 @@ def make_model(corpus: Corpus, variant: Variant, pairs: int | None) -> Model:
         )
     graph = mt.FusionGraph()
     for name, folder in corpus.decoders.items():
-        graph.add_tower(name, folder, train=variant.train[name], adapter=variant.adapter)
+        decoder: Any = folder
+        if name in variant.random:
+            config = transformers.AutoConfig.from_pretrained(folder)
+            decoder = transformers.AutoModelForCausalLM.from_config(config)
+        graph.add_tower(name, decoder, train=variant.train[name], adapter=variant.adapter)
     rows = [
         [mt.Segment("text", pair.text), mt.Segment("speech", pair.speech)] for pair in corpus.train[:pairs]
     ]

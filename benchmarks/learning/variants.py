@@ -19,6 +19,7 @@ class Variant:
         lr: Learning rate.
         rates: Other learning rates, as for ``FusedModel.parameter_groups``.
         train: What to train, by tower.
+        random: Towers that start from random weights, not from the pretrained ones.
         adapter: Input adapter of both towers.
         link: Options of ``add_link`` for both links.
         links: Other options of one link, by its name: "speech->text".
@@ -34,6 +35,7 @@ class Variant:
     lr: float = 3e-3
     rates: dict[str, float | dict[str, float]] = field(default_factory=dict)
     train: dict[str, str] = field(default_factory=lambda: {"speech": "all", "text": "none"})
+    random: tuple[str, ...] = ()
     adapter: str | None = None
     link: dict[str, object] = field(default_factory=dict)
     links: dict[str, dict[str, object]] = field(default_factory=dict)
