@@ -254,7 +254,7 @@ class Fusion(Familiar):
         >>> [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
         [(0.001, 0.01), (0.001, 0.0), (0.003, 0.0), (0.003, 0.01)]
 
-        Norms, biases and gates have no weight decay. Half precision in trained parts is warned of.
+        Norms, biases and gates have no weight decay. Warns of trained parts in half precision.
 
         Args:
             lr: The default learning rate.
