@@ -181,7 +181,7 @@ def kept(runs: Iterable[Run]) -> str:
             for name, places in digits.items()
             for when in ("before", "kept")
         ]
-        if method.startswith("expansion"):
+        if method.startswith("expansion") or "speech" in seeds[0]["settings"].get("random", ()):
             means[2] = ""  # its decoder has never seen speech
         rows.append([f"{method}, {steps} steps", *means, str(len(seeds))])
     heads = (head for name in digits for head in (f"{name} before", "after"))
