@@ -56,9 +56,9 @@ def tables(
 ) -> dict[str, str]:
     """Return each table of the document by its name; ``steps`` replaces the lengths of the runs."""
     full, large = ([run for run in each if run["pairs"] == len(corpus.train)] for each in (runs, large))
-    shortest = steps or STEPS[1]
+    usual = steps or STEPS[1]
     methods = of_methods(full, METHODS, CLEAN)
-    longer = [run for run in methods if run["steps"] > shortest]
+    longer = [run for run in methods if run["steps"] > usual]
     return {
         "words": words(corpus),
         "floor and ceiling": floor_and_ceiling(corpus),
@@ -71,7 +71,7 @@ def tables(
         ),
         "fewer errors": reductions(rows_of([*compared(runs, len(corpus.train), steps), *longer])),
         "links compared": against(BASE, rows_of(of_methods(runs, LINKS, DEFAULT))),
-        "links": by_pairs(run for run in of_methods(full, LINKS, DEFAULT) if run["steps"] == shortest),
+        "links": by_pairs(run for run in of_methods(full, LINKS, DEFAULT) if run["steps"] == usual),
         "kept": kept([*methods, *of_methods(full, LINKS)]),
         "chosen": by_pairs(runs, split="dev"),
         "length": by_length(methods, corpus),

@@ -49,7 +49,9 @@ def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
     return all(map(torch.equal, one, other))
 
 
-@pytest.mark.filterwarnings("ignore:.*is trained in torch.bfloat16:UserWarning")
+@pytest.mark.filterwarnings(
+    "ignore:.*is trained in torch.bfloat16:UserWarning"
+)  # equality counts, not learning
 @pytest.mark.parametrize("logits", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_training_is_the_same_bit_for_bit_in_any_order(

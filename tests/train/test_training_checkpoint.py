@@ -32,14 +32,12 @@ def build(
     train: Any = "none",
     speech: Callable[[], torch.nn.Module] = lambda: causal_lm("gpt2", width=12, depth=4, vocab_size=14),
     text: Callable[[], Any] = llama,
-    memory: str = "all",
-    **options: Any,
 ) -> mt.FusedModel:
     torch.manual_seed(0)
     graph = mt.FusionGraph()
-    graph.add_tower("speech", speech(), train="all", memory=memory)
+    graph.add_tower("speech", speech(), train="all")
     graph.add_tower("text", text(), train=train)
-    graph.add_link("speech", "text", interleave=(2, 1), **options)
+    graph.add_link("speech", "text", interleave=(2, 1))
     graph.add_link("text", "speech", interleave=(1, 2))
     return graph.compile()
 
@@ -264,19 +262,6 @@ def test_damage_is_an_error_and_changes_nothing(tmp_path: Path, damage: str) -> 
     with pytest.raises(mt.errors.CheckpointError, match=match):
         load_training(tmp_path / "run", again, adam(again))
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in before.items())
-
-
-@pytest.mark.parametrize("option", [{"relative": False}, {"window": 1}, {"position": None}])
-def test_other_options_of_links_and_towers_are_told(tmp_path: Path, option: dict[str, Any]) -> None:
-    """They change what is computed, but no tensor's shape."""
-    model = build()
-    save_training(tmp_path / "run", model, adam(model))
-    other = build(memory="segment", **option)
-    ((name, value),) = option.items()
-    match = rf"link 'speech->text' was saved with .*, and the model's has {name}={value}"
-    with pytest.raises(mt.errors.CheckpointError, match=match) as caught:
-        load_training(tmp_path / "run", other)
-    assert "tower 'speech' was saved with memory='all'" in str(caught.value)
 
 
 def test_a_training_checkpoint_becomes_an_ordinary_one(tmp_path: Path) -> None:
